@@ -1,0 +1,86 @@
+"""Every schedule family by name and alias.
+
+`generate(name, request)` is the one way in: it finds the family, suggests the nearest name when there is none, makes
+the orders and refuses them, with both numbers, when a rank holds more than the request's memory cap.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.schedules import dapple, gpipe, naive, one_f_one_b
+from stagewright.planner.schedules.action import Kind
+from stagewright.planner.schedules.costs import StageCosts
+from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
+from stagewright.planner.schedules.schedule import KIND, STAGE, Orders, Schedule
+
+_FAMILIES: tuple[ScheduleFamily, ...] = (
+    naive.FAMILY,
+    gpipe.FAMILY,
+    one_f_one_b.FAMILY,
+    dapple.FAMILY,
+)
+
+
+def families() -> tuple[ScheduleFamily, ...]:
+    """Return all families in the order of the documentation."""
+    return _FAMILIES
+
+
+def family(name: str) -> ScheduleFamily:
+    """Return the family of a name or alias, in any case; raises InvalidArgument with the nearest name."""
+    wanted = name.strip().lower().replace("_", "-")
+    by_name = {known: row for row in _FAMILIES for known in (row.name, *row.aliases)}
+    if wanted in by_name:
+        return by_name[wanted]
+    nearest = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.4)
+    raise InvalidArgument(
+        f"there is no schedule {name!r}",
+        field="schedule",
+        hint=(f"did you mean {nearest[0]}? " if nearest else "") + "known: " + ", ".join(row.name for row in _FAMILIES),
+    )
+
+
+def generate(name: str, request: ScheduleRequest) -> Schedule:
+    """Return the schedule of the named family; raises InvalidArgument for sizes or a cap that it cannot meet."""
+    schedule = family(name).generate(request)
+    if request.memory_cap is not None:
+        _check_cap(schedule, request)
+    return schedule
+
+
+def peak_activations(schedule: Schedule, costs: StageCosts | None = None) -> npt.NDArray[np.float64]:
+    """Return the most live activations of each rank, freed at the end of W or B, shape [num_ranks].
+
+    Without costs a microbatch on one rank counts 1, which its chunks and slices divide. Sums depend on the orders
+    only, never on times.
+    """
+    activation = _equal_shares(schedule) if costs is None else costs.activation
+    return np.array([_peak(order, activation / schedule.num_slices) for order in schedule.orders])
+
+
+def _peak(order: Orders, activation: npt.NDArray[np.float64]) -> float:
+    sign = np.zeros(len(Kind))
+    sign[Kind.F], sign[Kind.B], sign[Kind.W] = 1.0, -1.0, -1.0
+    return float(np.cumsum(sign[order[:, KIND]] * activation[order[:, STAGE]]).max(initial=0.0))
+
+
+def _equal_shares(schedule: Schedule) -> npt.NDArray[np.float64]:
+    chunks = schedule.num_chunks / schedule.num_replicas
+    return np.full(schedule.num_stages, 1.0 / max(chunks, 1.0))
+
+
+def _check_cap(schedule: Schedule, request: ScheduleRequest) -> None:
+    assert request.memory_cap is not None
+    peaks = peak_activations(schedule, request.costs)
+    rank = int(np.argmax(peaks))
+    if peaks[rank] > request.memory_cap + 1e-9:
+        raise InvalidArgument(
+            f"{schedule.name} holds {peaks[rank]:g} activations on rank {rank}, the cap is {request.memory_cap:g}",
+            field="memory_cap",
+            hint=f"give a cap of at least {peaks[rank]:g}, or take auto, v-half or v-min",
+        )
