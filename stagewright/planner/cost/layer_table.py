@@ -1,0 +1,54 @@
+"""The costs of every layer under one combination of degrees, as arrays: the seam between cost model and search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.documents.profile import Recompute, Source
+
+Floats = npt.NDArray[np.float64]
+
+LEVELS = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTable:
+    """Per-device costs of one microbatch, for each of L layers in model order.
+
+    Arrays have shape [L], or [3, L] with the recomputation level first, in the order of LEVELS. Seconds hold compute and
+    the part of the layer's own collectives (tensor, context, expert parallel) that is not hidden; data-parallel and
+    pipeline communication are not in here. A level that a layer does not offer equals the next weaker one.
+
+    Parameters
+    ----------
+    forward_s, input_grad_s, weight_grad_s : seconds on one device.
+    recompute_s : seconds added to the backward.
+    activation_bytes : kept from the forward until the backward.
+    freed_at_input_grad : share of them freed at the end of the input gradient.
+    workspace_bytes : highest temporary use, recomputation's transient included.
+    output_bytes : boundary tensor one device sends to the next stage.
+    dense_parameters, expert_parameters : parameters on one device before ZeRO.
+    optimizer_s : optimizer step of the device's parameters before ZeRO divides it.
+    model_flops : forward matrix-product FLOP of the whole layer for this microbatch, over all its devices.
+    link_bytes : bytes one device sends for one microbatch, by "operation/group", each [L].
+    source : the worst provenance among the numbers used.
+    """
+
+    forward_s: Floats
+    input_grad_s: Floats
+    weight_grad_s: Floats
+    recompute_s: Floats
+    activation_bytes: Floats
+    freed_at_input_grad: Floats
+    workspace_bytes: Floats
+    output_bytes: Floats
+    dense_parameters: Floats
+    expert_parameters: Floats
+    optimizer_s: Floats
+    model_flops: Floats
+    link_bytes: Mapping[str, Floats] = field(default_factory=dict)
+    source: Source = Source.ANALYTIC

@@ -1,0 +1,301 @@
+"""ModelProfile: the layers of a model and what each costs, with a provenance for every number.
+
+Layers are listed in a topological order of the model's graph. Repeated layers are declared once with a count; their
+names hold `{}` where the index goes. Costs stand in a layer's class, one entry for each configuration that was
+measured (or derived): microbatch, sequence length, tensor degree.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stagewright.planner.documents.document import (
+    Bytes,
+    Count,
+    Document,
+    Index,
+    Name,
+    Part,
+    Seconds,
+    Share,
+    canonical_json,
+    digest_of,
+)
+from stagewright.planner.documents.operator import Architecture, Operator
+
+
+class Source(StrEnum):
+    """Where a number comes from, best first."""
+
+    MEASURED = "measured"
+    FITTED = "fitted"
+    ANALYTIC = "analytic"
+    MOCKED = "mocked"
+
+
+class Recompute(StrEnum):
+    """How much of a layer's forward is run again in its backward."""
+
+    NONE = "none"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
+class Collective(Part):
+    """One collective that a layer issues for each microbatch.
+
+    `payload_bytes` is the size of the full tensor: the reduced one for an all-reduce, the gathered one for all-gather
+    and reduce-scatter, one rank's send buffer for all-to-all, the message for send-receive.
+    """
+
+    phase: Literal["forward", "backward"]
+    operation: Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send-receive"]
+    group: Literal["tp", "cp", "ep", "dp"]
+    payload_bytes: Bytes
+    count: Count = 1
+
+
+class ConfigurationCost(Part):
+    """Costs of one layer for one microbatch in one configuration, on one device.
+
+    Parameters
+    ----------
+    microbatch, sequence_length, tensor_degree : the configuration; compute and bytes are those of one shard.
+    forward_s, input_grad_s, weight_grad_s : compute seconds without communication.
+    recompute_s : seconds added to the backward by each recomputation level above none.
+    activation_bytes : bytes kept from the forward until the backward, by recomputation level.
+    freed_at_input_grad : share of them given back at the end of the input gradient, by level.
+    workspace_bytes : highest temporary use above what is kept.
+    output_bytes : the boundary tensor sent to the next layer.
+    forward_flops : matrix-product FLOP of the forward of the whole (unsharded) layer.
+    optimizer_s : optimizer step of the shard's parameters.
+    collectives : what the shards exchange.
+    source : provenance of every number here that `sources` does not name.
+    sources : provenance of single fields that differ.
+    spread : 20th and 80th percentile of measured fields.
+    """
+
+    microbatch: Count
+    sequence_length: Count
+    tensor_degree: Count = 1
+    forward_s: Seconds
+    input_grad_s: Seconds
+    weight_grad_s: Seconds
+    recompute_s: dict[Recompute, Seconds] = {}
+    activation_bytes: dict[Recompute, Bytes]
+    freed_at_input_grad: dict[Recompute, Share] = {}
+    workspace_bytes: Bytes = 0.0
+    output_bytes: Bytes
+    forward_flops: Annotated[float, Field(ge=0)] = 0.0
+    optimizer_s: Seconds = 0.0
+    collectives: tuple[Collective, ...] = ()
+    source: Source
+    sources: dict[str, Source] = {}
+    spread: dict[str, tuple[Seconds, Seconds]] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if Recompute.NONE not in self.activation_bytes:
+            raise ValueError("activation_bytes needs the level 'none'")
+        for name in (*self.sources, *self.spread):
+            if name not in type(self).model_fields:
+                raise ValueError(f"sources and spread name fields of this entry, {name!r} is none")
+        return self
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """(microbatch, sequence_length, tensor_degree)."""
+        return (self.microbatch, self.sequence_length, self.tensor_degree)
+
+
+class LayerClass(Part):
+    """What all layers of one shape share.
+
+    Parameters
+    ----------
+    kind : the layer's role; embedding, head and loss are layers too.
+    parameters : trainable parameters of the whole layer.
+    replicated_parameters : of these, how many tensor parallelism does not split (norms, biases of row-split layers).
+    expert_parameters : of these, how many belong to routed experts, split by the expert groups.
+    costs : measured or derived entries, at most one for each configuration; may be empty when `operators` are given.
+    operators : the layer's operators for the analytic model.
+    """
+
+    kind: Literal["embedding", "block", "norm", "head", "loss", "convolution", "pooling", "other"]
+    parameters: Index
+    replicated_parameters: Index = 0
+    expert_parameters: Index = 0
+    costs: tuple[ConfigurationCost, ...] = ()
+    operators: tuple[Operator, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.replicated_parameters + self.expert_parameters > self.parameters:
+            raise ValueError(
+                f"replicated_parameters {self.replicated_parameters} and expert_parameters {self.expert_parameters} "
+                f"exceed parameters {self.parameters}"
+            )
+        keys = [cost.key for cost in self.costs]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise ValueError(f"costs[{index}] repeats the configuration (microbatch, sequence, tensor degree) {key}")
+        if not self.costs and not self.operators:
+            raise ValueError("a layer class needs costs or operators")
+        return self
+
+
+class LayerRun(Part):
+    """`count` equal layers in a row; `name` holds `{}` for the index when count is above 1."""
+
+    name: Name
+    layer_class: Name
+    count: Count = 1
+    start: Index = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.count > 1 and "{}" not in self.name:
+            raise ValueError(f"name {self.name!r} stands for {self.count} layers and needs {{}} where the index goes")
+        return self
+
+    def names(self) -> list[str]:
+        """Return the names of the layers this run stands for."""
+        return [self.name.replace("{}", str(self.start + index)) for index in range(self.count)]
+
+
+class Edge(Part):
+    """A tensor that flows from one layer to another; `output_bytes` of the source unless `bytes_per_sample` is told."""
+
+    source: Name
+    target: Name
+    bytes_per_sample: Bytes | None = None
+
+
+class TiedWeight(Part):
+    """One parameter that several layers share; it counts once, in the first of them."""
+
+    parameter: Name
+    layers: Annotated[tuple[Name, ...], Field(min_length=2)]
+    num_parameters: Index
+
+
+class Pedigree(Part):
+    """Where, when and how the numbers were taken."""
+
+    device: str = ""
+    num_busy_ranks: Count = 1
+    threads_per_rank: Count = 1
+    versions: dict[str, str] = {}
+    driver: str = ""
+    clock_hz: dict[str, float] = {}
+    cache_policy: Literal["hot", "flushed", "none"] = "none"
+    compiled: bool = False
+    taken_at: str = ""
+    duration_s: Seconds = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+class ModelProfile(Document):
+    """The layers of one model with their costs."""
+
+    document_name: ClassVar[str] = "profile"
+
+    name: Name
+    dtype: Literal["fp64", "fp32", "bf16", "fp16", "fp8"] = "fp32"
+    layers: Annotated[tuple[LayerRun, ...], Field(min_length=1, max_length=4096)]
+    classes: dict[Name, LayerClass]
+    edges: tuple[Edge, ...] | None = None
+    tied: tuple[TiedWeight, ...] = ()
+    architecture: Architecture | None = None
+    framework_bytes: Bytes = 0.0
+    framework_bytes_source: Source = Source.ANALYTIC
+    step_overhead_s: Seconds = 0.0
+    action_overhead_s: Seconds = 0.0
+    pedigree: Pedigree = Pedigree()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for index, run in enumerate(self.layers):
+            if run.layer_class not in self.classes:
+                known = ", ".join(sorted(self.classes))
+                raise ValueError(f"layers[{index}].layer_class {run.layer_class!r} is not in classes ({known})")
+        names = self.layer_names
+        if len(set(names)) != len(names):
+            twice = next(name for index, name in enumerate(names) if name in names[:index])
+            raise ValueError(f"layers: the name {twice!r} stands for two layers")
+        known_names = set(names)
+        for index, edge in enumerate(self.edges or ()):
+            for end in (edge.source, edge.target):
+                if end not in known_names:
+                    raise ValueError(f"edges[{index}] names {end!r}, which is no layer")
+        for index, tie in enumerate(self.tied):
+            for layer in tie.layers:
+                if layer not in known_names:
+                    raise ValueError(f"tied[{index}] names {layer!r}, which is no layer")
+        self._check_acyclic()
+        return self
+
+    def _check_acyclic(self) -> None:
+        if self.edges is None:
+            return
+        graph: dict[str, set[str]] = {}
+        for edge in self.edges:
+            graph.setdefault(edge.target, set()).add(edge.source)
+        try:
+            tuple(TopologicalSorter(graph).static_order())
+        except CycleError as error:
+            raise ValueError(f"edges form a cycle: {' <- '.join(error.args[1])}") from error
+        position = {name: index for index, name in enumerate(self.layer_names)}
+        for index, edge in enumerate(self.edges):
+            if position[edge.source] >= position[edge.target]:
+                raise ValueError(
+                    f"edges[{index}] goes from {edge.source!r} to {edge.target!r}, but layers stand in topological order"
+                )
+
+    @cached_property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of all layers, repeated ones expanded."""
+        return tuple(name for run in self.layers for name in run.names())
+
+    @cached_property
+    def layer_classes(self) -> tuple[str, ...]:
+        """Class name of each layer, in the order of `layer_names`."""
+        return tuple(run.layer_class for run in self.layers for _ in range(run.count))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_names)
+
+    @cached_property
+    def edge_indices(self) -> tuple[tuple[int, int], ...]:
+        """Edges as pairs of layer indices; the chain when none are declared."""
+        if self.edges is None:
+            return tuple((index, index + 1) for index in range(self.num_layers - 1))
+        position = {name: index for index, name in enumerate(self.layer_names)}
+        return tuple((position[edge.source], position[edge.target]) for edge in self.edges)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.edge_indices == tuple((index, index + 1) for index in range(self.num_layers - 1))
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters of the model, tied ones counted once."""
+        total = sum(self.classes[name].parameters for name in self.layer_classes)
+        return total - sum(tie.num_parameters * (len(tie.layers) - 1) for tie in self.tied)
+
+    @cached_property
+    def layer_digest(self) -> str:
+        """Digest of the structure alone (names, classes, parameters, edges, ties), not of the measured numbers."""
+        structure = {
+            "layers": [[name, kind] for name, kind in zip(self.layer_names, self.layer_classes, strict=True)],
+            "classes": {name: [value.kind, value.parameters] for name, value in self.classes.items()},
+            "edges": self.edge_indices,
+            "tied": [[tie.parameter, list(tie.layers)] for tie in self.tied],
+        }
+        return digest_of(canonical_json(structure))
