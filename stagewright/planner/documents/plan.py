@@ -257,7 +257,9 @@ class Plan(Document):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(self.stages) != self.schedule.num_stages:
-            raise ValueError(f"stages has {len(self.stages)} entries, schedule.placement places {self.schedule.num_stages}")
+            raise ValueError(
+                f"stages has {len(self.stages)} entries, schedule.placement places {self.schedule.num_stages}"
+            )
         self._check_layers()
         ranks = [rank for group in self.mapping.pipeline_ranks for rank in group]
         if sorted(ranks) != list(range(len(ranks))):
@@ -269,7 +271,9 @@ class Plan(Document):
         for row in self.schedule.placement:
             for index, (stage, rank) in enumerate(zip(self.stages, row, strict=False)):
                 if rank >= self.schedule.num_ranks:
-                    raise ValueError(f"schedule.placement puts stage {index} on rank {rank} of {self.schedule.num_ranks}")
+                    raise ValueError(
+                        f"schedule.placement puts stage {index} on rank {rank} of {self.schedule.num_ranks}"
+                    )
                 devices = len(self.mapping.pipeline_ranks[rank])
                 if stage.degrees.num_devices != devices:
                     raise ValueError(
@@ -281,7 +285,9 @@ class Plan(Document):
     def _check_layers(self) -> None:
         covered = sorted(index for stage in self.stages for index in stage.layer_indices)
         if covered != list(range(self.num_layers)):
-            raise ValueError(f"stages cover {len(covered)} layers, num_layers is {self.num_layers}; each must stand once")
+            raise ValueError(
+                f"stages cover {len(covered)} layers, num_layers is {self.num_layers}; each must stand once"
+            )
 
     @property
     def num_devices(self) -> int:

@@ -143,7 +143,9 @@ class LayerClass(Part):
         keys = [cost.key for cost in self.costs]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                raise ValueError(f"costs[{index}] repeats the configuration (microbatch, sequence, tensor degree) {key}")
+                raise ValueError(
+                    f"costs[{index}] repeats the configuration (microbatch, sequence, tensor degree) {key}"
+                )
         if not self.costs and not self.operators:
             raise ValueError("a layer class needs costs or operators")
         return self
