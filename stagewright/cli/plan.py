@@ -1,0 +1,219 @@
+"""`stagewright plan`: find the best plan, with a proven bound."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stagewright.cli.output import Json, bytes_text, console, print_document, progress_bar, seconds_text
+from stagewright.planner.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from stagewright.planner.documents import ModelProfile, Plan, TrainingJob
+    from stagewright.planner.documents.outcome import PlanOutcome
+
+INFEASIBLE, NO_SOLUTION = 3, 4
+
+
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Profile or config.json by path, or a catalogue name.")],
+    cluster: Annotated[
+        str, typer.Option(help="File, catalogue name, DEVICE:PER_NODExNODES (joined by +), or `local`.")
+    ],
+    devices: Annotated[int | None, typer.Option(help="Use at most this many of the cluster's devices.")] = None,
+    global_batch: Annotated[int, typer.Option(help="Samples of one optimizer step.")] = 256,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens of a sample; the model's own unless told.")
+    ] = None,
+    job: Annotated[
+        Path | None, typer.Option(help="A TrainingJob document; the other job options then override it.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp64, fp32, bf16, fp16 or fp8.")] = None,
+    planner: Annotated[str, typer.Option(help="Planner: exact, or a named one of the literature.")] = "exact",
+    objective: Annotated[
+        str | None, typer.Option(help="step-time, tokens-per-dollar, fewest-devices, min-max-memory, frontier.")
+    ] = None,
+    pin: Annotated[list[str] | None, typer.Option(help="NAME=VALUE the plan must have, e.g. tp=8; may repeat.")] = None,
+    forbid: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME=VALUE the plan must not have; may repeat.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Search only what this format can express.")] = None,
+    gap: Annotated[float | None, typer.Option(help="Gap to prove before stopping; 0 is the long run.")] = None,
+    deadline: Annotated[float | None, typer.Option(help="Seconds until the best so far is the answer.")] = None,
+    top: Annotated[int, typer.Option(help="How many alternatives to show.")] = 5,
+    from_plan: Annotated[Path | None, typer.Option("--from", help="Replan: stay close to this plan.")] = None,
+    executor: Annotated[str, typer.Option(help="inline, process or ray.")] = "inline",
+    verify: Annotated[bool, typer.Option("--verify", help="Check the certificate independently.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here.")] = None,
+    json: Json = False,
+) -> None:
+    """Find the best parallel training plan for a model on a cluster, with a proven bound.
+
+    Example: stagewright plan llama2-13b --cluster a100-sxm-80g:8x8 --global-batch 1024 -o plan.json
+    """
+    from stagewright.cli.inputs import load_cluster, load_model
+    from stagewright.planner.planning import make_plan
+
+    with progress_bar(quiet=json) as report:
+        profile = load_model(model)
+        machines = load_cluster(cluster, report)
+        training_job = _job(
+            job, profile_sequence(profile, sequence_length), global_batch, precision, objective, pin, forbid, target
+        )
+        outcome = make_plan(
+            profile,
+            machines,
+            training_job,
+            planner=planner,
+            num_devices=devices,
+            top=top,
+            gap=gap,
+            deadline_s=deadline,
+            executor=executor,
+            previous=None if from_plan is None else _load_plan(from_plan),
+            progress=lambda state: report(state.phase, state.done, state.total),
+        )
+    if verify and outcome.plan is not None:
+        from stagewright.planner.search.verify import verify_certificate
+
+        verify_certificate(outcome.plan, profile)
+    if output is not None and outcome.plan is not None:
+        outcome.plan.save(output)
+    if json:
+        print_document(outcome.model_dump(mode="json"))
+    else:
+        print_outcome(outcome, output)
+    if outcome.status == "infeasible":
+        raise typer.Exit(INFEASIBLE)
+    if outcome.status == "no_solution":
+        raise typer.Exit(NO_SOLUTION)
+
+
+def profile_sequence(profile: ModelProfile, told: int | None) -> int:
+    """Return the sequence length to plan for: the one told, the longest measured one, or the architecture's."""
+    if told is not None:
+        return told
+    measured = {cost.sequence_length for layer_class in profile.classes.values() for cost in layer_class.costs}
+    if measured:
+        return max(measured)
+    if profile.architecture is not None and profile.architecture.max_sequence_length:
+        return profile.architecture.max_sequence_length
+    raise InvalidArgument(
+        "the model does not say its sequence length", field="sequence_length", hint="give --sequence-length"
+    )
+
+
+def _job(
+    path: Path | None,
+    sequence_length: int,
+    global_batch: int,
+    precision: str | None,
+    objective: str | None,
+    pin: list[str] | None,
+    forbid: list[str] | None,
+    target: str | None,
+) -> TrainingJob:
+    from stagewright.cli.inputs import parse_forbids, parse_pins
+    from stagewright.planner.documents import TrainingJob
+    from stagewright.planner.documents.document import read_json
+
+    base: dict[str, object] = {"global_batch": global_batch, "sequence_length": sequence_length}
+    if path is not None:
+        loaded = TrainingJob.from_object(read_json(path), source=str(path))
+        base = loaded.model_dump(mode="json")
+    space = dict(base.get("space") or {})  # type: ignore[call-overload]
+    if pin:
+        space["pins"] = parse_pins(pin).model_dump(mode="json")
+    if forbid:
+        space["forbids"] = [item.model_dump(mode="json") for item in parse_forbids(forbid)]
+    if target is not None:
+        space["target"] = target
+    changes = {"precision": precision, "objective": objective}
+    return TrainingJob.from_object(
+        base | {key: value for key, value in changes.items() if value is not None} | {"space": space}
+    )
+
+
+def _load_plan(path: Path) -> Plan:
+    from stagewright.planner.documents import Plan
+
+    return Plan.load(path)
+
+
+def print_outcome(outcome: PlanOutcome, output: Path | None = None) -> None:
+    """Print an outcome for people: the plan as a table, how good it is proved to be, and what to do next."""
+    screen = console()
+    if outcome.plan is None:
+        _print_diagnosis(outcome)
+        return
+    print_plan(outcome.plan)
+    found = outcome.plan
+    proof = {
+        "optimal": "optimal (proved)",
+        "within_gap": f"within {outcome.gap:.2%} of the proven bound" if outcome.gap is not None else "within the gap",
+        "feasible": f"feasible, gap {outcome.gap:.2%}" if outcome.gap is not None else "feasible, nothing proved",
+    }[outcome.status]
+    bound = "" if outcome.bound_s is None else f", bound {seconds_text(outcome.bound_s)}"
+    screen.print(
+        f"{proof}{bound}; {outcome.candidates} candidates, {outcome.simulated} simulated, {outcome.wall_s:.2f} s",
+    )
+    for rank, other in enumerate(outcome.alternatives, start=2):
+        peak = bytes_text(other.peak_memory_bytes)
+        screen.print(f"  {rank}. {other.summary}: {seconds_text(other.step_time_s)}, {peak}")
+    if output is not None:
+        sys.stderr.write(f"wrote {output} ({found.digest[:19]})\n")
+
+
+def print_plan(found: Plan) -> None:
+    """Print a plan for people: headline and one row for each pipeline rank."""
+    from rich.table import Table
+
+    screen = console()
+    prediction, spec = found.prediction, found.schedule
+    screen.print(
+        f"[bold]{found.model}[/bold] on {found.num_devices} devices of {found.cluster.name}: "
+        f"{spec.name}, {spec.num_ranks} pipeline ranks x {spec.num_chunks} chunks, {spec.num_microbatches} microbatches of {spec.microbatch}"
+    )
+    mfu = "" if prediction.mfu is None else f", MFU {prediction.mfu:.1%}"
+    screen.print(
+        f"step {seconds_text(prediction.step_time_s)}, {prediction.tokens_per_s:,.0f} tokens/s{mfu}, "
+        f"bubble {prediction.bubble_over_total:.1%} ({prediction.source})"
+    )
+    table = Table("rank", "layers", "dp", "tp", "cp", "ep", "zero", "recompute", "peak memory", box=None)
+    for rank in range(spec.num_ranks):
+        held = [stage for stage, where in zip(found.stages, spec.placement[0], strict=True) if where == rank]
+        if not held:
+            continue
+        degrees = held[0].degrees
+        levels = [level for stage in held for level in stage.recompute_levels()]
+        counts = ", ".join(f"{levels.count(level)} {level.value}" for level in sorted(set(levels)))
+        table.add_row(
+            str(rank),
+            " + ".join(str(stage.num_layers) for stage in held),
+            *(str(getattr(degrees, name)) for name in ("dp", "tp", "cp", "ep", "zero")),
+            counts,
+            bytes_text(prediction.peak_memory_bytes[rank]),
+        )
+    screen.print(table)
+
+
+def _print_diagnosis(outcome: PlanOutcome) -> None:
+    screen = console()
+    if outcome.diagnosis is None:
+        screen.print("No plan was found before the limit; give a longer --deadline.")
+        return
+    screen.print(f"Infeasible: {outcome.diagnosis.message}")
+    for shortfall in outcome.diagnosis.shortfalls:
+        items = ", ".join(
+            f"{name} {bytes_text(value)}" for name, value in shortfall.items.model_dump().items() if value
+        )
+        screen.print(
+            f"  pipeline rank {shortfall.pipeline_rank} needs {bytes_text(shortfall.needed_bytes)}, has "
+            f"{bytes_text(shortfall.available_bytes)}, short of {bytes_text(shortfall.short_bytes)}: {items}"
+        )
+    for relaxation in outcome.diagnosis.relaxations:
+        step = "" if relaxation.step_time_s is None else f" ({seconds_text(relaxation.step_time_s)} a step)"
+        screen.print(f"  would fit with: {relaxation.change}{step}")
