@@ -1,0 +1,98 @@
+"""A schedule as the flat arrays that compiled code walks over.
+
+Every interpreter of a schedule (validator, both simulators, the NCCL checker, the lowering passes) needs the same
+things: all rows behind each other, where each rank begins, who precedes a stage in the stage graph, and a dense key
+
+    key(replica, stage, microbatch, slice) = ((replica * S + stage) * T + microbatch) * K + slice
+
+A row whose slice is -1 stands for the whole microbatch: it writes, and waits for, all K slots of its key.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.errors import InvalidSchedule
+from stagewright.planner.schedules.schedule import MICROBATCH, REPLICA, SLICE, STAGE, Schedule
+
+Ints = npt.NDArray[np.int32]
+
+
+class Program(NamedTuple):
+    """Flat arrays of a schedule; N rows, D ranks, R replicas, S stages, E edges, T microbatches, K slices.
+
+    `rows` is int32 [N, 6] and the rows of rank r are `offset[r]` to `offset[r + 1]`. `in_edge[in_start[s]:in_start[s +
+    1]]` are the edges into stage s, `out_edge` those out of it; edge e goes from `edge_from[e]` to `edge_to[e]`.
+    """
+
+    rows: Ints
+    offset: Ints
+    placement: Ints
+    edge_from: Ints
+    edge_to: Ints
+    in_start: Ints
+    in_edge: Ints
+    out_start: Ints
+    out_edge: Ints
+    num_microbatches: int
+    num_slices: int
+
+
+def flatten(schedule: Schedule) -> Program:
+    """Return the schedule's flat arrays; raises InvalidSchedule for a column out of its range."""
+    rows = schedule.orders[0] if schedule.num_ranks == 1 else np.concatenate(schedule.orders)
+    rows = np.ascontiguousarray(rows, dtype=np.int32).reshape(-1, 6)
+    offset = np.zeros(schedule.num_ranks + 1, dtype=np.int32)
+    np.cumsum([len(order) for order in schedule.orders], out=offset[1:])
+    edges = np.array(schedule.edges, dtype=np.int32).reshape(-1, 2)
+    in_start, in_edge = _edges_by_stage(edges[:, 1], schedule.num_stages)
+    out_start, out_edge = _edges_by_stage(edges[:, 0], schedule.num_stages)
+    program = Program(
+        rows,
+        offset,
+        np.ascontiguousarray(schedule.placement, dtype=np.int32),
+        np.ascontiguousarray(edges[:, 0]),
+        np.ascontiguousarray(edges[:, 1]),
+        in_start,
+        in_edge,
+        out_start,
+        out_edge,
+        schedule.num_microbatches,
+        schedule.num_slices,
+    )
+    _check_ranges(schedule, program)
+    return program
+
+
+def _edges_by_stage(stage_of_edge: Ints, num_stages: int) -> tuple[Ints, Ints]:
+    start = np.zeros(num_stages + 1, dtype=np.int32)
+    np.cumsum(np.bincount(stage_of_edge, minlength=num_stages), out=start[1:])
+    return start, np.argsort(stage_of_edge, kind="stable").astype(np.int32)
+
+
+def _check_ranges(schedule: Schedule, program: Program) -> None:
+    limits = (
+        (REPLICA, 0, schedule.num_replicas, "replica"),
+        (STAGE, 0, schedule.num_stages, "stage"),
+        (MICROBATCH, -1, schedule.num_microbatches, "microbatch"),
+        (SLICE, -1, schedule.num_slices, "slice"),
+    )
+    for column, least, limit, noun in limits:
+        values = program.rows[:, column]
+        if len(values) and (values.min() < least or values.max() >= limit):
+            index = int(np.argmax((values < least) | (values >= limit)))
+            rank = int(np.searchsorted(program.offset, index, side="right")) - 1
+            raise InvalidSchedule(
+                f"rank {rank}, step {index - int(program.offset[rank])}: {noun} {values[index]} is outside the "
+                f"schedule's {limit}",
+                field=noun,
+                hint=f"a {noun} is at least {least} and at most {limit - 1}",
+            )
+    if schedule.placement.min() < 0 or schedule.placement.max() >= schedule.num_ranks:
+        raise InvalidSchedule(
+            f"the placement names rank {int(schedule.placement.max())}, the schedule has {schedule.num_ranks} ranks",
+            field="placement",
+        )
