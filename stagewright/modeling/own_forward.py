@@ -1,0 +1,229 @@
+"""Running some layers of a model through the model's own forward.
+
+A segment with layers [first, end) runs the whole forward, in which
+
+- layers before `first` are absent: their modules return placeholders of the right shape, without gradients;
+- the entrance of layer `first` replaces the placeholder by the received tensors and switches gradients on;
+- the entrance of layer `end` ends the forward: its tensor arguments are the segment's value.
+
+So the code between two layers runs in the stage of the earlier one, and what does not depend on activations (masks,
+positions, rotary tables) is made again in each stage, never sent. The loss has no module: its entrance is the output of
+the last module.
+
+A placeholder is a tensor subclass, and whatever is computed from it is one too. A placeholder that reaches a present
+layer or the loss would be a silent wrong result; it raises instead, naming the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagewright.modeling.batch import Batch, call_model
+from stagewright.modeling.layer import Layer
+from stagewright.modeling.seeding import layer_seed
+from stagewright.planner.errors import InvalidArgument
+
+
+class Placeholder(torch.Tensor):
+    """A tensor of a layer that another stage holds; what is computed from it is a placeholder too.
+
+    Its values mean nothing, and its shape may not be the real one: an operation that its shape does not admit returns
+    it unchanged.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        name = getattr(function, "__name__", "")
+        in_place = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name != "__init__")
+        if in_place and args and isinstance(args[0], Placeholder):
+            return args[0]
+        try:
+            return super().__torch_function__(function, types, args, kwargs or {})
+        except (RuntimeError, IndexError, ValueError):
+            absent = [value for value in args if isinstance(value, Placeholder)]
+            if not absent:
+                raise
+            return absent[0]
+
+
+def placeholder(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Placeholder:
+    """Return a placeholder that takes no memory."""
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(shape).as_subclass(Placeholder)
+
+
+@dataclass
+class _Frame:
+    first: int
+    end: int
+    received: tuple[Tensor, ...]
+    seed: int | None
+    gradients: bool
+    entered: int = -1
+    value: tuple[Tensor, ...] = field(default=())
+
+
+class _Reached(Exception):
+    """The forward arrived at the first layer after the segment."""
+
+
+class OwnForward:
+    """Executor that cuts a model's own forward at the entrances of its layers."""
+
+    def __init__(self, model: nn.Module, layers: tuple[Layer, ...]) -> None:
+        self._model = model
+        self._layers = layers
+        self._frame: _Frame | None = None
+        self._keys: dict[int, tuple[int | str, ...]] = {}
+        self._installed = False
+
+    def run(
+        self,
+        indices: tuple[int, ...],
+        wanted: tuple[int, ...],
+        batch: Batch,
+        received: Mapping[int, tuple[Tensor, ...]],
+        seed: int | None,
+    ) -> dict[int, tuple[Tensor, ...]]:
+        """Return the value of the last layer of the run; `indices` are consecutive."""
+        first, end = indices[0], indices[-1] + 1
+        if first and first - 1 not in received:
+            raise InvalidArgument(f"the segment from {self._layers[first].name!r} on received nothing")
+        self._install()
+        frame = _Frame(first, end, received.get(first - 1, ()), seed, torch.is_grad_enabled())
+        self._frame = frame
+        try:
+            if first:
+                torch.set_grad_enabled(False)
+            else:
+                self._enter(0, frame)
+            loss = call_model(self._model, batch)
+        except _Reached:
+            return {end - 1: frame.value}
+        finally:
+            self._frame = None
+            torch.set_grad_enabled(frame.gradients)
+        if end < len(self._layers):
+            raise InvalidArgument(
+                f"the model's forward ended before layer {self._layers[end].name!r} was called",
+                field="model",
+                hint="give the model stagewright_layers(), which returns its layers by name in order",
+            )
+        if isinstance(loss, Placeholder):
+            raise InvalidArgument(_message("loss"), field="model", hint=_HINT)
+        return {end - 1: (loss,)}
+
+    def _install(self) -> None:
+        """Hook the entrances once; a model without a running frame behaves as before."""
+        if self._installed:
+            return
+        self._installed = True
+        for index, layer in enumerate(self._layers):
+            for path in layer.modules:
+                module = self._model.get_submodule(path)
+                module.forward = partial(self._forward, index, module, module.forward)
+                if index:
+                    module.register_forward_pre_hook(partial(self._entrance, index), prepend=True, with_kwargs=True)
+        if self._layers[-1].kind == "loss" and len(self._layers) > 1:
+            last = self._model.get_submodule(self._layers[-2].modules[-1])
+            last.register_forward_hook(self._after_last)
+
+    def _entrance(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        frame = self._frame
+        if frame is None or index < frame.first:
+            return None
+        if index == frame.end:
+            frame.value = self._boundary(index, args, kwargs)
+            raise _Reached
+        self._enter(index, frame)
+        if index == frame.first:
+            args, kwargs = self._replace(index, frame.received, args, kwargs)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Placeholder):
+                raise InvalidArgument(_message(self._layers[index].name), field="model", hint=_HINT)
+        return args, kwargs
+
+    def _enter(self, index: int, frame: _Frame) -> None:
+        expected = frame.first if frame.entered < 0 else frame.entered + 1
+        if index != expected:
+            raise InvalidArgument(
+                f"the model calls layer {self._layers[index].name!r} where {self._layers[expected].name!r} was expected",
+                field="model",
+                hint="give the model stagewright_layers(), which returns its layers by name in order",
+            )
+        frame.entered = index
+        if index == frame.first:
+            torch.set_grad_enabled(frame.gradients)
+        if frame.seed is not None:
+            torch.manual_seed(layer_seed(frame.seed, index))
+
+    def _forward(
+        self, index: int, module: nn.Module, own: Callable[..., object], *args: object, **kwargs: object
+    ) -> object:
+        frame = self._frame
+        if frame is None or index >= frame.first:
+            return own(*args, **kwargs)
+        if index == frame.first - 1 and self._layers[frame.first].modules == ():
+            return frame.received[0]
+        if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor):
+            return placeholder((*args[0].shape, module.embedding_dim), frame.received[0])
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        return placeholder(inputs[0].shape if index and inputs else frame.received[0].shape, frame.received[0])
+
+    def _after_last(self, module: nn.Module, args: object, output: Tensor) -> None:
+        """The entrance of the loss."""
+        frame = self._frame
+        if frame is None:
+            return
+        loss = len(self._layers) - 1
+        if frame.end == loss:
+            frame.value = (output,)
+            raise _Reached
+        self._enter(loss, frame)
+
+    def _boundary(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        places: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        if index not in self._keys:
+            self._keys[index] = _activation_keys(places)
+        return tuple(places[key] for key in self._keys[index])
+
+    def _replace(
+        self, index: int, received: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        places: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        keys = _placeholder_keys(places)
+        if len(keys) != len(received):
+            raise InvalidArgument(
+                f"layer {self._layers[index].name!r} takes {len(keys)} activations, {len(received)} were received"
+            )
+        for key, value in zip(keys, received, strict=True):
+            places[key] = value
+        return tuple(places[position] for position in range(len(args))), {key: places[key] for key in kwargs}
+
+
+_HINT = "give the model stagewright_layers() and stagewright_edges(), so that what skips layers is carried"
+
+
+def _message(name: str) -> str:
+    return f"layer {name!r} uses a value of a layer that another stage holds"
+
+
+def _activation_keys(places: Mapping[int | str, Any]) -> tuple[int | str, ...]:
+    """Return the places of the first tensor and of every other that depends on parameters."""
+    tensors = [key for key, value in places.items() if isinstance(value, Tensor)]
+    return tuple(key for key in tensors if key == tensors[0] or places[key].requires_grad)
+
+
+def _placeholder_keys(places: Mapping[int | str, Any]) -> tuple[int | str, ...]:
+    return tuple(key for key, value in places.items() if isinstance(value, Placeholder))

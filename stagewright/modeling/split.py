@@ -1,0 +1,256 @@
+"""Finding the layers of a model in its module tree, without running it.
+
+Three kinds of models, in this order:
+
+1. a model with `stagewright_layers()`, which returns its layers by name, in order; `stagewright_edges()` may say which
+   layer feeds which, for a graph;
+2. `nn.Sequential`: its children are the layers;
+3. any other: the longest ModuleList or Sequential of one class holds the repeated layers. What is registered before it,
+   on the way from the root, is one layer (the embedding or stem); what comes after are layers of their own, and the
+   loss is the last. The model's own forward runs between them (see `own_forward`), so that masks, positions and rotary
+   tables are made where they are needed.
+
+Modules without parameters outside the repeated ones (dropout, rotary tables) are no layers: every stage keeps them.
+Order of registration is taken for order of use; `own_forward` raises where a model does otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.layer import Kind, Layer, Tie
+from stagewright.modeling.layer_list import LayerList
+from stagewright.modeling.own_forward import OwnForward
+from stagewright.planner.errors import InvalidArgument
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    name: str
+    modules: tuple[str, ...]
+    repeated: bool = False
+
+
+def split(model: nn.Module) -> LayerChain:
+    """Return the model cut into layers; raises InvalidArgument when no layers are found.
+
+    A Hugging Face model's key/value cache, useless in training, is switched off.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False
+    if hasattr(model, "stagewright_layers"):
+        modules: Mapping[str, nn.Module] = dict(model.stagewright_layers())
+        edges = tuple(model.stagewright_edges()) if hasattr(model, "stagewright_edges") else None
+        return _explicit(model, modules, edges)
+    if isinstance(model, nn.Sequential):
+        return _explicit(model, dict(model.named_children()), None)
+    drafts = _drafts(model)
+    layers = _with_classes(model, [*drafts, _Draft("loss", ())], loose=True)
+    return LayerChain(model, layers, ties_of(model, layers), None, OwnForward(model, layers))
+
+
+def _explicit(
+    model: nn.Module, modules: Mapping[str, nn.Module], edges: tuple[tuple[str, str], ...] | None
+) -> LayerChain:
+    if not modules:
+        raise InvalidArgument(f"{type(model).__name__} has no layers", field="model")
+    paths = {id(module): path for path, module in model.named_modules()}
+    drafts = []
+    for name, module in modules.items():
+        if id(module) not in paths:
+            raise InvalidArgument(f"layer {name!r} is not a module of {type(model).__name__}", field="model")
+        drafts.append(_Draft(name, (paths[id(module)],), repeated=True))
+    layers = _with_classes(model, drafts, loose=False)
+    executor = LayerList(model, layers, tuple(modules.values()), edges)
+    return LayerChain(model, layers, ties_of(model, layers), edges, executor)
+
+
+def _drafts(model: nn.Module) -> list[_Draft]:
+    path = _longest_container(model)
+    if path is None:
+        children = [name for name, child in model.named_children() if _has_parameters(child)]
+        if not children:
+            raise InvalidArgument(
+                f"{type(model).__name__} has no modules with parameters to cut at",
+                field="model",
+                hint="give it stagewright_layers(), which returns its layers by name in order",
+            )
+        return [_Draft(name, (name,)) for name in children]
+    before: list[str] = []
+    repeated: list[_Draft] = []
+    after: list[str] = []
+    for name, child in _siblings(model, path):
+        if not _has_parameters(child):
+            continue
+        position = _position(name, path, model)
+        flattens = isinstance(child, nn.Sequential) or name == path
+        if position <= 0 and flattens and (name == path or isinstance(child, nn.Sequential)):
+            repeated += [_Draft(f"{name}.{key}", (f"{name}.{key}",), True) for key, _ in child.named_children()]
+        elif position < 0 and not repeated:
+            before.append(name)
+        elif position < 0:
+            repeated.append(_Draft(name, (name,), True))
+        elif flattens:
+            after += [f"{name}.{key}" for key, part in child.named_children() if _has_parameters(part)]
+        else:
+            after.append(name)
+    first = [_Draft(_name_of_first(model, before), tuple(before))] if before else []
+    return [*first, *repeated, *(_Draft(name, (name,)) for name in after)]
+
+
+def _longest_container(model: nn.Module) -> str | None:
+    best: str | None = None
+    length = 1
+    for path, module in model.named_modules():
+        if not isinstance(module, _CONTAINERS) or not path:
+            continue
+        classes = {type(child) for child in module.children()}
+        if len(classes) == 1 and len(module) > length and _has_parameters(module):
+            best, length = path, len(module)
+    return best
+
+
+def _siblings(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what stands before the path, the path itself, and what stands after it, outermost first and last."""
+    steps = path.split(".")
+    yield from _walk(model, "", steps)
+
+
+def _walk(module: nn.Module, prefix: str, steps: list[str]) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if name == steps[0]:
+            if len(steps) == 1:
+                yield prefix + name, child
+            else:
+                yield from _walk(child, f"{prefix}{name}.", steps[1:])
+        else:
+            yield prefix + name, child
+
+
+def _position(name: str, path: str, model: nn.Module) -> int:
+    """Return -1, 0 or 1: registered before, at or after the repeated layers."""
+    if name == path:
+        return 0
+    order = {other: index for index, (other, _) in enumerate(model.named_modules())}
+    return -1 if order[name] < order[path] else 1
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _name_of_first(model: nn.Module, paths: list[str]) -> str:
+    if len(paths) == 1:
+        return paths[0]
+    holds_embedding = any(
+        isinstance(part, nn.Embedding) for path in paths for part in model.get_submodule(path).modules()
+    )
+    return "embedding" if holds_embedding else "stem"
+
+
+def _with_classes(model: nn.Module, drafts: list[_Draft], *, loose: bool) -> tuple[Layer, ...]:
+    """Return layers with kinds, classes and parameters; with `loose`, the first also owns what no module layer does."""
+    owned = [
+        [f"{path}.{name}" if path else name for path in draft.modules for name in _parameter_names(model, path)]
+        for draft in drafts
+    ]
+    if loose:
+        taken = {name for names in owned for name in names}
+        every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        owned[0] = [name for name in every if name not in taken] + owned[0]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    last_linear = _last_head(model, drafts)
+    layers = []
+    for index, (draft, names) in enumerate(zip(drafts, owned, strict=True)):
+        distinct = {id(parameters[name]): parameters[name].numel() for name in names if parameters[name].requires_grad}
+        kind = _kind(model, draft, index, is_head=index == last_linear)
+        layers.append(Layer(draft.name, kind, "", draft.modules, tuple(names), sum(distinct.values())))
+    return _named_classes(model, layers)
+
+
+def _parameter_names(model: nn.Module, path: str) -> list[str]:
+    return [name for name, _ in model.get_submodule(path).named_parameters(remove_duplicate=False)]
+
+
+def _last_head(model: nn.Module, drafts: list[_Draft]) -> int | None:
+    for index in reversed(range(len(drafts))):
+        if drafts[index].modules and index > 0:
+            module = model.get_submodule(drafts[index].modules[0])
+            if _has_parameters(module):
+                return index if not drafts[index].repeated or isinstance(module, nn.Linear) else None
+    return None
+
+
+def _kind(model: nn.Module, draft: _Draft, index: int, *, is_head: bool) -> Kind:
+    if not draft.modules:
+        return "loss"
+    modules = [model.get_submodule(path) for path in draft.modules]
+    name = type(modules[0]).__name__.lower()
+    if any(isinstance(part, nn.Embedding) for module in modules for part in module.modules()) and index == 0:
+        return "embedding"
+    if name.endswith("loss") or draft.name == "loss":
+        return "loss"
+    if "norm" in name:
+        return "norm"
+    if "pool" in name:
+        return "pooling"
+    if is_head:
+        return "head"
+    if isinstance(modules[0], (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or (index == 0 and _holds_convolution(modules)):
+        return "convolution"
+    if draft.repeated and next(iter(modules[0].children()), None) is not None:
+        return "block"
+    return "other"
+
+
+def _holds_convolution(modules: list[nn.Module]) -> bool:
+    return any(isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in modules for part in module.modules())
+
+
+def _named_classes(model: nn.Module, layers: list[Layer]) -> tuple[Layer, ...]:
+    """Give equal layers one class name: the module's class, numbered where several structures share it."""
+    names: dict[tuple[object, ...], str] = {}
+    used: dict[str, int] = {}
+    result = []
+    for layer in layers:
+        modules = [model.get_submodule(path) for path in layer.modules]
+        key: tuple[object, ...] = tuple(_structure(module) for module in modules) if modules else (layer.name,)
+        if len(modules) != 1:
+            key = (layer.name, *key)
+        if key not in names:
+            base = type(modules[0]).__name__ if len(modules) == 1 else layer.name
+            used[base] = used.get(base, 0) + 1
+            names[key] = base if used[base] == 1 else f"{base}-{used[base]}"
+        result.append(replace(layer, layer_class=names[key]))
+    return tuple(result)
+
+
+def _structure(module: nn.Module) -> tuple[object, ...]:
+    shapes = tuple(
+        (name, tuple(value.shape), value.dtype, value.requires_grad) for name, value in module.named_parameters()
+    )
+    attention = tuple(getattr(part, "attention_type", "") for part in module.modules())
+    return (type(module).__name__, repr(module), shapes, attention)
+
+
+def ties_of(model: nn.Module, layers: tuple[Layer, ...]) -> tuple[Tie, ...]:
+    """Return the parameters that occur in more than one layer."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    uses: dict[int, list[tuple[str, str]]] = {}
+    for layer in layers:
+        for name in layer.parameters:
+            uses.setdefault(id(parameters[name]), []).append((name, layer.name))
+    ties = []
+    for places in uses.values():
+        holders = tuple(dict.fromkeys(layer for _, layer in places))
+        if len(holders) > 1:
+            names = tuple(name for name, _ in places)
+            ties.append(Tie(names[0], names, holders, parameters[names[0]].numel()))
+    return tuple(ties)

@@ -1,0 +1,233 @@
+"""A model cut anywhere computes what the whole model computes."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from stagewright.modeling import split  # noqa: E402
+from stagewright.planner.errors import InvalidArgument  # noqa: E402
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, hidden):
+        return hidden + self.dropout(torch.relu(self.inner(self.norm(hidden))))
+
+
+class TinyGPT(nn.Module):
+    def __init__(self, *, tied: bool = True) -> None:
+        super().__init__()
+        self.token = nn.Embedding(50, 16)
+        self.position = nn.Embedding(8, 16)
+        self.dropout = nn.Dropout(0.1)
+        self.blocks = nn.ModuleList([Block(16) for _ in range(4)])
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 50, bias=False)
+        if tied:
+            self.head.weight = self.token.weight
+
+    def forward(self, tokens, targets):
+        hidden = self.dropout(self.token(tokens) + self.position(torch.arange(tokens.shape[1])))
+        for block in self.blocks:
+            hidden = block(hidden)
+        return functional.cross_entropy(self.head(self.norm(hidden)).flatten(0, 1), targets.flatten())
+
+
+class SkippingGPT(TinyGPT):
+    """Each block also sees the embedding: a value that skips layers inside the forward."""
+
+    def forward(self, tokens, targets):
+        hidden = first = self.token(tokens)
+        for block in self.blocks:
+            hidden = block(hidden + first)
+        return functional.cross_entropy(self.head(self.norm(hidden)).flatten(0, 1), targets.flatten())
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+
+    def forward(self, image):
+        return torch.relu(self.convolution(image))
+
+
+class TinyResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = nn.Sequential(Residual(4, 1), Residual(4, 1))
+        self.layer2 = nn.Sequential(Residual(4, 2), Residual(4, 1), Residual(4, 1))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, image):
+        image = self.layer2(self.layer1(self.relu(self.stem(image))))
+        return self.fc(torch.flatten(self.pool(image), 1))
+
+
+class Branches(nn.Module):
+    """Two branches and a join, listed explicitly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.join = nn.Bilinear(6, 6, 3)
+
+    def stagewright_layers(self):
+        return {"left": self.left, "right": self.right, "join": self.join}
+
+    def stagewright_edges(self):
+        return [("left", "join"), ("right", "join")]
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+def plain_models():
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    return {
+        "tied": (TinyGPT(), (tokens(), tokens())),
+        "untied": (TinyGPT(tied=False), (tokens(), tokens())),
+        "convolutions": (TinyResNet(), (images, torch.tensor([0, 2]))),
+        "sequential": (
+            nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),
+            (torch.ones(5, 4), torch.tensor([0, 1, 2, 0, 1])),
+        ),
+    }
+
+
+def hugging_face_models():
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    text = {"input_ids": tokens(), "labels": tokens()}
+    images = {"pixel_values": torch.ones(2, 3, 16, 16), "labels": torch.tensor([0, 1])}
+    vit = dict(sizes, image_size=16, patch_size=8)
+    del vit["vocab_size"]
+    return {
+        "llama": (transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=1)), text),
+        "gpt2": (
+            transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=16)
+            ),
+            text,
+        ),
+        "mixtral": (
+            transformers.MixtralForCausalLM(
+                transformers.MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=4)
+            ),
+            text,
+        ),
+        "bert": (transformers.BertForMaskedLM(transformers.BertConfig(**sizes)), text),
+        "vit": (transformers.ViTForImageClassification(transformers.ViTConfig(**vit)), images),
+    }
+
+
+def assert_every_cut_agrees(model, batch) -> None:
+    chain = split(model)
+    count = chain.num_layers
+    (whole,) = chain.segment(0, count).run(batch, seed=3)
+    whole.backward()
+    expected = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    for cut in range(1, count):
+        model.zero_grad()
+        sent = chain.segment(0, cut).run(batch, seed=3)
+        received = [value.detach().requires_grad_() for value in sent]
+        (loss,) = chain.segment(cut, count).run(batch, *received, seed=3)
+        assert torch.equal(loss, whole)
+        loss.backward()
+        torch.autograd.backward(sent, [value.grad for value in received])
+        for name, value in model.named_parameters():
+            if name in expected:
+                assert torch.allclose(value.grad, expected[name], rtol=1e-4, atol=1e-6), (cut, name)
+    values = chain.segment(0, 1).run(batch, seed=3)
+    for index in range(1, count):
+        values = chain.segment(index, index + 1).run(batch, *values, seed=3)
+    assert torch.equal(values[0], whole)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "convolutions", "sequential"])
+def test_a_plain_model_cut_anywhere_gives_the_same_loss_and_gradients(name):
+    torch.manual_seed(0)
+    assert_every_cut_agrees(*plain_models()[name])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "vit"])
+def test_a_hugging_face_model_cut_anywhere_gives_the_same_loss_and_gradients(name):
+    torch.manual_seed(0)
+    assert_every_cut_agrees(*hugging_face_models()[name])
+
+
+def test_layers_of_a_gpt_have_names_kinds_classes_and_ties():
+    chain = split(TinyGPT())
+    assert chain.layer_names == ("embedding", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "norm", "head", "loss")
+    assert [layer.kind for layer in chain.layers] == ["embedding", *["block"] * 4, "norm", "head", "loss"]
+    assert len({layer.layer_class for layer in chain.layers[1:5]}) == 1
+    assert [layer.num_parameters for layer in chain.layers] == [928, 304, 304, 304, 304, 32, 800, 0]
+    (tie,) = chain.ties
+    assert (tie.parameter, tie.layers, tie.num_parameters) == ("token.weight", ("embedding", "head"), 800)
+
+
+def test_stages_of_residual_nets_are_cut_inside_each_sequence_of_blocks():
+    assert split(TinyResNet()).layer_names == (
+        "stem", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer2.2", "fc", "loss",
+    )  # fmt: skip
+
+
+def test_a_graph_of_layers_joins_two_inputs():
+    model, batch = Branches(), (torch.ones(2, 4), torch.tensor([0, 1]))
+    chain = split(model)
+    left, right = chain.segment_of((0,)), chain.segment_of((1,))
+    join = chain.segment_of((2,))
+    assert join.sources == (0, 1)
+    (loss,) = join(batch, {**left(batch), **right(batch)})[2]
+    expected = functional.cross_entropy(model.join(model.left(batch[0]), model.right(batch[0])), batch[1])
+    assert torch.equal(loss, expected)
+
+
+def test_a_value_that_skips_layers_is_refused_and_never_wrong():
+    torch.manual_seed(0)
+    chain, batch = split(SkippingGPT()), (tokens(), tokens())
+    sent = chain.segment(0, 2).run(batch)
+    with pytest.raises(InvalidArgument, match=r"blocks\.2.*another stage"):
+        chain.segment(2, chain.num_layers).run(batch, *sent)
+
+
+def test_layers_called_in_another_order_than_registered_are_refused():
+    class Reversed(TinyGPT):
+        def forward(self, tokens, targets):
+            hidden = self.token(tokens)
+            for block in reversed(self.blocks):
+                hidden = block(hidden)
+            return functional.cross_entropy(self.head(self.norm(hidden)).flatten(0, 1), targets.flatten())
+
+    with pytest.raises(InvalidArgument, match=r"calls layer 'blocks\.3' where 'blocks\.0' was expected"):
+        split(Reversed()).segment(0, 8).run((tokens(), tokens()))
+
+
+def test_placeholders_take_no_gradients_and_no_buffers():
+    torch.manual_seed(0)
+    chain, batch = split(TinyGPT()), (tokens(), tokens())
+    received = torch.randn(2, 8, 16, requires_grad=True)
+    (loss,) = chain.segment(3, chain.num_layers).run(batch, received)
+    loss.backward()
+    assert chain.model.blocks[0].inner.weight.grad is None
+    assert chain.model.blocks[2].inner.weight.grad is not None
+    assert received.grad is not None
