@@ -1,0 +1,178 @@
+"""Readers of other planners' profiles: sums, round trips, unit checks, and errors with file, line and field."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stagewright.formats.dnn_partitioning import (
+    cluster_from_problem,
+    profile_from_problem,
+    read_partition_problem,
+)
+from stagewright.formats.pipedream_graph import graph_text, parse_graph, profile_from_graph
+from stagewright.formats.piper import cluster_from_piper, profile_from_piper, read_piper_problem
+from stagewright.planner.errors import InvalidDocument
+
+GRAPH = """\
+node1 -- Input0 -- forward_compute_time=0.000, backward_compute_time=0.000, activation_size=1000000.000, parameter_size=0.000
+node2 -- Conv2d(3, 64) -- forward_compute_time=2.000, backward_compute_time=4.000, activation_size=8000000.000, parameter_size=4000.000
+node3 -- LSTM(8, 8) -- forward_compute_time=1.000, backward_compute_time=2.000, activation_size=[6000.0; 2000.0], parameter_size=0.000
+\tnode1 -- node2
+\tnode2 -- node3
+"""
+
+
+def partition_object(**changes: object) -> dict[str, object]:
+    node = {"supportedOnFpga": 1, "cpuLatency": 20.0, "fpgaLatency": 2.0, "size": 1e6}
+    return {
+        "maxSizePerFPGA": 16e9,
+        "maxFPGAs": 2,
+        "maxCPUs": 1,
+        "nodes": [
+            {"name": "a", "id": 1, "isBackwardNode": 0, "colorClass": 1, **node},
+            {"name": "b", "id": 2, "isBackwardNode": 0, "colorClass": 2, **node},
+            {"name": "bgrad", "id": 3, "isBackwardNode": 1, "colorClass": 2, **node},
+            {"name": "agrad", "id": 4, "isBackwardNode": 1, "colorClass": 1, **node},
+        ],
+        "edges": [
+            {"sourceId": 1, "destId": 2, "cost": 1.0, "size": 2e6},
+            {"sourceId": 2, "destId": 3, "cost": 1.0, "size": 2e6},
+            {"sourceId": 3, "destId": 4, "cost": 1.0, "size": 2e6},
+        ],
+        **changes,
+    }
+
+
+def piper_object() -> dict[str, object]:
+    def entry(kind: str, seconds: float) -> dict[str, object]:
+        return {
+            "id": kind,
+            "timePerSample": seconds,
+            "parameterSize": 400.0,
+            "memoryUsageA": 1e6 if kind == "vanilla" else 1e4,
+            "memoryUsageB": 800.0,
+            "syncTimeFw": {},
+            "syncTimeBw": {"1": 0.0},
+        }
+
+    nodes = [
+        {
+            "id": i,
+            "name": "layer",
+            "TMPCs": {str(t): [entry("vanilla", 3e-3 / t), entry("activation recomp", 4e-3 / t)] for t in (1, 2)},
+        }
+        for i in range(2)
+    ]
+    edges = [{"sourceId": 0, "destId": 1, "communicationCost": 4096.0}]
+    return {
+        "maxDevices": 4,
+        "maxMemoryPerDevice": 8e9,
+        "bandwidth": 25e9,
+        "mbsInBatch": 16,
+        "nodes": nodes,
+        "edges": edges,
+    }
+
+
+def write(tmp_path, value) -> str:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(value))
+    return str(path)
+
+
+def test_a_graph_file_is_read_and_written_back_to_the_letter():
+    assert graph_text(parse_graph(GRAPH)).strip() == GRAPH.strip()
+
+
+def test_a_graph_becomes_layers_with_its_sums():
+    profile = profile_from_graph(parse_graph(GRAPH), name="tiny", microbatch=64)
+    costs = [profile.classes[name].costs[0] for name in profile.layer_classes]
+    assert sum(cost.forward_s for cost in costs) == pytest.approx(3e-3)
+    assert sum(cost.input_grad_s + cost.weight_grad_s for cost in costs) == pytest.approx(6e-3)
+    assert profile.num_parameters == 1000
+    assert costs[2].output_bytes == 8000
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("backward_compute_time=4.000", "backward_compute_time=fast", "graph.txt:2: backward_compute_time is 'fast'"),
+        (", parameter_size=4000.000", "", "graph.txt:2: parameter_size is missing"),
+        ("forward_compute_time=1.000", "forward_compute_time=-1", "graph.txt:3: forward_compute_time is -1.0"),
+        ("\tnode2 -- node3", "\tnode2 -- node9", "node9, which is no node"),
+        ("\tnode2 -- node3", "\tnode2 -- node3\n\tnode3 -- node1", "cycle"),
+        ("node3 -- LSTM(8, 8) -- forward", "node3 -- LSTM(8, 8) -- fo", "graph.txt:3: neither a node nor an edge"),
+    ],
+)
+def test_a_bad_graph_file_is_refused_with_line_and_field(old, new, words):
+    with pytest.raises(InvalidDocument) as caught:
+        parse_graph(GRAPH.replace(old, new))
+    assert words in caught.value.message
+
+
+def test_graph_times_in_microseconds_are_reported():
+    text = GRAPH.replace("forward_compute_time=2.000", "forward_compute_time=9000000000.000")
+    assert "milliseconds" in profile_from_graph(parse_graph(text), name="odd", microbatch=1).pedigree.warnings[0]
+
+
+def test_forward_and_backward_nodes_of_one_colour_become_one_layer(tmp_path):
+    problem = read_partition_problem(write(tmp_path, partition_object()))
+    profile = profile_from_problem(problem, name="two")
+    assert profile.layer_names == ("a", "b")
+    cost = profile.classes["a"].costs[0]
+    assert (cost.forward_s, cost.input_grad_s + cost.weight_grad_s) == (2e-3, 2e-3)
+    assert problem.to_json()["nodes"] == partition_object()["nodes"]
+    assert cluster_from_problem(problem, name="c", bytes_per_s=1e9).num_devices == 3
+
+
+def test_communication_a_thousand_times_too_small_is_reported(tmp_path):
+    believed = profile_from_problem(read_partition_problem(write(tmp_path, partition_object())), name="ok")
+    assert believed.pedigree.warnings == ()
+    edges = [{**edge, "cost": edge["cost"] / 1000} for edge in partition_object()["edges"]]
+    doubted = profile_from_problem(read_partition_problem(write(tmp_path, partition_object(edges=edges))), name="odd")
+    assert "2000 times too small" in doubted.pedigree.warnings[0]
+
+
+def test_an_edge_to_nowhere_is_refused_with_its_index(tmp_path):
+    with pytest.raises(InvalidDocument, match=r"edges\[0\] names node 99"):
+        read_partition_problem(write(tmp_path, partition_object(edges=[{"sourceId": 1, "destId": 99, "cost": 1.0}])))
+
+
+def test_a_colour_cycle_is_refused(tmp_path):
+    edges = [{"sourceId": 1, "destId": 2, "cost": 1.0}, {"sourceId": 2, "destId": 1, "cost": 1.0}]
+    problem = read_partition_problem(write(tmp_path, partition_object(edges=edges)))
+    with pytest.raises(InvalidDocument, match="cycle"):
+        profile_from_problem(problem, name="cyclic")
+
+
+def test_piper_configurations_become_tensor_degrees_and_recomputation(tmp_path):
+    problem = read_piper_problem(write(tmp_path, piper_object()))
+    profile = profile_from_piper(problem, name="piper")
+    first, second = profile.classes["0:layer"].costs
+    assert (first.tensor_degree, second.tensor_degree) == (1, 2)
+    assert first.forward_s + first.input_grad_s + first.weight_grad_s == pytest.approx(3e-3)
+    assert first.recompute_s["full"] == pytest.approx(1e-3)
+    assert profile.num_parameters == 200
+    assert read_piper_problem(write(tmp_path, problem.to_json())) == problem
+    assert cluster_from_piper(problem, name="c").groups[0].links[0].bytes_per_s == 25e9
+
+
+def test_a_truncated_piper_file_is_refused_with_the_path(tmp_path):
+    path = tmp_path / "cut.json"
+    path.write_text(json.dumps(piper_object())[:-40])
+    with pytest.raises(InvalidDocument, match=r"cut\.json: not JSON"):
+        read_piper_problem(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "forward_ms", "backward_ms"), [("vgg16", 251.87, 438.63), ("resnet50", 201.45, 260.93)]
+)
+def test_published_graphs_have_the_published_sums(peer_profiles, name, forward_ms, backward_ms):
+    text = (peer_profiles / "pipedream" / f"{name}.graph.txt").read_text()
+    graph = parse_graph(text, source=name)
+    assert sum(node.forward_ms for node in graph.nodes) == pytest.approx(forward_ms, abs=0.006)
+    assert sum(node.backward_ms for node in graph.nodes) == pytest.approx(backward_ms, abs=0.006)
+    assert parse_graph(graph_text(graph)) == graph
+    assert graph_text(graph).strip() == text.strip()
