@@ -6,10 +6,24 @@ import json
 
 import pytest
 
+from stagewright.formats.aceso import (
+    COLUMNS,
+    cluster_from_aceso,
+    operators_text,
+    parse_operators,
+    profile_from_aceso,
+    read_aceso_folder,
+    repeated_operators,
+)
 from stagewright.formats.dnn_partitioning import (
     cluster_from_problem,
     profile_from_problem,
     read_partition_problem,
+)
+from stagewright.formats.galvatron_profile import (
+    cluster_from_galvatron,
+    profile_from_galvatron,
+    read_galvatron_profile,
 )
 from stagewright.formats.pipedream_graph import graph_text, parse_graph, profile_from_graph
 from stagewright.formats.piper import cluster_from_piper, profile_from_piper, read_piper_problem
@@ -176,3 +190,141 @@ def test_published_graphs_have_the_published_sums(peer_profiles, name, forward_m
     assert sum(node.backward_ms for node in graph.nodes) == pytest.approx(backward_ms, abs=0.006)
     assert parse_graph(graph_text(graph)) == graph
     assert graph_text(graph).strip() == text.strip()
+
+
+ACESO = (
+    ",".join(COLUMNS)
+    + "\n"
+    + """\
+encoder-embedding,10.000,20.000,0.008,8.000,100.000,4.000,2.000,6.000
+enc-qkv,40.000,80.000,8.000,24.000,12.000,12.000,4.000,20.000
+enc-mlp,60.000,120.000,24.000,8.000,16.000,8.000,0.000,40.000
+post-process,30.000,30.000,8.000,0.000,0.000,8.000,1.000,0.000
+"""
+)
+
+
+@pytest.fixture
+def aceso_folder(tmp_path):
+    (tmp_path / "tiny_mbs1_tp1_algo0.csv").write_text(ACESO)
+    (tmp_path / "tiny_mbs1_tp1_algo1.csv").write_text(ACESO.replace("60.000,120.000", "50.000,100.000"))
+    (tmp_path / "prim_tiny_all_gather_2gpus.csv").write_text("data_size(MB),time(ms)\n8,2.000\n4,1.000\n")
+    (tmp_path / "p2p_intra_node.csv").write_text("1,2,4\n5.0,8.0,10.0\n")
+    return tmp_path
+
+
+def test_aceso_operators_are_written_back_to_the_letter():
+    assert operators_text(parse_operators(ACESO, source="a.csv")) == ACESO
+
+
+def test_aceso_blocks_repeat_and_the_faster_algorithm_is_taken(aceso_folder):
+    folder = read_aceso_folder(aceso_folder, "tiny")
+    profile = profile_from_aceso(folder, num_blocks=3, sequence_length=128)
+    assert profile.layer_names[:4] == ("encoder-embedding", "enc.0.enc-qkv", "enc.0.enc-mlp", "enc.1.enc-qkv")
+    assert profile.num_layers == 8
+    assert profile.classes["enc-mlp"].costs[0].forward_s == pytest.approx(50e-6)
+    link = cluster_from_aceso(folder, name="c", num_devices=2, memory_bytes=1e9).groups[0].links[0]
+    assert link.bytes_per_s == 10e9
+    assert [segment.bytes_per_s for segment in link.collectives["all-gather/2"]] == pytest.approx(
+        [4 * 2**20 / 1e-3] * 2
+    )
+
+
+def test_encoder_and_decoder_blocks_repeat_apart():
+    names = [
+        "encoder-embedding",
+        "enc-a",
+        "enc-final-layernorm",
+        "decoder-embedding",
+        "dec-a",
+        "dec-b",
+        "t5-post-process",
+    ]
+    assert [layer for layer, _ in repeated_operators(names, 2)][:5] == [
+        "encoder-embedding",
+        "enc.0.enc-a",
+        "enc.1.enc-a",
+        "enc-final-layernorm",
+        "decoder-embedding",
+    ]
+    assert len(repeated_operators(names, 2)) == 4 + 2 + 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("40.000,80.000", "40.000,soon", "a.csv:3: backward-compute is 'soon'"),
+        ("enc-mlp,60.000,", "enc-mlp,", "a.csv:4: 8 values, 9 columns"),
+        ("op_name", "operator", "a.csv:1: columns are operator"),
+    ],
+)
+def test_a_bad_aceso_table_is_refused_with_line_and_column(old, new, words):
+    with pytest.raises(InvalidDocument) as caught:
+        parse_operators(ACESO.replace(old, new), source="a.csv")
+    assert words in caught.value.message
+
+
+def test_an_aceso_folder_without_the_model_names_those_it_has(aceso_folder):
+    with pytest.raises(InvalidDocument) as caught:
+        read_aceso_folder(aceso_folder, "huge")
+    assert "tiny" in (caught.value.hint or "")
+
+
+def galvatron_files(tmp_path) -> tuple[str, str]:
+    computation = {"layernum[2]_bsz1_seq64": 9.0, "layertype_0_bsz1_seq64": 3.0, "layertype_other_bsz1_seq64": 2.0}
+    memory = {
+        "layertype_0_sp": {
+            "64": {"parameter_size": 40.0, "tp_activation_per_bsz_dict": {"1": 8.0, "2": 4.0, "checkpoint": 1.0}}
+        },
+        "other_memory_pp_off_sp": {"64": {"model_states": {"1": 160.0, "2": 80.0}, "activation": {"1": 6.0, "2": 3.0}}},
+    }
+    paths = tmp_path / "computation.json", tmp_path / "memory.json"
+    for path, value in zip(paths, (computation, memory), strict=True):
+        path.write_text(json.dumps(value))
+    return str(paths[0]), str(paths[1])
+
+
+def test_galvatron_files_become_blocks_and_a_head(tmp_path):
+    profile = profile_from_galvatron(
+        read_galvatron_profile(*galvatron_files(tmp_path)), name="g", num_layers=4, hidden_size=32
+    )
+    block = {cost.tensor_degree: cost for cost in profile.classes["block"].costs}
+    assert block[1].forward_s == pytest.approx(3e-3)
+    assert block[1].input_grad_s + block[1].weight_grad_s == pytest.approx(6e-3)
+    assert block[2].activation_bytes["none"] == 4 * 2**20
+    assert profile.num_parameters == 4 * 10 * 2**20 + 10 * 2**20
+
+
+def test_galvatron_hardware_files_become_a_measured_node(tmp_path):
+    for name, value in {
+        "a": {"allreduce_size_2_consec_1": 150.0},
+        "p": {"pp_size_2": 160.0},
+        "o": {"overlap_coe": 1.1},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    cluster = cluster_from_galvatron(
+        name="node",
+        devices_per_node=2,
+        memory_bytes=1e9,
+        allreduce=tmp_path / "a",
+        point_to_point=tmp_path / "p",
+        overlap=tmp_path / "o",
+    )
+    assert cluster.groups[0].links[0].bytes_per_s == 160e9
+    assert cluster.groups[0].links[0].overlap_slowdown == 1.1
+
+
+def test_galvatron_times_of_two_sequences_are_refused(tmp_path):
+    computation, memory = galvatron_files(tmp_path)
+    mixed = tmp_path / "mixed.json"
+    mixed.write_text(json.dumps({"layertype_0_bsz1_seq64": 3.0, "layertype_other_bsz1_seq128": 2.0}))
+    with pytest.raises(InvalidDocument, match=r"mixes sequence lengths \[64, 128\]"):
+        read_galvatron_profile(mixed, memory)
+    assert computation
+
+
+def test_published_aceso_tables_round_trip(peer_profiles):
+    tables = sorted((peer_profiles / "aceso").glob("*algo*.csv"))
+    assert len(tables) > 50
+    for table in tables:
+        assert operators_text(parse_operators(table.read_text(), source=table.name)) == table.read_text()
