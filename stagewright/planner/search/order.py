@@ -1,0 +1,366 @@
+"""An order compiled for search: its makespan, its critical paths and its memory as linear forms.
+
+A static order (family, ranks D, microbatches T, chunks v) fixes its action graph, so for stage costs F, I, W [S], hop
+seconds H [2 S - 2 or S - 1], and rank tails the makespan is a longest path
+
+    M(x) = max over paths pi of  cF(pi) . F + cI(pi) . I + cW(pi) . W + cH(pi) . H + tail[rank where pi ends]
+
+with integer counts that depend on the order alone. `sweep` gives the value, `trace` one longest path as a *cut*: a
+lower bound for every cost vector, tight at the one it was traced at. Cuts are therefore made once an order and hold for
+every partition, recomputation, degree and model that shares it.
+
+Hops are told apart by stage boundary (and by replica where an order runs two), because boundaries differ in bytes and
+in the link they cross. `Order.hop` is 0 where a dependency stays on its rank, else 1 + replica * (S - 1) + boundary.
+
+Live activations of a rank follow from the order of its own actions, never from times. For each chunk two numbers count:
+microbatches whose input gradient has not run, and microbatches that wait for their weight gradient only. `live[rank]`
+holds the vectors that no other vector of the rank dominates; the rank's peak is the largest of vector . bytes.
+
+Complexity: O(actions) to compile, to sweep and to trace. Slices, DAGs of stages and R or FILL actions are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from stagewright.planner.errors import InvalidSchedule
+from stagewright.planner.schedules.action import Kind
+from stagewright.planner.schedules.schedule import KIND, REPLICA, STAGE, Schedule, chain_edges
+from stagewright.planner.simulation.kernel import compile_order
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+
+_F, _B, _I, _W = int(Kind.F), int(Kind.B), int(Kind.I), int(Kind.W)
+
+
+class OrderKey(NamedTuple):
+    """What an order depends on: costs never enter."""
+
+    family: str
+    num_ranks: int
+    num_microbatches: int
+    num_chunks: int
+
+
+class Slot(NamedTuple):
+    """A virtual stage of one replica that a rank holds."""
+
+    replica: int
+    stage: int
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """One path of an order: counts over [F, I, W] of the stages and over hops, and the rank whose tail it ends with."""
+
+    counts: Ints
+    hops: Ints
+    end_rank: int
+
+    def value(self, costs: Floats, hop_s: Floats, tail_s: Floats) -> float:
+        """Return the path's length at `costs` [3, S], `hop_s` [num_hops] and `tail_s` [D]: at most the makespan."""
+        return float((self.counts * costs).sum() + self.hops @ hop_s + tail_s[self.end_rank])
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """An action graph in topological order; node 0 stands for "no predecessor".
+
+    Parameters
+    ----------
+    before, across : node before this one on its rank, and node on another rank that it waits for; 0 for none.
+    hop : index + 1 of the hop that `across` pays, 0 for none.
+    code : kind * S + stage with kinds F, B, I, W, or 4 S for nodes without duration.
+    last : last node of each rank.
+    placement : rank of each stage, one row a replica.
+    slots : for each rank, what it holds, by replica and stage.
+    live : for each rank, int32 [vectors, 2, slots]: microbatches before their input gradient, and between it and W.
+    split : input and weight gradients are apart somewhere.
+    """
+
+    key: OrderKey
+    before: Ints
+    across: Ints
+    hop: Ints
+    code: Ints
+    last: Ints
+    placement: Ints
+    slots: tuple[tuple[Slot, ...], ...]
+    live: tuple[Ints, ...]
+    split: bool
+    num_actions: int
+
+    @property
+    def num_stages(self) -> int:
+        return int(self.placement.shape[1])
+
+    @property
+    def num_replicas(self) -> int:
+        return int(self.placement.shape[0])
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.last)
+
+    @property
+    def num_hops(self) -> int:
+        return self.num_replicas * (self.num_stages - 1)
+
+    @cached_property
+    def hop_pairs(self) -> Ints:
+        """Ranks (from, to) of each hop in the forward direction, int32 [num_hops, 2]."""
+        pairs = [(row[s], row[s + 1]) for row in self.placement for s in range(self.num_stages - 1)]
+        return np.array(pairs, dtype=np.int32).reshape(-1, 2)
+
+    def durations(self, costs: Floats) -> Floats:
+        """Return seconds by code for stage costs [3, S] or [batch, 3, S]: F, B, I, W and a zero."""
+        forward, input_grad, weight_grad = costs[..., 0, :], costs[..., 1, :], costs[..., 2, :]
+        zero = np.zeros((*costs.shape[:-2], 1))
+        parts = (forward, input_grad + weight_grad, input_grad, weight_grad, zero)
+        return np.ascontiguousarray(np.concatenate(parts, axis=-1))
+
+    def makespan(self, costs: Floats, hop_s: Floats, tail_s: Floats) -> float:
+        """Return the seconds until every rank has run its order and its tail."""
+        end = np.empty(len(self.before))
+        return float(
+            sweep(
+                self.before, self.across, self.hop, self.code, self.last, self.durations(costs), pad(hop_s), tail_s, end
+            )
+        )
+
+    def makespans(self, costs: Floats, hop_s: Floats, tail_s: Floats) -> Floats:
+        """Return the makespan of each row of costs [n, 3, S], hops [n, num_hops] and tails [n, D]."""
+        hops = np.concatenate((np.zeros((len(hop_s), 1)), hop_s), axis=1)
+        return sweeps(
+            self.before, self.across, self.hop, self.code, self.last, self.durations(costs), hops, tail_s
+        )
+
+    def trace(self, costs: Floats, hop_s: Floats, tail_s: Floats) -> tuple[float, Cut]:
+        """Return the makespan and one longest path; ties go to the lower rank and to the same rank's predecessor."""
+        counts = np.zeros(3 * self.num_stages + self.num_hops + 1, dtype=np.int32)
+        end = np.empty(len(self.before))
+        value, end_rank = trace(
+            self.before,
+            self.across,
+            self.hop,
+            self.code,
+            self.last,
+            self.durations(costs),
+            pad(hop_s),
+            tail_s,
+            end,
+            self.num_stages,
+            counts,
+        )
+        stages = 3 * self.num_stages
+        return float(value), Cut(counts[:stages].reshape(3, -1), counts[stages + 1 :], int(end_rank))
+
+
+def pad(hop_s: Floats) -> Floats:
+    """Return the hop seconds behind a zero, the entry of dependencies that stay on their rank."""
+    return np.concatenate((np.zeros(1), hop_s))
+
+
+def compile_search_order(schedule: Schedule, key: OrderKey) -> Order:
+    """Return the order of a schedule; raises InvalidSchedule for slices, stage graphs that are no chain, and deadlocks."""
+    if schedule.num_slices > 1 or schedule.edges != chain_edges(schedule.num_stages):
+        raise InvalidSchedule(
+            f"{schedule.name} has {schedule.num_slices} slices and {len(schedule.edges)} edges; the search takes whole "
+            "microbatches on a chain of stages",
+            field="schedule",
+        )
+    graph = compile_order(schedule)
+    stages = schedule.num_stages
+    kind, stage = graph.kind_stage()
+    placement = np.ascontiguousarray(schedule.placement, dtype=np.int32)
+    if ((graph.hop == 1) & (kind < 0)).any():
+        raise InvalidSchedule(
+            f"{schedule.name} fuses actions that wait for messages; the search takes separate actions", field="schedule"
+        )
+    replica = np.zeros(len(kind), dtype=np.int32)
+    for row in range(1, len(placement)):
+        replica[(kind >= 0) & (placement[row][stage] == graph.rank) & (placement[0][stage] != graph.rank)] = row
+    boundary = np.where(kind == _F, stage - 1, stage)
+    hop = np.where(graph.hop == 1, 1 + replica * (stages - 1) + boundary, 0).astype(np.int32)
+    code = np.where(kind >= 0, kind * stages + stage, 4 * stages).astype(np.int32)
+    slots = tuple(
+        tuple(Slot(r, s) for r in range(len(placement)) for s in range(stages) if placement[r, s] == rank)
+        for rank in range(schedule.num_ranks)
+    )
+    rows = [np.ascontiguousarray(order) for order in schedule.orders]
+    return Order(
+        key=key,
+        before=graph.before,
+        across=graph.across,
+        hop=hop,
+        code=code,
+        last=graph.last,
+        placement=placement,
+        slots=slots,
+        live=tuple(live_vectors(rows[rank], slots[rank], stages) for rank in range(schedule.num_ranks)),
+        split=any(bool((order[:, KIND] == _W).any()) for order in rows),
+        num_actions=graph.num_actions,
+    )
+
+
+def live_vectors(order: Ints, slots: tuple[Slot, ...], num_stages: int) -> Ints:
+    """Return the non-dominated vectors of live microbatches of one rank, int32 [vectors, 2, slots]."""
+    position = np.full(2 * num_stages if not slots else (1 + max(s.replica for s in slots)) * num_stages, -1, np.int32)
+    for index, slot in enumerate(slots):
+        position[slot.replica * num_stages + slot.stage] = index
+    kinds = order[:, KIND].astype(np.int32)
+    cells = position[order[:, REPLICA] * num_stages + order[:, STAGE]].astype(np.int32)
+    vectors = _peaks(kinds, cells, len(slots))
+    keep = _non_dominated(vectors)
+    return np.ascontiguousarray(vectors[keep].reshape(-1, 2, len(slots)))
+
+
+@njit(cache=True)
+def _peaks(kinds: Ints, cells: Ints, num_slots: int) -> Ints:
+    """Return the live vector at each forward that another kind of action follows; that is where live bytes can peak."""
+    live = np.zeros(2 * num_slots, dtype=np.int32)
+    count = 0
+    for index in range(len(kinds)):
+        if kinds[index] == _F and (index + 1 == len(kinds) or kinds[index + 1] != _F):
+            count += 1
+    found = np.empty((count, 2 * num_slots), dtype=np.int32)
+    row = 0
+    for index in range(len(kinds)):
+        kind, cell = kinds[index], cells[index]
+        if kind == _F:
+            live[cell] += 1
+            if index + 1 == len(kinds) or kinds[index + 1] != _F:
+                found[row] = live
+                row += 1
+        elif kind == _B:
+            live[cell] -= 1
+        elif kind == _I:
+            live[cell] -= 1
+            live[num_slots + cell] += 1
+        elif kind == _W:
+            live[num_slots + cell] -= 1
+    return found
+
+
+@njit(cache=True)
+def _non_dominated(vectors: Ints) -> npt.NDArray[np.bool_]:
+    """Return which rows no other row dominates; of equal rows the first stays.
+
+    A microbatch before its input gradient holds at least what one after it holds, so (a, b) is compared by a and a + b.
+    """
+    count, width = vectors.shape
+    half = width // 2
+    keep = np.ones(count, dtype=np.bool_)
+    kept = np.empty(count, dtype=np.int64)
+    num_kept = 0
+    for index in range(count):
+        dominated = False
+        for place in range(num_kept):
+            other = kept[place]
+            if _covers(vectors[other], vectors[index], half):
+                dominated = True
+                break
+        if dominated:
+            keep[index] = False
+            continue
+        remaining = 0
+        for place in range(num_kept):
+            other = kept[place]
+            if _covers(vectors[index], vectors[other], half):
+                keep[other] = False
+            else:
+                kept[remaining] = other
+                remaining += 1
+        kept[remaining] = index
+        num_kept = remaining + 1
+    return keep
+
+
+@njit(cache=True, inline="always")
+def _covers(more: Ints, less: Ints, half: int) -> bool:
+    for cell in range(half):
+        if more[cell] < less[cell] or more[cell] + more[half + cell] < less[cell] + less[half + cell]:
+            return False
+    return True
+
+
+@njit(cache=True)
+def sweep(
+    before: Ints,
+    across: Ints,
+    hop: Ints,
+    code: Ints,
+    last: Ints,
+    duration: Floats,
+    hop_s: Floats,
+    tail_s: Floats,
+    end: Floats,
+) -> float:
+    """Fill `end` with end times and return the makespan; `hop_s` starts with the zero of `pad`."""
+    end[0] = 0.0
+    for node in range(1, len(before)):
+        arrival = end[across[node]] + hop_s[hop[node]]
+        end[node] = max(end[before[node]], arrival) + duration[code[node]]
+    value = 0.0
+    for rank in range(len(last)):
+        if last[rank] > 0:
+            value = max(value, end[last[rank]] + tail_s[rank])
+    return value
+
+
+@njit(cache=True)
+def sweeps(
+    before: Ints, across: Ints, hop: Ints, code: Ints, last: Ints, duration: Floats, hop_s: Floats, tail_s: Floats
+) -> Floats:
+    """Return the makespan of each row of durations, hops and tails."""
+    values = np.empty(len(duration))
+    end = np.empty(len(before))
+    for index in range(len(duration)):
+        values[index] = sweep(before, across, hop, code, last, duration[index], hop_s[index], tail_s[index], end)
+    return values
+
+
+@njit(cache=True)
+def trace(
+    before: Ints,
+    across: Ints,
+    hop: Ints,
+    code: Ints,
+    last: Ints,
+    duration: Floats,
+    hop_s: Floats,
+    tail_s: Floats,
+    end: Floats,
+    num_stages: int,
+    counts: Ints,
+) -> tuple[float, int]:
+    """Add one longest path to `counts` [F, I, W, pad, hops]; return the makespan and the rank where the path ends."""
+    value = sweep(before, across, hop, code, last, duration, hop_s, tail_s, end)
+    end_rank = 0
+    for rank in range(len(last)):
+        if last[rank] > 0 and end[last[rank]] + tail_s[rank] == value:
+            end_rank = rank
+            break
+    node = last[end_rank]
+    while node > 0:
+        if code[node] < 4 * num_stages:
+            kind, stage = divmod(code[node], num_stages)
+            if kind == 0:
+                counts[stage] += 1
+            if kind in (1, 2):
+                counts[num_stages + stage] += 1
+            if kind in (1, 3):
+                counts[2 * num_stages + stage] += 1
+        if end[across[node]] + hop_s[hop[node]] > end[before[node]]:
+            counts[3 * num_stages + hop[node]] += 1
+            node = across[node]
+        else:
+            node = before[node]
+    return value, end_rank
