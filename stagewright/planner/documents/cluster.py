@@ -32,6 +32,10 @@ class Device(Part):
     memory_bytes_per_s : bandwidth of the device memory.
     flops : dense FLOP per second by dtype, without sparsity.
     matmul_efficiency, memory_efficiency : share of the peak reached, by operation size (FLOP, bytes), ascending.
+    attention_efficiency : share of the peak reached by fused attention, by FLOP; matmul's when empty.
+    launch_s : time of the smallest kernel.
+    host_bytes_per_s : bandwidth to host memory and each direction, for offload.
+    reserved_bytes : what the driver, the framework and the communication library take before the first tensor.
     reference : where the numbers were published.
     """
 
@@ -42,6 +46,10 @@ class Device(Part):
     flops: Annotated[dict[DType, Rate], Field(min_length=1)]
     matmul_efficiency: tuple[EfficiencyPoint, ...] = ()
     memory_efficiency: tuple[EfficiencyPoint, ...] = ()
+    attention_efficiency: tuple[EfficiencyPoint, ...] = ()
+    launch_s: Seconds = 0.0
+    host_bytes_per_s: Rate | None = None
+    reserved_bytes: Bytes = 0.0
     price_per_hour: Annotated[float, Field(ge=0)] | None = None
     source: Source = Source.ANALYTIC
     reference: str = ""
@@ -64,7 +72,9 @@ class LinkLevel(Part):
     latency_s, bytes_per_s : alpha and 1/beta, per device and direction.
     segments : measured piecewise lines for point-to-point; they replace the two numbers from their sizes on.
     collectives : measured piecewise lines by collective, on the bytes of the full tensor.
+    achieved_share : share of `bytes_per_s` that large messages reach; 1 where the number was measured.
     overlap_slowdown : factor on compute while this level is busy, 1 when none.
+    reduces_in_network : switches add up an all-reduce, so each device sends its tensor once.
     """
 
     name: Name
@@ -73,7 +83,9 @@ class LinkLevel(Part):
     bytes_per_s: Rate
     segments: tuple[LinkSegment, ...] = ()
     collectives: dict[str, tuple[LinkSegment, ...]] = {}
+    achieved_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     overlap_slowdown: Annotated[float, Field(ge=1)] = 1.0
+    reduces_in_network: bool = False
     source: Source = Source.ANALYTIC
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from stagewright.planner.documents.document import Bytes, Count, Index, Name, Part
 
-Axis = Literal["tp", "sp", "cp", "ep", "etp", "vocab"]
+Axis = Literal["tp", "sp", "cp", "ep", "etp", "vocab", "kv"]
 
 
 class Operator(Part):
@@ -20,30 +20,56 @@ class Operator(Part):
 
     Parameters
     ----------
-    kind : what runs; the roofline's efficiency curve is chosen by it.
+    kind : what runs; the roofline's efficiency curve is chosen by it. `dispatch` is the exchange of tokens with experts.
     flops_per_token : forward FLOP for each token, except the part that grows with the sequence.
     flops_per_token_per_position : forward FLOP for each token and each position attended to.
     output_features, inner_features : n and k of a matrix product, for the efficiency by size.
-    read_bytes_per_token, weight_bytes : memory traffic besides the matrix product's operands.
+    read_bytes_per_token : memory traffic besides the matrix product's operands.
+    read_bytes_per_token_per_position : the part of it that grows with the sequence (attention scores read and written).
     kept_bytes_per_token : bytes kept for the backward.
     kept_bytes_per_token_per_position : the part that grows with the sequence (attention scores kept).
+    kept_split : degrees that divide what is kept, where they differ from `split`.
     recomputed_by : the level of recomputation that drops and recomputes this operator.
-    split : degrees that divide it.
+    split : degrees that divide it; context parallelism divides the tokens of every operator and is not named.
     parameters : trainable parameters.
+    input_grad_factor, weight_grad_factor : work of each half of the backward over the forward's; by kind when None.
+    positions : how many positions a token attends to: all, those before it, or those in the `window`.
+    num_groups : equal products run as one grouped kernel (the routed experts).
+    kv_features : features of keys and values together, which context parallelism exchanges.
+    enters, exits : the operator begins or ends a region split by tensor parallelism, so its input is gathered
+        (or its gradient reduced), or its output reduced.
+    fp32_output : the output is kept and exchanged in 4-byte numbers whatever the precision (logits).
+    output_bytes_per_token : bytes of the layer's boundary tensor when this operator writes it.
+    tokens_per_sample : tokens of one sample when not the job's sequence length (image patches).
     """
 
     name: Name
-    kind: Literal["matmul", "attention", "elementwise", "norm", "embedding", "softmax-loss", "convolution", "router"]
+    kind: Literal[
+        "matmul", "attention", "elementwise", "norm", "embedding", "softmax-loss", "convolution", "router", "dispatch"
+    ]
     flops_per_token: Annotated[float, Field(ge=0)] = 0.0
     flops_per_token_per_position: Annotated[float, Field(ge=0)] = 0.0
     output_features: Index = 0
     inner_features: Index = 0
     read_bytes_per_token: Bytes = 0.0
+    read_bytes_per_token_per_position: Bytes = 0.0
     kept_bytes_per_token: Bytes = 0.0
     kept_bytes_per_token_per_position: Bytes = 0.0
+    kept_split: tuple[Axis, ...] | None = None
     recomputed_by: Literal["selective", "full"] = "full"
     split: tuple[Axis, ...] = ()
     parameters: Index = 0
+    input_grad_factor: Annotated[float, Field(ge=0)] | None = None
+    weight_grad_factor: Annotated[float, Field(ge=0)] | None = None
+    positions: Literal["all", "causal"] = "all"
+    window: Count | None = None
+    num_groups: Count = 1
+    kv_features: Index = 0
+    enters: bool = False
+    exits: bool = False
+    fp32_output: bool = False
+    output_bytes_per_token: Bytes = 0.0
+    tokens_per_sample: Index = 0
 
 
 class Architecture(Part):

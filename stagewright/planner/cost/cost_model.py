@@ -1,0 +1,369 @@
+"""The one object that answers what layers cost under degrees: compute, communication, memory.
+
+`table` gives the costs of all layers for one combination of degrees and microbatch; what depends on the pipeline
+(boundaries, gradient reduction, states) stands in methods beside it. Each number comes from the best source: a measured
+entry of the exact configuration, an interpolation between measured ones, the operators' rooflines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from stagewright.planner.cost import legality as rules
+from stagewright.planner.cost.communication import collective_s, message_s
+from stagewright.planner.cost.data_parallel import ReplicaTraffic, replica_traffic
+from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder, GroupShape, link_between
+from stagewright.planner.cost.layer_cost import LayerCost, analytic_cost
+from stagewright.planner.cost.layer_table import Floats, LayerTable
+from stagewright.planner.cost.measured_cost import measured_cost, worst_source
+from stagewright.planner.cost.memory import StateBytes, device_state_bytes, state_divisors
+from stagewright.planner.cost.operator_cost import Setting
+from stagewright.planner.cost.options import DEFAULT_OPTIONS, CostOptions
+from stagewright.planner.cost.rank_groups import RankGroups
+from stagewright.planner.cost.roofline import Roofline
+from stagewright.planner.documents.cluster import Cluster, LinkLevel, NodeGroup
+from stagewright.planner.documents.job import TrainingJob, element_bytes
+from stagewright.planner.documents.operator import Architecture
+from stagewright.planner.documents.plan import Degrees
+from stagewright.planner.documents.profile import LayerClass, ModelProfile
+from stagewright.planner.errors import InvalidArgument
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The way between two pipeline ranks: seconds = latency_s + bytes / bytes_per_s, bytes as in `output_bytes`."""
+
+    latency_s: float
+    bytes_per_s: float
+
+    def seconds(self, size_bytes: float) -> float:
+        """Return the seconds of one boundary tensor of one device."""
+        return self.latency_s + size_bytes / self.bytes_per_s
+
+
+SAME_DEVICE = Boundary(0.0, float("inf"))
+
+
+@dataclass(frozen=True, eq=False)
+class ReplicaTable:
+    """Data-parallel seconds of each layer, linear in the layers so that they add up over a stage; shape [L].
+
+    Parameters
+    ----------
+    forward_s, backward_s : exposed, for each microbatch: ZeRO-3's gathers, ZeRO-2's reductions.
+    tail_s : once an iteration, after the last backward of the stage.
+    optimizer_s : optimizer step after ZeRO divided it.
+    latency_s : once an iteration and stage, whatever its layers.
+    """
+
+    forward_s: Floats
+    backward_s: Floats
+    tail_s: Floats
+    optimizer_s: Floats
+    latency_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class CostModel:
+    """Costs of a model on a cluster for a job.
+
+    Parameters
+    ----------
+    order : axes from the fastest varying device number to the slowest.
+    """
+
+    profile: ModelProfile
+    cluster: Cluster
+    job: TrainingJob
+    options: CostOptions = DEFAULT_OPTIONS
+    order: AxisOrder = DEFAULT_ORDER
+    _tables: dict[tuple[object, ...], LayerTable] = field(default_factory=dict, repr=False)
+
+    def legality(self, degrees: Degrees, microbatch: int) -> str | None:
+        """Return why the model cannot be split so, with both numbers; None when it can."""
+        return rules.legality(self.profile, self.cluster, self.job, degrees, microbatch)
+
+    def table(self, degrees: Degrees, microbatch: int, *, group: str | None = None) -> LayerTable:
+        """Return the costs of all layers for one microbatch on one device of a node group (the first one by default).
+
+        Raises InvalidArgument for degrees that `legality` refuses.
+        """
+        node_group = self.node_group(group)
+        # Neither ZeRO nor dp changes a microbatch's cost, unless the links of a group change with them.
+        key = (degrees, microbatch, node_group.name)
+        found = self._tables.get(key)
+        if found is None:
+            reason = self.legality(degrees, microbatch)
+            if reason is not None:
+                raise InvalidArgument(reason, field="degrees")
+            found = self._tables[key] = self._make_table(degrees, microbatch, node_group)
+        return found
+
+    def node_group(self, name: str | None) -> NodeGroup:
+        """Return a node group by name, the first one for None; raises InvalidArgument for an unknown name."""
+        if name is None:
+            return self.cluster.groups[0]
+        for group in self.cluster.groups:
+            if group.name == name:
+                return group
+        known = ", ".join(group.name for group in self.cluster.groups)
+        raise InvalidArgument(f"the cluster has no group {name!r}", field="group", hint=f"its groups: {known}")
+
+    def roofline(self, group: str | None = None) -> Roofline:
+        """Return the rates of a group's device at the job's precision."""
+        return Roofline.of(self.node_group(group).device, self.job.precision)
+
+    def rank_groups(self, degrees: Degrees, *, group: str | None = None, num_pipeline_ranks: int = 1) -> RankGroups:
+        """Return the communication groups of one pipeline rank."""
+        return RankGroups(degrees, self.node_group(group), self.order, num_pipeline_ranks)
+
+    def states(self, dense_parameters: float, expert_parameters: float, degrees: Degrees) -> StateBytes:
+        """Return parameters, gradients and optimizer of a device that holds so many parameters before ZeRO."""
+        return device_state_bytes(
+            dense_parameters, expert_parameters, degrees, self.job.optimizer, shard_size=self.options.sharding_group
+        )
+
+    def boundary(
+        self, degrees: Degrees, source_rank: int, target_rank: int, *, target: Degrees | None = None
+    ) -> Boundary:
+        """Return the link from one pipeline rank to another, the slowest over their devices.
+
+        Ranks are blocks of dp * cp * tp devices in order. Where tensor parallelism replicates the boundary tensor, each
+        of its devices sends 1/tp of it and gathers the rest inside (Narayanan et al. 2021); the gather is in the line.
+        """
+        if source_rank == target_rank:
+            return SAME_DEVICE
+        other = target or degrees
+        count = max(degrees.num_devices, other.num_devices)
+        slowest = SAME_DEVICE
+        for index in range(count):
+            first = self._device(source_rank, index % degrees.num_devices, degrees)
+            second = self._device(target_rank, index % other.num_devices, other)
+            slowest = _slower(slowest, _line(link_between(first, second, self.cluster)))
+        if not other.sp and other.tp > 1 and self.options.scatter_gather:
+            inside = self.rank_groups(other).tp
+            slowest = Boundary(
+                slowest.latency_s + inside.ring_latency_s,
+                1 / (1 / slowest.bytes_per_s + (other.tp - 1) / inside.ring_bytes_per_s),
+            )
+        return slowest
+
+    def _device(self, rank: int, index: int, degrees: Degrees) -> int:
+        return (rank * degrees.num_devices + index) % self.cluster.num_devices
+
+    def traffic(
+        self,
+        dense_parameters: float,
+        expert_parameters: float,
+        degrees: Degrees,
+        *,
+        group: str | None = None,
+        num_pipeline_ranks: int = 1,
+    ) -> ReplicaTraffic:
+        """Return the data-parallel communication of a device with so many parameters before ZeRO, without overlap."""
+        groups = self.rank_groups(degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
+        return self._traffic(dense_parameters, groups.replicas, degrees) + self._traffic(
+            expert_parameters, groups.expert_replicas, degrees
+        )
+
+    def gradient_sync_s(
+        self,
+        dense_parameters: float,
+        expert_parameters: float,
+        degrees: Degrees,
+        *,
+        group: str | None = None,
+        num_pipeline_ranks: int = 1,
+        backward_s: float = 0.0,
+    ) -> float:
+        """Return the exposed seconds after the last backward: gradients reduced, weights gathered under ZeRO-1.
+
+        `backward_s` is the compute of the stage's last backward, under which reduction hides when the options overlap.
+        """
+        traffic = self.traffic(
+            dense_parameters, expert_parameters, degrees, group=group, num_pipeline_ranks=num_pipeline_ranks
+        )
+        if not self.options.gradient_overlap:
+            return traffic.tail_s
+        gradient_bytes = (dense_parameters + expert_parameters) * self.job.optimizer.gradient_bytes
+        last = min(1.0, self.options.bucket_bytes / gradient_bytes) if gradient_bytes else 0.0
+        return max(traffic.tail_s * last, traffic.tail_s - backward_s)
+
+    def replica_table(
+        self, degrees: Degrees, microbatch: int, *, group: str | None = None, num_pipeline_ranks: int = 1
+    ) -> ReplicaTable:
+        """Return the data-parallel seconds of each layer: what ZeRO adds to each microbatch, and the tail."""
+        table = self.table(degrees, microbatch, group=group)
+        unit = 2.0**30
+        dense = self.traffic(unit, 0.0, degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
+        expert = self.traffic(0.0, unit, degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
+        latency = self.traffic(1.0, 0.0, degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
+        dense_share, expert_share = table.dense_parameters / unit, table.expert_parameters / unit
+        forward_s = dense_share * dense.forward_s + expert_share * expert.forward_s
+        backward_s = dense_share * dense.backward_s + expert_share * expert.backward_s
+        if self.options.prefetch:
+            forward_s = np.maximum(0.0, forward_s - table.forward_s)
+            backward_s = np.maximum(0.0, backward_s - table.input_grad_s - table.weight_grad_s)
+        dense_divisor, expert_divisor = state_divisors(degrees, self.options.sharding_group)
+        total = np.maximum(table.dense_parameters + table.expert_parameters, 1.0)
+        share = (table.dense_parameters / dense_divisor + table.expert_parameters / expert_divisor) / total
+        return ReplicaTable(
+            forward_s=forward_s,
+            backward_s=backward_s,
+            tail_s=dense_share * dense.tail_s + expert_share * expert.tail_s,
+            optimizer_s=table.optimizer_s * share,
+            latency_s=latency.tail_s,
+        )
+
+    def tied_sync_s(self, degrees: Degrees, first_rank: int, last_rank: int) -> float:
+        """Return the seconds of reducing the gradient of tied embeddings between two pipeline ranks."""
+        total = 0.0
+        for tie in self.profile.tied:
+            divisor = degrees.tp if degrees.vocab_parallel else 1
+            size = tie.num_parameters / divisor * self.job.optimizer.gradient_bytes
+            first = self._device(first_rank, 0, degrees)
+            last = self._device(last_rank, 0, degrees)
+            total += message_s(size, link_between(first, last, self.cluster))
+        return total
+
+    def collective_s(self, operation: str, size_bytes: float, shape: GroupShape) -> float:
+        """Return the seconds of a collective over a group of this cluster."""
+        return collective_s(operation, size_bytes, shape)  # type: ignore[arg-type]
+
+    def _traffic(self, parameters: float, shape: GroupShape, degrees: Degrees) -> ReplicaTraffic:
+        optimizer, options = self.job.optimizer, self.options
+        return replica_traffic(
+            parameters * optimizer.gradient_bytes,
+            parameters * optimizer.parameter_bytes,
+            shape,
+            zero=degrees.zero,
+            shard_size=options.sharding_group,
+            accumulate=options.accumulate_sharded,
+            gather_once=options.gather_once,
+        )
+
+    @cached_property
+    def _architecture(self) -> Architecture:
+        return self.profile.architecture or Architecture()
+
+    def _setting(self, degrees: Degrees, microbatch: int) -> Setting:
+        return Setting(
+            degrees=degrees,
+            microbatch=microbatch,
+            sequence_length=self.job.sequence_length,
+            element_bytes=activation_bytes(self.job.precision),
+            architecture=self._architecture,
+            expert_imbalance=self.job.expert_imbalance,
+            profile_element_bytes=activation_bytes(self.profile.dtype),
+        )
+
+    def _make_table(self, degrees: Degrees, microbatch: int, group: NodeGroup) -> LayerTable:
+        setting = self._setting(degrees, microbatch)
+        groups = RankGroups(degrees, group, self.order)
+        roofline = Roofline.of(group.device, self.job.precision)
+        costs = {
+            name: self._layer_cost(layer, setting, roofline, groups) for name, layer in self.profile.classes.items()
+        }
+        return self._assemble(costs, roofline)
+
+    def _layer_cost(self, layer: LayerClass, setting: Setting, roofline: Roofline, groups: RankGroups) -> LayerCost:
+        cost = measured_cost(layer, setting, groups) if layer.costs else None
+        if cost is not None:
+            return cost
+        return analytic_cost(layer, setting, roofline, groups, self.options)
+
+    def _assemble(self, costs: dict[str, LayerCost], roofline: Roofline) -> LayerTable:
+        """Return the table of all layers from the costs of their classes."""
+        names = list(costs)
+        index = np.array([names.index(name) for name in self.profile.layer_classes], dtype=np.intp)
+        values = list(costs.values())
+
+        def column(numbers: list[float]) -> Floats:
+            return np.array(numbers, dtype=np.float64)[index]
+
+        none = column([cost.kept_bytes[0] for cost in values])
+        selective = np.minimum(none, column([cost.kept_bytes[1] for cost in values]))
+        output = column([cost.output_bytes for cost in values])
+        full = self._full_kept(values, index, output, selective)
+        workspace = column([cost.workspace_bytes for cost in values])
+        dense = column([cost.dense_parameters for cost in values])
+        expert = column([cost.expert_parameters for cost in values])
+        return LayerTable(
+            forward_s=column([cost.forward_s for cost in values]),
+            input_grad_s=column([cost.input_grad_s for cost in values]),
+            weight_grad_s=column([cost.weight_grad_s for cost in values]),
+            recompute_s=np.stack([column([cost.recompute_s[level] for cost in values]) for level in range(3)]),
+            activation_bytes=np.stack([none, selective, full]),
+            freed_at_input_grad=np.stack(
+                [column([cost.freed_at_input_grad[level] for cost in values]) for level in range(3)]
+            ),
+            # Recomputed tensors live again while the layer's backward runs.
+            workspace_bytes=np.stack([workspace, workspace + none - selective, workspace + none - full]),
+            output_bytes=output,
+            dense_parameters=dense,
+            expert_parameters=expert,
+            optimizer_s=self._optimizer_s(values, index, dense + expert, roofline),
+            model_flops=column([cost.model_flops for cost in values]),
+            link_bytes={
+                name: column([cost.link_bytes.get(name, 0.0) for cost in values])
+                for name in sorted({name for cost in values for name in cost.link_bytes})
+            },
+            source=worst_source([costs[name].source for name in set(self.profile.layer_classes)]),
+        )
+
+    def _full_kept(
+        self, values: list[LayerCost], index: np.ndarray[tuple[int], np.dtype[np.intp]], output: Floats, weaker: Floats
+    ) -> Floats:
+        """Return the bytes of each layer's input, all that full recomputation keeps."""
+        inputs = np.zeros(len(index))
+        for source, target in self.profile.edge_indices:
+            inputs[target] += output[source]
+        kept = np.minimum(weaker, inputs)
+        for layer, position in enumerate(index):
+            measured = values[position].full_kept_bytes
+            if measured is not None:
+                kept[layer] = min(measured, weaker[layer])
+        return kept
+
+    def _optimizer_s(
+        self,
+        values: list[LayerCost],
+        index: np.ndarray[tuple[int], np.dtype[np.intp]],
+        parameters: Floats,
+        roofline: Roofline,
+    ) -> Floats:
+        """Return the optimizer step of each layer: states read and written, gradients read twice (norm and step)."""
+        optimizer = self.job.optimizer
+        moved = 2 * optimizer.state_bytes + 2 * optimizer.gradient_bytes + optimizer.parameter_bytes
+        rate = roofline.bytes_per_s * roofline.memory(1e9)
+        seconds = parameters * moved / rate
+        for layer, position in enumerate(index):
+            measured = values[position].optimizer_s
+            if measured is not None:
+                seconds[layer] = measured
+        return seconds
+
+
+def activation_bytes(precision: str) -> float:
+    """Return the bytes of one activation; in FP8 training only the operands of products are narrow, the rest is bf16."""
+    return 2.0 if precision == "fp8" else float(element_bytes(precision))
+
+
+def with_options(model: CostModel, **changes: object) -> CostModel:
+    """Return the same model with some options changed."""
+    options = replace(model.options, **changes)  # type: ignore[arg-type]
+    return CostModel(model.profile, model.cluster, model.job, options, model.order)
+
+
+def _line(link: LinkLevel | None) -> Boundary:
+    if link is None:
+        return SAME_DEVICE
+    return Boundary(link.latency_s, link.bytes_per_s * link.achieved_share)
+
+
+def _slower(first: Boundary, second: Boundary) -> Boundary:
+    reference_bytes = 2.0**23
+    return first if first.seconds(reference_bytes) >= second.seconds(reference_bytes) else second

@@ -1,0 +1,237 @@
+"""The cost of one layer class on one device, analytic, with every collective it issues.
+
+Compute is the sum over the operators of their rooflines. Traffic is derived from the operators' marks: where a
+tensor-split region begins or ends, attention under context parallelism, dispatch and combine of experts. What is kept
+follows Korthikanti et al. 2022 (with materialised scores) or FlashAttention (without), as the operators say:
+
+    none       every operator's kept bytes            34 sbh + 5 a s^2 b  for their transformer layer
+    selective  those recomputed only by `full`        34 sbh
+    full       the layer's input                       2 sbh
+
+Full recomputation runs the whole forward again, its collectives too; selective the operators it drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from stagewright.planner.cost.communication import Operation, collective_s, sent_bytes
+from stagewright.planner.cost.groups import GroupShape
+from stagewright.planner.cost.operator_cost import Setting, phase_seconds, positions, work
+from stagewright.planner.cost.options import CostOptions
+from stagewright.planner.cost.rank_groups import RankGroups
+from stagewright.planner.cost.roofline import Roofline
+from stagewright.planner.documents.operator import Operator
+from stagewright.planner.documents.profile import LayerClass, Source
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One collective that a device takes part in for each microbatch."""
+
+    forward: bool
+    operation: Operation
+    group_name: str
+    payload_bytes: float
+    count: int = 1
+    hidden_under_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Costs of one layer for one microbatch on one device, levels in the order none, selective, full.
+
+    `input_bytes` is not known here: the activation of level full is set where the layer's predecessors are.
+    """
+
+    forward_s: float
+    input_grad_s: float
+    weight_grad_s: float
+    recompute_s: tuple[float, float, float]
+    kept_bytes: tuple[float, float]
+    workspace_bytes: float
+    output_bytes: float
+    dense_parameters: float
+    expert_parameters: float
+    model_flops: float
+    exposed_forward_s: float = 0.0
+    exposed_backward_s: float = 0.0
+    link_bytes: dict[str, float] = field(default_factory=dict)
+    freed_at_input_grad: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    optimizer_s: float | None = None
+    full_kept_bytes: float | None = None
+    source: Source = Source.ANALYTIC
+
+
+def analytic_cost(
+    layer: LayerClass, setting: Setting, roofline: Roofline, groups: RankGroups, options: CostOptions
+) -> LayerCost:
+    """Return the cost of a layer from its operators."""
+    forward_s = input_s = weight_s = selective_s = 0.0
+    kept_none = kept_selective = workspace = 0.0
+    output_bytes = dense = expert = flops = 0.0
+    exchanges: list[Exchange] = []
+    for operator in layer.operators:
+        size = work(operator, setting)
+        seconds = phase_seconds(operator, size, roofline)
+        forward_s += seconds.forward
+        input_s += seconds.input_grad
+        weight_s += seconds.weight_grad
+        kept_none += size.kept_bytes
+        workspace = max(workspace, size.output_bytes)
+        if operator.recomputed_by == "selective":
+            selective_s += seconds.forward
+        else:
+            kept_selective += size.kept_bytes
+        scale = setting.element_bytes / setting.profile_element_bytes
+        output_bytes += setting.tokens(operator) * operator.output_bytes_per_token * scale
+        dense_part, expert_part = device_parameters(operator, setting)
+        dense += dense_part
+        expert += expert_part
+        flops += whole_flops(operator, setting)
+        exchanges += operator_exchanges(operator, setting, options, seconds.forward, seconds.input_grad)
+    forward_comm_s, backward_comm_s, link_bytes = price(exchanges, groups)
+    forward_s += forward_comm_s
+    return LayerCost(
+        forward_s=forward_s,
+        input_grad_s=input_s + backward_comm_s,
+        weight_grad_s=weight_s,
+        recompute_s=(0.0, selective_s, forward_s),
+        kept_bytes=(kept_none, kept_selective),
+        workspace_bytes=2 * workspace,
+        output_bytes=output_bytes / setting.divisor(("sp",)),
+        dense_parameters=dense,
+        expert_parameters=expert,
+        model_flops=flops,
+        exposed_forward_s=forward_comm_s,
+        exposed_backward_s=backward_comm_s,
+        link_bytes=link_bytes,
+    )
+
+
+def device_parameters(operator: Operator, setting: Setting) -> tuple[float, float]:
+    """Return (dense, expert) parameters of an operator on one device, before ZeRO."""
+    if "ep" in operator.split:
+        return 0.0, operator.parameters / (setting.degrees.ep * setting.degrees.etp)
+    return operator.parameters / setting.divisor([axis for axis in operator.split if axis != "sp"]), 0.0
+
+
+def whole_flops(operator: Operator, setting: Setting) -> float:
+    """Return the forward FLOP of the matrix products of a microbatch over all devices, attention counted in full."""
+    if operator.kind not in ("matmul", "attention", "convolution", "router"):
+        return 0.0
+    length = setting.length(operator)
+    attended = min(length, operator.window or length)
+    per_token = operator.flops_per_token + operator.flops_per_token_per_position * attended
+    return setting.microbatch * length * per_token
+
+
+def operator_exchanges(
+    operator: Operator, setting: Setting, options: CostOptions, forward_s: float, input_grad_s: float
+) -> list[Exchange]:
+    """Return the collectives an operator issues, and the compute each may hide under."""
+    found = _tensor_exchanges(operator, setting, options, forward_s, input_grad_s)
+    if operator.kind == "attention" and setting.degrees.cp > 1:
+        found += _context_exchanges(operator, setting, options, forward_s, input_grad_s)
+    if operator.kind == "dispatch":
+        found += _expert_exchanges(operator, setting, options)
+    return found
+
+
+def price(exchanges: Sequence[Exchange], groups: RankGroups) -> tuple[float, float, dict[str, float]]:
+    """Return exposed forward and backward seconds, and the bytes one device sends by "operation/group"."""
+    shapes: dict[str, Callable[[], GroupShape]] = {
+        "tp": lambda: groups.tp,
+        "ulysses": lambda: groups.ulysses,
+        "ring": lambda: groups.ring,
+        "cp": lambda: groups.context,
+        "ep": lambda: groups.ep,
+        "etp": lambda: groups.etp,
+        "dp": lambda: groups.replicas,
+    }
+    exposed = [0.0, 0.0]
+    link_bytes: dict[str, float] = {}
+    for exchange in exchanges:
+        shape = shapes[exchange.group_name]()
+        if shape.size == 1:
+            continue
+        seconds = exchange.count * collective_s(exchange.operation, exchange.payload_bytes, shape)
+        exposed[0 if exchange.forward else 1] += max(0.0, seconds - exchange.hidden_under_s)
+        name = f"{exchange.operation}/{_LINK_NAMES.get(exchange.group_name, exchange.group_name)}"
+        sent = exchange.count * sent_bytes(exchange.operation, exchange.payload_bytes, shape.size)
+        link_bytes[name] = link_bytes.get(name, 0.0) + sent
+    return exposed[0], exposed[1], link_bytes
+
+
+_LINK_NAMES = {"ulysses": "cp", "ring": "cp"}
+
+
+def _tensor_exchanges(
+    operator: Operator, setting: Setting, options: CostOptions, forward_s: float, input_grad_s: float
+) -> list[Exchange]:
+    """Return the conjugate pair of a split region: nothing forward and a sum backward where it begins, the reverse at
+    its end; a gather and a scatter instead under sequence parallelism (Korthikanti et al., figure 5)."""
+    routed = "ep" in operator.split
+    degree = setting.degrees.etp if routed else setting.divisor([a for a in operator.split if a in ("tp", "vocab")])
+    if degree == 1 or not (operator.enters or operator.exits):
+        return []
+    tokens = setting.tokens(operator)
+    group = "tp"
+    if routed:
+        group = "etp"
+        tokens *= max(setting.architecture.experts_per_token, 1) * degree / setting.degrees.tp
+    scatters = setting.degrees.sp or routed
+    features = operator.inner_features if operator.enters else operator.output_features
+    payload = tokens * features * setting.element_bytes
+    share = options.tensor_overlap
+    whole: Operation = "all-reduce"
+    if not scatters:
+        hidden = share * (input_grad_s if operator.enters else forward_s)
+        return [Exchange(operator.exits, whole, group, payload, hidden_under_s=hidden)]
+    gathers_forward = operator.enters
+    return [
+        Exchange(gathers_forward, "all-gather", group, payload, hidden_under_s=share * forward_s),
+        Exchange(not gathers_forward, "reduce-scatter", group, payload, hidden_under_s=share * forward_s),
+    ]
+
+
+def _context_exchanges(
+    operator: Operator, setting: Setting, options: CostOptions, forward_s: float, input_grad_s: float
+) -> list[Exchange]:
+    """Return head exchange inside groups of u and the ring of keys and values over the r = cp / u groups (USP)."""
+    degrees = setting.degrees
+    tokens, element = setting.tokens(operator), setting.element_bytes
+    queries = tokens * operator.output_features / degrees.tp * element
+    keys_values = tokens * operator.kv_features / setting.divisor(("kv",)) * element
+    found: list[Exchange] = []
+    if degrees.ulysses > 1:
+        for forward in (True, False):
+            found.append(Exchange(forward, "all-to-all", "ulysses", queries, count=2))
+            found.append(Exchange(forward, "all-to-all", "ulysses", keys_values / 2, count=2))
+    hops = degrees.cp // degrees.ulysses - 1
+    if hops > 0:
+        overlapped = options.context_overlap
+        found.append(Exchange(True, "send-receive", "ring", keys_values, hops, overlapped * forward_s))
+        found.append(Exchange(False, "send-receive", "ring", 2 * keys_values, hops, overlapped * input_grad_s))
+    return found
+
+
+def _expert_exchanges(operator: Operator, setting: Setting, options: CostOptions) -> list[Exchange]:
+    """Return dispatch and combine, forward and backward: 2 k cf bsh (e-1)/e elements each way (GShard)."""
+    if setting.degrees.ep == 1:
+        return []
+    payload = routed_bytes(operator, setting, options)
+    return [Exchange(forward, "all-to-all", "ep", payload, count=2) for forward in (True, False)]
+
+
+def routed_bytes(operator: Operator, setting: Setting, options: CostOptions) -> float:
+    """Return the bytes that one device sends to experts: k copies of each of its tokens, or cf k with a capacity."""
+    tokens = setting.tokens(operator) / setting.degrees.tp
+    copies = max(setting.architecture.experts_per_token, 1) * (options.expert_capacity or setting.expert_imbalance)
+    return tokens * copies * operator.output_features * setting.element_bytes
+
+
+def attended_positions(operator: Operator, setting: Setting) -> float:
+    """Return the positions a token attends to at the setting's length."""
+    return positions(operator, setting.length(operator))

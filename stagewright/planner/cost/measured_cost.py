@@ -1,0 +1,165 @@
+"""The cost of one layer class from its measured table: the exact configuration, or between measured neighbours.
+
+Inside the grid of one tensor degree, every number is interpolated linearly in the microbatch and in the sequence length
+and called fitted. Outside the grid nothing is guessed: `measured_cost` returns None and the caller falls back to the
+operators, or says that the configuration was not measured. Context parallelism was not measured: it divides a
+causal-balanced layer by cp, and the result is called fitted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stagewright.planner.cost.layer_cost import Exchange, LayerCost, price
+from stagewright.planner.cost.operator_cost import Setting
+from stagewright.planner.cost.rank_groups import RankGroups
+from stagewright.planner.documents.profile import Collective, ConfigurationCost, LayerClass, Recompute, Source
+
+_NUMBERS = (
+    "forward_s",
+    "input_grad_s",
+    "weight_grad_s",
+    "workspace_bytes",
+    "output_bytes",
+    "forward_flops",
+    "optimizer_s",
+)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Measured entries with weights that add up to 1."""
+
+    entries: tuple[tuple[ConfigurationCost, float], ...]
+
+    @property
+    def is_exact(self) -> bool:
+        return len(self.entries) == 1
+
+
+def blend(layer: LayerClass, microbatch: int, sequence_length: int, tensor_degree: int) -> Blend | None:
+    """Return the entries between which a configuration lies; None outside the measured grid."""
+    entries = [cost for cost in layer.costs if cost.tensor_degree == tensor_degree]
+    by_key = {(cost.microbatch, cost.sequence_length): cost for cost in entries}
+    exact = by_key.get((microbatch, sequence_length))
+    if exact is not None:
+        return Blend(((exact, 1.0),))
+    corners: list[tuple[ConfigurationCost, float]] = []
+    for size, size_weight in _neighbours(sorted({cost.microbatch for cost in entries}), microbatch):
+        for length, length_weight in _neighbours(sorted({cost.sequence_length for cost in entries}), sequence_length):
+            corner = by_key.get((size, length))
+            if corner is None:
+                return None
+            corners.append((corner, size_weight * length_weight))
+    return Blend(tuple(corners)) if corners else None
+
+
+def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> LayerCost | None:
+    """Return the cost of a layer from its measured entries; None where the configuration lies outside them."""
+    degrees = setting.degrees
+    split_vocabulary = degrees.vocab_parallel or layer.kind not in ("embedding", "head", "loss")
+    tensor_degree = degrees.tp if split_vocabulary else 1
+    found = blend(layer, setting.microbatch, setting.sequence_length, tensor_degree)
+    if found is None:
+        return None
+    numbers = {name: _mean(found, [getattr(entry, name) for entry, _ in found.entries]) for name in _NUMBERS}
+    exchanges = [_exchange(item, weight) for entry, weight in found.entries for item in entry.collectives]
+    forward_comm_s, backward_comm_s, link_bytes = price(exchanges, groups)
+    tokens = 1.0 / degrees.cp
+    forward_s = numbers["forward_s"] * tokens + forward_comm_s
+    kept = [_level(found, level) * tokens for level in (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)]
+    dense, expert = _parameters(layer, tensor_degree, setting)
+    return LayerCost(
+        forward_s=forward_s,
+        input_grad_s=numbers["input_grad_s"] * tokens + backward_comm_s,
+        weight_grad_s=numbers["weight_grad_s"] * tokens,
+        recompute_s=_recompute(found, tokens, forward_s),
+        kept_bytes=(kept[0], kept[1]),
+        full_kept_bytes=kept[2] if _has(found, Recompute.FULL) else None,
+        workspace_bytes=numbers["workspace_bytes"] * tokens,
+        output_bytes=numbers["output_bytes"] * tokens,
+        dense_parameters=dense,
+        expert_parameters=expert,
+        model_flops=numbers["forward_flops"],
+        exposed_forward_s=forward_comm_s,
+        exposed_backward_s=backward_comm_s,
+        link_bytes=link_bytes,
+        freed_at_input_grad=_freed(found),
+        optimizer_s=numbers["optimizer_s"] or None,
+        source=_source(found, divided=degrees.cp > 1),
+    )
+
+
+def _neighbours(values: Sequence[int], wanted: int) -> list[tuple[int, float]]:
+    """Return the one or two grid values round `wanted` with their weights; none outside the grid."""
+    if wanted in values:
+        return [(wanted, 1.0)]
+    after = bisect_left(values, wanted)
+    if after in (0, len(values)):
+        return []
+    left, right = values[after - 1], values[after]
+    weight = (wanted - left) / (right - left)
+    return [(left, 1 - weight), (right, weight)]
+
+
+def _mean(found: Blend, values: Sequence[float]) -> float:
+    return sum(value * weight for value, (_, weight) in zip(values, found.entries, strict=True))
+
+
+def _has(found: Blend, level: Recompute) -> bool:
+    return all(level in entry.activation_bytes for entry, _ in found.entries)
+
+
+def _level(found: Blend, level: Recompute) -> float:
+    """Return the kept bytes of a level; a level that was not measured keeps what the next weaker one keeps."""
+    weaker = {Recompute.FULL: Recompute.SELECTIVE, Recompute.SELECTIVE: Recompute.NONE}
+    while not _has(found, level):
+        level = weaker[level]
+    return _mean(found, [entry.activation_bytes[level] for entry, _ in found.entries])
+
+
+def _recompute(found: Blend, tokens: float, forward_s: float) -> tuple[float, float, float]:
+    """Return the seconds of each level; full repeats the forward where it was not measured, an absent level costs 0."""
+
+    def seconds(level: Recompute, otherwise: float) -> float:
+        if not _has(found, level):
+            return 0.0
+        if not all(level in entry.recompute_s for entry, _ in found.entries):
+            return otherwise
+        return tokens * _mean(found, [entry.recompute_s[level] for entry, _ in found.entries])
+
+    selective = seconds(Recompute.SELECTIVE, 0.0)
+    full = seconds(Recompute.FULL, forward_s) if _has(found, Recompute.FULL) else selective
+    return (0.0, selective, full)
+
+
+def _freed(found: Blend) -> tuple[float, float, float]:
+    def share(level: Recompute) -> float:
+        return _mean(found, [entry.freed_at_input_grad.get(level, 0.0) for entry, _ in found.entries])
+
+    return share(Recompute.NONE), share(Recompute.SELECTIVE), share(Recompute.FULL)
+
+
+def _exchange(item: Collective, weight: float) -> Exchange:
+    return Exchange(item.phase == "forward", item.operation, item.group, item.payload_bytes * weight, item.count)
+
+
+def _parameters(layer: LayerClass, tensor_degree: int, setting: Setting) -> tuple[float, float]:
+    split = layer.parameters - layer.replicated_parameters - layer.expert_parameters
+    dense = layer.replicated_parameters + split / tensor_degree
+    return dense, layer.expert_parameters / (setting.degrees.ep * setting.degrees.etp)
+
+
+_ORDER = (Source.MEASURED, Source.FITTED, Source.ANALYTIC, Source.MOCKED)
+
+
+def worst_source(sources: Sequence[Source]) -> Source:
+    """Return the least trustworthy of some provenances."""
+    return max(sources, key=_ORDER.index, default=Source.MEASURED)
+
+
+def _source(found: Blend, *, divided: bool) -> Source:
+    own = worst_source([entry.source for entry, _ in found.entries])
+    return own if found.is_exact and not divided else worst_source([own, Source.FITTED])
