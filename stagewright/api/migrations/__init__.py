@@ -1,0 +1,1 @@
+"""Migrations of the store, shipped with the package and run by `stagewright db upgrade`."""
