@@ -1,0 +1,282 @@
+"""Splitting a backward pass into input gradients (I) and weight gradients (W).
+
+A linear map y = x A^T + b has, for the gradient g of y,
+
+    I:  dx = g A          W:  dA = g^T x,  db = sum of g
+
+and only I is needed by the stage before. Modules whose weight gradient is worth deferring (linear, convolution, layer
+norm, Hugging Face's Conv1D) are given a forward that, while a `WeightGradientSink` collects, keeps x and g instead of
+multiplying; the sum over microbatches is then made when W runs, straight into `.grad`. Any other parameter's gradient is
+computed by autograd during I: the split is exact for every module, and complete for those above.
+
+Exact: W performs the products that autograd would have performed. Works under checkpointing, with one recomputation, since
+what is kept comes from the recomputed forward. Gradient hooks on deferred parameters do not fire. A weight that is no
+leaf (a parametrization) is not deferred. Parameters are held by reference, not as saved tensors: whoever changes one
+between a forward and its backward (an asynchronous pipeline) must keep the old version itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional
+
+
+@dataclass
+class DeferredGradient:
+    """The weight gradient of one call of one module, not yet computed."""
+
+    compute: Callable[[Tensor, Tensor], tuple[tuple[Tensor, Tensor], ...]]
+    saved: Tensor
+    gradient: Tensor
+
+    def accumulate(self) -> None:
+        """Add the gradients to the parameters' `.grad`."""
+        for parameter, value in self.compute(self.saved, self.gradient):
+            _accumulate(parameter, value)
+
+
+Queue = list[DeferredGradient]
+
+
+class WeightGradientSink:
+    """Where deferred weight gradients go; without a collecting queue they are computed at once."""
+
+    def __init__(self) -> None:
+        self.queue: Queue | None = None
+
+    @contextmanager
+    def collect(self) -> Iterator[Queue]:
+        """Defer the weight gradients of the backward passes within; yields the queue they are put in."""
+        outer, self.queue = self.queue, []
+        try:
+            yield self.queue
+        finally:
+            self.queue = outer
+
+
+def run_queue(queue: Queue) -> None:
+    """Compute all weight gradients of a queue, in the order autograd would have, and empty it."""
+    with torch.no_grad():
+        while queue:
+            queue.pop(0).accumulate()
+
+
+def defer_weight_gradients(model: nn.Module, sink: WeightGradientSink) -> int:
+    """Give the model's linear, convolution and layer-norm modules deferrable forwards; returns how many there are."""
+    count = 0
+    for module in model.modules():
+        make = _FORWARDS.get(type(module)) or (_conv1d if type(module).__name__ == "Conv1D" else None)
+        if make is not None and next(module.parameters(recurse=False), None) is not None:
+            module.forward = partial(make, module, sink)
+            count += 1
+    return count
+
+
+def _linear(module: nn.Linear, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
+    return _Linear.apply(inputs, module.weight, module.bias, sink, False)
+
+
+def _conv1d(module: nn.Module, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
+    """Hugging Face's Conv1D: a linear layer with a transposed weight."""
+    return _Linear.apply(inputs, module.weight, module.bias, sink, True)
+
+
+def _convolution(module: nn.Conv2d, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return type(module).forward(module, inputs)
+    return _Convolution.apply(
+        inputs, module.weight, module.bias, sink, module.stride, module.padding, module.dilation, module.groups
+    )
+
+
+def _layer_norm(module: nn.LayerNorm, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
+    if module.weight is None or module.bias is None:
+        return type(module).forward(module, inputs)
+    return _LayerNorm.apply(inputs, module.weight, module.bias, sink, module.normalized_shape, module.eps)
+
+
+_FORWARDS: dict[type, Callable[..., Tensor]] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Conv3d: _convolution,
+    nn.LayerNorm: _layer_norm,
+}
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sink: WeightGradientSink,
+        transposed: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.weight, ctx.bias, ctx.sink, ctx.transposed = weight, bias, sink, transposed
+        return functional.linear(inputs, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (inputs,), weight = ctx.saved_tensors, ctx.weight
+        wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        input_gradient = None
+        if wants_input:
+            input_gradient = gradient.matmul(weight.t() if ctx.transposed else weight)
+        compute = partial(
+            _linear_gradients, weight if wants_weight else None, ctx.bias if wants_bias else None, ctx.transposed
+        )
+        deferred = _defer(ctx.sink, compute, inputs, gradient, weight, ctx.bias)
+        if deferred:
+            return input_gradient, None, None, None, None
+        found = {id(parameter): value for parameter, value in compute(inputs, gradient)}
+        return input_gradient, found.get(id(weight)), found.get(id(ctx.bias)), None, None
+
+
+def _linear_gradients(
+    weight: Tensor | None, bias: Tensor | None, transposed: bool, inputs: Tensor, gradient: Tensor
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    result = []
+    if weight is not None:
+        columns = inputs.reshape(-1, inputs.shape[-1])
+        result.append((weight, columns.t().mm(rows) if transposed else rows.t().mm(columns)))
+    if bias is not None:
+        result.append((bias, rows.sum(0)))
+    return tuple(result)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sink: WeightGradientSink,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.weight, ctx.bias, ctx.sink, ctx.geometry = weight, bias, sink, (stride, padding, dilation, groups)
+        return torch.convolution(inputs, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (inputs,), weight = ctx.saved_tensors, ctx.weight
+        wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        input_gradient = None
+        if wants_input:
+            input_gradient = _convolution_backward(gradient, inputs, weight, ctx.geometry, (True, False, False))[0]
+        wanted = (weight if wants_weight else None, ctx.bias if wants_bias else None)
+        compute = partial(_convolution_gradients, weight, wanted, ctx.geometry)
+        if _defer(ctx.sink, compute, inputs, gradient, weight, ctx.bias):
+            return (input_gradient, *(None,) * 7)
+        found = {id(parameter): value for parameter, value in compute(inputs, gradient)}
+        return (input_gradient, found.get(id(weight)), found.get(id(ctx.bias)), *(None,) * 5)
+
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
+def _convolution_backward(
+    gradient: Tensor, inputs: Tensor, weight: Tensor, geometry: Geometry, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution_backward(
+        gradient, inputs, weight, [weight.shape[0]], stride, padding, dilation, False, [0] * len(stride), groups, mask
+    )
+
+
+def _convolution_gradients(
+    weight: Tensor, wanted: tuple[Tensor | None, Tensor | None], geometry: Geometry, inputs: Tensor, gradient: Tensor
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    mask = (False, wanted[0] is not None, wanted[1] is not None)
+    values = _convolution_backward(gradient, inputs, weight, geometry, mask)[1:]
+    return tuple((parameter, value) for parameter, value in zip(wanted, values, strict=True) if parameter is not None)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        sink: WeightGradientSink,
+        shape: tuple[int, ...],
+        epsilon: float,
+    ) -> Tensor:
+        output, mean, deviation = torch.native_layer_norm(inputs, shape, weight, bias, epsilon)
+        ctx.save_for_backward(inputs, mean, deviation)
+        ctx.weight, ctx.bias, ctx.sink, ctx.shape = weight, bias, sink, shape
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (inputs, mean, deviation), weight, bias = ctx.saved_tensors, ctx.weight, ctx.bias
+        wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        kept = (ctx.shape, mean, deviation, weight, bias)
+        input_gradient = None
+        if wants_input:
+            input_gradient = _layer_norm_backward(gradient, inputs, kept, (True, False, False))[0]
+        wanted = (weight if wants_weight else None, bias if wants_bias else None)
+        compute = partial(_layer_norm_gradients, wanted, kept)
+        if _defer(ctx.sink, compute, inputs, gradient, weight, bias):
+            return (input_gradient, *(None,) * 5)
+        found = {id(parameter): value for parameter, value in compute(inputs, gradient)}
+        return (input_gradient, found.get(id(weight)), found.get(id(bias)), None, None, None)
+
+
+Kept = tuple[tuple[int, ...], Tensor, Tensor, Tensor, Tensor]
+
+
+def _layer_norm_backward(
+    gradient: Tensor, inputs: Tensor, kept: Kept, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, mean, deviation, weight, bias = kept
+    return torch.ops.aten.native_layer_norm_backward(gradient, inputs, shape, mean, deviation, weight, bias, mask)
+
+
+def _layer_norm_gradients(
+    wanted: tuple[Tensor | None, Tensor | None], kept: Kept, inputs: Tensor, gradient: Tensor
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    mask = (False, wanted[0] is not None, wanted[1] is not None)
+    values = _layer_norm_backward(gradient, inputs, kept, mask)[1:]
+    return tuple((parameter, value) for parameter, value in zip(wanted, values, strict=True) if parameter is not None)
+
+
+def _defer(
+    sink: WeightGradientSink,
+    compute: Callable[[Tensor, Tensor], tuple[tuple[Tensor, Tensor], ...]],
+    inputs: Tensor,
+    gradient: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> bool:
+    """Queue the weight gradient when the sink collects and the parameters are leaves."""
+    if sink.queue is None or not weight.is_leaf or (bias is not None and not bias.is_leaf):
+        return False
+    sink.queue.append(DeferredGradient(compute, inputs, gradient))
+    return True
+
+
+def _accumulate(parameter: Tensor, value: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = value
+    else:
+        parameter.grad.add_(value)

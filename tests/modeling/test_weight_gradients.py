@@ -1,0 +1,88 @@
+"""Input gradients and weight gradients apart are the gradients of one backward pass, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+from stagewright.modeling.weight_gradients import (  # noqa: E402
+    WeightGradientSink,
+    defer_weight_gradients,
+    run_queue,
+)
+
+
+def models():
+    return {
+        "linear": (nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4, bias=False)), torch.randn(3, 7, 6)),
+        "norm": (nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6)), torch.randn(3, 6)),
+        "convolution": (
+            nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2)),
+            torch.randn(2, 3, 9, 9),
+        ),
+        "attention": (nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), torch.randn(2, 5, 8)),
+    }
+
+
+def gradients(model, inputs, run):
+    model.zero_grad()
+    leaf = inputs.clone().requires_grad_()
+    run(model, leaf)
+    return {"input": leaf.grad, **{name: value.grad for name, value in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("name", ["linear", "norm", "convolution", "attention"])
+def test_deferred_weight_gradients_are_those_of_autograd(name, recomputed):
+    torch.manual_seed(0)
+    model, inputs = models()[name]
+    expected = gradients(model, inputs, lambda module, leaf: module(leaf).square().sum().backward())
+    sink = WeightGradientSink()
+    assert defer_weight_gradients(model, sink) > 0
+
+    def run(module, leaf):
+        output = checkpoint(module, leaf, use_reentrant=False) if recomputed else module(leaf)
+        with sink.collect() as queue:
+            output.square().sum().backward()
+        assert leaf.grad is not None
+        deferred = [value.grad for value in module.parameters() if value.grad is None]
+        assert deferred
+        run_queue(queue)
+
+    for key, value in gradients(model, inputs, run).items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_without_a_collecting_queue_the_gradients_are_computed_at_once():
+    torch.manual_seed(0)
+    model, inputs = models()["linear"]
+    expected = gradients(model, inputs, lambda module, leaf: module(leaf).sum().backward())
+    defer_weight_gradients(model, WeightGradientSink())
+    found = gradients(model, inputs, lambda module, leaf: module(leaf).sum().backward())
+    for key, value in found.items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_two_microbatches_accumulate():
+    torch.manual_seed(0)
+    model, inputs = models()["linear"]
+    expected = gradients(
+        model, inputs, lambda module, leaf: (module(leaf[:1]).sum().backward(), module(leaf[1:]).sum().backward())
+    )
+    sink = WeightGradientSink()
+    defer_weight_gradients(model, sink)
+
+    def run(module, leaf):
+        queues = []
+        for part in (leaf[:1], leaf[1:]):
+            with sink.collect() as queue:
+                module(part).sum().backward()
+            queues.append(queue)
+        for queue in queues:
+            run_queue(queue)
+
+    for key, value in gradients(model, inputs, run).items():
+        assert torch.allclose(value, expected[key], rtol=1e-6), key
