@@ -117,7 +117,6 @@ def compile_order(schedule: Schedule) -> CompiledOrder:
     count, done, before, across, hop, code, rank, last = nodes
     if (done < program.offset[1:]).any():
         raise explain_deadlock(schedule, done - program.offset[:-1])
-    kinds = program.rows[:, KIND]
     return CompiledOrder(
         before[: count + 1].copy(),
         across[: count + 1].copy(),
@@ -128,7 +127,7 @@ def compile_order(schedule: Schedule) -> CompiledOrder:
         schedule.num_stages,
         schedule.num_slices,
         schedule.num_ranks,
-        int(np.count_nonzero(kinds <= _W)),
+        int(program.kind_counts[: _W + 1].sum()),
     )
 
 
@@ -304,7 +303,7 @@ def _trace(
 
 def _refuse_untimed(program: Program) -> None:
     for kind in (Kind.R, Kind.FILL):
-        if (program.rows[:, KIND] == kind).any():
+        if program.kind_counts[kind]:
             raise InvalidSchedule(
                 f"the makespan kernel times F, B, I and W; the schedule holds {kind.name} actions",
                 hint="use simulate(), which takes their seconds",

@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from stagewright.planner.errors import InvalidSchedule
-from stagewright.planner.schedules.schedule import MICROBATCH, REPLICA, SLICE, STAGE, Schedule
+from stagewright.planner.schedules.action import Kind
+from stagewright.planner.schedules.schedule import FUSED, KIND, MICROBATCH, REPLICA, SLICE, STAGE, Schedule
 
 Ints = npt.NDArray[np.int32]
 
@@ -39,6 +41,8 @@ class Program(NamedTuple):
     out_edge: Ints
     num_microbatches: int
     num_slices: int
+    kind_counts: npt.NDArray[np.int64]
+    has_fused: bool
 
 
 def flatten(schedule: Schedule) -> Program:
@@ -50,6 +54,7 @@ def flatten(schedule: Schedule) -> Program:
     edges = np.array(schedule.edges, dtype=np.int32).reshape(-1, 2)
     in_start, in_edge = _edges_by_stage(edges[:, 1], schedule.num_stages)
     out_start, out_edge = _edges_by_stage(edges[:, 0], schedule.num_stages)
+    lowest, highest, kind_counts = _scan(rows, len(Kind))
     program = Program(
         rows,
         offset,
@@ -62,8 +67,10 @@ def flatten(schedule: Schedule) -> Program:
         out_edge,
         schedule.num_microbatches,
         schedule.num_slices,
+        kind_counts,
+        bool(highest[FUSED] > 0),
     )
-    _check_ranges(schedule, program)
+    _check_ranges(schedule, program, lowest, highest)
     return program
 
 
@@ -73,16 +80,31 @@ def _edges_by_stage(stage_of_edge: Ints, num_stages: int) -> tuple[Ints, Ints]:
     return start, np.argsort(stage_of_edge, kind="stable").astype(np.int32)
 
 
-def _check_ranges(schedule: Schedule, program: Program) -> None:
+@njit(cache=True)
+def _scan(rows: Ints, num_kinds: int) -> tuple[Ints, Ints, npt.NDArray[np.int64]]:
+    """Return least and greatest value of each column and the number of rows of each kind."""
+    lowest, highest = np.zeros(6, dtype=np.int32), np.full(6, -1, dtype=np.int32)
+    kind_counts = np.zeros(num_kinds, dtype=np.int64)
+    for index in range(len(rows)):
+        for column in range(6):
+            lowest[column] = min(lowest[column], rows[index, column])
+            highest[column] = max(highest[column], rows[index, column])
+        if 0 <= rows[index, 0] < num_kinds:
+            kind_counts[rows[index, 0]] += 1
+    return lowest, highest, kind_counts
+
+
+def _check_ranges(schedule: Schedule, program: Program, lowest: Ints, highest: Ints) -> None:
     limits = (
+        (KIND, 0, len(Kind), "kind"),
         (REPLICA, 0, schedule.num_replicas, "replica"),
         (STAGE, 0, schedule.num_stages, "stage"),
-        (MICROBATCH, -1, schedule.num_microbatches, "microbatch"),
+        (MICROBATCH, -1, max(schedule.num_microbatches, int(program.kind_counts[Kind.FILL])), "microbatch"),
         (SLICE, -1, schedule.num_slices, "slice"),
     )
     for column, least, limit, noun in limits:
-        values = program.rows[:, column]
-        if len(values) and (values.min() < least or values.max() >= limit):
+        if lowest[column] < least or highest[column] >= limit:
+            values = program.rows[:, column]
             index = int(np.argmax((values < least) | (values >= limit)))
             rank = int(np.searchsorted(program.offset, index, side="right")) - 1
             raise InvalidSchedule(

@@ -56,9 +56,8 @@ class Timeline:
     def busy_s(self) -> Floats:
         """Seconds of compute on each rank, shape [num_ranks]."""
         compute = self.lane == COMPUTE_LANE
-        return np.bincount(
-            self.rank[compute], weights=self.end_s[compute] - self.start_s[compute], minlength=self.num_ranks
-        )
+        seconds = self.end_s[compute] - self.start_s[compute]
+        return np.bincount(self.rank[compute], weights=seconds, minlength=self.num_ranks).astype(np.float64)
 
     def span_s(self) -> Floats:
         """Seconds from the first start to the last end of compute on each rank, shape [num_ranks]."""
