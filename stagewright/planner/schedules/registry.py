@@ -12,7 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.errors import InvalidArgument
-from stagewright.planner.schedules import dapple, gpipe, naive, one_f_one_b
+from stagewright.planner.schedules import (
+    breadth_first,
+    dapple,
+    dualpipe,
+    dualpipe_v,
+    gems,
+    gpipe,
+    interleaved,
+    naive,
+    one_f_one_b,
+    seq1f1b,
+    terapipe,
+)
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
@@ -23,6 +35,13 @@ _FAMILIES: tuple[ScheduleFamily, ...] = (
     gpipe.FAMILY,
     one_f_one_b.FAMILY,
     dapple.FAMILY,
+    interleaved.FAMILY,
+    breadth_first.FAMILY,
+    gems.FAMILY,
+    dualpipe.FAMILY,
+    dualpipe_v.FAMILY,
+    terapipe.FAMILY,
+    seq1f1b.FAMILY,
 )
 
 
