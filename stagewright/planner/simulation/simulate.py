@@ -61,8 +61,33 @@ def simulate(
     a row of its own, run after the last compute of each rank. Without `trace` the critical path is left out. Raises
     InvalidSchedule for a deadlock, with the cycle, and InvalidArgument for an array of the wrong shape.
     """
-    links, collectives = links or Links(), collectives or Collectives()
-    memory, shares = memory or Memory(), shares or Shares()
+    links, memory = links or Links(), memory or Memory()
+    program, work, network, swept = _sweep(schedule, costs, links, collectives or Collectives(), shares or Shares())
+    curves = _memory(schedule, program, swept, work, network, links, memory, costs)
+    if program.has_fused:
+        _split_fused(program, work.seconds, swept.start_s, swept.end_s)
+    return _timeline(schedule, program, swept, spread("tail_s", tail_s, (schedule.num_ranks,)), curves, trace)
+
+
+def action_times(
+    schedule: Schedule,
+    costs: StageCosts,
+    *,
+    links: Links | None = None,
+    collectives: Collectives | None = None,
+    shares: Shares | None = None,
+) -> tuple[Floats, Floats]:
+    """Return (start, end) seconds of every row, all ranks behind each other; a fused group has one start and one end.
+
+    Raises as `simulate` does.
+    """
+    program, _, _, swept = _sweep(schedule, costs, links or Links(), collectives or Collectives(), shares or Shares())
+    return swept.start_s[: len(program.rows)], swept.end_s[: len(program.rows)]
+
+
+def _sweep(
+    schedule: Schedule, costs: StageCosts, links: Links, collectives: Collectives, shares: Shares
+) -> tuple[Program, Work, Network, Swept]:
     if costs.num_stages != schedule.num_stages:
         raise InvalidArgument(
             f"{costs.num_stages} stage costs were given, schedule {schedule.name} has {schedule.num_stages} stages",
@@ -72,14 +97,10 @@ def simulate(
     program = flatten(schedule)
     work = _work(schedule, program, costs, collectives, shares)
     network = _network(schedule, program, links, collectives)
-    capacity = int(count_messages(program, network.sends_are_rows))
-    swept = sweep(program, work, network, capacity)
+    swept = sweep(program, work, network, int(count_messages(program, network.sends_are_rows)))
     if (swept.position < program.offset[1:]).any():
         raise explain_deadlock(schedule, swept.position - program.offset[:-1])
-    curves = _memory(schedule, program, swept, work, network, links, memory, costs)
-    if program.has_fused:
-        _split_fused(program, work.seconds, swept.start_s, swept.end_s)
-    return _timeline(schedule, program, swept, spread("tail_s", tail_s, (schedule.num_ranks,)), curves, trace)
+    return program, work, network, swept
 
 
 def _work(schedule: Schedule, program: Program, costs: StageCosts, collectives: Collectives, shares: Shares) -> Work:
