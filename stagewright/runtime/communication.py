@@ -1,0 +1,124 @@
+"""Point-to-point messages between pipeline ranks.
+
+One process group for each direction (to a higher rank, to a lower one): a communicator is then used by one side for
+sends only and by the other for receives only, so a receive never stands in front of a send. Each message has a tag of
+its own, (direction, replica, source stage, target stage, microbatch, slice): on gloo a wrong order then hangs in a test
+instead of corrupting a gradient; NCCL ignores tags and relies on the checked order.
+
+A send does not copy: its buffers are held until the transfer is complete. Shapes are not sent with each message. The
+first message of each shape of batch publishes them in the store, where the receiver reads them; both ends see the
+batch, so both know when a shape is new.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TensorSpec = tuple[tuple[int, ...], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """The address of one message; `backward` is for gradients, which travel from target stage to source stage."""
+
+    backward: bool
+    replica: int
+    source: int
+    target: int
+    microbatch: int
+    slice: int
+
+
+@dataclass
+class Pending:
+    """A receive under way."""
+
+    buffers: tuple[Tensor, ...]
+    works: list[dist.Work] = field(default_factory=list)
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """Return the received tensors, complete."""
+        for work in self.works:
+            work.wait()
+        return self.buffers
+
+
+class ShapeBook:
+    """Shapes and dtypes of the messages, by stage edge and shape of batch; read from the store when unknown here."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self._known: dict[str, tuple[TensorSpec, ...]] = {}
+
+    def publish(self, key: str, tensors: tuple[Tensor, ...]) -> None:
+        """Make the shapes known to the receivers, once for each key."""
+        if key not in self._known:
+            specs = tuple((tuple(value.shape), str(value.dtype).removeprefix("torch.")) for value in tensors)
+            self._known[key] = specs
+            self._store.set(key, json.dumps(specs))
+
+    def find(self, key: str, *, wait: bool) -> tuple[TensorSpec, ...] | None:
+        """Return the shapes; when they are not known yet, wait for the sender, or return None."""
+        if key not in self._known:
+            if not wait and not self._store.check([key]):
+                return None
+            self._known[key] = tuple((tuple(shape), dtype) for shape, dtype in json.loads(self._store.get(key)))
+        return self._known[key]
+
+
+class PointToPoint:
+    """Asynchronous sends and receives of one rank."""
+
+    def __init__(
+        self, upward: dist.ProcessGroup, downward: dist.ProcessGroup, device: torch.device, num_stages: int
+    ) -> None:
+        self._groups = {True: upward, False: downward}
+        self._device = device
+        self._rank = dist.get_rank()
+        self._num_stages = num_stages
+        self._sending: list[tuple[dist.Work, Tensor]] = []
+        self.bytes_sent = 0
+
+    def send(self, message: Message, tensors: tuple[Tensor, ...], peer: int) -> None:
+        """Start to send; the buffers are held until the transfer is complete."""
+        self._sending = [pair for pair in self._sending if not pair[0].is_completed()]
+        for index, value in enumerate(tensors):
+            buffer = value.contiguous()
+            work = dist.isend(buffer, peer, group=self._groups[peer > self._rank], tag=self._tag(message, index))
+            assert work is not None
+            self._sending.append((work, buffer))
+            self.bytes_sent += buffer.numel() * buffer.element_size()
+
+    def receive(self, message: Message, specs: tuple[TensorSpec, ...], peer: int) -> Pending:
+        """Start to receive and return what to wait for."""
+        pending = Pending(
+            tuple(torch.empty(shape, dtype=getattr(torch, dtype), device=self._device) for shape, dtype in specs)
+        )
+        for index, buffer in enumerate(pending.buffers):
+            work = dist.irecv(buffer, peer, group=self._groups[self._rank > peer], tag=self._tag(message, index))
+            assert work is not None
+            pending.works.append(work)
+        return pending
+
+    def drain(self) -> None:
+        """Wait until every send has left."""
+        for work, _ in self._sending:
+            work.wait()
+        self._sending.clear()
+
+    def _tag(self, message: Message, index: int) -> int:
+        tag = message.microbatch + 1
+        tag = tag * _MOST_SLICES + message.slice + 1
+        tag = tag * 2 + message.backward
+        tag = tag * 2 + message.replica % 2
+        tag = (tag * self._num_stages + message.source) * _MOST_TENSORS + index
+        return tag % (2**31 - 1)
+
+
+_MOST_SLICES = 64
+_MOST_TENSORS = 8

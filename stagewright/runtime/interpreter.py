@@ -1,0 +1,155 @@
+"""Interpreting a lowered schedule on one rank: a handler for each kind of action, state keyed by unit.
+
+The interpreter knows no schedule. It walks the rank's list of actions; each handler takes what the action needs from the
+mailbox or from the stage, runs it, and hands on what it made. Receives are posted when the list reaches them, and those
+that stand between the coming compute action and the next one are posted before it, so that messages travel meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from stagewright.modeling.batch import Batch
+from stagewright.planner.errors import InvalidSchedule
+from stagewright.planner.schedules.action import COMPUTE_KINDS, RECV_KINDS, Action, Kind
+from stagewright.planner.simulation.timeline import COLLECTIVE_LANE, COMPUTE_LANE
+from stagewright.runtime.mailbox import Mailbox
+from stagewright.runtime.recorder import Recorder, now_s
+from stagewright.runtime.reduction import GradientReducer
+from stagewright.runtime.stage import Stage
+
+StageKey = tuple[int, int]  # (replica, stage)
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration runs on.
+
+    Parameters
+    ----------
+    microbatches : this rank's microbatches by index.
+    loss_weights : what each microbatch's loss counts in the loss of the step.
+    seeds : seed of each microbatch's random numbers; None leaves the generators alone.
+    """
+
+    microbatches: Mapping[int, Batch]
+    loss_weights: Mapping[int, float]
+    seeds: Mapping[int, int] | None = None
+
+
+class Interpreter:
+    """Runs one rank's actions.
+
+    Parameters
+    ----------
+    stages : the rank's stages.
+    mailbox : where values and gradients come from and go to.
+    reducer : sums gradients over replicas.
+    optimize : optimizer step of one stage, after its gradients are reduced; None leaves the gradients in place.
+    recorder : keeps the spans; at_action : told each action before it runs.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[StageKey, Stage],
+        mailbox: Mailbox,
+        reducer: GradientReducer,
+        *,
+        optimize: Callable[[StageKey], None] | None,
+        recorder: Recorder,
+        at_action: Callable[[int], None],
+    ) -> None:
+        self._stages = stages
+        self._mailbox = mailbox
+        self._reducer = reducer
+        self._optimize = optimize
+        self._recorder = recorder
+        self._at_action = at_action
+        self._iteration = Iteration({}, {})
+        self._handlers: dict[Kind, Callable[[Action], None]] = {
+            Kind.F: self._forward,
+            Kind.B: self._backward,
+            Kind.I: self._backward,
+            Kind.W: self._weight_gradients,
+            Kind.SEND_F: self._mailbox.send_values,
+            Kind.SEND_B: self._mailbox.send_gradients,
+            Kind.RECV_F: self._receive,
+            Kind.RECV_B: self._receive,
+            Kind.REDUCE_GRAD: self._reduce,
+            Kind.OPT: self._step,
+        }
+
+    def run(self, steps: Sequence[tuple[Action, ...]], iteration: Iteration) -> None:
+        """Run one iteration: every action of `steps`, then wait for what is still on its way."""
+        self._iteration = iteration
+        self._mailbox.begin(iteration.microbatches)
+        posted = 0
+        for position, step in enumerate(steps):
+            self._at_action(position)
+            if step[0].kind in COMPUTE_KINDS:
+                posted = self._post_ahead(steps, max(posted, position + 1))
+            for action in step:
+                handler = self._handlers.get(action.kind)
+                if handler is None:
+                    raise InvalidSchedule(f"the runtime has no handler for {action}")
+                handler(action)
+        self._mailbox.finish()
+        self._reducer.finish()
+
+    def _post_ahead(self, steps: Sequence[tuple[Action, ...]], start: int) -> int:
+        """Post the receives that precede the next compute action; returns how far the list was seen."""
+        position = start
+        while position < len(steps) and steps[position][0].kind not in COMPUTE_KINDS:
+            if steps[position][0].kind in RECV_KINDS and not self._mailbox.post(steps[position][0], wait=False):
+                return position
+            position += 1
+        return position
+
+    def _receive(self, action: Action) -> None:
+        self._mailbox.post(action, wait=True)
+
+    def _forward(self, action: Action) -> None:
+        stage = self._stages[action.replica, action.stage]
+        received = self._mailbox.take_values(action)
+        seeds = self._iteration.seeds
+        seed = None if seeds is None else seeds[action.microbatch]
+        start = now_s()
+        values = stage.forward(_unit(action), self._mailbox.batch(action), received, seed)
+        self._recorder.add(COMPUTE_LANE, action, start, now_s())
+        self._mailbox.put_values(action, values)
+
+    def _backward(self, action: Action) -> None:
+        stage = self._stages[action.replica, action.stage]
+        gradients = self._mailbox.take_gradients(action)
+        start = now_s()
+        result = stage.backward(
+            _unit(action),
+            gradients,
+            loss_weight=self._iteration.loss_weights[action.microbatch],
+            split=action.kind is Kind.I,
+        )
+        self._recorder.add(COMPUTE_LANE, action, start, now_s())
+        self._mailbox.put_gradients(action, result)
+
+    def _weight_gradients(self, action: Action) -> None:
+        start = now_s()
+        self._stages[action.replica, action.stage].weight_gradients(_unit(action))
+        self._recorder.add(COMPUTE_LANE, action, start, now_s())
+
+    def _reduce(self, action: Action) -> None:
+        start = now_s()
+        self._reducer.report((action.replica, action.stage))
+        self._recorder.add(COLLECTIVE_LANE, action, start, now_s())
+
+    def _step(self, action: Action) -> None:
+        key = (action.replica, action.stage)
+        start = now_s()
+        self._reducer.wait(key)
+        if self._optimize is not None:
+            self._optimize(key)
+        self._recorder.add(COMPUTE_LANE, action, start, now_s())
+
+
+def _unit(action: Action) -> tuple[int, int]:
+    return (action.microbatch, action.slice)

@@ -1,0 +1,174 @@
+"""Values and gradients on their way between stages, on one rank.
+
+For each edge (source stage, target stage) of the stage graph, a message is the values of those layers of the source that
+the target needs, in layer order; a gradient message is the gradients of the same tensors. Two stages on one rank hand
+over without a copy. Where several targets use one value its gradients are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stagewright.modeling.batch import Batch, shape_key
+from stagewright.planner.schedules.action import Action, Kind
+from stagewright.planner.simulation.timeline import SEND_LANE
+from stagewright.runtime.communication import Message, Pending, PointToPoint, ShapeBook
+from stagewright.runtime.recorder import Recorder, now_s
+
+Values = Mapping[int, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """Which stage sends which layers' values to which stage, and where the stages are.
+
+    Parameters
+    ----------
+    layers : for each edge (source, target), the layers whose values travel.
+    peers : global rank that this rank exchanges a stage's messages with, by (replica, stage); this rank for its own.
+    """
+
+    layers: Mapping[tuple[int, int], tuple[int, ...]]
+    peers: Mapping[tuple[int, int], int]
+
+    def sources(self, stage: int) -> tuple[int, ...]:
+        """Stages whose values a stage takes."""
+        return tuple(source for source, target in self.layers if target == stage)
+
+    def targets(self, stage: int) -> tuple[int, ...]:
+        """Stages that take a stage's values."""
+        return tuple(target for source, target in self.layers if source == stage)
+
+
+class Mailbox:
+    """Messages of one rank; keys are `communication.Message`."""
+
+    def __init__(
+        self, graph: StageGraph, rank: int, transport: PointToPoint, shapes: ShapeBook, recorder: Recorder
+    ) -> None:
+        self._graph = graph
+        self._rank = rank
+        self._transport = transport
+        self._shapes = shapes
+        self._recorder = recorder
+        self._batches: Mapping[int, Batch] = {}
+        self._keys: dict[int, str] = {}
+        self._ready: dict[Message, tuple[Tensor, ...]] = {}
+        self._pending: dict[Message, Pending] = {}
+        self._posted: set[Message] = set()
+        self._counts: dict[tuple[int, int], list[int]] = {}
+
+    def begin(self, batches: Mapping[int, Batch]) -> None:
+        """Start an iteration on these microbatches."""
+        self._batches = batches
+        self._keys = {index: repr(shape_key(batch)) for index, batch in batches.items()}
+
+    def batch(self, action: Action) -> Batch:
+        """Return the microbatch that an action runs on."""
+        return self._batches[action.microbatch]
+
+    def finish(self) -> None:
+        """Wait until all sends have left; nothing may be left over."""
+        self._transport.drain()
+        assert not self._pending and not self._ready, f"left over: {[*self._pending, *self._ready]}"
+        self._posted.clear()
+
+    def take_values(self, action: Action) -> dict[int, tuple[Tensor, ...]]:
+        """Return what a stage receives for a forward, by layer; waits for what is on its way."""
+        result: dict[int, tuple[Tensor, ...]] = {}
+        for source in self._graph.sources(action.stage):
+            tensors = self._take(_message(action, source, action.stage, backward=False))
+            result |= self._unpack((source, action.stage), tensors)
+        return result
+
+    def put_values(self, action: Action, values: Values) -> None:
+        """Hand a forward's values to the stages that take them: at once on this rank, else when they are sent."""
+        for target in self._graph.targets(action.stage):
+            edge = (action.stage, target)
+            tensors = tuple(value for layer in self._graph.layers[edge] for value in values[layer])
+            self._counts[edge] = [len(values[layer]) for layer in self._graph.layers[edge]]
+            if self._is_remote(action.replica, target):
+                self._shapes.publish(self._shape_key(edge, action.microbatch), tensors)
+            self._ready[_message(action, action.stage, target, backward=False)] = tensors
+
+    def take_gradients(self, action: Action) -> dict[int, tuple[Tensor, ...]]:
+        """Return the gradients of a stage's values, by layer, summed over the stages that took them."""
+        result: dict[int, tuple[Tensor, ...]] = {}
+        for target in self._graph.targets(action.stage):
+            tensors = self._take(_message(action, action.stage, target, backward=True))
+            for layer, values in self._unpack((action.stage, target), tensors).items():
+                before = result.get(layer)
+                result[layer] = values if before is None else tuple(a + b for a, b in zip(before, values, strict=True))
+        return result
+
+    def put_gradients(self, action: Action, gradients: Values) -> None:
+        """Hand a backward's input gradients to the stages they belong to."""
+        for source in self._graph.sources(action.stage):
+            layers = self._graph.layers[source, action.stage]
+            tensors = tuple(value for layer in layers for value in gradients[layer])
+            self._ready[_message(action, source, action.stage, backward=True)] = tensors
+
+    def send_values(self, action: Action) -> None:
+        """Send a stage's values to every stage on another rank that takes them."""
+        for target in self._graph.targets(action.stage):
+            if self._is_remote(action.replica, target):
+                self._send(_message(action, action.stage, target, backward=False), target, action)
+
+    def send_gradients(self, action: Action) -> None:
+        """Send a stage's input gradients to every stage on another rank that they belong to."""
+        for source in self._graph.sources(action.stage):
+            if self._is_remote(action.replica, source):
+                self._send(_message(action, source, action.stage, backward=True), source, action)
+
+    def post(self, action: Action, *, wait: bool) -> bool:
+        """Post the receives of a RECV action, unless they are posted; False when shapes are unknown and `wait` is not."""
+        backward = action.kind is Kind.RECV_B
+        stages = self._graph.targets(action.stage) if backward else self._graph.sources(action.stage)
+        for other in stages:
+            if not self._is_remote(action.replica, other):
+                continue
+            edge = (action.stage, other) if backward else (other, action.stage)
+            message = _message(action, *edge, backward=backward)
+            if message in self._posted:
+                continue
+            specs = self._shapes.find(self._shape_key(edge, action.microbatch), wait=wait)
+            if specs is None:
+                return False
+            peer = self._graph.peers[action.replica, other]
+            self._pending[message] = self._transport.receive(message, specs, peer)
+            self._posted.add(message)
+        return True
+
+    def _send(self, message: Message, other: int, action: Action) -> None:
+        start = now_s()
+        self._transport.send(message, self._ready.pop(message), self._graph.peers[message.replica, other])
+        self._recorder.add(SEND_LANE, action, start, now_s())
+
+    def _take(self, message: Message) -> tuple[Tensor, ...]:
+        if message in self._ready:
+            return self._ready.pop(message)
+        return self._pending.pop(message).wait()
+
+    def _unpack(self, edge: tuple[int, int], tensors: tuple[Tensor, ...]) -> dict[int, tuple[Tensor, ...]]:
+        layers = self._graph.layers[edge]
+        if len(layers) == 1:
+            return {layers[0]: tensors}
+        counts = self._counts.get(edge, [1] * len(layers))
+        result, offset = {}, 0
+        for layer, count in zip(layers, counts, strict=True):
+            result[layer] = tensors[offset : offset + count]
+            offset += count
+        return result
+
+    def _is_remote(self, replica: int, stage: int) -> bool:
+        return self._graph.peers[replica, stage] != self._rank
+
+    def _shape_key(self, edge: tuple[int, int], microbatch: int) -> str:
+        return f"shapes/{edge[0]}/{edge[1]}/{self._keys[microbatch]}"
+
+
+def _message(action: Action, source: int, target: int, *, backward: bool) -> Message:
+    return Message(backward, action.replica, source, target, action.microbatch, action.slice)

@@ -1,0 +1,81 @@
+"""The single-process reference: the whole model, one microbatch after another, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
+from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.seeding import microbatch_seed
+from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """What one process computes.
+
+    Parameters
+    ----------
+    gradients : gradient of the first batch's mean loss, by parameter name (tied ones once, under their first name).
+    changes : weights after all steps less the weights before; empty when no step was asked for.
+    losses : mean loss of each step.
+    """
+
+    gradients: dict[str, Tensor]
+    changes: dict[str, Tensor]
+    losses: tuple[float, ...]
+
+
+def run_reference(
+    chain: LayerChain,
+    batches: Sequence[Batch],
+    *,
+    microbatch: int,
+    seed: int,
+    device: torch.device,
+    optimizer: OptimizerChoice | None,
+) -> ReferenceRun:
+    """Return gradients of the first batch and, with an optimizer, the change of the weights after a step on each batch.
+
+    The model's weights are afterwards what they were before.
+    """
+    model = chain.model.to(device)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    stepper = None if optimizer is None else make_optimizer(optimizer, model.parameters())
+    gradients: dict[str, Tensor] = {}
+    losses = []
+    for step, batch in enumerate(batches if stepper is not None else batches[:1]):
+        model.zero_grad(set_to_none=True)
+        losses.append(_accumulate(chain, to_device(batch, device), microbatch=microbatch, seed=seed, step=step))
+        if step == 0:
+            gradients = {
+                name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
+                for name, value in model.named_parameters()
+                if value.requires_grad
+            }
+        if stepper is not None:
+            stepper.step()
+    model.zero_grad(set_to_none=True)
+    changes = {}
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if stepper is not None and value.requires_grad:
+                changes[name] = value - before[name]
+            value.copy_(before[name])
+    return ReferenceRun(gradients, changes, tuple(losses))
+
+
+def _accumulate(chain: LayerChain, batch: Batch, *, microbatch: int, seed: int, step: int) -> float:
+    count = batch_size(batch) // microbatch
+    segment = chain.segment(0, chain.num_layers)
+    total = 0.0
+    for index in range(count):
+        part = slice_batch(batch, index * microbatch, microbatch)
+        (loss,) = segment.run(part, seed=microbatch_seed(seed, step, index))
+        (loss / count).backward()
+        total += float(loss.detach()) / count
+    return total

@@ -1,0 +1,113 @@
+"""One virtual stage on one rank: its forwards, backwards and weight gradients, and what lives between them.
+
+State is keyed by unit, (microbatch, slice). A forward keeps the leaves it made of what it received and the roots of its
+graph (gradient edges, not the outputs themselves, so that a sent output's memory is free as soon as nobody needs it). A
+backward consumes both. An input gradient leaves the weight gradients in a queue, which W empties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from stagewright.modeling.batch import Batch
+from stagewright.modeling.chain import Segment
+from stagewright.modeling.weight_gradients import Queue, WeightGradientSink, run_queue
+
+Unit = tuple[int, int]
+Values = dict[int, tuple[Tensor, ...]]
+
+
+@dataclass
+class _Live:
+    """What one unit keeps between its forward and its backward."""
+
+    leaves: Values
+    roots: dict[int, tuple[GradientEdge | None, ...]] = field(default_factory=dict)
+
+
+class Stage:
+    """A segment of the model with the units that are under way.
+
+    Parameters
+    ----------
+    segment : the layers and how they run.
+    index, replica : which virtual stage this is, and of which model replica.
+    sink : where deferred weight gradients go.
+    """
+
+    def __init__(self, segment: Segment, index: int, replica: int, sink: WeightGradientSink) -> None:
+        self.segment = segment
+        self.index = index
+        self.replica = replica
+        self.losses: dict[Unit, Tensor] = {}
+        self._sink = sink
+        self._live: dict[Unit, _Live] = {}
+        self._queues: dict[Unit, Queue] = {}
+
+    @property
+    def num_live(self) -> int:
+        """Units between their forward and the end of their backward."""
+        return len(set(self._live) | set(self._queues))
+
+    def forward(self, unit: Unit, batch: Batch, received: Mapping[int, tuple[Tensor, ...]], seed: int | None) -> Values:
+        """Return the values that other stages need, without graph; keeps what the backward will want."""
+        leaves = {layer: tuple(_leaf(value) for value in values) for layer, values in received.items()}
+        produced = self.segment(batch, leaves, seed=seed)
+        live = _Live(leaves)
+        for layer, values in produced.items():
+            live.roots[layer] = tuple(get_gradient_edge(value) if value.requires_grad else None for value in values)
+        self._live[unit] = live
+        if self.segment.is_last:
+            (loss,) = produced.pop(self.segment.chain.num_layers - 1)
+            self.losses[unit] = loss.detach()
+        return {layer: tuple(value.detach() for value in values) for layer, values in produced.items()}
+
+    def backward(
+        self, unit: Unit, gradients: Mapping[int, tuple[Tensor, ...]], *, loss_weight: float, split: bool
+    ) -> Values:
+        """Return the gradients of what the stage received; with `split`, weight gradients wait for `weight_gradients`."""
+        live = self._live.pop(unit)
+        roots, seeds = self._roots(live, unit, gradients, loss_weight)
+        if roots and split:
+            with self._sink.collect() as queue:
+                torch.autograd.backward(roots, seeds)
+            self._queues[unit] = queue
+        elif roots:
+            torch.autograd.backward(roots, seeds)
+        if split:
+            self._queues.setdefault(unit, [])
+        return {layer: tuple(_gradient(leaf) for leaf in leaves) for layer, leaves in live.leaves.items()}
+
+    def weight_gradients(self, unit: Unit) -> None:
+        """Add the weight gradients that the unit's input gradient left."""
+        run_queue(self._queues.pop(unit))
+
+    def _roots(
+        self, live: _Live, unit: Unit, gradients: Mapping[int, tuple[Tensor, ...]], loss_weight: float
+    ) -> tuple[list[GradientEdge], list[Tensor]]:
+        roots: list[GradientEdge] = []
+        seeds: list[Tensor] = []
+        loss_layer = self.segment.chain.num_layers - 1 if self.segment.is_last else -1
+        for layer, edges in live.roots.items():
+            if layer == loss_layer:
+                given: tuple[Tensor, ...] = (torch.full_like(self.losses[unit], loss_weight),)
+            else:
+                given = gradients[layer]
+            for edge, seed in zip(edges, given, strict=True):
+                if edge is not None:
+                    roots.append(edge)
+                    seeds.append(seed)
+        return roots, seeds
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_(value.is_floating_point())
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

@@ -1,0 +1,118 @@
+"""Where one rank stands in a plan: its coordinates, its stages, its peers and its groups.
+
+A pipeline rank is a set of dp x cp x tp devices, listed with tp fastest and dp slowest. Messages of the pipeline go
+between devices with equal coordinates. Gradients of a stage are summed over its data- and context-parallel devices in
+every model replica of the pipeline, apart for each tensor-parallel coordinate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from stagewright.planner.documents.plan import Degrees, Plan
+from stagewright.planner.errors import InvalidDocument
+
+StageKey = tuple[int, int]  # (replica, stage)
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Position of a device within its pipeline rank."""
+
+    tp: int
+    cp: int
+    dp: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One rank's view of a plan's mapping."""
+
+    plan: Plan
+    rank: int
+
+    @cached_property
+    def _place(self) -> tuple[int, int]:
+        for pipeline_rank, ranks in enumerate(self.plan.mapping.pipeline_ranks):
+            if self.rank in ranks:
+                return pipeline_rank, ranks.index(self.rank)
+        raise InvalidDocument(
+            f"rank {self.rank} has no place in the plan, which is for {self.plan.num_devices} ranks", field="mapping"
+        )
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Which pipeline rank this device belongs to."""
+        return self._place[0]
+
+    @cached_property
+    def stages(self) -> tuple[StageKey, ...]:
+        """(replica, stage) of every virtual stage on this rank."""
+        placement = self.plan.schedule.placement
+        return tuple(
+            (replica, stage)
+            for replica, row in enumerate(placement)
+            for stage, holder in enumerate(row)
+            if holder == self.pipeline_rank
+        )
+
+    @cached_property
+    def degrees(self) -> Degrees:
+        """Degrees of this rank's stages."""
+        return self.plan.stages[self.stages[0][1]].degrees
+
+    @cached_property
+    def coordinates(self) -> Coordinates:
+        """This device's position in its pipeline rank."""
+        return coordinates_of(self._place[1], self.degrees)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of one iteration and data-parallel replica."""
+        return self.plan.schedule.num_microbatches
+
+    def holder(self, replica: int, stage: int) -> int:
+        """Return the global rank that this rank exchanges a stage's messages with."""
+        pipeline_rank = self.plan.schedule.placement[replica][stage]
+        if pipeline_rank == self.pipeline_rank:
+            return self.rank
+        return self.plan.mapping.pipeline_ranks[pipeline_rank][self._place[1]]
+
+    def gradient_ranks(self, stage: int) -> tuple[int, ...]:
+        """Return the global ranks that hold the same shard of a stage's parameters as this rank's coordinate."""
+        ranks: list[int] = []
+        for row in self.plan.schedule.placement:
+            members = self.plan.mapping.pipeline_ranks[row[stage]]
+            degrees = self.plan.stages[stage].degrees
+            ranks += [
+                rank for index, rank in enumerate(members) if coordinates_of(index, degrees).tp == self.coordinates.tp
+            ]
+        return tuple(sorted(set(ranks)))
+
+
+def coordinates_of(index: int, degrees: Degrees) -> Coordinates:
+    """Return the coordinates of device `index` of a pipeline rank."""
+    return Coordinates(index % degrees.tp, index // degrees.tp % degrees.cp, index // (degrees.tp * degrees.cp))
+
+
+def stage_edges(plan: Plan, layer_edges: tuple[tuple[int, int], ...]) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Return for each pair of stages the layers of the first whose values the second needs.
+
+    Raises InvalidDocument when two stages need an edge that the plan's schedule does not have.
+    """
+    stage_of = {layer: index for index, stage in enumerate(plan.stages) for layer in stage.layer_indices}
+    found: dict[tuple[int, int], set[int]] = {}
+    for source, target in layer_edges:
+        if stage_of[source] != stage_of[target]:
+            found.setdefault((stage_of[source], stage_of[target]), set()).add(source)
+    count = len(plan.stages)
+    declared = set(plan.schedule.edges) or {(stage, stage + 1) for stage in range(count - 1)}
+    missing = sorted(set(found) - declared)
+    if missing:
+        raise InvalidDocument(
+            f"stage {missing[0][1]} needs values of stage {missing[0][0]}, and schedule.edges has no such edge",
+            field="schedule.edges",
+            hint="plan again with a profile that declares the model's edges",
+        )
+    return {edge: tuple(sorted(layers)) for edge, layers in sorted(found.items())}

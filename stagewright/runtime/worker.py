@@ -1,0 +1,243 @@
+"""One rank's part of a plan: its stages, their parameters, and one iteration after another.
+
+A worker assembles the collaborators (stages, mailbox, reducer, optimizers, interpreter) from plan, lowered schedule and
+layer chain, in a process group that exists. It drops the parameters of the layers it does not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
+from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.keep import keep_layers, move_to
+from stagewright.modeling.seeding import microbatch_seed
+from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
+from stagewright.planner.documents.plan import Plan
+from stagewright.planner.errors import InvalidArgument, InvalidSchedule
+from stagewright.planner.schedules.action import Action, Kind
+from stagewright.planner.schedules.schedule import Schedule
+from stagewright.runtime.communication import PointToPoint, ShapeBook
+from stagewright.runtime.groups import Groups
+from stagewright.runtime.interpreter import Interpreter, Iteration
+from stagewright.runtime.mailbox import Mailbox, StageGraph
+from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
+from stagewright.runtime.recorder import Recorder
+from stagewright.runtime.reduction import Bucket, GradientReducer
+from stagewright.runtime.stage import Stage
+from stagewright.runtime.topology import StageKey, Topology, stage_edges
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker is told beside the plan.
+
+    Parameters
+    ----------
+    device : where this rank computes.
+    seed : of random numbers in the layers.
+    """
+
+    device: torch.device
+    seed: int = 0
+
+
+class Worker:
+    """Runs iterations of one rank.
+
+    Parameters
+    ----------
+    plan, schedule : the plan and its schedule, lowered to sends, receives, reductions and optimizer steps.
+    chain : the whole model; what this rank does not hold is dropped from it.
+    store : where ranks publish shapes.
+    at_action : told the position of each action in the rank's list before it runs.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        schedule: Schedule,
+        chain: LayerChain,
+        settings: WorkerSettings,
+        *,
+        store: dist.Store,
+        at_action: Callable[[int], None] = lambda position: None,
+    ) -> None:
+        self.plan = plan
+        self.chain = chain
+        self.topology = Topology(plan, dist.get_rank())
+        self.settings = settings
+        self.recorder = Recorder()
+        self.steps = tuple(schedule.actions(self.topology.pipeline_rank))
+        self.groups = Groups()
+        self._at_action = at_action
+        self._optimizers: dict[StageKey, torch.optim.Optimizer] = {}
+        held = frozenset(i for _, s in self.topology.stages for i in plan.stages[s].layer_indices)
+        keep_layers(chain, held)
+        move_to(chain.model, settings.device)
+        self.stages = self._make_stages()
+        self.reducer = GradientReducer(self._make_buckets())
+        everyone = range(dist.get_world_size())
+        upward, downward = self.groups.make("upward", everyone), self.groups.make("downward", everyone)
+        self.transport = PointToPoint(upward, downward, settings.device, len(plan.stages))
+        self._mailbox = Mailbox(self._graph(), self.topology.rank, self.transport, ShapeBook(store), self.recorder)
+        self._check_reductions()
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """This rank's actions in order, fused ones apart."""
+        return tuple(action for step in self.steps for action in step)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return this rank's parameters by their name in the model, tied ones once."""
+        result: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+        for stage in self.stages.values():
+            for name, parameter in stage.segment.named_parameters().items():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    result[name] = parameter
+        return result
+
+    def use_optimizer(self, choice: OptimizerChoice | None) -> None:
+        """Step with this optimizer from now on; with None, iterations only leave gradients."""
+        self._optimizers = {}
+        if choice is None:
+            return
+        owner: dict[int, StageKey] = {}
+        order = [(action.replica, action.stage) for action in self.actions if action.kind is Kind.OPT]
+        for key in order:
+            owner.update(dict.fromkeys(map(id, self.stages[key].segment.named_parameters().values()), key))
+        for key in order:
+            values = self.stages[key].segment.named_parameters().values()
+            mine = [value for value in values if value.requires_grad and owner[id(value)] == key]
+            if mine:
+                self._optimizers[key] = make_optimizer(choice, mine)
+
+    def run(self, batch: Batch, step: int) -> float | None:
+        """Run one iteration on a global batch; returns this rank's share of the loss when it holds the last layer."""
+        iteration = self._iteration(batch, step)
+        interpreter = Interpreter(
+            self.stages,
+            self._mailbox,
+            self.reducer,
+            optimize=self._optimize if self._optimizers else None,
+            recorder=self.recorder,
+            at_action=self._at_action,
+        )
+        self.recorder.clear()
+        interpreter.run(self.steps, iteration)
+        losses = [
+            float(loss) * iteration.loss_weights[unit[0]]
+            for stage in self.stages.values()
+            for unit, loss in stage.losses.items()
+        ]
+        for stage in self.stages.values():
+            stage.losses.clear()
+        return sum(losses) if losses else None
+
+    def zero_gradients(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.chain.model.parameters():
+            parameter.grad = None
+
+    def close(self) -> None:
+        """Destroy this worker's process groups."""
+        self.groups.close()
+
+    def _iteration(self, batch: Batch, step: int) -> Iteration:
+        count, size = self.topology.num_microbatches, self.plan.schedule.microbatch
+        replicas = self.topology.degrees.dp
+        total = count * size * replicas
+        if batch_size(batch) != total:
+            raise InvalidArgument(
+                f"the batch has {batch_size(batch)} samples, the plan takes {count} microbatches x {size} samples x "
+                f"{replicas} replicas = {total}",
+                field="data",
+            )
+        first = self.topology.coordinates.dp * count
+        numbers = {index: first + index for index in range(count)}
+        used = {action.microbatch for action in self.actions if action.kind is Kind.F}
+        return Iteration(
+            {
+                index: to_device(slice_batch(batch, number * size, size), self.settings.device)
+                for index, number in numbers.items()
+                if index in used
+            },
+            dict.fromkeys(numbers, 1.0 / (count * replicas)),
+            {index: microbatch_seed(self.settings.seed, step, number) for index, number in numbers.items()},
+        )
+
+    def _optimize(self, key: StageKey) -> None:
+        optimizer = self._optimizers.get(key)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def _make_stages(self) -> dict[StageKey, Stage]:
+        sink = WeightGradientSink()
+        if any(action.kind is Kind.I for action in self.actions):
+            defer_weight_gradients(self.chain.model, sink)
+        return {
+            (replica, stage): Stage(self.chain.segment_of(self.plan.stages[stage].layer_indices), stage, replica, sink)
+            for replica, stage in self.topology.stages
+        }
+
+    def _graph(self) -> StageGraph:
+        placement = self.plan.schedule.placement
+        peers = {
+            (replica, stage): self.topology.holder(replica, stage)
+            for replica in range(len(placement))
+            for stage in range(len(placement[replica]))
+        }
+        return StageGraph(stage_edges(self.plan, self.chain.edges), peers)
+
+    def _make_buckets(self) -> Iterable[Bucket]:
+        """One bucket a stage, and one for each set of stages that share parameters; all ranks make the same groups."""
+        users: dict[str, frozenset[int]] = {}
+        stage_of = {layer: index for index, stage in enumerate(self.plan.stages) for layer in stage.layer_indices}
+        position = {name: index for index, name in enumerate(self.chain.layer_names)}
+        for tie in self.chain.ties:
+            users.update(dict.fromkeys(tie.names, frozenset(stage_of[position[layer]] for layer in tie.layers)))
+        sets = {frozenset((stage,)) for stage in range(len(self.plan.stages))} | set(users.values())
+        buckets = []
+        for shared in sorted(sets, key=sorted):
+            group = self._gradient_group(shared)
+            holders = frozenset(key for key in self.topology.stages if key[1] in shared)
+            parameters = {
+                name: value
+                for name, value in self.parameters().items()
+                if any(name in self.stages[key].segment.named_parameters() for key in holders)
+                and (shared == users[name] if name in users else len(shared) == 1)
+            }
+            if holders and parameters:
+                buckets.append(Bucket(parameters, group, holders))
+        return buckets
+
+    def _gradient_group(self, stages: frozenset[int]) -> dist.ProcessGroup | None:
+        """Make the groups of all tensor-parallel coordinates; returns this rank's."""
+        sets = []
+        for rank in range(dist.get_world_size()):
+            view = Topology(self.plan, rank)
+            if any(stage in stages for _, stage in view.stages):
+                sets.append(tuple(sorted({other for stage in stages for other in view.gradient_ranks(stage)})))
+        return self.groups.make_all(f"gradients {sorted(stages)}", sets)
+
+    def _check_reductions(self) -> None:
+        reduced = [(a.replica, a.stage) for a in self.actions if a.kind is Kind.REDUCE_GRAD]
+        for key in self.topology.stages:
+            if reduced.count(key) != 1:
+                raise InvalidSchedule(
+                    f"stage {key[1]} of replica {key[0]} has {reduced.count(key)} REDUCE_GRAD actions, it needs 1",
+                    hint="lower the schedule with its reductions: without them gradients would not be sums",
+                )
+
+
+def local_gradient(parameter: Tensor) -> Tensor:
+    """Return a parameter's gradient, zeros when it has none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,0 +1,104 @@
+"""A pool of gloo ranks that live as long as the test session and run one case after another.
+
+Starting a rank costs seconds, a case a fraction of one: all cases of a world size share its ranks. A case that fails on
+one rank would leave the others waiting, so after a failure or a timeout the pool is ended and the next case gets a new
+one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import socket
+import sys
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+PRELOADED = ["torch", "torch.distributed", "torch.distributed.tensor.parallel", "runtime_cases"]
+
+
+class RankPool:
+    """`run(function, argument)` calls `runtime_cases.<function>(argument)` on each rank and returns their results."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: str, argument: object, *, timeout_s: float = 120.0) -> list[Any]:
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, argument))
+        results: dict[int, Any] = {}
+        while len(results) < self.num_ranks:
+            waiting = {pipe: index for index, pipe in enumerate(self._pipes) if index not in results}
+            ready = wait(list(waiting), timeout=timeout_s)
+            if not ready:
+                self.close()
+                raise TimeoutError(
+                    f"ranks {sorted(waiting.values())} of {self.num_ranks} hang in {function}({argument})"
+                )
+            for pipe in ready:
+                index = waiting[pipe]
+                try:
+                    kind, value = pipe.recv()
+                except EOFError:
+                    kind, value = "error", f"rank {index} died"
+                if kind == "error":
+                    self.close()
+                    raise RankError(f"rank {index} of {self.num_ranks}: {value}")
+                results[index] = value
+        return [results[index] for index in range(self.num_ranks)]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        here = str(Path(__file__).parent)
+        if here not in sys.path:
+            sys.path.insert(0, here)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        for rank in range(self.num_ranks):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.num_ranks, port, theirs, here), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(mine)
+
+
+class RankError(AssertionError):
+    """A rank raised; the message holds its traceback."""
+
+
+def _serve(rank: int, num_ranks: int, port: int, pipe: Connection, path: str) -> None:
+    if path not in sys.path:
+        sys.path.insert(0, path)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
+    cases = importlib.import_module("runtime_cases")
+    while True:
+        try:
+            function, argument = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("result", getattr(cases, function)(argument)))
+        except BaseException:
+            pipe.send(("error", traceback.format_exc()))
