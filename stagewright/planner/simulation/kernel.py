@@ -116,7 +116,7 @@ def compile_order(schedule: Schedule) -> CompiledOrder:
     nodes = _sort(program, capacity)
     count, done, before, across, hop, code, rank, last = nodes
     if (done < program.offset[1:]).any():
-        raise explain_deadlock(schedule, done - program.offset[:-1])
+        raise explain_deadlock(schedule, (done - program.offset[:-1]).tolist())
     return CompiledOrder(
         before[: count + 1].copy(),
         across[: count + 1].copy(),
@@ -129,6 +129,12 @@ def compile_order(schedule: Schedule) -> CompiledOrder:
         schedule.num_ranks,
         int(program.kind_counts[: _W + 1].sum()),
     )
+
+
+def stopped_at(program: Program) -> Ints:
+    """Return the row where each rank stops, [num_ranks]: `program.offset[1:]` when the lists can run together."""
+    _, position, *_ = _sort(program, _count_nodes(program))
+    return position  # type: ignore[no-any-return]
 
 
 def durations(order: CompiledOrder, forward_s: Floats, input_grad_s: Floats, weight_grad_s: Floats) -> Floats:

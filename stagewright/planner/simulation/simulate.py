@@ -99,7 +99,7 @@ def _sweep(
     network = _network(schedule, program, links, collectives)
     swept = sweep(program, work, network, int(count_messages(program, network.sends_are_rows)))
     if (swept.position < program.offset[1:]).any():
-        raise explain_deadlock(schedule, swept.position - program.offset[:-1])
+        raise explain_deadlock(schedule, (swept.position - program.offset[:-1]).tolist())
     return program, work, network, swept
 
 
