@@ -35,12 +35,15 @@ class Desk:
             self._process.kill()
 
     def answer(self, function: TaskFunction, argument: str) -> str:
-        """Return what `function(argument, context)` returns; raises Problem when it refuses, fails or takes too long."""
+        """Return what `function(argument, context)` returns; raises Problem when it refuses, fails or takes too long.
+
+        A process that dies is replaced once: it may have died before this task came.
+        """
         end = time.monotonic() + self._timeout_s
         if not self._turn.acquire(timeout=self._timeout_s):
             raise Problem("not-ready", "too many simulations at once", headers={"Retry-After": "1"})
         try:
-            reply = self._reply(Task(function, argument, self._timeout_s), end)
+            reply = self._reply_of_two(Task(function, argument, self._timeout_s), end)
         except ProcessDied as error:
             self._drop()
             raise Problem("internal", f"the simulation's process died: {error}") from error
@@ -51,6 +54,13 @@ class Desk:
         if reply.traceback:
             _LOG.error("a task failed: %s\n%s", reply.message, reply.traceback)
         raise problem_of_refusal(reply)
+
+    def _reply_of_two(self, task: Task, end: float) -> Answer | Refusal:
+        try:
+            return self._reply(task, end)
+        except ProcessDied:
+            self._drop()
+            return self._reply(task, end)
 
     def _reply(self, task: Task, end: float) -> Answer | Refusal:
         process = self._open()

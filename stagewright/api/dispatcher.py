@@ -179,11 +179,20 @@ class Dispatcher:
             wanted: StopReason | None = current.cancel_mode or ("deadline" if self._is_late(row) else None)
             if wanted == "discard":
                 self._finish(row, stopped_empty("discard"))
-                return False
+                return self._ends_by_itself(process)
             if wanted is not None and stop is None:
                 process.ask_to_stop()
                 stop, kill_at = wanted, now + self._policy.stop_grace_s
         self._store.release(row, self._boot_id, refund=True)
+        return False
+
+    def _ends_by_itself(self, process: SolverProcess) -> bool:
+        """Ask a solve whose answer nobody wants to end; return whether it did, so that its process can be kept."""
+        process.ask_to_stop()
+        end = time.monotonic() + self._policy.stop_grace_s
+        while time.monotonic() < end and not self._stopping.is_set():
+            if isinstance(process.next_reply(_POLL_S), Answer | Refusal):
+                return True
         return False
 
     def _look(self, row: PlanRow, progress: Progress | None) -> PlanRow | None:

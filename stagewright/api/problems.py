@@ -38,6 +38,7 @@ KINDS: Mapping[str, ProblemKind] = {
     "model-code-refused": ProblemKind(
         422, "Models in code are not accepted here", "`module:factory` works on the command line; send its profile."
     ),
+    "infeasible": ProblemKind(422, "Nothing fits", "`result.diagnosis` holds the nearest plan and what would fit."),
     "queue-full": ProblemKind(429, "Too many plans wait", "Try again after the seconds in the header Retry-After."),
     "no-incumbent": ProblemKind(500, "No plan was found in time", "Give a longer deadline, or a smaller space."),
     "solver-died": ProblemKind(500, "The solver's process died", "The plan was started again and died again."),

@@ -259,7 +259,7 @@ class Store:
         with self._engine.begin() as connection:
             return connection.execute(sa.update(KEYS).where(valid).values(revoked_at=self._clock())).rowcount > 0
 
-    def keys(self) -> list[Key]:
+    def list_keys(self) -> list[Key]:
         """Return all keys, oldest first."""
         with self._reader() as connection:
             return [_key(row) for row in connection.execute(sa.select(KEYS).order_by(KEYS.c.created_at, KEYS.c.id))]

@@ -1,0 +1,35 @@
+"""What the service stands on, as one value: the composition root names the real functions, a test names its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from stagewright.api.tasks import TaskFunction
+from stagewright.planner.documents.request import PlanRequest
+
+CatalogEntry = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The functions behind the routes.
+
+    Parameters
+    ----------
+    solve : in a solver process, from a PlanRequest to a PlanOutcome, both as JSON.
+    simulate : in the desk's process, from a SimulationRequest to the prediction and the timeline.
+    validate : in the desk's process, from a ValidationRequest to its violations.
+    check : in the server, raises StagewrightError for a request whose names mean nothing; must be quick.
+    catalog : by name (gpus, models, clusters, schedules), the entries that pickers show.
+    modules : what a process imports before its first task.
+    versions : what an answer depends on besides the request; part of the cache's key.
+    """
+
+    solve: TaskFunction
+    simulate: TaskFunction
+    validate: TaskFunction
+    check: Callable[[PlanRequest], None]
+    catalog: Mapping[str, Callable[[], Sequence[CatalogEntry]]]
+    modules: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
