@@ -138,9 +138,10 @@ class Order:
     def makespans(self, costs: Floats, hop_s: Floats, tail_s: Floats) -> Floats:
         """Return the makespan of each row of costs [n, 3, S], hops [n, num_hops] and tails [n, D]."""
         hops = np.concatenate((np.zeros((len(hop_s), 1)), hop_s), axis=1)
-        return sweeps(
+        values: Floats = sweeps(
             self.before, self.across, self.hop, self.code, self.last, self.durations(costs), hops, tail_s
         )
+        return values
 
     def trace(self, costs: Floats, hop_s: Floats, tail_s: Floats) -> tuple[float, Cut]:
         """Return the makespan and one longest path; ties go to the lower rank and to the same rank's predecessor."""

@@ -1,0 +1,8 @@
+"""The default planner: the joint search with a certificate (`search.joint_search`)."""
+
+from __future__ import annotations
+
+from stagewright.planner.planners.registry import NamedPlanner
+from stagewright.planner.search.joint_search import solve
+
+PLANNER = NamedPlanner("exact", "Stagewright: joint search over cuts from simulated critical paths", solve)

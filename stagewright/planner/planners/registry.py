@@ -1,0 +1,60 @@
+"""Every named planner: who published it, and the function that solves a problem its way.
+
+A planner answers with a PlanOutcome whose plans the common simulator has scored; what the planner itself optimised is
+its own objective. `candidates_outcome` in `planners.scoring` makes that outcome from bare choices.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stagewright.planner.documents.outcome import PlanOutcome
+from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.problem import Problem
+
+Solve = Callable[[Problem, Limits], PlanOutcome]
+
+
+@dataclass(frozen=True)
+class NamedPlanner:
+    """One row of the registry.
+
+    Parameters
+    ----------
+    name, aliases : what users type.
+    paper : authors, title, venue.
+    solve : from a problem and its limits to an outcome.
+    objective : what the planner itself minimises, in words.
+    """
+
+    name: str
+    paper: str
+    solve: Solve
+    objective: str = "simulated step time"
+    aliases: tuple[str, ...] = ()
+
+
+def planners() -> tuple[NamedPlanner, ...]:
+    """Return all planners, the exact one first."""
+    from stagewright.planner.planners import exact, exhaustive, megatron, random
+
+    return (exact.PLANNER, exhaustive.PLANNER, megatron.PLANNER, random.PLANNER)
+
+
+def planner(name: str) -> NamedPlanner:
+    """Return the planner of a name or alias; raises InvalidArgument with the nearest name."""
+    wanted = name.strip().lower().replace("_", "-")
+    by_name = {known: row for row in planners() for known in (row.name, *row.aliases)}
+    if wanted in by_name:
+        return by_name[wanted]
+    nearest = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.4)
+    raise InvalidArgument(
+        f"there is no planner {name!r}",
+        field="planner",
+        hint=(f"did you mean {nearest[0]}? " if nearest else "")
+        + "known: "
+        + ", ".join(row.name for row in planners()),
+    )

@@ -1,0 +1,79 @@
+"""One call from a question to an answer: profile, cluster and job in, plan with certificate out.
+
+`make_plan` validates what contradicts itself, runs the named planner, scores what it found with the common simulator
+and turns limits into a status: optimal, within_gap, feasible, infeasible or no_solution.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from stagewright.planner.documents.cluster import Cluster
+from stagewright.planner.documents.job import TrainingJob
+from stagewright.planner.documents.outcome import PlanOutcome, Progress
+from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.planners.registry import planner as named_planner
+from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.problem import Problem
+from stagewright.planner.search.space import check_pins
+
+Report = Callable[[Progress], None]
+
+
+def make_plan(
+    profile: ModelProfile,
+    cluster: Cluster,
+    job: TrainingJob,
+    *,
+    planner: str = "exact",
+    num_devices: int | None = None,
+    top: int = 5,
+    gap: float | None = None,
+    deadline_s: float | None = None,
+    executor: str = "inline",
+    previous: Plan | None = None,
+    progress: Report | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> PlanOutcome:
+    """Return the best plan the named planner finds, with what it proved.
+
+    Parameters
+    ----------
+    num_devices : use at most this many; all of the cluster when None.
+    top : alternatives to return beside the plan.
+    gap, deadline_s : override the job's.
+    executor : "inline" or "process"; the answer is the same.
+    previous : a plan to stay close to.
+    progress : called with the phase, the incumbent and the bound.
+    should_stop : asked between steps; true ends the search with the best so far.
+
+    Raises
+    ------
+    InvalidArgument : for an unknown planner, more devices than the cluster has, or pins that contradict each other.
+    """
+    started = time.perf_counter()
+    devices = cluster.num_devices if num_devices is None else num_devices
+    if not 1 <= devices <= cluster.num_devices:
+        raise InvalidArgument(
+            f"{devices} devices were asked for, cluster {cluster.name} has {cluster.num_devices}",
+            field="devices",
+            hint=f"give a number from 1 to {cluster.num_devices}",
+        )
+    row = named_planner(planner)
+    problem = Problem(profile, cluster, job, devices)
+    check_pins(profile, job, devices)
+    limits = Limits(
+        gap=job.gap if gap is None else gap,
+        deadline_s=job.deadline_s if deadline_s is None else deadline_s,
+        started_s=started,
+        top=top,
+        executor=executor,
+        previous=previous,
+        progress=progress,
+        should_stop=should_stop,
+    )
+    outcome = row.solve(problem, limits)
+    return outcome.model_copy(update={"wall_s": time.perf_counter() - started})

@@ -1,0 +1,371 @@
+"""What a plan will cost: the one scorer of the product.
+
+A plan's schedule is made again from its name and sizes (or read from its own orders), its stages are priced by the cost
+model under their degrees, and the simulator runs the order on the real links. The step is
+
+    step = max over pipeline ranks of (end of its last action + gradient reduction + optimizer) + overhead of a step
+
+Messages take latency + bytes / bandwidth of the slowest link between two ranks; a directed pair of ranks carries one
+message at a time. Peak memory of a rank is its states, the most live activations of its order, the largest workspace of
+its layers and what the framework holds.
+
+MFU is model FLOPs (forward once, backward twice, no recomputation) over the dense peak of the job's dtype; HFU counts
+what is run again. Not modelled: contention between different pairs of ranks, stragglers, input pipelines.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.cost.communication import sent_bytes
+from stagewright.planner.cost.cost_model import CostModel
+from stagewright.planner.cost.groups import GroupShape
+from stagewright.planner.cost.layer_table import LEVELS
+from stagewright.planner.cost.measured_cost import worst_source
+from stagewright.planner.cost.options import CostOptions
+from stagewright.planner.documents.cluster import Cluster, Device
+from stagewright.planner.documents.job import TrainingJob
+from stagewright.planner.documents.plan import Degrees, MemoryItems, Plan, Prediction, ScheduleSpec, StagePlan
+from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.errors import InvalidDocument
+from stagewright.planner.schedules.action import Action, parse_action
+from stagewright.planner.schedules.costs import StageCosts
+from stagewright.planner.schedules.family import ScheduleRequest
+from stagewright.planner.schedules.registry import generate
+from stagewright.planner.schedules.schedule import Schedule, encode
+from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
+from stagewright.planner.search.order import Order, OrderKey, compile_search_order
+from stagewright.planner.search.pipeline_costs import PipelineCosts, Tie, Wiring, boundary_bytes, pipeline_costs
+from stagewright.planner.simulation.network import Links
+from stagewright.planner.simulation.simulate import simulate
+from stagewright.planner.simulation.timeline import Timeline
+
+Floats = npt.NDArray[np.float64]
+
+# Sharded gradients are never held in full, so they are scattered at each microbatch.
+OPTIONS = CostOptions(accumulate_sharded=False)
+
+_FUSED = re.compile(r"^\((?P<steps>.+)\)OVERLAP_F_B$")
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A plan's prediction with all that it was made of."""
+
+    prediction: Prediction
+    timeline: Timeline
+    schedule: Schedule
+    costs: StageCosts
+    pipeline: PipelineCosts
+
+
+def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
+    """Return what the plan costs on its cluster; raises InvalidDocument when it was made for other layers."""
+    plan.check_profile(layer_digest=profile.layer_digest, num_layers=profile.num_layers)
+    schedule = schedule_of(plan.schedule)
+    layers = _layers_by_stage(plan, profile)
+    bounds = stage_bounds(plan.stages)
+    levels = recompute_indices(plan.stages)
+    order = compile_search_order(schedule, order_key(plan.schedule))
+    wiring = wiring_of(plan, profile, layers)
+    pipeline = pipeline_costs(
+        order,
+        bounds,
+        levels,
+        layers,
+        wiring,
+        base_bytes=base_bytes(profile, device_of(plan.cluster, plan.stages[0].group)),
+        ties=ties_of(profile, plan.stages[0].degrees, plan.job),
+        action_overhead_s=profile.action_overhead_s,
+    )
+    costs = _stage_costs(pipeline, bounds, levels, layers)
+    links = links_of(order, bounds, layers, wiring)
+    timeline = simulate(schedule, costs, links=links, tail_s=pipeline.tail_s)
+    prediction = _prediction(plan, profile, order, pipeline, timeline, layers, levels, bounds)
+    return Evaluation(prediction, timeline, schedule, costs, pipeline)
+
+
+def schedule_of(spec: ScheduleSpec) -> Schedule:
+    """Return the schedule a plan names; raises InvalidDocument when its placement is not the family's."""
+    placement = np.array(spec.placement, dtype=np.int32)
+    if spec.orders is not None:
+        orders = tuple(encode([_parse_step(text) for text in rank]) for rank in spec.orders)
+        return Schedule(
+            spec.name, spec.num_microbatches, placement, orders, spec.num_slices, spec.edges, parameters=spec.parameters
+        )
+    schedule = generate(
+        spec.name,
+        ScheduleRequest(
+            spec.num_ranks,
+            spec.num_microbatches,
+            num_chunks=spec.num_chunks,
+            num_slices=spec.num_slices,
+            num_waves=spec.num_waves,
+            edges=spec.edges,
+            parameters=spec.parameters,
+        ),
+    )
+    if not np.array_equal(schedule.placement, placement):
+        raise InvalidDocument(
+            f"schedule.placement is {placement.tolist()}, {spec.name} places its stages on {schedule.placement.tolist()}",
+            field="schedule.placement",
+            hint="give the orders of a schedule that no family makes",
+        )
+    return schedule
+
+
+def order_key(spec: ScheduleSpec) -> OrderKey:
+    """Return the key of a plan's order."""
+    return OrderKey(spec.name, spec.num_ranks, spec.num_microbatches, spec.num_chunks)
+
+
+def stage_bounds(stages: Sequence[StagePlan]) -> list[int]:
+    """Return the first layer of each stage and the number of layers; raises InvalidDocument unless stages are ranges."""
+    bounds = [0]
+    for index, stage in enumerate(stages):
+        layers = stage.layer_indices
+        if list(layers) != list(range(bounds[-1], bounds[-1] + len(layers))):
+            raise InvalidDocument(
+                f"stages[{index}] holds layers {list(layers)}, the next one in order is {bounds[-1]}",
+                field=f"stages[{index}]",
+                hint="the scorer takes stages that are ranges in model order",
+            )
+        bounds.append(bounds[-1] + len(layers))
+    return bounds
+
+
+def recompute_indices(stages: Sequence[StagePlan]) -> list[int]:
+    """Return the index in LEVELS of each layer's recomputation level."""
+    return [LEVELS.index(level) for stage in stages for level in stage.recompute_levels()]
+
+
+def device_of(cluster: Cluster, group: str | None) -> Device:
+    """Return the device of a node group, the first one for None."""
+    for candidate in cluster.groups:
+        if candidate.name == group:
+            return candidate.device
+    return cluster.groups[0].device
+
+
+def base_bytes(profile: ModelProfile, device: Device) -> float:
+    """Return what framework and driver hold before the first tensor, bytes."""
+    return profile.framework_bytes + device.reserved_bytes
+
+
+def ties_of(profile: ModelProfile, degrees: Degrees, job: TrainingJob) -> list[Tie]:
+    """Return the pairs of layers that share a weight, with its gradient's bytes on one device."""
+    names = {name: index for index, name in enumerate(profile.layer_names)}
+    divisor = degrees.tp if degrees.vocab_parallel else 1
+    found = []
+    for tie in profile.tied:
+        layers = sorted(names[name] for name in tie.layers)
+        size = tie.num_parameters / divisor * job.optimizer.gradient_bytes
+        found += [Tie(layers[0], other, size) for other in layers[1:]]
+    return found
+
+
+def wiring_of(plan: Plan, profile: ModelProfile, layers: Sequence[LayerCosts]) -> Wiring:
+    """Return the links between the plan's pipeline ranks."""
+    width = max(len(ranks) for ranks in plan.mapping.pipeline_ranks)
+    device = np.array([np.resize(ranks, width) for ranks in plan.mapping.pipeline_ranks], dtype=np.int64)
+    degrees = plan.stages[0].degrees
+    model = CostModel(profile, plan.cluster, plan.job, OPTIONS, plan.mapping.axis_order)
+    return wire(model, degrees, device, max(float(row.cut_bytes.max()) for row in layers), plan.stages[0].group)
+
+
+def wire(
+    model: CostModel, degrees: Degrees, device: npt.NDArray[np.int64], reference_bytes: float, group: str | None
+) -> Wiring:
+    """Return the wiring of ranks on `device` [D, devices of a rank]."""
+    splits = degrees.tp > 1 and not degrees.sp and model.options.scatter_gather
+    ranks = len(device)
+    inside = model.rank_groups(degrees, group=group, num_pipeline_ranks=ranks).tp if splits else GroupShape(())
+    return Wiring(model.cluster, device, reference_bytes, inside)
+
+
+def links_of(order: Order, bounds: Sequence[int], layers: Sequence[LayerCosts], wiring: Wiring) -> Links:
+    """Return the same lines in the simulator's form."""
+    ranks = order.num_ranks
+    latency, bandwidth = np.zeros((ranks, ranks)), np.full((ranks, ranks), np.inf)
+    for first, second in {(a, b) for a, b in order.hop_pairs.tolist() if a != b}:
+        line = wiring.line(first, second)
+        for a, b in ((first, second), (second, first)):
+            latency[a, b], bandwidth[a, b] = line.latency_s, line.bytes_per_s
+    return Links(latency_s=latency, bytes_per_s=bandwidth, boundary_bytes=boundary_bytes(bounds, layers))
+
+
+def _layers_by_stage(plan: Plan, profile: ModelProfile) -> list[LayerCosts]:
+    known: dict[tuple[Degrees, str | None], LayerCosts] = {}
+    model = CostModel(profile, plan.cluster, plan.job, OPTIONS, plan.mapping.axis_order)
+    for stage in plan.stages:
+        key = (stage.degrees, stage.group)
+        if key not in known:
+            known[key] = layer_costs(
+                model,
+                Configuration(
+                    stage.degrees,
+                    plan.schedule.num_ranks,
+                    plan.schedule.microbatch,
+                    plan.schedule.num_microbatches,
+                    plan.mapping.axis_order,
+                    stage.group,
+                ),
+            )
+    return [known[stage.degrees, stage.group] for stage in plan.stages]
+
+
+def _stage_costs(
+    pipeline: PipelineCosts, bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]
+) -> StageCosts:
+    """Return the simulator's costs; recomputation is told apart from the input gradient."""
+    count = len(bounds) - 1
+    recompute, kept, freed = np.zeros(count), np.zeros(count), np.zeros(count)
+    level = np.asarray(levels, dtype=np.int64)
+    for stage in range(count):
+        chosen = np.arange(bounds[stage], bounds[stage + 1])
+        at = (level[chosen], chosen)
+        recompute[stage] = layers[stage].recompute_s[at].sum()
+        kept[stage] = layers[stage].kept_bytes[at].sum()
+        freed[stage] = (layers[stage].kept_bytes[at] * layers[stage].freed_share[at]).sum()
+    share = np.divide(freed, kept, out=np.zeros(count), where=kept > 0)
+    forward, input_grad, weight_grad = pipeline.costs
+    return StageCosts(forward, input_grad - recompute, weight_grad, kept, share, recompute)
+
+
+def _parse_step(text: str) -> Action | tuple[Action, ...]:
+    match = _FUSED.match(text)
+    if match is None:
+        return parse_action(text)
+    return tuple(parse_action(part) for part in match["steps"].split(";"))
+
+
+def _prediction(
+    plan: Plan,
+    profile: ModelProfile,
+    order: Order,
+    pipeline: PipelineCosts,
+    timeline: Timeline,
+    layers: Sequence[LayerCosts],
+    levels: Sequence[int],
+    bounds: Sequence[int],
+) -> Prediction:
+    job, spec = plan.job, plan.schedule
+    step_s = timeline.makespan_s + profile.step_overhead_s
+    tokens = job.global_batch * job.sequence_length
+    model_flops, extra_flops = _flops(bounds, levels, layers)
+    batches = job.global_batch / spec.microbatch
+    peak = _peak_flops(plan)
+    busy = timeline.busy_s()
+    price = _price_per_s(plan)
+    return Prediction(
+        step_time_s=step_s,
+        tokens_per_s=tokens / step_s,
+        samples_per_s=job.global_batch / step_s,
+        mfu=3 * model_flops * batches / (step_s * peak) if peak and model_flops else None,
+        hfu=(3 * model_flops + extra_flops) * batches / (step_s * peak) if peak and model_flops else None,
+        bubble_over_total=float(np.clip(1.0 - busy.mean() / timeline.makespan_s, 0.0, 1.0)),
+        peak_memory_bytes=tuple(pipeline.peak_bytes.tolist()),
+        memory=tuple(_items(pipeline, rank) for rank in range(order.num_ranks)),
+        stage_time_s=tuple(pipeline.costs.sum(axis=0).tolist()),
+        exposed_communication_s=float((pipeline.tail_s - _rank_sum(order, pipeline.optimizer_s)).max()),
+        optimizer_s=float(_rank_sum(order, pipeline.optimizer_s).max()),
+        link_bytes=_link_bytes(plan, order, bounds, layers),
+        tokens_per_dollar=None if price is None else tokens / step_s / price,
+        source=worst_source([row.table.source for row in layers]),
+    )
+
+
+def _items(pipeline: PipelineCosts, rank: int) -> MemoryItems:
+    parameters, gradients, optimizer = pipeline.static_bytes[:, rank].tolist()
+    return MemoryItems(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=float(pipeline.activation_bytes[rank]),
+        workspace=float(pipeline.workspace_bytes[rank]),
+        framework=pipeline.base_bytes,
+    )
+
+
+def _rank_sum(order: Order, by_stage: Floats) -> Floats:
+    return np.array([by_stage[[slot.stage for slot in slots]].sum() for slots in order.slots])
+
+
+def _flops(bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]) -> tuple[float, float]:
+    """Return forward FLOPs of one microbatch of one replica, and those that recomputation runs again."""
+    model, extra = 0.0, 0.0
+    for stage, row in enumerate(layers):
+        for layer in range(bounds[stage], bounds[stage + 1]):
+            flops = float(row.table.model_flops[layer])
+            model += flops
+            forward_s = float(row.forward_s[layer])
+            if forward_s > 0:
+                extra += flops * min(1.0, float(row.recompute_s[levels[layer], layer]) / forward_s)
+    return model, extra
+
+
+def _peak_flops(plan: Plan) -> float:
+    """Return the dense peak of all devices of the plan at the job's dtype, FLOP per second."""
+    total = 0.0
+    for rank, devices in enumerate(plan.mapping.pipeline_ranks):
+        stage = plan.schedule.placement[0].index(rank) if rank in plan.schedule.placement[0] else 0
+        device = device_of(plan.cluster, plan.stages[stage].group)
+        rates = device.flops
+        total += len(devices) * (rates.get(plan.job.precision) or max(rates.values()))
+    return total
+
+
+def _price_per_s(plan: Plan) -> float | None:
+    """Return dollars per second of the devices used; None when a device has no price."""
+    total = 0.0
+    for rank in (rank for ranks in plan.mapping.pipeline_ranks for rank in ranks):
+        price = plan.cluster.group_of(rank).device.price_per_hour
+        if price is None:
+            return None
+        total += price / 3600.0
+    return total or None
+
+
+def _link_bytes(plan: Plan, order: Order, bounds: Sequence[int], layers: Sequence[LayerCosts]) -> dict[str, float]:
+    """Return bytes sent in one step over all devices, by operation and group."""
+    total: dict[str, float] = {}
+    replicas = order.num_replicas
+    for stage, row in enumerate(layers):
+        degrees = plan.stages[stage].degrees
+        inside = slice(bounds[stage], bounds[stage + 1])
+        for name, each in row.table.link_bytes.items():
+            sent = float(each[inside].sum()) * plan.schedule.num_microbatches * degrees.num_devices
+            total[name] = total.get(name, 0.0) + sent
+        gradients = float(row.gradient_bytes[inside].sum())
+        for _ in range(replicas):
+            for name, sent in _gradient_bytes(degrees, gradients).items():
+                total[name] = total.get(name, 0.0) + sent * degrees.num_devices
+    sizes = np.tile(boundary_bytes(bounds, layers), replicas)
+    for (first, second), size in zip(order.hop_pairs.tolist(), sizes, strict=True):
+        if first != second:
+            devices = len(plan.mapping.pipeline_ranks[first])
+            sent = 2 * float(size) * plan.schedule.num_microbatches * devices / replicas
+            total["send-receive/pp"] = total.get("send-receive/pp", 0.0) + sent
+    return {name: total[name] for name in sorted(total) if total[name] > 0}
+
+
+def _gradient_bytes(degrees: Degrees, size_bytes: float) -> dict[str, float]:
+    members = degrees.dp * degrees.cp
+    if members == 1:
+        return {}
+    if degrees.zero == 0:
+        return {"all-reduce/dp": sent_bytes("all-reduce", size_bytes, members)}
+    return {
+        "reduce-scatter/dp": sent_bytes("reduce-scatter", size_bytes, members),
+        "all-gather/dp": sent_bytes("all-gather", size_bytes, members),
+    }
+
+
+def with_prediction(plan: Plan, profile: ModelProfile) -> Plan:
+    """Return the plan with the scorer's prediction in it."""
+    return plan.model_copy(update={"prediction": evaluate(plan, profile).prediction})

@@ -1,0 +1,265 @@
+"""Stages of a cut model as numbers: the costs, hops, tails and peak bytes that an order turns into a step.
+
+Given bounds b_0 = 0 <= b_1 <= ... <= b_S = L and a recomputation level for each layer, stage s costs
+
+    F_s = sum f,  I_s = sum (i + rho(level)),  W_s = sum w          over layers b_s .. b_{s+1} - 1
+    tail_r = sum over stages s on rank r of reduction_s + optimizer_s, plus the sum of weights tied across ranks
+    peak_r = states_r + max over live vectors (a, b) of sum a_s kept_s + b_s (kept_s - freed_s) + max workspace + base
+
+A message over boundary b_s costs the line of the slowest link between the two ranks at the boundary's bytes. The scorer
+and the search both call this and nothing else, so the number a search minimises is the number a plan predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.cost.communication import collective_s
+from stagewright.planner.cost.cost_model import SAME_DEVICE, Boundary
+from stagewright.planner.cost.groups import GroupShape, Tier
+from stagewright.planner.documents.cluster import Cluster, LinkLevel, NodeGroup
+from stagewright.planner.search.layer_costs import LayerCosts
+from stagewright.planner.search.order import Order
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Two layers that share a weight: its bytes of gradient on one device are summed over both stages."""
+
+    first_layer: int
+    second_layer: int
+    gradient_bytes: float
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineCosts:
+    """What one pipeline costs for one microbatch and at the end of a step.
+
+    Parameters
+    ----------
+    costs : float64 [3, S], seconds of F, I, W of each stage.
+    hop_s : float64 [num_hops], seconds of a message over each hop of the order.
+    tail_s : float64 [D], seconds of each rank behind its last action.
+    reduction_s, optimizer_s : float64 [S], the parts of the tails; `tie_s` [D] is the rest.
+    static_bytes : float64 [3, D], parameters, gradients and optimizer of each rank.
+    activation_bytes, workspace_bytes : float64 [D].
+    base_bytes : of every rank: framework and buffers.
+    """
+
+    costs: Floats
+    hop_s: Floats
+    tail_s: Floats
+    reduction_s: Floats
+    optimizer_s: Floats
+    tie_s: Floats
+    static_bytes: Floats
+    activation_bytes: Floats
+    workspace_bytes: Floats
+    base_bytes: float
+
+    @cached_property
+    def peak_bytes(self) -> Floats:
+        """Peak of one device of each rank, [D]."""
+        return np.asarray(
+            self.static_bytes.sum(axis=0) + self.activation_bytes + self.workspace_bytes + self.base_bytes
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Wiring:
+    """The links between the pipeline ranks, as one line a pair: seconds = latency + bytes / bandwidth.
+
+    The line of a pair is that of the slowest link between a device and its counterpart, at the model's largest boundary
+    tensor. Where tensor parallelism replicates that tensor, each device may send 1 / tp of it and gather the rest
+    inside (Narayanan et al., SC 2021), when that is faster.
+
+    Parameters
+    ----------
+    device : int [D, devices of a rank], the cluster's device of each coordinate.
+    reference_bytes : the largest boundary tensor of one device.
+    inside : the tensor-parallel group, when the boundary tensor is replicated over it; else a group of one.
+    """
+
+    cluster: Cluster
+    device: npt.NDArray[np.int64]
+    reference_bytes: float
+    inside: GroupShape
+
+    @cached_property
+    def _lines(self) -> dict[tuple[int, int], Boundary]:
+        return {}
+
+    def line(self, first: int, second: int) -> Boundary:
+        """Return the line between two ranks, in either direction."""
+        if first == second:
+            return SAME_DEVICE
+        key = (min(first, second), max(first, second))
+        if key not in self._lines:
+            self._lines[key] = self._line(self.link(*key))
+        return self._lines[key]
+
+    def link(self, first: int, second: int) -> LinkLevel | None:
+        """Return the slowest link between the counterparts of two ranks."""
+        return slowest_link(self.device[first], self.device[second], self.cluster)
+
+    def _line(self, link: LinkLevel | None) -> Boundary:
+        size = self.reference_bytes
+        direct = line_at(link, size)
+        members = self.inside.size
+        if members == 1 or link is None or size <= 0:
+            return direct
+        shared = line_at(link, size / members)
+        gather = self.inside.ring_bytes_per_s * members / (members - 1)
+        scattered = Boundary(
+            shared.latency_s + self.inside.ring_latency_s, 1.0 / (1.0 / (shared.bytes_per_s * members) + 1.0 / gather)
+        )
+        return min(direct, scattered, key=lambda line: line.seconds(size))
+
+    def sum_s(self, first: int, second: int, size_bytes: float) -> float:
+        """Return the seconds of summing `size_bytes` over two ranks."""
+        if first == second or size_bytes <= 0:
+            return 0.0
+        link = self.link(first, second)
+        return 0.0 if link is None else collective_s("all-reduce", size_bytes, GroupShape((Tier(2, link),)))
+
+
+def line_at(link: LinkLevel | None, size_bytes: float) -> Boundary:
+    """Return a link's line at messages of this size: a measured segment, or its two numbers."""
+    if link is None:
+        return SAME_DEVICE
+    for segment in reversed(link.segments):
+        if segment.from_bytes <= size_bytes:
+            return Boundary(segment.latency_s, segment.bytes_per_s)
+    return Boundary(link.latency_s, link.bytes_per_s * link.achieved_share)
+
+
+def slowest_link(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], cluster: Cluster) -> LinkLevel | None:
+    """Return the widest link level that joins any pair (first[i], second[i]) of a cluster's devices."""
+    start, widest, height = 0, None, -1
+    for group in cluster.groups:
+        end = start + group.num_devices
+        here, there = (first >= start) & (first < end), (second >= start) & (second < end)
+        if (here != there).any():
+            return cluster.between_groups
+        if here.any():
+            needed = _level_joining(first[here] - start, second[here] - start, group)
+            if needed > height:
+                height, widest = needed, group.links[needed]
+        start = end
+    return widest
+
+
+def _level_joining(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], group: NodeGroup) -> int:
+    """Return the innermost level that joins all pairs; the outermost joins whatever is left."""
+    for index, level in enumerate(group.links):
+        if (first // level.num_devices == second // level.num_devices).all():
+            return index
+    return len(group.links) - 1
+
+
+def pipeline_costs(
+    order: Order,
+    bounds: Sequence[int] | Ints,
+    levels: Sequence[int] | Ints,
+    layers: Sequence[LayerCosts],
+    wiring: Wiring,
+    *,
+    base_bytes: float,
+    ties: Sequence[Tie] = (),
+    action_overhead_s: float = 0.0,
+) -> PipelineCosts:
+    """Return the costs of the stages between `bounds`, where stage s takes its numbers from layers[s]."""
+    num_stages, num_ranks = order.num_stages, order.num_ranks
+    costs = np.empty((3, num_stages))
+    kept, freed, workspace = np.zeros(num_stages), np.zeros(num_stages), np.zeros(num_stages)
+    static = np.zeros((3, num_stages))
+    reduction, optimizer = np.zeros(num_stages), np.zeros(num_stages)
+    level = np.asarray(levels, dtype=np.int64)
+    for stage in range(num_stages):
+        chosen = np.arange(bounds[stage], bounds[stage + 1])
+        row = layers[stage]
+        at = (level[chosen], chosen)
+        costs[0, stage] = row.forward_s[chosen].sum() + action_overhead_s
+        costs[1, stage] = (row.input_grad_s[chosen] + row.recompute_s[at]).sum() + action_overhead_s
+        costs[2, stage] = row.weight_grad_s[chosen].sum() + (action_overhead_s if order.split else 0.0)
+        kept[stage] = row.kept_bytes[at].sum()
+        freed[stage] = (row.kept_bytes[at] * row.freed_share[at]).sum()
+        workspace[stage] = row.workspace_bytes[at].max(initial=0.0)
+        static[:, stage] = row.state_bytes[:, chosen].sum(axis=1)
+        reduction[stage] = row.tail_s[chosen].sum() + (row.stage_latency_s if len(chosen) else 0.0)
+        optimizer[stage] = row.optimizer_s[chosen].sum()
+    rank_static, rank_workspace = np.zeros((3, num_ranks)), np.zeros(num_ranks)
+    tail, activation = np.zeros(num_ranks), np.zeros(num_ranks)
+    for rank, slots in enumerate(order.slots):
+        held = [slot.stage for slot in slots]
+        rank_static[:, rank] = static[:, held].sum(axis=1)
+        rank_workspace[rank] = workspace[held].max(initial=0.0)
+        tail[rank] = reduction[held].sum() + optimizer[held].sum()
+        live = order.live[rank]
+        bytes_by_vector = live[:, 0] @ kept[held] + live[:, 1] @ (kept[held] - freed[held])
+        activation[rank] = bytes_by_vector.max(initial=0.0)
+    tie = tie_seconds(order, bounds, wiring, ties) + replica_seconds(order, bounds, layers, wiring)
+    return PipelineCosts(
+        costs=costs,
+        hop_s=hop_seconds(order, bounds, layers, wiring),
+        tail_s=tail + tie,
+        reduction_s=reduction,
+        optimizer_s=optimizer,
+        tie_s=tie,
+        static_bytes=rank_static,
+        activation_bytes=activation,
+        workspace_bytes=rank_workspace,
+        base_bytes=base_bytes,
+    )
+
+
+def boundary_bytes(bounds: Sequence[int] | Ints, layers: Sequence[LayerCosts]) -> Floats:
+    """Return the bytes one device sends over each boundary, [S - 1]."""
+    return np.array([layers[stage].cut_bytes[bounds[stage + 1]] for stage in range(len(bounds) - 2)])
+
+
+def hop_seconds(order: Order, bounds: Sequence[int] | Ints, layers: Sequence[LayerCosts], wiring: Wiring) -> Floats:
+    """Return the seconds of a message over each hop, [num_hops]."""
+    sizes = np.tile(boundary_bytes(bounds, layers), order.num_replicas)
+    pairs = order.hop_pairs.tolist()
+    return np.array(
+        [wiring.line(a, b).seconds(size) if a != b else 0.0 for (a, b), size in zip(pairs, sizes, strict=True)]
+    )
+
+
+def replica_seconds(order: Order, bounds: Sequence[int] | Ints, layers: Sequence[LayerCosts], wiring: Wiring) -> Floats:
+    """Return what each rank waits for the gradients of stages that run on two ranks of the pipeline, [D]."""
+    seconds = np.zeros(order.num_ranks)
+    if order.num_replicas == 1:
+        return seconds
+    for stage, row in enumerate(layers):
+        size = float(row.gradient_bytes[bounds[stage] : bounds[stage + 1]].sum())
+        ranks = order.placement[:, stage].tolist()
+        for first, second in pairwise(ranks):
+            cost = wiring.sum_s(first, second, size)
+            seconds[first] += cost
+            seconds[second] += cost
+    return seconds
+
+
+def tie_seconds(order: Order, bounds: Sequence[int] | Ints, wiring: Wiring, ties: Sequence[Tie]) -> Floats:
+    """Return what each rank waits for weights that layers on two ranks share, [D]."""
+    seconds = np.zeros(order.num_ranks)
+    for tie in ties:
+        ends = [int(np.searchsorted(bounds, layer, side="right")) - 1 for layer in (tie.first_layer, tie.second_layer)]
+        for row in order.placement:
+            first, second = int(row[ends[0]]), int(row[ends[1]])
+            if first != second:
+                cost = wiring.sum_s(first, second, tie.gradient_bytes)
+                seconds[first] += cost
+                seconds[second] += cost
+    return seconds
