@@ -310,7 +310,7 @@ def _area_bound(instance: Instance, head_s: Floats, tail_s: Floats) -> float:
         cap = float(tables.cap[rank])
         if not np.isfinite(cap) or largest <= 0.0:
             continue
-        if np.ptp(costs.activation[own]) == 0.0:
+        if np.ptp(costs.activation[own]) == 0.0 and not costs.freed_at_input_grad[own].any():
             cap = (cap // largest) * largest
         first_s, last_s = float(head_s[3 * own].min()), float(tail_s[3 * own + 2].min())
         total = instance.num_microbatches * float(area[own].sum())
