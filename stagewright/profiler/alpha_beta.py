@@ -7,7 +7,7 @@ Objective: the sum of squared *relative* errors, sum ((alpha + beta n_i - t_i) /
 absolute errors would see the largest message only. For k pieces the optimum over breakpoints between sorted samples is
 the recurrence  E[k][j] = min_i E[k-1][i] + e(i, j),  e(i, j) the error of one line through samples i..j-1: O(k n^2)
 fits of two unknowns in closed form. The number of pieces grows while the root-mean-square relative error falls
-by a fifth or more for each added piece.
+by a fifth or more for each added piece, and not below half a percent.
 
 Not guaranteed: continuity at the breakpoints (protocols do jump), or any value beyond the last sample.
 """
@@ -29,6 +29,7 @@ _MIN_BETA_S_PER_BYTE = 1e-15
 _MIN_SAMPLES = 2
 _MIN_SAMPLES_OF_A_PIECE = 3
 _WORTHWHILE = 0.8
+_CLOSE_ENOUGH = 0.005
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def fit_alpha_beta(sizes_bytes: Sequence[float], seconds: Sequence[float], *, ma
             best[pieces][end] = totals[before[pieces][end]]
     pieces = 1
     for more in range(2, max_segments + 1):
-        if best[more][count] < best[pieces][count] * _WORTHWHILE ** (2 * (more - pieces)):
+        is_close = best[pieces][count] <= count * _CLOSE_ENOUGH**2
+        if not is_close and best[more][count] < best[pieces][count] * _WORTHWHILE ** (2 * (more - pieces)):
             pieces = more
     segments = _segments(sizes, lines, before, pieces)
     fit = AlphaBetaFit(segments=segments, rms_relative_error=0.0, max_relative_error=0.0)

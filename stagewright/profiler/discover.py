@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -198,7 +199,7 @@ def _matmul_curve(device: torch.device, dtype: torch.dtype, budget_s: float) -> 
         flop = 2.0 * width**3
         inner = max(1, int(2e7 / flop))
         spread = time_calls(
-            lambda left=left, right=right, out=out: torch.mm(left, right, out=out),
+            partial(torch.mm, left, right, out=out),
             clock,
             min_calls=3,
             budget_s=budget_s / len(widths),

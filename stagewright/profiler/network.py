@@ -285,7 +285,10 @@ def _overlap(device: torch.device) -> tuple[float, float]:
     def communicate() -> None:
         dist.all_reduce(message)
 
-    compute_alone, communication_alone, compute_busy, communication_busy = [], [], [], []
+    compute_alone: list[float] = []
+    communication_alone: list[float] = []
+    compute_busy: list[float] = []
+    communication_busy: list[float] = []
     pending = 1 + _calls_within(communicate, 0.03, device)
     products = 1 + _calls_within(compute, 0.06, device)
     for _ in range(4):

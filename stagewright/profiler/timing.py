@@ -31,10 +31,16 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """The processor's monotonic clock."""
+    """The processor's clock: wall time, or with `own_time` the time this thread had its core.
+
+    Own time is what a run will see when nothing else wants the cores, even if something did while it was measured.
+    """
+
+    def __init__(self, *, own_time: bool = False) -> None:
+        self._own_time = own_time
 
     def mark(self) -> object:
-        return time.perf_counter()
+        return time.thread_time() if self._own_time else time.perf_counter()
 
     def seconds(self, first: object, second: object) -> float:
         assert isinstance(first, float)
@@ -65,9 +71,9 @@ class CudaClock:
         torch.cuda.synchronize(self._device)
 
 
-def clock_of(device: torch.device) -> Clock:
-    """Return the clock of a device."""
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
+def clock_of(device: torch.device, *, own_time: bool = False) -> Clock:
+    """Return the clock of a device; `own_time` matters on CPU only."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock(own_time=own_time)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""Seconds of each layer's forward and backward within one microbatch of the running model."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stagewright.modeling import Batch, LayerChain
+from stagewright.profiler.layer_hooks import LayerHooks
+from stagewright.profiler.timing import Clock
+
+_SEED = 1  # a run seeds every layer of every microbatch, and that takes time too
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Seconds by layer; `outside_s` is what one microbatch took beside its layers; `busy_share` is CPU over wall time."""
+
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+    outside_s: float
+    busy_share: float
+
+
+class LayerTimer:
+    """Runs microbatches of a whole chain and times its layers; enter `hooks` once around all of them."""
+
+    def __init__(self, chain: LayerChain, clock: Clock) -> None:
+        self._chain = chain
+        self._clock = clock
+        self._segment = chain.segment(0, chain.num_layers)
+        self._forward: list[object] = []
+        self._backward: dict[int, object] = {}
+        targets = {target for _, target in chain.edges}
+        self._first_layers = frozenset(range(chain.num_layers)) - targets
+        self._holds_first_boundary = False
+        self._first_boundary: tuple[Tensor, ...] = ()
+        self.hooks = LayerHooks(
+            chain, entered=self._mark_forward, produced=self._hold_first_boundary, left=self._mark_backward
+        )
+
+    def full(self, batch: Batch, *, scale: float = 1.0) -> LayerTimes:
+        """Run one forward and one fused backward that accumulates into `.grad`, as an interpreter does them."""
+
+        def backward(loss: Tensor) -> None:
+            torch.autograd.backward((loss,), (torch.full_like(loss, scale),))
+
+        return self._run(batch, backward)
+
+    def input_gradients(self, batch: Batch) -> LayerTimes:
+        """Run one forward and a backward that computes no weight gradient; its seconds are the input gradients'."""
+
+        def backward(loss: Tensor) -> None:
+            if self._first_boundary:
+                torch.autograd.grad((loss,), self._first_boundary, allow_unused=True)
+
+        self._holds_first_boundary = True
+        try:
+            return self._run(batch, backward)
+        finally:
+            self._holds_first_boundary, self._first_boundary = False, ()
+
+    def forward_only(self, batch: Batch) -> None:
+        """Run one forward without gradients."""
+        self.hooks.begin()
+        with torch.no_grad():
+            self._segment(batch)
+
+    def _run(self, batch: Batch, backward: Callable[[Tensor], None]) -> LayerTimes:
+        clock = self._clock
+        clock.synchronize()
+        self._forward, self._backward = [], {}
+        wall, busy = time.perf_counter(), time.process_time()
+        first = clock.mark()
+        self.hooks.begin()
+        (loss,) = self._segment(batch, seed=_SEED)[self._chain.num_layers - 1]
+        turn = clock.mark()
+        backward(loss)
+        end = clock.mark()
+        del loss
+        last = clock.mark()
+        clock.synchronize()
+        wall, busy = time.perf_counter() - wall, time.process_time() - busy
+        forward_s = self._between([*self._forward, turn])
+        backward_s = self._backward_seconds(turn, end)
+        outside_s = clock.seconds(first, last) - sum(forward_s) - sum(backward_s)
+        return LayerTimes(forward_s, backward_s, max(outside_s, 0.0), busy / wall)
+
+    def _backward_seconds(self, turn: object, end: object) -> tuple[float, ...]:
+        """A layer whose output had no gradient is done when the backward is."""
+        count = self._chain.num_layers
+        marks = [self._backward.get(index, end) for index in range(count - 1)]
+        return tuple(reversed(self._between([turn, *reversed(marks), end])))
+
+    def _between(self, marks: list[object]) -> tuple[float, ...]:
+        pairs = itertools.pairwise(marks)
+        return tuple(max(self._clock.seconds(first, second), 0.0) for first, second in pairs)
+
+    def _mark_forward(self, index: int, tensors: tuple[Tensor, ...]) -> None:
+        self._forward.append(self._clock.mark())
+
+    def _hold_first_boundary(self, index: int, tensors: tuple[Tensor, ...]) -> None:
+        if self._holds_first_boundary and index in self._first_layers:
+            self._first_boundary += tensors
+
+    def _mark_backward(self, index: int) -> None:
+        self._backward.setdefault(index, self._clock.mark())

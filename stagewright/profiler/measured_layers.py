@@ -1,0 +1,162 @@
+"""From raw measurements to numbers by layer: medians, spreads and shares, still without documents.
+
+All measurements of one configuration give, for every layer, the median over measurements. The medians are scaled so
+that they add up to the median of the whole microbatch, since medians of parts add up to less than the median of their
+sum. The backward's split into input and weight gradient takes the measured shares and keeps the fused backward's sum.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerNumbers:
+    """Numbers of one layer in one configuration; spreads are (p20, p80)."""
+
+    forward_s: float
+    input_grad_s: float
+    weight_grad_s: float
+    optimizer_s: float
+    full_recompute_s: float | None
+    saved_bytes: float
+    input_bytes: float
+    output_bytes: float
+    workspace_bytes: float
+    forward_flops: float
+    freed_at_input_grad: float
+    forward_spread_s: tuple[float, float]
+    backward_spread_s: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ConfigurationNumbers:
+    """All layers of one configuration and what belongs to none of them.
+
+    `split_overhead` is (I + W) / B - 1; `drift` the relative change between the earlier and the later half.
+    """
+
+    layers: tuple[LayerNumbers, ...]
+    outside_s: float
+    entrance_s: float
+    first_extra_s: float
+    clearing_s: float
+    split_overhead: float | None
+    drift: float
+    busy_shares: tuple[float, ...]
+
+
+def configuration_numbers(
+    steps: Sequence[Numbers],
+    splits: Sequence[Numbers],
+    fulls: Sequence[Numbers],
+    memory: Numbers,
+    *,
+    recomputed: Sequence[bool],
+) -> ConfigurationNumbers:
+    """Return the numbers of one configuration; `recomputed` says which layers `fulls` recompute."""
+    forward, backward = _rows(steps, "forward_s"), _rows(steps, "backward_s")
+    totals = forward.sum(axis=1) + backward.sum(axis=1)
+    whole = float(np.median(totals))
+    parts = float(np.median(forward, axis=0).sum() + np.median(backward, axis=0).sum())
+    scale = whole / parts if parts > 0 else 1.0
+    forward, backward = forward * scale, backward * scale
+    forward_s, backward_s = np.median(forward, axis=0), np.median(backward, axis=0)
+    share, overhead = _input_share(splits, backward_s)
+    recompute_s = _recompute_seconds(fulls, forward_s + backward_s)
+    optimizer_s = np.median(_rows(steps, "optimizer_s"), axis=0)
+    kept = {name: _row(memory, f"{name}_bytes") for name in ("saved", "input", "output", "workspace")}
+    flops, freed = _row(memory, "forward_flops"), _freed(splits, kept["saved"])
+    layers = tuple(
+        LayerNumbers(
+            forward_s=float(forward_s[index]),
+            input_grad_s=float(backward_s[index] * share[index]),
+            weight_grad_s=float(backward_s[index] * (1.0 - share[index])),
+            optimizer_s=float(optimizer_s[index]),
+            full_recompute_s=float(recompute_s[index]) if recompute_s is not None and recomputed[index] else None,
+            saved_bytes=float(kept["saved"][index]),
+            input_bytes=float(kept["input"][index]),
+            output_bytes=float(kept["output"][index]),
+            workspace_bytes=float(kept["workspace"][index]),
+            forward_flops=float(flops[index]),
+            freed_at_input_grad=float(freed[index]),
+            forward_spread_s=_spread(forward[:, index]),
+            backward_spread_s=_spread(backward[:, index]),
+        )
+        for index in range(len(forward_s))
+    )
+    return ConfigurationNumbers(
+        layers=layers,
+        outside_s=_median(steps, "outside_s"),
+        entrance_s=_median(steps, "entrance_s"),
+        first_extra_s=max(_median(steps, "allocating_s") - whole, 0.0),
+        clearing_s=_median(steps, "clearing_s"),
+        split_overhead=overhead,
+        drift=_drift(totals),
+        busy_shares=tuple(_number(item, "busy_share") for item in steps),
+    )
+
+
+def _input_share(splits: Sequence[Numbers], backward_s: Floats) -> tuple[Floats, float | None]:
+    if not splits:
+        return np.full(len(backward_s), 0.5), None
+    inputs = np.median(_rows(splits, "input_grad_s"), axis=0)
+    weights = np.median(_rows(splits, "weight_grad_s"), axis=0)
+    both = inputs + weights
+    share = np.divide(inputs, both, out=np.ones_like(both), where=both > 0)
+    total = float(backward_s.sum())
+    return share, float(both.sum()) / total - 1.0 if total > 0 else None
+
+
+def _recompute_seconds(fulls: Sequence[Numbers], layer_s: Floats) -> Floats | None:
+    """Return what recomputation adds to each layer, never less than nothing."""
+    if not fulls:
+        return None
+    again = np.median(_rows(fulls, "forward_s"), axis=0) + np.median(_rows(fulls, "backward_s"), axis=0)
+    return np.maximum(again - layer_s, 0.0)
+
+
+def _freed(splits: Sequence[Numbers], saved: Floats) -> Floats:
+    """Return the share of the kept bytes that is free after I: what the queued weight gradients do not hold."""
+    if not splits:
+        return np.zeros(len(saved))
+    held = np.median(_rows(splits, "held_bytes"), axis=0)
+    return np.clip(1.0 - np.divide(held, saved, out=np.ones_like(saved), where=saved > 0), 0.0, 1.0)
+
+
+def _drift(totals: Floats) -> float:
+    if len(totals) < 6:
+        return 0.0
+    half = len(totals) // 2
+    earlier, later = float(np.median(totals[:half])), float(np.median(totals[-half:]))
+    return abs(later / earlier - 1.0) if earlier > 0 else 0.0
+
+
+def _spread(samples: Floats) -> tuple[float, float]:
+    low, high = np.percentile(samples, [20, 80])
+    return float(low), float(high)
+
+
+def _rows(items: Sequence[Numbers], name: str) -> Floats:
+    return np.array([item[name] for item in items], dtype=float)
+
+
+def _row(item: Numbers, name: str) -> Floats:
+    return np.array(item[name], dtype=float)
+
+
+def _number(item: Numbers, name: str) -> float:
+    return float(np.asarray(item[name], dtype=float))
+
+
+def _median(items: Sequence[Numbers], name: str) -> float:
+    return statistics.median(_number(item, name) for item in items)

@@ -1,0 +1,135 @@
+"""What the allocator does while a microbatch runs: each layer's workspace, and the peak of a whole step.
+
+On CPU the trace is that of torch's profiler, which reports every allocation with its size in order, temporary buffers
+inside operators included. On CUDA the allocator's own peak counter is read and reset at each boundary.
+
+A layer's workspace is the highest allocation during its forward or backward, above the activations that it and the
+layers before it keep. So the peak of a microbatch is the largest, over layers, of kept prefix plus workspace: exactly
+for the model that was traced, and nearly for a stage of some of its layers.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from stagewright.modeling import Batch, LayerChain
+from stagewright.profiler.layer_hooks import LayerHooks
+
+_MARK = "stagewright-mark"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Between two marks: bytes allocated at the beginning and at the end, and the highest value between."""
+
+    begin_bytes: float
+    end_bytes: float
+    peak_bytes: float
+
+
+def trace_spans(work: Callable[[Callable[[], None]], None], device: torch.device) -> list[Span]:
+    """Return the spans between the marks that `work` sets by calling its argument.
+
+    Bytes count from an unknown level on, the same for all spans: what lived before the trace is not in them on CPU.
+    """
+    return _cuda_spans(work, device) if device.type == "cuda" else _cpu_spans(work)
+
+
+def peak_above_start(work: Callable[[], object], device: torch.device) -> float:
+    """Return the most bytes allocated during `work` above those allocated before it."""
+
+    def marked(mark: Callable[[], None]) -> None:
+        mark()
+        work()
+        mark()
+
+    (span,) = trace_spans(marked, device)
+    return span.peak_bytes - span.begin_bytes
+
+
+def layer_workspace_bytes(
+    chain: LayerChain, batch: Batch, saved_bytes: Sequence[float], device: torch.device
+) -> tuple[float, ...]:
+    """Return the workspace of each layer for one microbatch, given what each keeps; gradients must be allocated."""
+    segment = chain.segment(0, chain.num_layers)
+    order: list[int] = []
+
+    def work(mark: Callable[[], None]) -> None:
+        def boundary(index: int) -> None:
+            order.append(index)
+            mark()
+
+        with LayerHooks(chain, entered=lambda index, tensors: boundary(index), left=boundary) as hooks:
+            hooks.begin()
+            (loss,) = segment(batch)[chain.num_layers - 1]
+            boundary(chain.num_layers - 1)
+            loss.backward()
+            del loss
+            boundary(0)
+
+    spans = trace_spans(work, device)
+    kept = list(accumulate(saved_bytes))
+    workspace = [0.0] * chain.num_layers
+    for index, span in zip(order, spans, strict=False):
+        peak = span.peak_bytes - spans[0].begin_bytes
+        workspace[index] = max(workspace[index], peak - kept[index])
+    return tuple(workspace)
+
+
+def _cuda_spans(work: Callable[[Callable[[], None]], None], device: torch.device) -> list[Span]:
+    spans: list[Span] = []
+    begin: list[float] = []
+
+    def mark() -> None:
+        now = float(torch.cuda.memory_allocated(device))
+        if begin:
+            spans.append(Span(begin[-1], now, float(torch.cuda.max_memory_allocated(device))))
+        begin.append(now)
+        torch.cuda.reset_peak_memory_stats(device)
+
+    work(mark)
+    return spans
+
+
+def _cpu_spans(work: Callable[[Callable[[], None]], None]) -> list[Span]:
+    def mark() -> None:
+        with record_function(_MARK):
+            pass
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work(mark)
+    with tempfile.TemporaryDirectory(prefix="stagewright-trace-") as folder:
+        path = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    marks = sorted(float(event["ts"]) for event in events if event.get("name") == _MARK and event.get("ph") == "X")
+    changes = sorted(
+        (float(event["ts"]), float(event["args"]["Bytes"]))
+        for event in events
+        if event.get("name") == "[memory]" and event["args"].get("Device Type") == 0
+    )
+    return _spans_of(marks, changes)
+
+
+def _spans_of(marks: list[float], changes: list[tuple[float, float]]) -> list[Span]:
+    spans = []
+    level, position = 0.0, 0
+    while marks and position < len(changes) and changes[position][0] < marks[0]:
+        level += changes[position][1]
+        position += 1
+    for end in marks[1:]:
+        begin = peak = level
+        while position < len(changes) and changes[position][0] < end:
+            level += changes[position][1]
+            peak = max(peak, level)
+            position += 1
+        spans.append(Span(begin, level, peak))
+    return spans

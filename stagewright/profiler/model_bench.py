@@ -1,0 +1,289 @@
+"""One model on one device, measured microbatch by microbatch the way an interpreter runs it.
+
+Kinds of measurement, each a short piece of a training step whose numbers are plain JSON:
+
+- `step`: gradients are cleared, two microbatches run (the first allocates gradients, the second adds to them), the
+  optimizer steps layer by layer.
+- `split`: one microbatch whose weight gradients are deferred and run afterwards, layer by layer.
+- `full`: one microbatch with every layer's forward recomputed in its backward.
+- `memory`: saved tensors and allocator trace of one microbatch; it is taken once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from stagewright.modeling import Batch, LayerChain
+from stagewright.modeling.weight_gradients import (
+    DeferredGradient,
+    WeightGradientSink,
+    defer_weight_gradients,
+    run_queue,
+)
+from stagewright.profiler.layer_hooks import LayerHooks
+from stagewright.profiler.layer_timer import LayerTimer, LayerTimes
+from stagewright.profiler.memory_trace import layer_workspace_bytes
+from stagewright.profiler.model_source import ModelSource
+from stagewright.profiler.saved_bytes import layer_bytes, storage_bytes, storage_key
+from stagewright.profiler.timing import Clock, clock_of
+
+Kind = Literal["step", "split", "full", "memory"]
+OptimizerName = Literal["adamw", "adam", "sgd", "sgd-momentum"]
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True, order=True)
+class Configuration:
+    """What one microbatch is like: samples, sequence length, tensor degree."""
+
+    microbatch: int
+    sequence_length: int
+    tensor_degree: int = 1
+
+    @property
+    def text(self) -> str:
+        """Return the configuration in words."""
+        text = f"microbatch {self.microbatch}, sequence {self.sequence_length}"
+        return text if self.tensor_degree == 1 else f"{text}, tensor degree {self.tensor_degree}"
+
+
+class ModelBench:
+    """A chain on a device with its optimizers and batches; `measure` runs one piece and returns its numbers."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        chain: LayerChain,
+        device: torch.device,
+        optimizer: OptimizerName = "adamw",
+        *,
+        own_time: bool = False,
+    ) -> None:
+        self.chain = chain
+        self.device = device
+        self._source = source
+        self._clock: Clock = clock_of(device, own_time=own_time)
+        self._timer = LayerTimer(chain, self._clock)
+        self._batches: dict[tuple[int, int], Batch] = {}
+        self._optimizers = [_optimizer(parameters, optimizer) for parameters in _own_parameters(chain)]
+
+    def batch(self, configuration: Configuration) -> Batch:
+        """Return the microbatch of a configuration, the same each time."""
+        key = (configuration.microbatch, configuration.sequence_length)
+        if key not in self._batches:
+            self._batches[key] = self._source.batch(self.chain.model, *key, self.device)
+        return self._batches[key]
+
+    def warm_up(self, configuration: Configuration) -> None:
+        """Run a microbatch and an optimizer step, untimed."""
+        with self._timer.hooks:
+            self._timer.full(self.batch(configuration))
+        self._step()
+
+    def measure(self, configuration: Configuration, kind: Kind) -> Numbers:
+        """Return the numbers of one measurement; lists hold one number for each layer."""
+        measures = {"step": self._measure_step, "split": self._measure_split, "full": self._measure_full}
+        if kind == "memory":
+            return self._measure_memory(self.batch(configuration))
+        return measures[kind](self.batch(configuration))
+
+    def _measure_step(self, batch: Batch) -> Numbers:
+        clock = self._clock
+        clock.synchronize()
+        first = clock.mark()
+        self.chain.model.zero_grad(set_to_none=True)
+        last = clock.mark()
+        with self._timer.hooks:
+            allocating = self._timer.full(batch, scale=0.5)
+            adding = self._timer.full(batch, scale=0.5)
+        optimizer_s = self._step()
+        return {
+            **_numbers(adding),
+            "allocating_s": sum(allocating.forward_s) + sum(allocating.backward_s),
+            "clearing_s": clock.seconds(first, last),
+            "optimizer_s": optimizer_s,
+            "entrance_s": self._entrance_seconds(batch),
+        }
+
+    def _measure_split(self, batch: Batch) -> Numbers:
+        """Deferred gradients are queued layer by layer in reverse, so each layer's are a piece of the queue."""
+        count = self.chain.num_layers
+        lengths: dict[int, int] = {}
+        queue: list[DeferredGradient] = []
+        timer = self._timer
+        with _deferring(self.chain.model) as sink:
+            counter = LayerHooks(self.chain, left=lambda index: lengths.setdefault(index, len(queue)))
+            with counter, timer.hooks, sink.collect() as queue:
+                counter.begin()
+                times = timer.full(batch)
+            weight_s, held = [0.0] * count, [0.0] * count
+            wall, busy = time.perf_counter(), time.process_time()
+            ends = {index: lengths.get(index - 1, len(queue)) for index in range(1, count)} | {0: len(queue)}
+            done = 0
+            for index in reversed(range(count)):
+                piece = [queue.pop(0) for _ in range(max(ends[index] - done, 0))]
+                done = max(ends[index], done)
+                held[index] = _queue_bytes(piece)
+                weight_s[index] = self._timed(partial(run_queue, piece))
+            wall, busy = time.perf_counter() - wall, time.process_time() - busy
+        return {
+            "input_grad_s": list(times.backward_s),
+            "weight_grad_s": weight_s,
+            "busy_share": min(times.busy_share, busy / wall),
+            "held_bytes": held,
+        }
+
+    def _measure_full(self, batch: Batch) -> Numbers:
+        with recomputed(self.chain), self._timer.hooks:
+            return _numbers(self._timer.full(batch))
+
+    def _measure_memory(self, batch: Batch) -> Numbers:
+        kept = layer_bytes(self.chain, batch)
+        return {
+            "saved_bytes": list(kept.saved),
+            "input_bytes": list(kept.inputs),
+            "output_bytes": list(kept.outputs),
+            "workspace_bytes": list(layer_workspace_bytes(self.chain, batch, kept.saved, self.device)),
+            "forward_flops": _forward_flops(self.chain, batch),
+        }
+
+    def _step(self) -> list[float]:
+        return [0.0 if optimizer is None else self._timed(optimizer.step) for optimizer in self._optimizers]
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        self._clock.synchronize()
+        first = self._clock.mark()
+        work()
+        last = self._clock.mark()
+        self._clock.synchronize()
+        return self._clock.seconds(first, last)
+
+    def _entrance_seconds(self, batch: Batch) -> float:
+        """Return the time from the call of a segment in the middle of the model to its first layer's entrance."""
+        middle = self.chain.num_layers // 2
+        if self.chain.named_edges is not None or middle == 0:
+            return 0.0
+        marks: list[object] = []
+        with torch.no_grad():
+            received = self.chain.segment(0, middle)(batch)
+            hooks = LayerHooks(self.chain, entered=lambda index, tensors: marks.append(self._clock.mark()))
+            with hooks:
+                hooks.expect(middle)
+                first = self._clock.mark()
+                self.chain.segment(middle, middle + 1)(batch, received)
+        self._clock.synchronize()
+        return self._clock.seconds(first, marks[0]) if marks else 0.0
+
+
+@contextmanager
+def recomputed(chain: LayerChain) -> Iterator[tuple[int, ...]]:
+    """Recompute within the block every layer that is one module; yields the indices of these layers."""
+    indices = tuple(index for index, layer in enumerate(chain.layers) if recomputes(layer.modules))
+    modules = [chain.model.get_submodule(chain.layers[index].modules[0]) for index in indices]
+    before = _forwards(modules)
+    for module in modules:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    try:
+        yield indices
+    finally:
+        _restore(before)
+
+
+def recomputes(modules: tuple[str, ...]) -> bool:
+    """Whether a layer can be recomputed as a whole: it is one module."""
+    return len(modules) == 1
+
+
+@contextmanager
+def _deferring(model: nn.Module) -> Iterator[WeightGradientSink]:
+    before = _forwards(list(model.modules()))
+    sink = WeightGradientSink()
+    defer_weight_gradients(model, sink)
+    try:
+        yield sink
+    finally:
+        _restore(before)
+
+
+def _forwards(modules: list[nn.Module]) -> list[tuple[nn.Module, object]]:
+    return [(module, module.__dict__.get("forward")) for module in modules]
+
+
+def _restore(forwards: list[tuple[nn.Module, object]]) -> None:
+    for module, forward in forwards:
+        if forward is not None:
+            module.__dict__["forward"] = forward
+        else:
+            module.__dict__.pop("forward", None)
+
+
+def _numbers(times: LayerTimes) -> Numbers:
+    return {
+        "forward_s": list(times.forward_s),
+        "backward_s": list(times.backward_s),
+        "outside_s": times.outside_s,
+        "busy_share": times.busy_share,
+    }
+
+
+def _queue_bytes(queue: list[DeferredGradient]) -> float:
+    """Return the bytes that a layer's deferred weight gradients hold, each storage once."""
+    tensors = [tensor for item in queue for tensor in (item.saved, item.gradient)]
+    return float(sum({storage_key(tensor): storage_bytes(tensor) for tensor in tensors}.values()))
+
+
+def _own_parameters(chain: LayerChain) -> list[list[nn.Parameter]]:
+    """Return the trainable parameters of each layer; a tied one belongs to each layer that holds it."""
+    parameters = dict(chain.model.named_parameters(remove_duplicate=False))
+    result = []
+    for layer in chain.layers:
+        distinct = {id(parameters[name]): parameters[name] for name in layer.parameters}
+        result.append([value for value in distinct.values() if value.requires_grad])
+    return result
+
+
+def _optimizer(parameters: list[nn.Parameter], name: OptimizerName) -> torch.optim.Optimizer | None:
+    """Return an optimizer that changes nothing (its rate is zero) at the full cost of a step."""
+    if not parameters:
+        return None
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=0.0)
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=0.0)
+    return torch.optim.SGD(parameters, lr=0.0, momentum=0.9 if name == "sgd-momentum" else 0.0)
+
+
+def _forward_flops(chain: LayerChain, batch: Batch) -> list[float]:
+    """Return the FLOP of each layer's forward matrix products, attention counted in full."""
+    totals: list[float] = []
+    with FlopCounterMode(display=False, custom_mapping=_attention_flops()) as counter:
+        hooks = LayerHooks(chain, entered=lambda index, tensors: totals.append(float(counter.get_total_flops())))
+        with hooks, torch.no_grad():
+            hooks.begin()
+            chain.segment(0, chain.num_layers)(batch)
+        totals.append(float(counter.get_total_flops()))
+    return [after - before for before, after in itertools.pairwise(totals)]
+
+
+def _attention_flops() -> Mapping[Any, Any]:
+    """Return the count of the CPU's fused attention, which torch's counter lacks."""
+    operator = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    return {} if operator is None else {operator: _count_attention}
+
+
+def _count_attention(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: object, **kwargs: object
+) -> int:
+    batch, heads, length, size = query
+    return int(2 * batch * heads * length * key[2] * (size + value[3]))

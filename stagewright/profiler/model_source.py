@@ -1,0 +1,186 @@
+"""Where a model to measure comes from, and batches it can be called with.
+
+A model is `module:factory`, `path.py:factory`, the path of a Hugging Face `config.json` (or its directory), or a module
+at hand. Batches come from, in this order: a data factory that is named, the function `data` beside the model's factory,
+the Hugging Face configuration, or the shape of the model's first layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagewright.modeling import Batch, load_object
+from stagewright.modeling.batch import batch_size, slice_batch, to_device
+from stagewright.planner.errors import InvalidArgument
+
+_NUM_CLASSES = 2
+_MAX_TOKEN = 32_000
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model by name, with what builds it and what it is fed.
+
+    Parameters
+    ----------
+    reference : what names it; None for a module at hand.
+    module : the module at hand, when there is no reference.
+    data : reference of a data factory, or None.
+    """
+
+    reference: str | None = None
+    module: nn.Module | None = None
+    data: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return a short name of the model."""
+        if self.module is not None or self.reference is None:
+            return type(self.module).__name__
+        if is_huggingface(self.reference):
+            path = Path(self.reference)
+            return path.parent.name if path.name == "config.json" and path.parent.name else path.stem
+        place, _, factory = self.reference.rpartition(":")
+        return f"{Path(place).stem}:{factory}"
+
+    def build(self, *, device: torch.device, dtype: torch.dtype, num_layers: int | None = None) -> nn.Module:
+        """Return the model in training mode; `num_layers` shortens a Hugging Face configuration.
+
+        Raises
+        ------
+        InvalidArgument : when the reference names nothing that is a module.
+        """
+        if self.module is not None:
+            return self.module.to(device=device, dtype=dtype).train()
+        assert self.reference is not None
+        if is_huggingface(self.reference):
+            with torch.device(device):
+                return huggingface_model(self.reference, num_layers=num_layers).to(dtype=dtype).train()
+        factory = load_object(self.reference)
+        if not callable(factory):
+            raise InvalidArgument(f"{self.reference!r} is no function that returns a model", field="model")
+        with torch.device(device):
+            model = factory()
+        if not isinstance(model, nn.Module):
+            raise InvalidArgument(
+                f"{self.reference!r} returned {type(model).__name__}, not a torch module", field="model"
+            )
+        return model.to(dtype=dtype).train()
+
+    def batch(self, model: nn.Module, microbatch: int, sequence_length: int, device: torch.device) -> Batch:
+        """Return one microbatch; raises InvalidArgument when it cannot be guessed or is too small."""
+        factory = self._data_factory()
+        if factory is not None:
+            value = first_batch(factory, microbatch, sequence_length)
+        else:
+            torch.manual_seed(microbatch)
+            value = guessed_batch(model, microbatch, sequence_length)
+        if batch_size(value) < microbatch:
+            raise InvalidArgument(
+                f"the data factory gives {batch_size(value)} samples a batch, {microbatch} are to be measured",
+                field="data",
+                hint="let it take batch_size, or measure smaller microbatches",
+            )
+        return to_device(slice_batch(value, 0, microbatch), device)
+
+    def _data_factory(self) -> object | None:
+        if self.data is not None:
+            return load_object(self.data)
+        if self.reference is None or is_huggingface(self.reference):
+            return None
+        try:
+            return load_object(f"{self.reference.rpartition(':')[0]}:data")
+        except InvalidArgument:
+            return None
+
+
+def is_huggingface(reference: str) -> bool:
+    """Whether a reference is the path of a Hugging Face configuration rather than `place:factory`."""
+    path = Path(reference)
+    return path.suffix == ".json" or (path / "config.json").is_file()
+
+
+def huggingface_model(reference: str, *, num_layers: int | None = None) -> nn.Module:
+    """Return a model with random weights from a configuration file; raises InvalidArgument for an unknown one."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise InvalidArgument(
+            f"{reference}: Hugging Face models need transformers", field="model", hint="pip install 'stagewright[hf]'"
+        ) from error
+    path = Path(reference)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise InvalidArgument(f"{reference}: there is no such file", field="model")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidArgument(f"{reference}: not a known Hugging Face configuration: {error}", field="model") from error
+    if num_layers is not None and hasattr(config, "num_hidden_layers"):
+        config.num_hidden_layers = num_layers
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)._from_config(config)
+    for automatic in (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForMaskedLM,
+        transformers.AutoModelForImageClassification,
+    ):
+        if type(config) in automatic._model_mapping:
+            return automatic.from_config(config)
+    raise InvalidArgument(
+        f"{reference}: {type(config).__name__} has no model with a loss that is known here",
+        field="model",
+        hint="name a class under `architectures`, or give module:factory",
+    )
+
+
+def first_batch(factory: object, microbatch: int, sequence_length: int) -> Batch:
+    """Return the first batch of a data factory, which may take `batch_size` and `sequence_length`."""
+    if not callable(factory):
+        raise InvalidArgument(f"the data factory is {type(factory).__name__}, not a function", field="data")
+    known = {"batch_size": microbatch, "sequence_length": sequence_length}
+    parameters = inspect.signature(factory).parameters
+    made: Any = factory(**{name: value for name, value in known.items() if name in parameters})
+    if isinstance(made, (Mapping, tuple, Tensor)):
+        return made
+    iterator: Iterator[Batch] = iter(made)
+    try:
+        return next(iterator)
+    except StopIteration:
+        raise InvalidArgument("the data factory yields no batch", field="data") from None
+
+
+def guessed_batch(model: nn.Module, microbatch: int, sequence_length: int) -> Batch:
+    """Return random inputs that fit the model's configuration or its first layer; raises InvalidArgument if neither tells."""
+    config = getattr(model, "config", None)
+    main_input = getattr(model, "main_input_name", "")
+    if config is not None and main_input == "pixel_values":
+        size = config.image_size if hasattr(config, "image_size") else 224
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        labels = max(int(getattr(config, "num_labels", _NUM_CLASSES)), 1)
+        return {
+            "pixel_values": torch.randn(microbatch, int(config.num_channels), height, width),
+            "labels": torch.randint(labels, (microbatch,)),
+        }
+    if config is not None and hasattr(config, "vocab_size"):
+        tokens = torch.randint(int(config.vocab_size), (microbatch, sequence_length))
+        return {"input_ids": tokens, "labels": tokens.clone()}
+    embedding = next((part for part in model.modules() if isinstance(part, nn.Embedding)), None)
+    if embedding is None:
+        raise InvalidArgument(
+            f"no batch can be guessed for {type(model).__name__}",
+            field="data",
+            hint="name a data factory that yields batches: --data module:factory",
+        )
+    tokens = torch.randint(min(embedding.num_embeddings, _MAX_TOKEN), (microbatch, sequence_length))
+    return (tokens, tokens.clone())

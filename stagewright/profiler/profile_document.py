@@ -1,0 +1,145 @@
+"""From measured layers to the parts of a ModelProfile: runs of equal layers, class costs, edges and ties.
+
+A class's number is the mean over its layers, so that the sum over the model is the measured one; a workspace is the
+largest. A layer that is one module can be recomputed in full and then keeps its differentiable input.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from stagewright.modeling import Layer, LayerChain
+from stagewright.planner.documents import (
+    ConfigurationCost,
+    Edge,
+    LayerRun,
+    Recompute,
+    Source,
+    TiedWeight,
+)
+from stagewright.planner.errors import InvalidDocument
+from stagewright.profiler.measured_layers import LayerNumbers
+from stagewright.profiler.model_bench import Configuration
+
+_INDEX = re.compile(r"(?<![^._])(\d+)(?![^._])")
+
+
+def check_ownership(chain: LayerChain) -> None:
+    """Raise InvalidDocument unless every parameter belongs to exactly one layer, under each of its names."""
+    owners: dict[str, list[str]] = {}
+    for layer in chain.layers:
+        for name in layer.parameters:
+            owners.setdefault(name, []).append(layer.name)
+    for name, _ in chain.model.named_parameters(remove_duplicate=False):
+        holders = owners.get(name, [])
+        if len(holders) != 1:
+            raise InvalidDocument(
+                f"parameter {name!r} belongs to {len(holders)} layers ({', '.join(holders) or 'none'}), it must be 1",
+                field="model",
+                hint="give the model stagewright_layers(), which returns its layers by name in order",
+            )
+
+
+def layer_runs(layers: Sequence[Layer]) -> tuple[LayerRun, ...]:
+    """Return the layers with repeated ones declared once: equal class, names that differ in one index counted up."""
+    runs: list[LayerRun] = []
+    position = 0
+    while position < len(layers):
+        pattern, start, count = _longest_run(layers, position)
+        name = pattern if count > 1 else layers[position].name
+        layer_class = layers[position].layer_class
+        runs.append(LayerRun(name=name, layer_class=layer_class, count=count, start=start if count > 1 else 0))
+        position += count
+    return tuple(runs)
+
+
+def edges_of(chain: LayerChain) -> tuple[Edge, ...] | None:
+    """Return the named edges of a graph, None for a chain."""
+    if chain.named_edges is None:
+        return None
+    return tuple(Edge(source=source, target=target) for source, target in chain.named_edges)
+
+
+def ties_of(chain: LayerChain) -> tuple[TiedWeight, ...]:
+    """Return the parameters that several layers share."""
+    return tuple(
+        TiedWeight(parameter=tie.parameter, layers=tie.layers, num_parameters=tie.num_parameters) for tie in chain.ties
+    )
+
+
+def class_costs(
+    configuration: Configuration,
+    layers: Sequence[Layer],
+    numbers: Sequence[LayerNumbers],
+    sources: Mapping[str, Source],
+) -> dict[str, ConfigurationCost]:
+    """Return the cost entry of each class in one configuration; `sources` names fields that were not measured."""
+    members: dict[str, list[LayerNumbers]] = {}
+    for layer, value in zip(layers, numbers, strict=True):
+        members.setdefault(layer.layer_class, []).append(value)
+    return {name: _cost(configuration, values, sources) for name, values in members.items()}
+
+
+def _longest_run(layers: Sequence[Layer], position: int) -> tuple[str, int, int]:
+    """Return (name with {}, first index, count) of the longest run that begins at `position`."""
+    first = layers[position]
+    best = (first.name, 0, 1)
+    for found in _INDEX.finditer(first.name):
+        pattern = first.name[: found.start()] + "{}" + first.name[found.end() :]
+        start = int(found.group())
+        if str(start) != found.group() or "{}" in first.name:
+            continue
+        count = 1
+        while position + count < len(layers):
+            layer = layers[position + count]
+            if layer.layer_class != first.layer_class or layer.name != pattern.replace("{}", str(start + count)):
+                break
+            count += 1
+        if count > best[2]:
+            best = (pattern, start, count)
+    return best
+
+
+def _cost(
+    configuration: Configuration, values: Sequence[LayerNumbers], sources: Mapping[str, Source]
+) -> ConfigurationCost:
+    def mean(name: str) -> float:
+        return sum(float(getattr(value, name)) for value in values) / len(values)
+
+    recomputable = all(value.full_recompute_s is not None for value in values)
+    activation = {Recompute.NONE: mean("saved_bytes")}
+    recompute: dict[Recompute, float] = {}
+    if recomputable:
+        activation[Recompute.FULL] = min(mean("input_bytes"), mean("saved_bytes"))
+        recompute[Recompute.FULL] = mean("full_recompute_s")
+    freed = mean("freed_at_input_grad")
+    share = mean("input_grad_s") / max(mean("input_grad_s") + mean("weight_grad_s"), 1e-30)
+    forward = _mean_spread([value.forward_spread_s for value in values])
+    backward = _mean_spread([value.backward_spread_s for value in values])
+    return ConfigurationCost(
+        microbatch=configuration.microbatch,
+        sequence_length=configuration.sequence_length,
+        tensor_degree=configuration.tensor_degree,
+        forward_s=mean("forward_s"),
+        input_grad_s=mean("input_grad_s"),
+        weight_grad_s=mean("weight_grad_s"),
+        recompute_s=recompute,
+        activation_bytes=activation,
+        freed_at_input_grad={Recompute.NONE: freed} if freed > 0 else {},
+        workspace_bytes=max(max(value.workspace_bytes for value in values), 0.0),
+        output_bytes=mean("output_bytes"),
+        forward_flops=mean("forward_flops"),
+        optimizer_s=mean("optimizer_s"),
+        source=Source.MEASURED,
+        sources=dict(sources),
+        spread={
+            "forward_s": forward,
+            "input_grad_s": (backward[0] * share, backward[1] * share),
+            "weight_grad_s": (backward[0] * (1.0 - share), backward[1] * (1.0 - share)),
+        },
+    )
+
+
+def _mean_spread(spreads: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return (sum(low for low, _ in spreads) / len(spreads), sum(high for _, high in spreads) / len(spreads))

@@ -1,0 +1,155 @@
+"""One profile in the making: which measurements are still wanted, in which order, until when.
+
+Measurements of all configurations and kinds take turns, and each round goes through them in the opposite direction, so
+that drift of the clock falls on all alike. Steps are measured until the medians of the latest samples agree; nothing
+goes on beyond the budget once each measurement was made the least number of times.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from stagewright.modeling import split
+from stagewright.profiler.journal import Journal, Record
+from stagewright.profiler.measured_layers import ConfigurationNumbers, Numbers, configuration_numbers
+from stagewright.profiler.model_bench import Configuration, Kind, ModelBench, recomputes
+from stagewright.profiler.model_source import ModelSource
+from stagewright.profiler.ranks import RankContext, ReportsProgress, start_ranks
+from stagewright.profiler.settings import ProfileSettings
+from stagewright.profiler.timing import is_stable
+
+WANTED: Mapping[Kind, int] = {"step": 6, "split": 3, "full": 3, "memory": 1}
+LEAST: Mapping[Kind, int] = {"step": 3, "split": 2, "full": 2, "memory": 1}
+MOST_STEPS = 15
+STABLE = 0.02
+
+
+class Session:
+    """Measures what is missing of some configurations and keeps it in a journal.
+
+    Parameters
+    ----------
+    bench : what runs a measurement.
+    journal : measurements so far, of an earlier run too.
+    now_s : the clock of the budget.
+    """
+
+    def __init__(
+        self,
+        settings: ProfileSettings,
+        bench: ModelBench,
+        journal: Journal,
+        report: ReportsProgress,
+        *,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._bench = bench
+        self._journal = journal
+        self._report = report
+        self._now_s = now_s
+
+    def measure(self, configurations: Sequence[Configuration]) -> dict[Configuration, ConfigurationNumbers]:
+        """Return the numbers of each configuration, measuring what the journal does not hold."""
+        pairs = [(configuration, kind) for kind in self._settings.kinds for configuration in configurations]
+        for configuration in configurations:
+            self._bench.warm_up(configuration)
+        end_s = self._now_s() + self._settings.budget_s
+        total = sum(WANTED[kind] for _, kind in pairs)
+        forwards = True
+        while True:
+            late = self._now_s() >= end_s
+            open_pairs = [pair for pair in pairs if self._is_wanted(*pair, late=late)]
+            if not open_pairs:
+                break
+            for configuration, kind in open_pairs if forwards else reversed(open_pairs):
+                if self._is_wanted(configuration, kind, late=self._now_s() >= end_s):
+                    done = sum(min(self._count(*pair), WANTED[pair[1]]) for pair in pairs)
+                    self._report("profile", done, total)
+                    numbers = self._bench.measure(configuration, kind)
+                    self._journal.add(Record(_key(configuration), kind, numbers))
+            forwards = not forwards
+        self._report("profile", total, total)
+        return {configuration: self._numbers(configuration) for configuration in configurations}
+
+    def _count(self, configuration: Configuration, kind: Kind) -> int:
+        return len(self._journal.of(_key(configuration), kind))
+
+    def _is_wanted(self, configuration: Configuration, kind: Kind, *, late: bool) -> bool:
+        """Whether one more measurement would help: late, only the least count matters."""
+        count = self._count(configuration, kind)
+        if late or count < WANTED[kind] or kind != "step":
+            return count < (LEAST if late else WANTED)[kind]
+        return count < MOST_STEPS and not is_stable(self._totals(configuration), tolerance=STABLE)
+
+    def _totals(self, configuration: Configuration) -> list[float]:
+        samples = self._journal.of(_key(configuration), "step")
+        return [sum(item["forward_s"]) + sum(item["backward_s"]) for item in samples]
+
+    def _numbers(self, configuration: Configuration) -> ConfigurationNumbers:
+        def records(kind: Kind) -> list[Numbers]:
+            return self._journal.of(_key(configuration), kind)
+
+        return configuration_numbers(
+            records("step"),
+            records("split"),
+            records("full"),
+            records("memory")[0],
+            recomputed=[recomputes(layer.modules) for layer in self._bench.chain.layers],
+        )
+
+
+@contextmanager
+def busy_siblings(
+    source: ModelSource, settings: ProfileSettings, configurations: Sequence[Configuration], report: ReportsProgress
+) -> Iterator[None]:
+    """Keep as many other ranks busy with the same work as the run will have; return once all of them are."""
+    count = settings.num_busy_ranks - 1 if settings.torch_device.type == "cpu" else 0
+    if not count:
+        yield
+        return
+    arguments = {
+        "model": source.reference,
+        "data": source.data,
+        "dtype": settings.dtype,
+        "num_threads": settings.num_threads,
+        "configurations": [_key(configuration) for configuration in configurations],
+    }
+    report("busy ranks", 0, count)
+    with start_ranks(
+        "stagewright.profiler.session:busy_rank", count, arguments, num_threads=settings.num_threads
+    ) as ranks:
+        ranks.wait_until("busy", timeout_s=120.0)
+        report("busy ranks", count, count)
+        yield
+
+
+def busy_rank(
+    context: RankContext,
+    model: str,
+    data: str | None,
+    dtype: str,
+    num_threads: int,
+    configurations: Sequence[Sequence[int]],
+) -> None:
+    """Keep one core busy with the model's own work until the parent stops it."""
+    torch.set_num_threads(num_threads)
+    settings = ProfileSettings((), dtype=dtype)  # type: ignore[arg-type]
+    source = ModelSource(model, None, data)
+    chain = split(source.build(device=torch.device("cpu"), dtype=settings.torch_dtype))
+    bench = ModelBench(source, chain, torch.device("cpu"))
+    wanted = [Configuration(*values) for values in configurations]
+    bench.warm_up(wanted[0])
+    context.report("busy", 1, 1)
+    while not context.stopped.is_set():
+        for configuration in wanted:
+            if not context.stopped.is_set():
+                bench.measure(configuration, "step")
+
+
+def _key(configuration: Configuration) -> tuple[int, int, int]:
+    return (configuration.microbatch, configuration.sequence_length, configuration.tensor_degree)

@@ -1,0 +1,126 @@
+"""The profile of a small model: what it holds, and that its numbers mean what the document says."""
+
+import pytest
+import torch
+from torch import nn
+
+from stagewright.planner.documents import ModelProfile, Recompute, Source
+from stagewright.planner.errors import InvalidArgument, InvalidDocument
+from stagewright.profiler.model_profile import profile_model
+
+
+@pytest.fixture
+def profile(tiny_model_file):
+    return profile_model(
+        f"{tiny_model_file}:build", microbatches=(1, 2), sequence_length=16, budget_s=0.5, device="cpu"
+    )
+
+
+def cost(profile, layer, microbatch=1):
+    index = profile.layer_names.index(layer)
+    entries = profile.classes[profile.layer_classes[index]].costs
+    return next(entry for entry in entries if entry.microbatch == microbatch)
+
+
+def test_layers_are_named_by_their_modules_and_equal_ones_declared_once(profile):
+    assert [(run.name, run.count) for run in profile.layers] == [
+        ("embedding", 1),
+        ("blocks.{}", 3),
+        ("head", 1),
+        ("loss", 1),
+    ]
+    assert profile.num_parameters == 32 * 64 + 3 * (64 * 256 * 2 + 256 + 64 + 128) + 64 * 32
+
+
+def test_every_configuration_has_measured_costs(profile):
+    for value in profile.classes.values():
+        assert [entry.key for entry in value.costs] == [(1, 16, 1), (2, 16, 1)]
+        assert all(entry.source is Source.MEASURED for entry in value.costs)
+    assert cost(profile, "blocks.0").forward_s > 0
+    assert cost(profile, "blocks.0").weight_grad_s > 0
+    assert cost(profile, "blocks.0").optimizer_s > 0
+
+
+def test_kept_bytes_are_those_that_autograd_saves(profile):
+    """LayerNorm keeps its input and two statistics; linear layers their inputs; GELU its input."""
+    tokens, width, float_bytes = 2 * 16, 64, 4
+    kept = cost(profile, "blocks.1", 2).activation_bytes
+    elements = width + 2 + width + 4 * width + 4 * width
+    assert kept[Recompute.NONE] == tokens * elements * float_bytes
+    assert kept[Recompute.FULL] == tokens * width * float_bytes
+
+
+def test_boundary_bytes_are_those_of_the_hidden_state(profile):
+    assert cost(profile, "embedding").output_bytes == 16 * 64 * 4
+    assert cost(profile, "blocks.2", 2).output_bytes == 2 * 16 * 64 * 4
+
+
+def test_flops_are_those_of_the_matrix_products(profile):
+    assert cost(profile, "blocks.0").forward_flops == 2 * 16 * (64 * 256 * 2)
+    assert cost(profile, "head", 2).forward_flops == 2 * 2 * 16 * 64 * 32
+
+
+def test_the_pedigree_names_device_versions_and_time(profile):
+    pedigree = profile.pedigree
+    assert pedigree.device
+    assert pedigree.versions["torch"] == torch.__version__
+    assert pedigree.taken_at
+    assert pedigree.duration_s > 0
+
+
+def test_a_profile_is_a_document(profile, tmp_path):
+    profile.save(tmp_path / "profile.json")
+    assert ModelProfile.load(tmp_path / "profile.json").digest == profile.digest
+
+
+def test_siblings_work_while_this_rank_measures(tiny_model_file):
+    phases = []
+    profile = profile_model(
+        f"{tiny_model_file}:build",
+        microbatches=(1,),
+        sequence_length=16,
+        num_busy_ranks=2,
+        budget_s=0.2,
+        device="cpu",
+        progress=lambda phase, done, total: phases.append((phase, done, total)),
+    )
+    assert profile.pedigree.num_busy_ranks == 2
+    assert ("busy ranks", 1, 1) in phases
+
+
+def test_a_module_at_hand_is_profiled():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(InvalidArgument, match="no batch can be guessed for Sequential"):
+        profile_model(model, microbatches=(1,), device="cpu", budget_s=0.1)
+
+
+def test_a_parameter_outside_all_layers_is_refused_by_name():
+    class Stray(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def stagewright_layers(self):
+            return {"first": self.first, "second": self.second}
+
+        def forward(self, inputs):
+            return self.second(self.first(inputs) * self.scale)
+
+    with pytest.raises(InvalidDocument, match="'scale' belongs to 0 layers"):
+        profile_model(Stray(), microbatches=(1,), device="cpu", budget_s=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"microbatches": (0,)}, "microbatches must be positive"),
+        ({"sequence_length": ()}, "sequence_length must be positive"),
+        ({"num_busy_ranks": 0}, "num_busy_ranks 0"),
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tiny_model_file, settings, message):
+    with pytest.raises(InvalidArgument, match=message):
+        profile_model(f"{tiny_model_file}:build", **{"device": "cpu", **settings})
