@@ -44,6 +44,7 @@ class Boundary:
         return self.latency_s + size_bytes / self.bytes_per_s
 
 
+RECOMPUTED_KINDS = ("block", "convolution", "other")
 SAME_DEVICE = Boundary(0.0, float("inf"))
 
 
@@ -287,7 +288,10 @@ class CostModel:
         none = column([cost.kept_bytes[0] for cost in values])
         selective = np.minimum(none, column([cost.kept_bytes[1] for cost in values]))
         output = column([cost.output_bytes for cost in values])
-        full = self._full_kept(values, index, output, selective)
+        # Only layers of a repeated kind are ever recomputed: an embedding, a head and a loss offer no level.
+        offers = column([float(self.profile.classes[name].kind in RECOMPUTED_KINDS) for name in names])
+        selective = np.where(offers > 0, selective, none)
+        full = np.where(offers > 0, self._full_kept(values, index, output, selective), none)
         workspace = column([cost.workspace_bytes for cost in values])
         dense = column([cost.dense_parameters for cost in values])
         expert = column([cost.expert_parameters for cost in values])
@@ -295,7 +299,7 @@ class CostModel:
             forward_s=column([cost.forward_s for cost in values]),
             input_grad_s=column([cost.input_grad_s for cost in values]),
             weight_grad_s=column([cost.weight_grad_s for cost in values]),
-            recompute_s=np.stack([column([cost.recompute_s[level] for cost in values]) for level in range(3)]),
+            recompute_s=np.stack([offers * column([cost.recompute_s[level] for cost in values]) for level in range(3)]),
             activation_bytes=np.stack([none, selective, full]),
             freed_at_input_grad=np.stack(
                 [column([cost.freed_at_input_grad[level] for cost in values]) for level in range(3)]

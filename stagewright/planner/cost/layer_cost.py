@@ -218,11 +218,17 @@ def _context_exchanges(
 
 
 def _expert_exchanges(operator: Operator, setting: Setting, options: CostOptions) -> list[Exchange]:
-    """Return dispatch and combine, forward and backward: 2 k cf bsh (e-1)/e elements each way (GShard)."""
-    if setting.degrees.ep == 1:
-        return []
+    """Return dispatch and combine, forward and backward: 2 k cf bsh (e-1)/e elements each way (GShard).
+
+    Each tensor-parallel device dispatches its share of the tokens; without sequence parallelism it holds them all, so the
+    results are gathered afterwards.
+    """
     payload = routed_bytes(operator, setting, options)
-    return [Exchange(forward, "all-to-all", "ep", payload, count=2) for forward in (True, False)]
+    found = [Exchange(forward, "all-to-all", "ep", payload, count=2) for forward in (True, False)]
+    if setting.degrees.tp > 1 and not setting.degrees.sp:
+        whole = setting.tokens(operator) * operator.output_features * setting.element_bytes
+        found += [Exchange(forward, "all-gather", "tp", whole) for forward in (True, False)]
+    return found
 
 
 def routed_bytes(operator: Operator, setting: Setting, options: CostOptions) -> float:

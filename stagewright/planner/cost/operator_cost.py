@@ -137,7 +137,7 @@ def work(operator: Operator, setting: Setting) -> Work:
 
 def phase_seconds(operator: Operator, size: Work, roofline: Roofline) -> PhaseSeconds:
     """Return the seconds of each phase; a gradient phase runs its factor's multiple of the forward's FLOP and bytes."""
-    engine = _ENGINES.get(operator.kind, "vector")
+    engine = "matmul" if operator.materialised else _ENGINES.get(operator.kind, "vector")
     input_factor, weight_factor = gradient_factors(operator)
 
     def seconds(factor: float) -> float:
@@ -167,18 +167,22 @@ class _Product:
 
 
 def _product_bytes(operator: Operator, setting: Setting, tokens: float, imbalance: float) -> _Product:
-    """Return the operand traffic of a matrix product: input, weights, output; a column-split one reads a whole input."""
+    """Return the operand traffic of a product: a column-split one reads a whole input, a row-split one writes a whole
+    output (`exits`)."""
     degrees, architecture = setting.degrees, setting.architecture
-    rows, divisor, groups = tokens, setting.divisor(operator.split), 1
+    groups = 1
     if "ep" in operator.split:
         rows = tokens * max(architecture.experts_per_token, 1) * degrees.etp / degrees.tp * imbalance
         divisor = float(degrees.etp)
         groups = max(1, operator.num_groups // degrees.ep)
+    else:
+        rows = tokens / setting.divisor([axis for axis in operator.split if axis == "sp"])
+        divisor = setting.divisor([axis for axis in operator.split if axis != "sp"])
+    element = setting.element_bytes
     written = rows * operator.output_features / (1.0 if operator.exits else divisor)
-    written *= LOGIT_BYTES if operator.fp32_output else setting.element_bytes
+    written *= LOGIT_BYTES if operator.fp32_output else element
     if operator.kind not in WEIGHTED_KINDS or not operator.inner_features:
         return _Product(0.0, written, groups)
-    element = setting.element_bytes
     weights = operator.inner_features * operator.output_features * groups / divisor * element
-    read = rows * operator.inner_features / (1.0 if operator.enters else divisor) * element
+    read = rows * operator.inner_features / (divisor if operator.exits else 1.0) * element
     return _Product(read + weights + written, written, groups)

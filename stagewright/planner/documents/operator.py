@@ -34,6 +34,7 @@ class Operator(Part):
     parameters : trainable parameters.
     input_grad_factor, weight_grad_factor : work of each half of the backward over the forward's; by kind when None.
     positions : how many positions a token attends to: all, those before it, or those in the `window`.
+    materialised : attention that stores its scores: batched products instead of one fused kernel.
     num_groups : equal products run as one grouped kernel (the routed experts).
     kv_features : features of keys and values together, which context parallelism exchanges.
     enters, exits : the operator begins or ends a region split by tensor parallelism, so its input is gathered
@@ -63,6 +64,7 @@ class Operator(Part):
     weight_grad_factor: Annotated[float, Field(ge=0)] | None = None
     positions: Literal["all", "causal"] = "all"
     window: Count | None = None
+    materialised: bool = False
     num_groups: Count = 1
     kv_features: Index = 0
     enters: bool = False
@@ -73,7 +75,11 @@ class Operator(Part):
 
 
 class Architecture(Part):
-    """Sizes that legality and the analytic model need; a field that does not apply is 0 or None."""
+    """Sizes that legality and the analytic model need; a field that does not apply is 0 or None.
+
+    `kv_lora_rank` is above 0 for multi-head latent attention; `num_predicted_tokens` counts multi-token prediction
+    layers beyond the usual next token.
+    """
 
     family: str = "decoder"
     hidden_size: Index = 0
@@ -92,3 +98,5 @@ class Architecture(Part):
     sliding_window: Count | None = None
     gated_ffn: bool = False
     tied_embeddings: bool = False
+    kv_lora_rank: Index = 0
+    num_predicted_tokens: Index = 0
