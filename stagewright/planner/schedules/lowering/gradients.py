@@ -32,16 +32,19 @@ UPDATES_PER_MICROBATCH = frozenset({WeightPolicy.STASH, WeightPolicy.NONE, Weigh
 
 
 def reduction_rows(schedule: Schedule, program: Program, end_s: Floats) -> NewRows:
-    """Return one REDUCE_GRAD row for each replica and stage, at the instant when all that take part are ready."""
+    """Return one REDUCE_GRAD row for each stage and rank that holds it, at the instant when all of them are ready."""
     ready = np.full(schedule.placement.shape, -np.inf)
     final = np.isin(program.rows[:, KIND], (Kind.B, Kind.W))
     np.maximum.at(ready, (program.rows[final, REPLICA], program.rows[final, STAGE]), end_s[final])
-    together = schedule.weight_policy is not WeightPolicy.ELASTIC
-    instant = np.broadcast_to(ready.max(axis=0), ready.shape) if together else ready
+    if schedule.weight_policy is not WeightPolicy.ELASTIC:
+        ready[:] = ready.max(axis=0)  # a replica without microbatches still takes part
     replica, stage = np.nonzero(np.isfinite(ready))
+    ranks = schedule.placement[replica, stage]
+    _, first = np.unique(np.stack((stage, ranks)), axis=1, return_index=True)
+    replica, stage = replica[np.sort(first)], stage[np.sort(first)]
     rows = encode(Action(Kind.REDUCE_GRAD, int(s), replica=int(r)) for r, s in zip(replica, stage, strict=True))
     tie = np.iinfo(np.int64).max // 2 + stage.astype(np.int64) * schedule.num_replicas + replica
-    return NewRows(schedule.placement[replica, stage], instant[replica, stage], tie, rows)
+    return NewRows(schedule.placement[replica, stage], ready[replica, stage], tie, rows)
 
 
 def with_optimizer_steps(schedule: Schedule) -> tuple[Orders, ...]:
