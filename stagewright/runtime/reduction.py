@@ -28,11 +28,13 @@ class Bucket:
 
     Parameters
     ----------
+    purpose : what the traffic counts under, `all-reduce/dp` or `all-reduce/tied`.
     parameters : by name in the model.
     group : the ranks that sum; None when this rank alone holds them.
     holders : (replica, stage) of this rank's stages that use the parameters.
     """
 
+    purpose: str
     parameters: Mapping[str, nn.Parameter]
     group: dist.ProcessGroup | None
     holders: frozenset[StageKey]
@@ -41,12 +43,15 @@ class Bucket:
 
 
 class GradientReducer:
-    """All buckets of one rank."""
+    """All buckets of one rank.
+
+    `bytes_sent`, by purpose, counts what a ring all-reduce sends from each rank: 2 (n - 1) / n of the buffer.
+    """
 
     def __init__(self, buckets: Iterable[Bucket], *, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._buckets = tuple(buckets)
         self._bucket_bytes = bucket_bytes
-        self.bytes_reduced = 0
+        self.bytes_sent: dict[str, float] = {"all-reduce/dp": 0.0, "all-reduce/tied": 0.0}
 
     def report(self, stage: StageKey) -> None:
         """Take note that a stage's gradients are complete; starts the buckets of which it was the last holder."""
@@ -79,7 +84,8 @@ class GradientReducer:
             work = dist.all_reduce(flat, group=bucket.group, async_op=True)
             assert work is not None
             bucket.flights.append((work, flat, parameters))
-            self.bytes_reduced += flat.numel() * flat.element_size()
+            members = bucket.group.size()
+            self.bytes_sent[bucket.purpose] += 2 * (members - 1) / members * flat.numel() * flat.element_size()
 
     def _finish(self, bucket: Bucket) -> None:
         for work, flat, parameters in bucket.flights:

@@ -141,6 +141,15 @@ class Worker:
             stage.losses.clear()
         return sum(losses) if losses else None
 
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers in use."""
+        return list(self._optimizers.values())
+
+    def traffic(self) -> dict[str, float]:
+        """Return the bytes this rank has sent so far, by operation and group."""
+        return {"send-receive/pp": float(self.transport.bytes_sent), **self.reducer.bytes_sent}
+
     def zero_gradients(self) -> None:
         """Forget all gradients."""
         for parameter in self.chain.model.parameters():
@@ -216,7 +225,8 @@ class Worker:
                 and (shared == users[name] if name in users else len(shared) == 1)
             }
             if holders and parameters:
-                buckets.append(Bucket(parameters, group, holders))
+                purpose = "all-reduce/tied" if len(shared) > 1 else "all-reduce/dp"
+                buckets.append(Bucket(purpose, parameters, group, holders))
         return buckets
 
     def _gradient_group(self, stages: frozenset[int]) -> dist.ProcessGroup | None:

@@ -1,0 +1,185 @@
+"""Starting the ranks of a run under torchrun, watching them, and ending every one of them when one fails.
+
+The launcher imports no torch. It starts `python -m torch.distributed.run` in a session of its own, reads the run's log
+for progress, and looks for reports of failure, for dead ranks and at torchrun itself. On the first failure it waits a
+moment for the reports of the others, ends every process of the run by its id, and raises one error for the cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from stagewright.planner import errors
+from stagewright.planner.errors import RunFailed, StagewrightError
+from stagewright.runtime.failure import DIED, RankFailure, first_cause, load_failures, now
+from stagewright.runtime.job import RunJob
+from stagewright.runtime.status import StatusFile
+
+Progress = Callable[[str, int, int], None]
+
+_POLL_S = 0.05
+_SETTLE_S = 1.0
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+def launch(
+    job: RunJob,
+    num_ranks: int,
+    *,
+    torchrun_arguments: Sequence[str] = (),
+    describe: Callable[[int, int, int], str],
+    progress: Progress | None = None,
+) -> None:
+    """Run the job's ranks to their end.
+
+    Raises
+    ------
+    StagewrightError : what the failing rank raised, or RunFailed naming its stage and action; no process is left.
+    """
+    status = StatusFile.create(job.path / "status", num_ranks)
+    log = (job.path / "ranks.log").open("wb")
+    process = subprocess.Popen(
+        _command(job, num_ranks, torchrun_arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **dict.fromkeys(_THREADS, str(job.num_threads)), "KINETO_LOG_LEVEL": "5"},
+        cwd=job.working_directory,
+        start_new_session=True,
+    )
+    watch = _Watch(job, status, describe)
+    try:
+        while process.poll() is None:
+            watch.forward_events(progress)
+            if watch.has_failed():
+                break
+            time.sleep(_POLL_S)
+        watch.forward_events(progress)
+        if process.poll() != 0:
+            watch.settle(process)
+            raise watch.error(process)
+    finally:
+        _end(process, status)
+        log.close()
+        status.close()
+
+
+def _command(job: RunJob, num_ranks: int, torchrun_arguments: Sequence[str]) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    told = {argument.split("=")[0].lstrip("-").replace("_", "-") for argument in torchrun_arguments}
+    if not told & {"standalone", "rdzv-endpoint", "master-addr", "nnodes", "rdzv-backend"}:
+        command += ["--standalone", "--nnodes=1"]
+    if "nproc-per-node" not in told:
+        command.append(f"--nproc-per-node={num_ranks}")
+    return [
+        *command,
+        "--max-restarts=0",
+        *torchrun_arguments,
+        "-m",
+        "stagewright.runtime.rank",
+        str(job.path / "job.json"),
+    ]
+
+
+class _Watch:
+    """Looks for failures and for news."""
+
+    def __init__(self, job: RunJob, status: StatusFile, describe: Callable[[int, int, int], str]) -> None:
+        self._directory = job.path
+        self._status = status
+        self._describe = describe
+        self._dead: dict[int, RankFailure] = {}
+        self._read = 0
+
+    def forward_events(self, progress: Progress | None) -> None:
+        """Tell `progress` the new lines of the run's log."""
+        path = self._directory / "events.jsonl"
+        if progress is None or not path.exists():
+            return
+        with path.open() as stream:
+            stream.seek(self._read)
+            for line in iter(stream.readline, ""):
+                if not line.endswith("\n"):
+                    break
+                self._read = stream.tell()
+                event = json.loads(line)
+                progress(str(event.get("phase", "training")), int(event["done"]), int(event["total"]))
+
+    def has_failed(self) -> bool:
+        """Whether a rank has reported a failure, or died without a word."""
+        for rank in range(self._status.num_ranks):
+            here = self._status.read(rank)
+            if here.pid and rank not in self._dead and here.phase != "done" and not _is_rank(here.pid):
+                place = self._describe(rank, here.step, here.position) or f"while {here.phase}"
+                self._dead[rank] = RankFailure(rank, DIED, place, "died without a word (killed?)", time_s=now())
+        return bool(self._dead) or next(self._directory.glob("failure.*.json"), None) is not None
+
+    def settle(self, process: subprocess.Popen[bytes]) -> None:
+        """Give the other ranks a moment to say what they saw; which rank died is known by now."""
+        self.has_failed()
+        deadline = time.monotonic() + _SETTLE_S
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(_POLL_S)
+
+    def error(self, process: subprocess.Popen[bytes]) -> StagewrightError:
+        """Return the error of the rank that is the cause."""
+        reported = load_failures(self._directory)
+        silent = [failure for rank, failure in self._dead.items() if rank not in {known.rank for known in reported}]
+        if not reported and not silent:
+            return RunFailed(
+                f"torchrun ended with exit code {process.poll()}: {_last_words(self._directory / 'ranks.log')}",
+                hint=f"the ranks' output is in {self._directory / 'ranks.log'}",
+            )
+        cause = first_cause([*reported, *silent])
+        if cause.kind != RunFailed.kind:
+            for candidate in vars(errors).values():
+                if (
+                    isinstance(candidate, type)
+                    and issubclass(candidate, StagewrightError)
+                    and candidate.kind == cause.kind
+                ):
+                    return candidate(cause.message, field=cause.field, hint=cause.hint)
+        place = f" ({cause.place})" if cause.place else ""
+        return RunFailed(
+            f"rank {cause.rank}{place}: {cause.message}",
+            hint=f"the ranks' output is in {self._directory / 'ranks.log'}",
+        )
+
+
+def _end(process: subprocess.Popen[bytes], status: StatusFile) -> None:
+    """End torchrun and every rank by process id; a stopped process is ended too."""
+    pids = [status.read(rank).pid for rank in range(status.num_ranks)]
+    alive = [pid for pid in pids if pid and _is_rank(pid)]
+    if process.poll() is None or alive:
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 5.0
+    while any(_is_rank(pid) for pid in alive) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+def _is_rank(pid: int) -> bool:
+    """Whether a process is a live rank of ours: its id may have been given to another since."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return b"stagewright.runtime.rank" in words and state != "Z"
+
+
+def _last_words(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    return lines[-1] if lines else "no output"

@@ -1,0 +1,165 @@
+"""The report of a run: predicted against measured, and what the checks found. The keys of run.json."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stagewright.planner.documents.plan import Plan, Prediction
+from stagewright.planner.schedules.action import Action, Kind
+from stagewright.planner.simulation.timeline import Timeline
+from stagewright.runtime.measurement import Measurement
+
+GRADIENT_LIMITS: Mapping[str, float] = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3, "fp8": 2e-1}
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What `stagewright run` answers.
+
+    Parameters
+    ----------
+    predicted, measured, error : step time and peak memory of each global rank, and their relative errors.
+    checks : by name; each has `passed` and its numbers.
+    timeline : the step with the median time; predicted_timeline : the simulated one, of pipeline ranks.
+    """
+
+    predicted: dict[str, object]
+    measured: dict[str, object]
+    error: dict[str, float | None]
+    checks: dict[str, dict[str, object]]
+    losses: tuple[float, ...]
+    timeline: Timeline
+    predicted_timeline: Timeline
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check that can fail has passed."""
+        return all(bool(check.get("passed", True)) for check in self.checks.values())
+
+    def to_json(self) -> dict[str, object]:
+        """Return the document of `run --json`."""
+        return {
+            "predicted": self.predicted,
+            "measured": self.measured,
+            "error": self.error,
+            "checks": self.checks,
+            "losses": list(self.losses),
+            "versions": self.versions,
+        }
+
+
+def make_report(
+    plan: Plan, prediction: Prediction, simulated: Timeline, measurement: Measurement, checks: Sequence[str]
+) -> RunReport:
+    """Return the report of a measurement."""
+    times = sorted(measurement.step_times_s)
+    median = statistics.median(times) if times else None
+    predicted_memory = _by_device(plan, prediction.peak_memory_bytes)
+    held = _by_device(plan, [item.framework for item in prediction.memory])
+    measured_memory = [a + b for a, b in zip(measurement.peak_memory_bytes, held, strict=False)]
+    timeline = measurement.timeline(plan.num_devices)
+    step_error = None if median is None else prediction.step_time_s / median - 1.0
+    memory_errors = [p / m - 1.0 for p, m in zip(predicted_memory, measured_memory, strict=False) if m > 0]
+    memory_error = max(memory_errors, key=abs, default=None)
+    found: dict[str, dict[str, object]] = {}
+    if "gradients" in checks and measurement.gradients and measurement.weights:
+        found["gradients"] = _gradients(plan, measurement)
+    if "memory" in checks:
+        found["memory"] = {"max_relative_error": memory_error, "items": measurement.static_memory_bytes}
+    if "traffic" in checks:
+        found["traffic"] = _traffic(prediction.link_bytes, measurement.sent_bytes)
+    if "time" in checks:
+        found["time"] = _time(plan, simulated, timeline)
+    return RunReport(
+        predicted={"step_time_s": prediction.step_time_s, "peak_memory_bytes": predicted_memory},
+        measured={
+            "step_time_s": {"median": median, "p20": _quantile(times, 0.2), "p80": _quantile(times, 0.8)},
+            "peak_memory_bytes": measured_memory,
+        },
+        error={"step_time": step_error, "peak_memory_max": memory_error},
+        checks=found,
+        losses=tuple(measurement.losses),
+        timeline=timeline,
+        predicted_timeline=simulated,
+        versions=measurement.versions,
+    )
+
+
+def _by_device(plan: Plan, values: Sequence[float]) -> list[float]:
+    """Return a value of each pipeline rank for each of its devices, by global rank."""
+    result = [0.0] * plan.num_devices
+    for ranks, value in zip(plan.mapping.pipeline_ranks, values, strict=True):
+        for rank in ranks:
+            result[rank] = value
+    return result
+
+
+def _gradients(plan: Plan, measurement: Measurement) -> dict[str, object]:
+    assert measurement.gradients is not None and measurement.weights is not None
+    limit = GRADIENT_LIMITS[plan.job.precision]
+    error, weights = measurement.gradients[0], measurement.weights[0]
+    return {
+        "max_relative_error": error,
+        "parameter": measurement.gradients[1],
+        "weights_max_relative_error": weights,
+        "weights_parameter": measurement.weights[1],
+        "limit": limit,
+        "passed": error <= limit and weights <= limit,
+    }
+
+
+def _traffic(predicted: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, object]:
+    sent = {name: value for name, value in measured.items() if value}
+    errors = {
+        name: predicted.get(name, 0.0) / sent[name] - 1.0 if sent.get(name) else float(predicted.get(name, 0.0) > 0)
+        for name in sorted({*predicted, *sent})
+    }
+    return {
+        "predicted_bytes": dict(predicted),
+        "measured_bytes": sent,
+        "relative_error": errors,
+        "passed": all(abs(value) <= 1e-9 for value in errors.values()),
+    }
+
+
+def _time(plan: Plan, simulated: Timeline, measured: Timeline) -> dict[str, object]:
+    """Compare spans of compute, action by action, over the first device of each pipeline rank."""
+    first = {ranks[0]: index for index, ranks in enumerate(plan.mapping.pipeline_ranks)}
+    expected = {
+        (int(rank), *row[:5]): end - start
+        for rank, row, start, end in zip(
+            simulated.rank, simulated.action.tolist(), simulated.start_s, simulated.end_s, strict=True
+        )
+    }
+    by_action: dict[str, list[tuple[float, float]]] = {}
+    for rank, lane, row, start, end in zip(
+        measured.rank, measured.lane, measured.action.tolist(), measured.start_s, measured.end_s, strict=True
+    ):
+        key = (first.get(int(rank), -1), *row[:5])
+        if lane == 0 and key in expected:
+            name = str(Action(Kind(row[0]), row[2]))
+            by_action.setdefault(name, []).append((float(expected[key]), float(end - start)))
+    actions = {
+        name: {
+            "predicted_s": float(np.median([p for p, _ in pairs])),
+            "measured_s": float(np.median([m for _, m in pairs])),
+        }
+        for name, pairs in sorted(by_action.items())
+    }
+    return {
+        "actions": actions,
+        "bubble_over_total": {
+            "predicted": simulated.bubble_over_total if len(simulated.end_s) else None,
+            "measured": measured.bubble_over_total if len(measured.end_s) else None,
+        },
+        "makespan_s": {"predicted": simulated.makespan_s, "measured": measured.makespan_s},
+    }
+
+
+def _quantile(values: Sequence[float], share: float) -> float | None:
+    return float(np.quantile(values, share)) if values else None

@@ -1,0 +1,104 @@
+"""Running a plan: the one way in, for the command line and for scripts. Imports no torch; the ranks do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.errors import InvalidArgument
+from stagewright.runtime.job import RunJob
+from stagewright.runtime.launch import Progress, launch
+from stagewright.runtime.measurement import Measurement
+from stagewright.runtime.program import describe_action, program_of
+from stagewright.runtime.report import RunReport, make_report
+
+CHECKS = ("gradients", "memory", "traffic", "time")
+
+
+def run_plan(
+    plan: Plan,
+    profile: ModelProfile,
+    *,
+    model: str,
+    data: str | None = None,
+    steps: int = 20,
+    checks: Sequence[str] = CHECKS,
+    emulate: bool = False,
+    replay: str | None = None,
+    torchrun_arguments: Sequence[str] = (),
+    progress: Progress | None = None,
+    directory: Path | None = None,
+    seed: int = 0,
+) -> RunReport:
+    """Execute a plan on this machine and compare it with its prediction.
+
+    Parameters
+    ----------
+    model, data : factories, `module:factory` or `path.py:factory`; without data the model's file is asked for `data`.
+    steps : timed training steps, after the checks and a warm-up.
+    checks : what to check besides time: any of CHECKS.
+    emulate : actions wait their planned time instead of computing; communication is real.
+    progress : told (phase, done, total).
+    directory : where the ranks' logs and raw results stay; a temporary one, removed on success, unless given.
+
+    Raises
+    ------
+    InvalidDocument, InvalidArgument : before any rank starts, when plan, profile, model or checks do not fit.
+    RunFailed : when a rank raised, died or fell silent; no process is left behind.
+    """
+    unknown = sorted(set(checks) - set(CHECKS))
+    if unknown:
+        raise InvalidArgument(f"there is no check {unknown[0]!r}", field="check", hint=f"one of {', '.join(CHECKS)}")
+    if steps < 1:
+        raise InvalidArgument(f"steps is {steps}, it must be at least 1", field="steps")
+    schedule, evaluation = program_of(plan, profile)
+    with _run_directory(directory) as path:
+        plan.save(path / "plan.json")
+        profile.save(path / "profile.json")
+        job = RunJob(
+            directory=str(path),
+            model=_absolute(model),
+            data=None if data is None else _absolute(data),
+            steps=steps,
+            checks=tuple(checks),
+            num_threads=profile.pedigree.threads_per_rank,
+            working_directory=str(Path.cwd()),
+            launcher=os.getpid(),
+            seed=seed,
+            emulate=emulate,
+        )
+        job.save()
+        launch(
+            job,
+            plan.num_devices,
+            torchrun_arguments=torchrun_arguments,
+            describe=lambda rank, step, position: describe_action(plan, schedule, rank, step, position),
+            progress=progress,
+        )
+        measurement = Measurement.load(path / "measurement.json")
+    return make_report(plan, evaluation.prediction, evaluation.timeline, measurement, checks)
+
+
+def _absolute(reference: str) -> str:
+    place, separator, name = reference.rpartition(":")
+    return f"{Path(place).resolve()}{separator}{name}" if place.endswith(".py") else reference
+
+
+@contextlib.contextmanager
+def _run_directory(directory: Path | None) -> Iterator[Path]:
+    """Yield the run's directory; a temporary one is removed when all went well, and kept for a look when not."""
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in [*directory.glob("failure.*.json"), directory / "events.jsonl"]:
+            leftover.unlink(missing_ok=True)
+        yield directory.resolve()
+        return
+    path = Path(tempfile.mkdtemp(prefix="stagewright-run-"))
+    yield path
+    shutil.rmtree(path)

@@ -1,0 +1,238 @@
+"""What one rank does in a run, in order: reference, checks, memory, timed steps, results.
+
+Every rank runs the same phases; what is compared or gathered is so by collectives that all of them enter.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stagewright.modeling.batch import Batch
+from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.factory import load_object
+from stagewright.modeling.split import split
+from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.errors import InvalidArgument, InvalidDocument
+from stagewright.planner.schedules.schedule import Schedule
+from stagewright.runtime.data import open_data
+from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
+from stagewright.runtime.job import RunJob
+from stagewright.runtime.measurement import Measurement
+from stagewright.runtime.memory import RankMemory, measure_memory
+from stagewright.runtime.optimizers import OptimizerChoice
+from stagewright.runtime.recorder import now_s
+from stagewright.runtime.reference import ReferenceRun, run_reference
+from stagewright.runtime.status import StatusFile
+from stagewright.runtime.torch_adapter import default_store
+from stagewright.runtime.worker import Worker, WorkerSettings
+
+WARM_UP_STEPS = 2
+CHECK_OPTIMIZER = OptimizerChoice("sgd-momentum", 0.3)
+
+
+class Session:
+    """One rank's run of a job."""
+
+    def __init__(
+        self,
+        job: RunJob,
+        plan: Plan,
+        profile: ModelProfile,
+        schedule: Schedule,
+        device: torch.device,
+        status: StatusFile,
+    ) -> None:
+        self._job = job
+        self._plan = plan
+        self._profile = profile
+        self._schedule = schedule
+        self._device = device
+        self._status = status
+        self._rank = dist.get_rank()
+        self._step = 0
+
+    def run(self) -> None:
+        """Run all phases; rank 0 writes the measurement."""
+        model = self._build()
+        chain = self._split(model)
+        self._samples = self._plan.job.global_batch
+        batches = open_data(
+            self._job.data,
+            self._job.model,
+            model,
+            samples=self._samples,
+            sequence_length=self._plan.job.sequence_length,
+        )
+        checked = list(islice(batches, self._job.check_steps)) if "gradients" in self._job.checks else []
+        reference = self._reference(chain, checked)
+        shapes = reference_shapes(chain)
+        self._enter("building")
+        worker = Worker(
+            self._plan,
+            self._schedule,
+            chain,
+            WorkerSettings(self._device, seed=self._job.seed),
+            store=dist.PrefixStore("worker", default_store()),
+            at_action=lambda position: self._status.at(self._rank, self._step, position),
+        )
+        gradients = weights = None
+        if checked:
+            gradients, weights = self._check(worker, checked, reference, shapes)
+        del reference
+        memory = self._train_setup(worker, batches)
+        times, losses, rows, sent = self._timed(worker, batches)
+        self._write(
+            Measurement(
+                step_times_s=times,
+                losses=losses,
+                peak_memory_bytes=[item.peak for item in memory],
+                static_memory_bytes=[
+                    {"parameters": item.parameters, "gradients": item.gradients, "optimizer": item.optimizer}
+                    for item in memory
+                ],
+                sent_bytes=sent,
+                rows=rows,
+                gradients=None if gradients is None else (gradients.max_relative_error, gradients.parameter),
+                weights=None if weights is None else (weights.max_relative_error, weights.parameter),
+                versions={"torch": torch.__version__, "python": platform.python_version()},
+            )
+        )
+        worker.close()
+
+    def _build(self) -> nn.Module:
+        self._enter("building")
+        torch.manual_seed(self._job.seed)
+        factory = load_object(self._job.model)
+        if not callable(factory):
+            raise InvalidArgument(f"{self._job.model} is no factory", field="model")
+        model = factory()
+        if not isinstance(model, nn.Module):
+            raise InvalidArgument(f"{self._job.model} returned {type(model).__name__}, no nn.Module", field="model")
+        dtypes = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return model.to(dtypes[self._plan.job.precision])
+
+    def _split(self, model: nn.Module) -> LayerChain:
+        chain = split(model)
+        if chain.layer_digest != self._profile.layer_digest:
+            raise InvalidDocument(
+                f"{self._job.model} has layers {chain.layer_digest}, the profile {self._profile.layer_digest}",
+                field="layer_digest",
+                hint="profile and plan this model again",
+            )
+        return chain
+
+    def _reference(self, chain: LayerChain, batches: list[Batch]) -> ReferenceRun | None:
+        if not batches or self._rank != 0:
+            return None
+        self._enter("reference")
+        return run_reference(
+            chain,
+            batches,
+            microbatch=self._plan.schedule.microbatch,
+            seed=self._job.seed,
+            device=self._device,
+            optimizer=CHECK_OPTIMIZER,
+        )
+
+    def _check(
+        self,
+        worker: Worker,
+        batches: list[Batch],
+        reference: ReferenceRun | None,
+        shapes: dict[str, tuple[int, ...]],
+    ) -> tuple[Comparison, Comparison]:
+        """Compare the gradients of the first batch and the weights after a step on each; the weights are put back."""
+        self._enter("checking")
+        self._run(worker, batches[0], 0)
+        trained = {name: value for name, value in worker.parameters().items() if value.requires_grad}
+        found = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in trained.items()}
+        gradients = compare(worker, found, None if reference is None else reference.gradients, shapes)
+        worker.zero_gradients()
+        before = {name: value.detach().clone() for name, value in trained.items()}
+        worker.use_optimizer(CHECK_OPTIMIZER)
+        for step, batch in enumerate(batches):
+            self._run(worker, batch, step)
+        changes = {name: value.detach() - before[name] for name, value in trained.items()}
+        weights = compare(worker, changes, None if reference is None else reference.changes, shapes)
+        with torch.no_grad():
+            for name, value in trained.items():
+                value.copy_(before[name])
+        worker.use_optimizer(None)
+        return gradients, weights
+
+    def _train_setup(self, worker: Worker, batches: Iterator[Batch]) -> list[RankMemory]:
+        """Make the job's optimizer, let its states come into being, and measure the memory of one step."""
+        name = self._plan.job.optimizer.name
+        worker.use_optimizer(OptimizerChoice("adamw" if name == "custom" else name, self._job.learning_rate))
+        self._enter("warming up")
+        for _ in range(WARM_UP_STEPS):
+            self._run(worker, next(batches), self._step)
+        if "memory" not in self._job.checks:
+            return []
+        self._enter("memory")
+        batch = next(batches)
+        mine = measure_memory(
+            worker.chain.model, worker.optimizers, lambda: self._run(worker, batch, self._step), self._device
+        )
+        everyone: list[RankMemory] = [mine] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    def _timed(
+        self, worker: Worker, batches: Iterator[Batch]
+    ) -> tuple[list[float], list[float], list[list[float]], dict[str, float]]:
+        """Run the timed steps; returns times, losses, the spans of the median step, and bytes sent in one step."""
+        self._enter("training")
+        times, losses, kept = [], [], []
+        sent: dict[str, float] = {}
+        for index in range(self._job.steps):
+            batch = next(batches)
+            dist.barrier()
+            before = worker.traffic()
+            begin = now_s()
+            loss = self._run(worker, batch, self._step)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            span = (begin, now_s())
+            sent = {name: value - before[name] for name, value in worker.traffic().items()}
+            everyone: list[tuple[tuple[float, float], float | None]] = [(span, loss)] * dist.get_world_size()
+            dist.all_gather_object(everyone, (span, loss))
+            times.append(max(end for (_, end), _ in everyone) - min(start for (start, _), _ in everyone))
+            losses.append(sum(value for _, value in everyone if value is not None))
+            kept.append([[self._rank, *row] for row in worker.recorder.rows])
+            self._event("step", index + 1, self._job.steps, loss=losses[-1], step_time_s=times[-1])
+        if not times:
+            return [], [], [], {}
+        median = sorted(range(len(times)), key=times.__getitem__)[len(times) // 2]
+        gathered: list[tuple[list[list[float]], dict[str, float]]] = [(kept[median], sent)] * dist.get_world_size()
+        dist.all_gather_object(gathered, (kept[median], sent))
+        total = {name: sum(each[name] for _, each in gathered) for name in sent}
+        return times, losses, [row for rows, _ in gathered for row in rows], total
+
+    def _run(self, worker: Worker, batch: Batch, step: int) -> float | None:
+        loss = worker.run(batch, step)
+        self._step += 1
+        return loss
+
+    def _enter(self, phase: str) -> None:
+        self._status.enter(self._rank, phase)
+        self._event("phase", 0, 0, phase=phase)
+
+    def _event(self, kind: str, done: int, total: int, **values: float | str) -> None:
+        """Append one line to the run's log; rank 0 speaks for all."""
+        if self._rank == 0:
+            line = json.dumps({"event": kind, "done": done, "total": total, "time_s": now_s(), **values})
+            with (self._job.path / "events.jsonl").open("a") as stream:
+                stream.write(line + "\n")
+
+    def _write(self, measurement: Measurement) -> None:
+        if self._rank == 0:
+            measurement.save(self._job.path / "measurement.json")

@@ -1,0 +1,34 @@
+"""The private names of torch that this package uses, in one place.
+
+Known to work: torch 2.11, 2.12 and 2.13 (tested: 2.13). A name that a version lacks raises here, with the version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+KNOWN_VERSIONS = ("2.11", "2.12", "2.13")
+
+
+def default_store() -> dist.Store:
+    """Return the store of the default process group."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def cpu_allocation_changes(work: Callable[[], object]) -> list[int]:
+    """Return the sizes of all CPU allocations (positive) and releases (negative) during `work`, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    assert trace.profiler is not None
+    results = trace.profiler.kineto_results
+    assert results is not None
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in results.events()
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+    ]
+    return [size for _, size in sorted(events, key=lambda event: event[0])]
