@@ -1,0 +1,119 @@
+"""`stagewright run`: execute a plan (or profile and plan a model first) and compare it with its prediction."""
+
+from __future__ import annotations
+
+import json as json_text
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stagewright.cli.output import Json, print_document, progress_bar
+from stagewright.planner.errors import InvalidArgument, RunFailed
+
+if TYPE_CHECKING:
+    from stagewright.planner.documents import ModelProfile, Plan
+
+
+def run(
+    plan_or_model: Annotated[
+        str, typer.Argument(metavar="PLAN_OR_MODEL", help="plan.json, or module:factory / path.py:factory.")
+    ],
+    torchrun_arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- TORCHRUN...]", help="Passed to torchrun.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model's factory; needed with a plan.")] = None,
+    data: Annotated[str | None, typer.Option(help="The data's factory; the model file's `data` unless told.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="The plan's profile; profile.json beside the plan unless told.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Cluster to plan for, given a model; this machine unless told.")
+    ] = None,
+    global_batch: Annotated[int, typer.Option(help="Samples of one step, given a model.")] = 16,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sample, given a model.")] = 128,
+    steps: Annotated[int, typer.Option(help="Timed training steps.")] = 20,
+    check: Annotated[
+        str, typer.Option(help="gradients, memory, traffic, time; joined by commas.")
+    ] = "gradients,memory,traffic,time",
+    emulate: Annotated[
+        bool, typer.Option("--emulate", help="Actions wait their planned time; communication is real.")
+    ] = False,
+    replay: Annotated[str | None, typer.Option(help="RANK or all: one rank's part at a time on one device.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the report here, timeline.html beside it.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run a plan with torch and compare measured with predicted step time and memory; given a model, profile and plan it first.
+
+    Example: stagewright run out/plan.json --model examples/gpt.py:build --steps 10 -o out/run.json
+    """
+    from stagewright.cli.inputs import is_factory, load_cluster
+    from stagewright.cli.workflow import (
+        Workload,
+        best_plan,
+        local_cluster,
+        measured_profile,
+        print_report,
+        save_run,
+        training_job,
+    )
+    from stagewright.planner.documents import Plan
+    from stagewright.runtime.run import run_plan
+
+    checks = tuple(name.strip() for name in check.split(",") if name.strip())
+    out = Path("out") if output is None else output.parent
+    with progress_bar(quiet=json) as report:
+        if is_factory(plan_or_model):
+            out.mkdir(parents=True, exist_ok=True)
+            factory = plan_or_model
+            workload = Workload(factory, data, global_batch, sequence_length)
+            machines = (
+                local_cluster(out / "cluster.json", report, refresh=False)
+                if cluster in (None, "local")
+                else load_cluster(str(cluster), report)
+            )
+            model_profile = measured_profile(workload, machines, out, report, refresh=False)
+            document = best_plan(model_profile, machines, training_job(workload), report)
+            document.save(out / "plan.json")
+        else:
+            if model is None:
+                raise InvalidArgument(
+                    "a plan does not name code",
+                    field="model",
+                    hint="add --model module:factory or --model path.py:factory",
+                )
+            factory = model
+            document = Plan.load(plan_or_model)
+            model_profile = _profile_of(document, Path(plan_or_model), profile)
+            document.check_profile(layer_digest=model_profile.layer_digest, num_layers=model_profile.num_layers)
+        result = run_plan(
+            document,
+            model_profile,
+            model=factory,
+            data=data,
+            steps=steps,
+            checks=checks,
+            emulate=emulate,
+            replay=replay,
+            torchrun_arguments=tuple(torchrun_arguments or ()),
+            progress=report,
+        )
+    if output is not None:
+        save_run(out, document, result)
+        if output.name != "run.json":
+            (out / "run.json").replace(output)
+    if json:
+        print_document(json_text.loads(json_text.dumps(result.to_json())))
+    else:
+        print_report(result)
+    if not result.passed:
+        raise RunFailed("a check failed", hint="the report holds the numbers")
+
+
+def _profile_of(plan: Plan, path: Path, told: Path | None) -> ModelProfile:
+    from stagewright.cli.simulate import find_profile
+    from stagewright.planner.documents import ModelProfile
+
+    return ModelProfile.load(told) if told is not None else find_profile(plan, path)
