@@ -6,7 +6,7 @@ model under their degrees, and the simulator runs the order on the real links. T
     step = max over pipeline ranks of (end of its last action + gradient reduction + optimizer) + overhead of a step
 
 Messages take latency + bytes / bandwidth of the slowest link between two ranks; a directed pair of ranks carries one
-message at a time. Peak memory of a rank is its states, the most live activations of its order, the largest workspace of
+message at a time. Peak memory of a rank is its states, the most live activations of its layout, the largest workspace of
 its layers and what the framework holds.
 
 MFU is model FLOPs (forward once, backward twice, no recomputation) over the dense peak of the job's dtype; HFU counts
@@ -39,7 +39,7 @@ from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.schedule import Schedule, encode
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
-from stagewright.planner.search.order import Order, OrderKey, compile_search_order
+from stagewright.planner.search.order import Layout, layout_of
 from stagewright.planner.search.pipeline_costs import PipelineCosts, Tie, Wiring, boundary_bytes, pipeline_costs
 from stagewright.planner.simulation.network import Links
 from stagewright.planner.simulation.simulate import simulate
@@ -71,10 +71,10 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
     layers = _layers_by_stage(plan, profile)
     bounds = stage_bounds(plan.stages)
     levels = recompute_indices(plan.stages)
-    order = compile_search_order(schedule, order_key(plan.schedule))
+    layout = layout_of(schedule)
     wiring = wiring_of(plan, profile, layers)
     pipeline = pipeline_costs(
-        order,
+        layout,
         bounds,
         levels,
         layers,
@@ -84,9 +84,9 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
         action_overhead_s=profile.action_overhead_s,
     )
     costs = _stage_costs(pipeline, bounds, levels, layers)
-    links = links_of(order, bounds, layers, wiring)
+    links = links_of(layout, bounds, layers, wiring)
     timeline = simulate(schedule, costs, links=links, tail_s=pipeline.tail_s)
-    prediction = _prediction(plan, profile, order, pipeline, timeline, layers, levels, bounds)
+    prediction = _prediction(plan, profile, layout, pipeline, timeline, layers, levels, bounds)
     return Evaluation(prediction, timeline, schedule, costs, pipeline)
 
 
@@ -117,11 +117,6 @@ def schedule_of(spec: ScheduleSpec) -> Schedule:
             hint="give the orders of a schedule that no family makes",
         )
     return schedule
-
-
-def order_key(spec: ScheduleSpec) -> OrderKey:
-    """Return the key of a plan's order."""
-    return OrderKey(spec.name, spec.num_ranks, spec.num_microbatches, spec.num_chunks)
 
 
 def stage_bounds(stages: Sequence[StagePlan]) -> list[int]:
@@ -188,11 +183,11 @@ def wire(
     return Wiring(model.cluster, device, reference_bytes, inside)
 
 
-def links_of(order: Order, bounds: Sequence[int], layers: Sequence[LayerCosts], wiring: Wiring) -> Links:
+def links_of(layout: Layout, bounds: Sequence[int], layers: Sequence[LayerCosts], wiring: Wiring) -> Links:
     """Return the same lines in the simulator's form."""
-    ranks = order.num_ranks
+    ranks = layout.num_ranks
     latency, bandwidth = np.zeros((ranks, ranks)), np.full((ranks, ranks), np.inf)
-    for first, second in {(a, b) for a, b in order.hop_pairs.tolist() if a != b}:
+    for first, second in {(a, b) for a, b in layout.hop_pairs.tolist() if a != b}:
         line = wiring.line(first, second)
         for a, b in ((first, second), (second, first)):
             latency[a, b], bandwidth[a, b] = line.latency_s, line.bytes_per_s
@@ -247,7 +242,7 @@ def _parse_step(text: str) -> Action | tuple[Action, ...]:
 def _prediction(
     plan: Plan,
     profile: ModelProfile,
-    order: Order,
+    layout: Layout,
     pipeline: PipelineCosts,
     timeline: Timeline,
     layers: Sequence[LayerCosts],
@@ -270,11 +265,11 @@ def _prediction(
         hfu=(3 * model_flops + extra_flops) * batches / (step_s * peak) if peak and model_flops else None,
         bubble_over_total=float(np.clip(1.0 - busy.mean() / timeline.makespan_s, 0.0, 1.0)),
         peak_memory_bytes=tuple(pipeline.peak_bytes.tolist()),
-        memory=tuple(_items(pipeline, rank) for rank in range(order.num_ranks)),
+        memory=tuple(_items(pipeline, rank) for rank in range(layout.num_ranks)),
         stage_time_s=tuple(pipeline.costs.sum(axis=0).tolist()),
-        exposed_communication_s=float((pipeline.tail_s - _rank_sum(order, pipeline.optimizer_s)).max()),
-        optimizer_s=float(_rank_sum(order, pipeline.optimizer_s).max()),
-        link_bytes=_link_bytes(plan, order, bounds, layers),
+        exposed_communication_s=float((pipeline.tail_s - _rank_sum(layout, pipeline.optimizer_s)).max()),
+        optimizer_s=float(_rank_sum(layout, pipeline.optimizer_s).max()),
+        link_bytes=_link_bytes(plan, layout, bounds, layers),
         tokens_per_dollar=None if price is None else tokens / step_s / price,
         source=worst_source([row.table.source for row in layers]),
     )
@@ -292,8 +287,8 @@ def _items(pipeline: PipelineCosts, rank: int) -> MemoryItems:
     )
 
 
-def _rank_sum(order: Order, by_stage: Floats) -> Floats:
-    return np.array([by_stage[[slot.stage for slot in slots]].sum() for slots in order.slots])
+def _rank_sum(layout: Layout, by_stage: Floats) -> Floats:
+    return np.array([by_stage[[slot.stage for slot in slots]].sum() for slots in layout.slots])
 
 
 def _flops(bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]) -> tuple[float, float]:
@@ -331,10 +326,10 @@ def _price_per_s(plan: Plan) -> float | None:
     return total or None
 
 
-def _link_bytes(plan: Plan, order: Order, bounds: Sequence[int], layers: Sequence[LayerCosts]) -> dict[str, float]:
+def _link_bytes(plan: Plan, layout: Layout, bounds: Sequence[int], layers: Sequence[LayerCosts]) -> dict[str, float]:
     """Return bytes sent in one step over all devices, by operation and group."""
     total: dict[str, float] = {}
-    replicas = order.num_replicas
+    replicas = layout.num_replicas
     for stage, row in enumerate(layers):
         degrees = plan.stages[stage].degrees
         inside = slice(bounds[stage], bounds[stage + 1])
@@ -346,7 +341,7 @@ def _link_bytes(plan: Plan, order: Order, bounds: Sequence[int], layers: Sequenc
             for name, sent in _gradient_bytes(degrees, gradients).items():
                 total[name] = total.get(name, 0.0) + sent * degrees.num_devices
     sizes = np.tile(boundary_bytes(bounds, layers), replicas)
-    for (first, second), size in zip(order.hop_pairs.tolist(), sizes, strict=True):
+    for (first, second), size in zip(layout.hop_pairs.tolist(), sizes, strict=True):
         if first != second:
             devices = len(plan.mapping.pipeline_ranks[first])
             sent = 2 * float(size) * plan.schedule.num_microbatches * devices / replicas

@@ -89,7 +89,7 @@ class Ranges:
         }
         return [left[kind].pop() for kind in classes]
 
-    def _group(self, kind: int, count: int, live: npt.NDArray[np.int32]) -> LayerGroup:
+    def _group(self, kind: int, count: int, live: Floats) -> LayerGroup:
         layer, costs, levels = self.class_of.index(kind), self.costs, list(self.levels)
         kept = costs.kept_bytes[levels, layer]
         late = kept * (1.0 - costs.freed_share[levels, layer])

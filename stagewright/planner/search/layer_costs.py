@@ -114,7 +114,7 @@ def layer_costs(model: CostModel, configuration: Configuration) -> LayerCosts:
     workspace = table.workspace_bytes
     if degrees.zero == 3:
         gathered = (table.dense_parameters + table.expert_parameters) * model.job.optimizer.parameter_bytes
-        workspace = workspace + (gathered + np.append(gathered[1:], 0.0))[None, :]
+        workspace = workspace + (gathered + gathered.max(initial=0.0))[None, :]
     return LayerCosts(
         forward_s=table.forward_s + replicas.forward_s,
         input_grad_s=table.input_grad_s,

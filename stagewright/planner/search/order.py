@@ -31,8 +31,8 @@ from numba import njit
 
 from stagewright.planner.errors import InvalidSchedule
 from stagewright.planner.schedules.action import Kind
-from stagewright.planner.schedules.schedule import KIND, REPLICA, STAGE, Schedule, chain_edges
-from stagewright.planner.simulation.kernel import compile_order
+from stagewright.planner.schedules.schedule import KIND, REPLICA, SLICE, STAGE, Schedule, chain_edges
+from stagewright.planner.simulation.kernel import CompiledOrder, compile_order
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -70,32 +70,21 @@ class Cut:
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
-    """An action graph in topological order; node 0 stands for "no predecessor".
+class Layout:
+    """What a schedule's costs and memory depend on beside its times: who holds what, and how much lives at once.
 
     Parameters
     ----------
-    before, across : node before this one on its rank, and node on another rank that it waits for; 0 for none.
-    hop : index + 1 of the hop that `across` pays, 0 for none.
-    code : kind * S + stage with kinds F, B, I, W, or 4 S for nodes without duration.
-    last : last node of each rank.
     placement : rank of each stage, one row a replica.
     slots : for each rank, what it holds, by replica and stage.
-    live : for each rank, int32 [vectors, 2, slots]: microbatches before their input gradient, and between it and W.
+    live : for each rank, float64 [vectors, 2, slots]: microbatches before their input gradient, and between it and W.
     split : input and weight gradients are apart somewhere.
     """
 
-    key: OrderKey
-    before: Ints
-    across: Ints
-    hop: Ints
-    code: Ints
-    last: Ints
     placement: Ints
     slots: tuple[tuple[Slot, ...], ...]
-    live: tuple[Ints, ...]
+    live: tuple[Floats, ...]
     split: bool
-    num_actions: int
 
     @property
     def num_stages(self) -> int:
@@ -107,7 +96,7 @@ class Order:
 
     @property
     def num_ranks(self) -> int:
-        return len(self.last)
+        return len(self.slots)
 
     @property
     def num_hops(self) -> int:
@@ -118,6 +107,43 @@ class Order:
         """Ranks (from, to) of each hop in the forward direction, int32 [num_hops, 2]."""
         pairs = [(row[s], row[s + 1]) for row in self.placement for s in range(self.num_stages - 1)]
         return np.array(pairs, dtype=np.int32).reshape(-1, 2)
+
+
+def layout_of(schedule: Schedule) -> Layout:
+    """Return the layout of a schedule; a slice counts as its share of a microbatch."""
+    placement = np.ascontiguousarray(schedule.placement, dtype=np.int32)
+    stages = schedule.num_stages
+    slots = tuple(
+        tuple(Slot(r, s) for r in range(len(placement)) for s in range(stages) if placement[r, s] == rank)
+        for rank in range(schedule.num_ranks)
+    )
+    rows = [np.ascontiguousarray(order) for order in schedule.orders]
+    live = tuple(
+        live_vectors(rows[rank], slots[rank], stages, schedule.num_slices) / schedule.num_slices
+        for rank in range(schedule.num_ranks)
+    )
+    return Layout(placement, slots, live, any(bool((order[:, KIND] == _W).any()) for order in rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Order(Layout):
+    """An action graph in topological order; node 0 stands for "no predecessor".
+
+    Parameters
+    ----------
+    before, across : node before this one on its rank, and node on another rank that it waits for; 0 for none.
+    hop : index + 1 of the hop that `across` pays, 0 for none.
+    code : kind * S + stage with kinds F, B, I, W, or 4 S for nodes without duration.
+    last : last node of each rank.
+    """
+
+    key: OrderKey
+    before: Ints
+    across: Ints
+    hop: Ints
+    code: Ints
+    last: Ints
+    num_actions: int
 
     def durations(self, costs: Floats) -> Floats:
         """Return seconds by code for stage costs [3, S] or [batch, 3, S]: F, B, I, W and a zero."""
@@ -180,51 +206,58 @@ def compile_search_order(schedule: Schedule, key: OrderKey) -> Order:
     graph = compile_order(schedule)
     stages = schedule.num_stages
     kind, stage = graph.kind_stage()
-    placement = np.ascontiguousarray(schedule.placement, dtype=np.int32)
+    layout = layout_of(schedule)
     if ((graph.hop == 1) & (kind < 0)).any():
         raise InvalidSchedule(
             f"{schedule.name} fuses actions that wait for messages; the search takes separate actions", field="schedule"
         )
-    replica = np.zeros(len(kind), dtype=np.int32)
-    for row in range(1, len(placement)):
-        replica[(kind >= 0) & (placement[row][stage] == graph.rank) & (placement[0][stage] != graph.rank)] = row
-    boundary = np.where(kind == _F, stage - 1, stage)
-    hop = np.where(graph.hop == 1, 1 + replica * (stages - 1) + boundary, 0).astype(np.int32)
     code = np.where(kind >= 0, kind * stages + stage, 4 * stages).astype(np.int32)
-    slots = tuple(
-        tuple(Slot(r, s) for r in range(len(placement)) for s in range(stages) if placement[r, s] == rank)
-        for rank in range(schedule.num_ranks)
-    )
-    rows = [np.ascontiguousarray(order) for order in schedule.orders]
     return Order(
+        placement=layout.placement,
+        slots=layout.slots,
+        live=layout.live,
+        split=layout.split,
         key=key,
         before=graph.before,
         across=graph.across,
-        hop=hop,
+        hop=_hop_codes(graph, layout.placement),
         code=code,
         last=graph.last,
-        placement=placement,
-        slots=slots,
-        live=tuple(live_vectors(rows[rank], slots[rank], stages) for rank in range(schedule.num_ranks)),
-        split=any(bool((order[:, KIND] == _W).any()) for order in rows),
         num_actions=graph.num_actions,
     )
 
 
-def live_vectors(order: Ints, slots: tuple[Slot, ...], num_stages: int) -> Ints:
-    """Return the non-dominated vectors of live microbatches of one rank, int32 [vectors, 2, slots]."""
+def _hop_codes(graph: CompiledOrder, placement: Ints) -> Ints:
+    """Return 1 + replica * (S - 1) + boundary for nodes that wait for a message, 0 for the others."""
+    kind, stage = graph.kind_stage()
+    num_stages = placement.shape[1]
+    waits = graph.hop == 1
+    boundary = np.where(kind == _F, stage - 1, stage)
+    source = np.clip(np.where(kind == _F, stage - 1, stage + 1), 0, num_stages - 1)
+    code = np.zeros(len(kind), dtype=np.int32)
+    for replica in range(len(placement) - 1, -1, -1):
+        row = placement[replica]
+        from_here = (row[stage] == graph.rank) & (row[source] == graph.rank[graph.across])
+        code[waits & from_here] = 1 + replica * (num_stages - 1) + boundary[waits & from_here]
+    return code
+
+
+def live_vectors(order: Ints, slots: tuple[Slot, ...], num_stages: int, num_slices: int) -> Ints:
+    """Return the non-dominated vectors of live slices of one rank, int32 [vectors, 2, slots]."""
     position = np.full(2 * num_stages if not slots else (1 + max(s.replica for s in slots)) * num_stages, -1, np.int32)
     for index, slot in enumerate(slots):
         position[slot.replica * num_stages + slot.stage] = index
-    kinds = order[:, KIND].astype(np.int32)
-    cells = position[order[:, REPLICA] * num_stages + order[:, STAGE]].astype(np.int32)
-    vectors = _peaks(kinds, cells, len(slots))
+    chosen = order[order[:, KIND] <= _W]
+    kinds = np.ascontiguousarray(chosen[:, KIND])
+    cells = position[chosen[:, REPLICA] * num_stages + chosen[:, STAGE]].astype(np.int32)
+    amounts = np.where(chosen[:, SLICE] < 0, num_slices, 1).astype(np.int32)
+    vectors = _peaks(kinds, cells, amounts, len(slots))
     keep = _non_dominated(vectors)
     return np.ascontiguousarray(vectors[keep].reshape(-1, 2, len(slots)))
 
 
 @njit(cache=True)
-def _peaks(kinds: Ints, cells: Ints, num_slots: int) -> Ints:
+def _peaks(kinds: Ints, cells: Ints, amounts: Ints, num_slots: int) -> Ints:
     """Return the live vector at each forward that another kind of action follows; that is where live bytes can peak."""
     live = np.zeros(2 * num_slots, dtype=np.int32)
     count = 0
@@ -234,19 +267,19 @@ def _peaks(kinds: Ints, cells: Ints, num_slots: int) -> Ints:
     found = np.empty((count, 2 * num_slots), dtype=np.int32)
     row = 0
     for index in range(len(kinds)):
-        kind, cell = kinds[index], cells[index]
+        kind, cell, amount = kinds[index], cells[index], amounts[index]
         if kind == _F:
-            live[cell] += 1
+            live[cell] += amount
             if index + 1 == len(kinds) or kinds[index + 1] != _F:
                 found[row] = live
                 row += 1
         elif kind == _B:
-            live[cell] -= 1
+            live[cell] -= amount
         elif kind == _I:
-            live[cell] -= 1
-            live[num_slots + cell] += 1
+            live[cell] -= amount
+            live[num_slots + cell] += amount
         elif kind == _W:
-            live[num_slots + cell] -= 1
+            live[num_slots + cell] -= amount
     return found
 
 

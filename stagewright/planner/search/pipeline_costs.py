@@ -25,7 +25,7 @@ from stagewright.planner.cost.cost_model import SAME_DEVICE, Boundary
 from stagewright.planner.cost.groups import GroupShape, Tier
 from stagewright.planner.documents.cluster import Cluster, LinkLevel, NodeGroup
 from stagewright.planner.search.layer_costs import LayerCosts
-from stagewright.planner.search.order import Order
+from stagewright.planner.search.order import Layout
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -47,7 +47,7 @@ class PipelineCosts:
     Parameters
     ----------
     costs : float64 [3, S], seconds of F, I, W of each stage.
-    hop_s : float64 [num_hops], seconds of a message over each hop of the order.
+    hop_s : float64 [num_hops], seconds of a message over each hop of the layout.
     tail_s : float64 [D], seconds of each rank behind its last action.
     reduction_s, optimizer_s : float64 [S], the parts of the tails; `tie_s` [D] is the rest.
     static_bytes : float64 [3, D], parameters, gradients and optimizer of each rank.
@@ -167,7 +167,7 @@ def _level_joining(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], 
 
 
 def pipeline_costs(
-    order: Order,
+    layout: Layout,
     bounds: Sequence[int] | Ints,
     levels: Sequence[int] | Ints,
     layers: Sequence[LayerCosts],
@@ -178,7 +178,7 @@ def pipeline_costs(
     action_overhead_s: float = 0.0,
 ) -> PipelineCosts:
     """Return the costs of the stages between `bounds`, where stage s takes its numbers from layers[s]."""
-    num_stages, num_ranks = order.num_stages, order.num_ranks
+    num_stages, num_ranks = layout.num_stages, layout.num_ranks
     costs = np.empty((3, num_stages))
     kept, freed, workspace = np.zeros(num_stages), np.zeros(num_stages), np.zeros(num_stages)
     static = np.zeros((3, num_stages))
@@ -190,7 +190,7 @@ def pipeline_costs(
         at = (level[chosen], chosen)
         costs[0, stage] = row.forward_s[chosen].sum() + action_overhead_s
         costs[1, stage] = (row.input_grad_s[chosen] + row.recompute_s[at]).sum() + action_overhead_s
-        costs[2, stage] = row.weight_grad_s[chosen].sum() + (action_overhead_s if order.split else 0.0)
+        costs[2, stage] = row.weight_grad_s[chosen].sum() + (action_overhead_s if layout.split else 0.0)
         kept[stage] = row.kept_bytes[at].sum()
         freed[stage] = (row.kept_bytes[at] * row.freed_share[at]).sum()
         workspace[stage] = row.workspace_bytes[at].max(initial=0.0)
@@ -199,18 +199,18 @@ def pipeline_costs(
         optimizer[stage] = row.optimizer_s[chosen].sum()
     rank_static, rank_workspace = np.zeros((3, num_ranks)), np.zeros(num_ranks)
     tail, activation = np.zeros(num_ranks), np.zeros(num_ranks)
-    for rank, slots in enumerate(order.slots):
+    for rank, slots in enumerate(layout.slots):
         held = [slot.stage for slot in slots]
         rank_static[:, rank] = static[:, held].sum(axis=1)
         rank_workspace[rank] = workspace[held].max(initial=0.0)
         tail[rank] = reduction[held].sum() + optimizer[held].sum()
-        live = order.live[rank]
+        live = layout.live[rank]
         bytes_by_vector = live[:, 0] @ kept[held] + live[:, 1] @ (kept[held] - freed[held])
         activation[rank] = bytes_by_vector.max(initial=0.0)
-    tie = tie_seconds(order, bounds, wiring, ties) + replica_seconds(order, bounds, layers, wiring)
+    tie = tie_seconds(layout, bounds, wiring, ties) + replica_seconds(layout, bounds, layers, wiring)
     return PipelineCosts(
         costs=costs,
-        hop_s=hop_seconds(order, bounds, layers, wiring),
+        hop_s=hop_seconds(layout, bounds, layers, wiring),
         tail_s=tail + tie,
         reduction_s=reduction,
         optimizer_s=optimizer,
@@ -227,23 +227,25 @@ def boundary_bytes(bounds: Sequence[int] | Ints, layers: Sequence[LayerCosts]) -
     return np.array([layers[stage].cut_bytes[bounds[stage + 1]] for stage in range(len(bounds) - 2)])
 
 
-def hop_seconds(order: Order, bounds: Sequence[int] | Ints, layers: Sequence[LayerCosts], wiring: Wiring) -> Floats:
+def hop_seconds(layout: Layout, bounds: Sequence[int] | Ints, layers: Sequence[LayerCosts], wiring: Wiring) -> Floats:
     """Return the seconds of a message over each hop, [num_hops]."""
-    sizes = np.tile(boundary_bytes(bounds, layers), order.num_replicas)
-    pairs = order.hop_pairs.tolist()
+    sizes = np.tile(boundary_bytes(bounds, layers), layout.num_replicas)
+    pairs = layout.hop_pairs.tolist()
     return np.array(
         [wiring.line(a, b).seconds(size) if a != b else 0.0 for (a, b), size in zip(pairs, sizes, strict=True)]
     )
 
 
-def replica_seconds(order: Order, bounds: Sequence[int] | Ints, layers: Sequence[LayerCosts], wiring: Wiring) -> Floats:
+def replica_seconds(
+    layout: Layout, bounds: Sequence[int] | Ints, layers: Sequence[LayerCosts], wiring: Wiring
+) -> Floats:
     """Return what each rank waits for the gradients of stages that run on two ranks of the pipeline, [D]."""
-    seconds = np.zeros(order.num_ranks)
-    if order.num_replicas == 1:
+    seconds = np.zeros(layout.num_ranks)
+    if layout.num_replicas == 1:
         return seconds
     for stage, row in enumerate(layers):
         size = float(row.gradient_bytes[bounds[stage] : bounds[stage + 1]].sum())
-        ranks = order.placement[:, stage].tolist()
+        ranks = layout.placement[:, stage].tolist()
         for first, second in pairwise(ranks):
             cost = wiring.sum_s(first, second, size)
             seconds[first] += cost
@@ -251,12 +253,12 @@ def replica_seconds(order: Order, bounds: Sequence[int] | Ints, layers: Sequence
     return seconds
 
 
-def tie_seconds(order: Order, bounds: Sequence[int] | Ints, wiring: Wiring, ties: Sequence[Tie]) -> Floats:
+def tie_seconds(layout: Layout, bounds: Sequence[int] | Ints, wiring: Wiring, ties: Sequence[Tie]) -> Floats:
     """Return what each rank waits for weights that layers on two ranks share, [D]."""
-    seconds = np.zeros(order.num_ranks)
+    seconds = np.zeros(layout.num_ranks)
     for tie in ties:
         ends = [int(np.searchsorted(bounds, layer, side="right")) - 1 for layer in (tie.first_layer, tie.second_layer)]
-        for row in order.placement:
+        for row in layout.placement:
             first, second = int(row[ends[0]]), int(row[ends[1]])
             if first != second:
                 cost = wiring.sum_s(first, second, tie.gradient_bytes)
