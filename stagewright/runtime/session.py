@@ -35,7 +35,7 @@ from stagewright.runtime.torch_adapter import default_store
 from stagewright.runtime.worker import Worker, WorkerSettings
 
 WARM_UP_STEPS = 2
-CHECK_OPTIMIZER = OptimizerChoice("sgd-momentum", 0.3)
+CHECK_OPTIMIZER = OptimizerChoice("sgd-momentum", 0.01)
 
 
 class Session:

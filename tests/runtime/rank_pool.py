@@ -27,6 +27,7 @@ class RankPool:
         self.num_ranks = num_ranks
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._number = 0
 
     def run(self, function: str, argument: object, *, timeout_s: float = 120.0) -> list[Any]:
         if not self._processes:
@@ -53,6 +54,11 @@ class RankPool:
                     raise RankError(f"rank {index} of {self.num_ranks}: {value}")
                 results[index] = value
         return [results[index] for index in range(self.num_ranks)]
+
+    def next_number(self) -> int:
+        """Return a number no other case of this pool has, for the keys it puts in the store."""
+        self._number += 1
+        return self._number
 
     def close(self) -> None:
         for process in self._processes:

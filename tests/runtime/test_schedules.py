@@ -5,27 +5,57 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("torch")
-from runtime_cases import Case
+from runtime_cases import Case, prepare
 
 pytestmark = pytest.mark.ranks
 
 
 def assert_equal_to_one_process(pools, case: Case) -> None:
     limit = 1e-10 if case.dtype == "float64" else 1e-5
-    results = pools(case.world).run("gradients_and_weights", case)
+    pool = pools(case.world)
+    results = pool.run("gradients_and_weights", prepare(case, pool.next_number()))
     for result in results:
-        assert result["gradients"].max_relative_error <= limit, result
-        assert result["weights"].max_relative_error <= limit, result
-        assert result["live"] == 0
+        assert result.gradients.max_relative_error <= limit, result
+        assert result.weights.max_relative_error <= limit, result
+        assert result.num_live == 0
+    assert sum(result.loss or 0.0 for result in results) == pytest.approx(results[0].reference_loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "naive", "dapple-pb"])
 def test_pipelines_with_data_parallel_replicas_equal_one_process(rank_pools, schedule, dtype):
-    assert_equal_to_one_process(rank_pools, Case(schedule, 2, 4, dp=2, dtype=dtype))
+    microbatches = 1 if schedule == "naive" else 4
+    assert_equal_to_one_process(rank_pools, Case(schedule, 2, microbatches, degrees={"dp": 2}, dtype=dtype))
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_pipelines_equal_one_process(rank_pools, schedule):
     assert_equal_to_one_process(rank_pools, Case(schedule, 2, 5))
     assert_equal_to_one_process(rank_pools, Case(schedule, 4, 3, tied=False))
+
+
+SINGLE = [
+    ("interleaved", {"num_chunks": 2}),
+    ("breadth-first", {"num_chunks": 2}),
+    ("gems", {}),
+    ("dualpipe", {}),
+    ("dualpipe-v", {}),
+    ("chimera", {}),
+    ("zb-h1", {}),
+    ("zb-h2", {}),
+    ("zb-v", {}),
+    ("v-min", {}),
+    ("v-half", {}),
+    ("interleaved-zb", {"num_chunks": 2}),
+    ("wave", {"num_waves": 1}),
+]
+
+
+@pytest.mark.parametrize(("schedule", "sizes"), SINGLE, ids=[name for name, _ in SINGLE])
+def test_schedules_with_chunks_replicas_and_split_backwards_equal_one_process(rank_pools, schedule, sizes):
+    from stagewright.planner.schedules.registry import families
+
+    if schedule not in {family.name for family in families()}:
+        pytest.skip(f"{schedule} is not in the registry")
+    assert_equal_to_one_process(rank_pools, Case(schedule, 2, 4, **sizes))
+    assert_equal_to_one_process(rank_pools, Case(schedule, 4, 8, tied=False, **sizes))
