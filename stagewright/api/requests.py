@@ -116,17 +116,25 @@ def looks_like_profile(model: Mapping[str, object]) -> bool:
     return "classes" in model or "layers" in model
 
 
+def read_model(value: object, *, prefix: str = "") -> object:
+    """Return a ModelProfile for an object that is meant as one, else the value; raises Problem for code and paths."""
+    if isinstance(value, str):
+        _refuse_code(value, prefix)
+    elif isinstance(value, dict) and looks_like_profile(value):
+        return _document(ModelProfile, value, prefix)
+    return value
+
+
+def read_cluster(value: object, *, prefix: str = "") -> object:
+    """Return a Cluster for an object, else the value; raises Problem with a pointer at each wrong field."""
+    return _document(Cluster, value, prefix) if isinstance(value, dict) else value
+
+
 def _with_documents(value: Mapping[str, object], prefix: str) -> dict[str, object]:
     """Read the embedded documents on their own, so that an error in one names its field and not every alternative."""
-    result = dict(value)
-    model, cluster = result.get("model"), result.get("cluster")
-    if isinstance(model, str):
-        _refuse_code(model, prefix)
-    elif isinstance(model, dict) and looks_like_profile(model):
-        result["model"] = _document(ModelProfile, model, f"{prefix}/model")
-    if isinstance(cluster, dict):
-        result["cluster"] = _document(Cluster, cluster, f"{prefix}/cluster")
-    return result
+    readers = {"model": read_model, "cluster": read_cluster}
+    read = {name: reader(value[name], prefix=f"{prefix}/{name}") for name, reader in readers.items() if name in value}
+    return {**value, **read}
 
 
 D = TypeVar("D", bound=Document)
@@ -145,7 +153,7 @@ def _refuse_code(model: str, prefix: str) -> None:
             "model-code-refused",
             f"model {model[:80]!r} names code or a file, which this service neither runs nor reads",
             hint="send a catalogue name, a config object or a ModelProfile; `stagewright profile` writes one",
-            errors=[{"pointer": f"{prefix}/model", "detail": "neither code nor a path"}],
+            errors=[{"pointer": prefix, "detail": "neither code nor a path"}],
         )
 
 

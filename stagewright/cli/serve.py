@@ -55,7 +55,7 @@ def serve(
     address, bound_port = listener.getsockname()[:2]
     url = f"http://{f'[{address}]' if ':' in address else address}:{bound_port}"
     config = uvicorn.Config(
-        create_app(settings, default_backend()),
+        create_app(settings, default_backend(max_devices=settings.max_devices)),
         log_config=None,
         access_log=verbose,
         server_header=False,

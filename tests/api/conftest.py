@@ -31,7 +31,9 @@ class Server:
     def __post_init__(self) -> None:
         self.http = httpx.Client(base_url=self.url, timeout=70)
 
-    def ask(self, *, fake: str = "quick", name: str = "", headers: dict[str, str] | None = None, **extra: object) -> httpx.Response:
+    def ask(
+        self, *, fake: str = "quick", name: str = "", headers: dict[str, str] | None = None, **extra: object
+    ) -> httpx.Response:
         labels = {"fake": fake} | ({"name": name} if name else {})
         body = {"model": "gpt2", "cluster": "mocked", "job": job(), "labels": labels} | extra
         return self.http.post("/v1/plans", json=body, headers={"Cache-Control": "no-cache"} | (headers or {}))
@@ -41,7 +43,9 @@ class Server:
         assert answer["state"] not in ("queued", "running"), answer
         return answer
 
-    def until(self, plan_id: str, condition: Callable[[dict[str, object]], bool], timeout_s: float = 20) -> dict[str, object]:
+    def until(
+        self, plan_id: str, condition: Callable[[dict[str, object]], bool], timeout_s: float = 20
+    ) -> dict[str, object]:
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             answer = self.http.get(f"/v1/plans/{plan_id}").json()

@@ -48,7 +48,9 @@ def _user_without_rights() -> str | None:
     if os.getuid() != 0:
         return None
     names = {entry.pw_name for entry in pwd.getpwall()}
-    return next((name for name in ("postgres", "nobody") if name in names), None) or pytest.skip("root is the only user")
+    return next((name for name in ("postgres", "nobody") if name in names), None) or pytest.skip(
+        "root is the only user"
+    )
 
 
 def _as(user: str | None) -> Sequence[str]:

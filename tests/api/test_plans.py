@@ -49,7 +49,13 @@ def test_the_same_question_is_answered_from_the_cache_whoever_asks(fakes: Server
 
 
 def test_an_answer_that_a_clock_took_part_in_is_not_cached(fakes: Server) -> None:
-    body = {"model": "gpt2", "cluster": "c", "job": job(global_batch=128), "labels": {"fake": "slow"}, "deadline_s": 0.3}
+    body = {
+        "model": "gpt2",
+        "cluster": "c",
+        "job": job(global_batch=128),
+        "labels": {"fake": "slow"},
+        "deadline_s": 0.3,
+    }
     first = fakes.http.post("/v1/plans", json=body, headers={"Prefer": "wait=20"}).json()
     assert first["termination"] == "time_limit"
     assert fakes.http.post("/v1/plans", json=body, headers={"Prefer": "wait=20"}).json()["cached"] is False

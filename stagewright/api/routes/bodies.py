@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any
 
 from stagewright.api.problems import MEDIA_TYPE
 from stagewright.api.resources import ProblemDocument
@@ -11,13 +11,7 @@ from stagewright.planner.documents.document import Document
 REFERENCE = "#/components/schemas/{model}"
 
 
-class Extra(TypedDict):
-    """What a route adds to its OpenAPI entry."""
-
-    requestBody: dict[str, object]
-
-
-def body_of(document: type[Document], *, required: bool = True) -> Extra:
+def body_of(document: type[Document], *, required: bool = True) -> dict[str, Any]:
     """Return the OpenAPI entry of a JSON body; `openapi.py` adds the schema it refers to."""
     schema = {"$ref": REFERENCE.format(model=document.__name__)}
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}

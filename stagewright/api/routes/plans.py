@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated
 from urllib.parse import urlencode
 
@@ -164,7 +164,7 @@ async def _events(service: Service, row: PlanRow, seen: int) -> AsyncIterator[st
                 yield ": still here\n\n"
 
 
-def _accept(service: Service, value: dict[str, object], use_cache: bool) -> PlanRow:
+def _accept(service: Service, value: Mapping[str, object], use_cache: bool) -> PlanRow:
     request = plan_request(value)
     try:
         service.backend.check(request)

@@ -1,0 +1,109 @@
+"""The tasks of the solver processes: solve, simulate, validate, from JSON to JSON by way of the planner.
+
+The planner's compiled parts are imported inside the functions: the server names these functions and never runs them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from stagewright.api.names import cluster_of, profile_of
+from stagewright.api.requests import SimulationRequest
+from stagewright.api.tasks import TaskContext
+from stagewright.planner.documents import Plan
+from stagewright.planner.documents.document import canonical_json
+from stagewright.planner.documents.request import PlanRequest
+
+if TYPE_CHECKING:
+    from stagewright.planner.simulation.timeline import Timeline
+
+MAX_SPANS = 400_000
+"""A longer timeline is not sent: it would be tens of megabytes of JSON."""
+
+HEAVY_MODULES = ("stagewright.planner.planning", "stagewright.planner.prediction", "stagewright.planner.catalog")
+
+
+def solve(argument: str, context: TaskContext) -> str:
+    """Return the PlanOutcome of a PlanRequest, both as JSON."""
+    from stagewright.planner.planning import make_plan
+
+    request = PlanRequest.from_object(json.loads(argument))
+    outcome = make_plan(
+        profile_of(request.model),
+        cluster_of(request.cluster),
+        request.job,
+        planner=request.planner,
+        num_devices=request.devices,
+        top=request.top,
+        deadline_s=context.remaining_s,
+        progress=context.report,
+        should_stop=context.should_stop,
+    )
+    return outcome.canonical_json()
+
+
+def simulate(argument: str, _context: TaskContext) -> str:
+    """Return the SimulationReport of a SimulationRequest, both as JSON."""
+    from stagewright.planner.prediction import evaluate
+
+    request = SimulationRequest.from_object(json.loads(argument))
+    evaluation = evaluate(request.plan, profile_of(request.model))
+    num_spans = len(evaluation.timeline.start_s)
+    report = {
+        "prediction": evaluation.prediction.model_dump(mode="json"),
+        "timeline": None,
+        "num_spans": num_spans,
+        "memory_limit_bytes": memory_limits(request.plan),
+    }
+    if request.timeline and num_spans <= MAX_SPANS:
+        report["timeline"] = spans(evaluation.timeline, evaluation.prediction.peak_memory_bytes)
+    return canonical_json(report)
+
+
+def validate(argument: str, _context: TaskContext) -> str:
+    """Return the ValidationReport of a ValidationRequest, both as JSON."""
+    from stagewright.api.validation import report
+
+    value = json.loads(argument)
+    return canonical_json(report(value).model_dump(mode="json"))
+
+
+def memory_limits(plan: Plan) -> list[float]:
+    """Return the bytes that one device of each pipeline rank has, before headroom."""
+    by_name = {group.name: group for group in plan.cluster.groups}
+    limits = [plan.cluster.groups[0].device.memory_bytes] * plan.schedule.num_ranks
+    for row in plan.schedule.placement:
+        for stage, rank in zip(plan.stages, row, strict=True):
+            if stage.group is not None and stage.group in by_name:
+                limits[rank] = by_name[stage.group].device.memory_bytes
+    return limits
+
+
+def spans(timeline: Timeline, peak_bytes: tuple[float, ...]) -> dict[str, object]:
+    """Return a timeline in columns; memory is lifted by what never changes, so that its peak is the predicted one."""
+    from stagewright.planner.schedules.action import Kind
+    from stagewright.planner.schedules.schedule import KIND, MICROBATCH, REPLICA, SLICE, STAGE
+    from stagewright.planner.simulation.timeline import LANE_NAMES
+
+    action = timeline.action
+    columns = {"kind": KIND, "stage": STAGE, "microbatch": MICROBATCH, "slice": SLICE, "replica": REPLICA}
+    memory = [
+        (levels + (peak - levels.max(initial=0.0))).round().tolist()
+        for levels, peak in zip(timeline.memory_bytes, peak_bytes, strict=False)
+    ]
+    return {
+        "source": timeline.source,
+        "num_ranks": timeline.num_ranks,
+        "makespan_s": timeline.makespan_s,
+        "lanes": list(LANE_NAMES),
+        "kinds": [kind.name for kind in Kind],
+        "rank": timeline.rank.tolist(),
+        "lane": timeline.lane.tolist(),
+        **{name: action[:, column].tolist() for name, column in columns.items()},
+        "start_s": timeline.start_s.round(9).tolist(),
+        "end_s": timeline.end_s.round(9).tolist(),
+        "memory_time_s": [times.round(9).tolist() for times in timeline.memory_time_s],
+        "memory_bytes": memory,
+        "critical_path": timeline.critical_path.tolist(),
+    }

@@ -1,0 +1,142 @@
+"""What is wrong with a request or a plan, as a list: an answer for forms and for CI, never an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from stagewright.api.names import check_fit, cluster_of, profile_of
+from stagewright.api.planning_tasks import memory_limits
+from stagewright.api.problems import Problem, pointer_of, problem_of
+from stagewright.api.requests import plan_request, read_cluster, read_model
+from stagewright.api.resources import ValidationReport, Violation
+from stagewright.planner.documents import Cluster, ModelProfile, Plan
+from stagewright.planner.errors import StagewrightError
+from stagewright.planner.prediction import evaluate
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+_GIB = 2.0**30
+
+
+def report(value: Mapping[str, object]) -> ValidationReport:
+    """Return what is wrong with the request or the plan that parsed JSON holds."""
+    try:
+        request = value.get("request")
+        if isinstance(request, dict):
+            return _request_report(request)
+        if "plan" in value:
+            return _plan_report(value)
+        raise Problem("invalid-document", "give either request or plan")
+    except Problem as problem:
+        return _failed(problem)
+    except StagewrightError as error:
+        return _failed(problem_of(error))
+
+
+def plan_violations(plan: Plan, profile: ModelProfile) -> list[Violation]:
+    """Return the rules that a plan breaks when it trains this model on its own cluster."""
+    found = []
+    ranks = plan.mapping.num_ranks
+    if ranks > plan.cluster.num_devices:
+        message = f"the plan has {ranks} ranks, cluster {plan.cluster.name} has {plan.cluster.num_devices} devices"
+        found.append(Violation(code="devices", message=message, pointer="/plan/mapping/pipeline_ranks"))
+    samples = plan.schedule.num_microbatches * plan.schedule.microbatch * plan.stages[0].degrees.dp
+    if samples != plan.job.global_batch and not plan.stages[0].batch_shares:
+        message = (
+            f"{plan.schedule.num_microbatches} microbatches x {plan.schedule.microbatch} samples x dp "
+            f"{plan.stages[0].degrees.dp} = {samples}, the job's global_batch is {plan.job.global_batch}"
+        )
+        found.append(Violation(code="batch", message=message, pointer="/plan/schedule/num_microbatches"))
+    try:
+        peaks = evaluate(plan, profile).prediction.peak_memory_bytes
+    except StagewrightError as error:
+        return [*found, _violation(error, "/plan")]
+    headroom = plan.job.space.memory_headroom
+    for rank, (peak, limit) in enumerate(zip(peaks, memory_limits(plan), strict=True)):
+        if peak > limit * (1 - headroom):
+            message = (
+                f"pipeline rank {rank} needs {peak / _GIB:.2f} GiB, its device has {limit * (1 - headroom) / _GIB:.2f} "
+                f"GiB after {headroom:.0%} headroom"
+            )
+            found.append(Violation(code="memory", message=message, pointer="/plan/stages"))
+    return found
+
+
+def _request_report(value: Mapping[str, object]) -> ValidationReport:
+    request = plan_request(value, prefix="/request")
+    found: list[Violation] = []
+    profile = _resolved(profile_of, request.model, "/request/model", found)
+    cluster = _resolved(cluster_of, request.cluster, "/request/cluster", found)
+    summary: dict[str, object] = {}
+    if profile is not None:
+        summary |= {
+            "model": profile.name,
+            "num_layers": profile.num_layers,
+            "num_parameters": profile.num_parameters,
+        }
+    if cluster is not None:
+        summary |= {"cluster": cluster.name, "num_devices": cluster.num_devices, "groups": _groups(cluster)}
+    if profile is not None and cluster is not None:
+        try:
+            check_fit(request, profile, cluster)
+        except StagewrightError as error:
+            found.append(_violation(error, f"/request{pointer_of(error.field or '')}"))
+    return ValidationReport(valid=not found, violations=found, summary=summary)
+
+
+def _plan_report(value: Mapping[str, object]) -> ValidationReport:
+    plan = _plan(value["plan"])
+    found: list[Violation] = []
+    if value.get("cluster") is not None:
+        cluster = _resolved(cluster_of, read_cluster(value["cluster"], prefix="/cluster"), "/cluster", found)
+        plan = plan if cluster is None else plan.model_copy(update={"cluster": cluster})
+    if value.get("model") is None:
+        message = "give the plan's model: without it, neither its layers nor its memory can be checked"
+        found.append(Violation(code="model-missing", message=message, pointer="/model"))
+        return ValidationReport(valid=False, violations=found)
+    profile = _resolved(profile_of, read_model(value["model"], prefix="/model"), "/model", found)
+    if profile is not None:
+        found += plan_violations(plan, profile)
+    return ValidationReport(valid=not found, violations=found)
+
+
+def _plan(value: object) -> Plan:
+    try:
+        return Plan.from_object(value)
+    except StagewrightError as error:
+        raise problem_of(error, prefix="/plan") from error
+
+
+def _resolved(resolve: Callable[[S], T], value: S, pointer: str, found: list[Violation]) -> T | None:
+    try:
+        return resolve(value)
+    except StagewrightError as error:
+        found.append(_violation(error, pointer))
+        return None
+
+
+def _violation(error: StagewrightError, pointer: str) -> Violation:
+    return Violation(code=error.kind, message=error.message, pointer=pointer, hint=error.hint)
+
+
+def _failed(problem: Problem) -> ValidationReport:
+    listed = [
+        Violation(code=problem.kind, message=error["detail"], pointer=error.get("pointer"), hint=problem.hint)
+        for error in problem.errors
+    ]
+    whole = Violation(code=problem.kind, message=problem.detail, hint=problem.hint)
+    return ValidationReport(valid=False, violations=listed or [whole])
+
+
+def _groups(cluster: Cluster) -> list[dict[str, object]]:
+    return [
+        {
+            "device": group.device.name,
+            "num_nodes": group.num_nodes,
+            "devices_per_node": group.devices_per_node,
+            "memory_bytes": group.device.memory_bytes,
+        }
+        for group in cluster.groups
+    ]
