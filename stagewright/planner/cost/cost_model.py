@@ -19,13 +19,13 @@ from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder, GroupShape
 from stagewright.planner.cost.layer_cost import LayerCost, analytic_cost
 from stagewright.planner.cost.layer_table import Floats, LayerTable
 from stagewright.planner.cost.measured_cost import measured_cost, worst_source
-from stagewright.planner.cost.memory import StateBytes, device_state_bytes, state_divisors
+from stagewright.planner.cost.memory import MASTER_BYTES, StateBytes, device_state_bytes, state_divisors
 from stagewright.planner.cost.operator_cost import Setting
 from stagewright.planner.cost.options import DEFAULT_OPTIONS, CostOptions
 from stagewright.planner.cost.rank_groups import RankGroups
 from stagewright.planner.cost.roofline import Roofline
 from stagewright.planner.documents.cluster import Cluster, LinkLevel, NodeGroup
-from stagewright.planner.documents.job import TrainingJob, element_bytes
+from stagewright.planner.documents.job import Optimizer, TrainingJob, element_bytes
 from stagewright.planner.documents.operator import Architecture
 from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import LayerClass, ModelProfile
@@ -148,7 +148,7 @@ class CostModel:
             inside = self.rank_groups(other).tp
             slowest = Boundary(
                 slowest.latency_s + inside.ring_latency_s,
-                1 / (1 / slowest.bytes_per_s + (other.tp - 1) / inside.ring_bytes_per_s),
+                other.tp / (1 / slowest.bytes_per_s + (other.tp - 1) / inside.ring_bytes_per_s),
             )
         return slowest
 
@@ -339,9 +339,8 @@ class CostModel:
         parameters: Floats,
         roofline: Roofline,
     ) -> Floats:
-        """Return the optimizer step of each layer: states read and written, gradients read twice (norm and step)."""
-        optimizer = self.job.optimizer
-        moved = 2 * optimizer.state_bytes + 2 * optimizer.gradient_bytes + optimizer.parameter_bytes
+        """Return the optimizer step of each layer, from the bytes it moves."""
+        moved = optimizer_traffic(self.job.optimizer, self.job.precision)
         rate = roofline.bytes_per_s * roofline.memory(1e9)
         seconds = parameters * moved / rate
         for layer, position in enumerate(index):
@@ -354,6 +353,17 @@ class CostModel:
 def activation_bytes(precision: str) -> float:
     """Return the bytes of one activation; in FP8 training only the operands of products are narrow, the rest is bf16."""
     return 2.0 if precision == "fp8" else float(element_bytes(precision))
+
+
+def optimizer_traffic(optimizer: Optimizer, precision: str) -> float:
+    """Return the bytes that a step moves for each parameter.
+
+    Gradients are zeroed, read for their norm and for the step, and in fp16 unscaled and checked, which reads and
+    writes them once more; states are read and written; weights are written, and read where they are their own master.
+    """
+    passes = 5 if precision == "fp16" else 3
+    weights = 1 if optimizer.parameter_bytes < MASTER_BYTES else 2
+    return 2 * optimizer.state_bytes + passes * optimizer.gradient_bytes + weights * optimizer.parameter_bytes
 
 
 def with_options(model: CostModel, **changes: object) -> CostModel:
