@@ -45,12 +45,12 @@ class RankFailure:
         write_text(directory / f"failure.{reporter}.json", json.dumps(asdict(self)))
 
 
-def load_failures(directory: Path) -> list[RankFailure]:
-    """Return all reports in a run's directory."""
-    found = []
-    for path in sorted(directory.glob("failure.*.json")):
-        found.append(RankFailure(**json.loads(path.read_text())))
-    return found
+def load_failures(directory: Path) -> dict[int, RankFailure]:
+    """Return the reports in a run's directory by the rank that wrote them."""
+    return {
+        int(path.name.split(".")[1]): RankFailure(**json.loads(path.read_text()))
+        for path in sorted(directory.glob("failure.*.json"))
+    }
 
 
 def first_cause(failures: Sequence[RankFailure]) -> RankFailure:

@@ -19,14 +19,14 @@ from pathlib import Path
 
 from stagewright.planner import errors
 from stagewright.planner.errors import RunFailed, StagewrightError
-from stagewright.runtime.failure import DIED, RankFailure, first_cause, load_failures, now
+from stagewright.runtime.failure import DIED, SILENT, RankFailure, first_cause, load_failures, now
 from stagewright.runtime.job import RunJob
 from stagewright.runtime.status import StatusFile
 
 Progress = Callable[[str, int, int], None]
 
 _POLL_S = 0.05
-_SETTLE_S = 1.0
+_SETTLE_S = 1.5
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -132,13 +132,13 @@ class _Watch:
     def error(self, process: subprocess.Popen[bytes]) -> StagewrightError:
         """Return the error of the rank that is the cause."""
         reported = load_failures(self._directory)
-        silent = [failure for rank, failure in self._dead.items() if rank not in {known.rank for known in reported}]
+        silent = [failure for rank, failure in self._dead.items() if rank not in reported]
         if not reported and not silent:
             return RunFailed(
                 f"torchrun ended with exit code {process.poll()}: {_last_words(self._directory / 'ranks.log')}",
                 hint=f"the ranks' output is in {self._directory / 'ranks.log'}",
             )
-        cause = first_cause([*reported, *silent])
+        cause = first_cause([*reported.values(), *silent])
         if cause.kind != RunFailed.kind:
             for candidate in vars(errors).values():
                 if (
@@ -147,7 +147,9 @@ class _Watch:
                     and candidate.kind == cause.kind
                 ):
                     return candidate(cause.message, field=cause.field, hint=cause.hint)
-        place = f" ({cause.place})" if cause.place else ""
+        here = self._status.read(cause.rank)
+        seen = self._describe(cause.rank, here.step, here.position) if cause.cause == SILENT and here.pid else ""
+        place = f" ({seen or cause.place})" if seen or cause.place else ""
         return RunFailed(
             f"rank {cause.rank}{place}: {cause.message}",
             hint=f"the ranks' output is in {self._directory / 'ranks.log'}",
@@ -158,13 +160,15 @@ def _end(process: subprocess.Popen[bytes], status: StatusFile) -> None:
     """End torchrun and every rank by process id; a stopped process is ended too."""
     pids = [status.read(rank).pid for rank in range(status.num_ranks)]
     alive = [pid for pid in pids if pid and _is_rank(pid)]
-    if process.poll() is None or alive:
-        for pid in alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    for pid in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    try:
+        process.wait(_SETTLE_S if alive else 0.0)  # torchrun, alive, collects what its ranks leave
+    except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        process.wait()
     deadline = time.monotonic() + 5.0
     while any(_is_rank(pid) for pid in alive) and time.monotonic() < deadline:
         time.sleep(_POLL_S)

@@ -130,12 +130,16 @@ class Liveness:
             os._exit(1)
 
 
-def end_on_sigterm() -> None:
-    """End at once, from any state, when the process is asked to; must be called before other threads start."""
+def end_on_sigterm(status: StatusFile, rank: int) -> None:
+    """End at once, from any state, when the process is asked to; must be called before other threads start.
+
+    The status then tells a rank that was ended because of another from one that died.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
         signal.sigwait({signal.SIGTERM})
+        status.enter(rank, "done")
         os._exit(143)
 
     threading.Thread(target=wait, daemon=True, name="stagewright-sigterm").start()

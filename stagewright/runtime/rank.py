@@ -38,7 +38,7 @@ def main(path: str) -> int:
 def _run(job: RunJob, rank: int, world: int, status: StatusFile) -> None:
     from stagewright.runtime.liveness import Liveness, end_on_sigterm
 
-    end_on_sigterm()
+    end_on_sigterm(status, rank)
     import torch
     import torch.distributed as dist
 
