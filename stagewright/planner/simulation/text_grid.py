@@ -6,7 +6,11 @@ rank 1 | 1F0  1B0  1F1  1B1
 
 from __future__ import annotations
 
-from stagewright.planner.schedules.schedule import Schedule, decode
+import numpy as np
+
+from stagewright.planner.schedules.action import Action, Kind
+from stagewright.planner.schedules.schedule import KIND, Schedule, decode
+from stagewright.planner.simulation.timeline import COMPUTE_LANE, Timeline
 
 
 def draw_order(schedule: Schedule, rank: int, index: int, *, before: int = 4, after: int = 4) -> str:
@@ -28,3 +32,38 @@ def draw_order(schedule: Schedule, rank: int, index: int, *, before: int = 4, af
         + "".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip()
         for other, line in zip(ranks, cells, strict=True)
     )
+
+
+def draw_timeline(timeline: Timeline, *, most_columns: int = 150) -> list[list[tuple[str, Kind | None]]] | None:
+    """Return, for each rank, pieces of text with the kind they belong to (None while idle), all on one time axis.
+
+    A piece is as wide as its span: the kind's letter and the microbatch where they fit. None when even the narrowest
+    scale, one column for the shortest span, is wider than `most_columns`.
+    """
+    compute = np.flatnonzero(timeline.lane == COMPUTE_LANE)
+    if not len(compute):
+        return []
+    seconds = timeline.end_s[compute] - timeline.start_s[compute]
+    labels = [_label(decode(row)) for row in timeline.action[compute].tolist()]
+    column_s = timeline.makespan_s / most_columns
+    if float(seconds.min()) < column_s:
+        return None
+    widest = float(np.min(seconds / (np.array([len(label) for label in labels]) + 1)))
+    column_s = max(column_s, widest)
+    origin = float(timeline.start_s.min())
+    lines: list[list[tuple[str, Kind | None]]] = [[] for _ in range(timeline.num_ranks)]
+    at = [0] * timeline.num_ranks
+    for place, label in zip(compute.tolist(), labels, strict=True):
+        rank = int(timeline.rank[place])
+        first = round((float(timeline.start_s[place]) - origin) / column_s)
+        last = round((float(timeline.end_s[place]) - origin) / column_s)
+        if first > at[rank]:
+            lines[rank].append((" " * (first - at[rank]), None))
+        kind = Kind(int(timeline.action[place, KIND]))
+        lines[rank].append((label[: last - first].ljust(last - first), kind))
+        at[rank] = last
+    return lines
+
+
+def _label(action: Action) -> str:
+    return action.kind.name[0] + ("" if action.microbatch < 0 else str(action.microbatch))

@@ -70,8 +70,11 @@ class Timeline:
 
     @property
     def ideal_s(self) -> float:
-        """The busiest rank's compute seconds: no order of the same work on these ranks can be shorter."""
-        return float(self.busy_s().max(initial=0.0))
+        """Mean compute seconds of a rank: the step without idle time, so that both bubbles follow from it.
+
+        bubble_over_total = 1 - ideal / makespan and bubble_over_ideal = makespan / ideal - 1, also where ranks differ.
+        """
+        return float(self.busy_s().mean()) if self.num_ranks else 0.0
 
     @property
     def bubble_over_total(self) -> float:
