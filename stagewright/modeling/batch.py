@@ -10,7 +10,7 @@ losses of its equal microbatches.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,18 @@ from stagewright.planner.errors import InvalidArgument
 Batch = Mapping[str, Any] | tuple[Any, ...] | Tensor
 
 
+class KeywordTuple(tuple[Any, ...]):
+    """A batch of positional arguments with further keyword arguments."""
+
+    keywords: Mapping[str, Any]
+
+    def __new__(cls, values: Iterable[Any], keywords: Mapping[str, Any]) -> KeywordTuple:
+        """Return the tuple of `values` with `keywords` beside it."""
+        made = super().__new__(cls, values)
+        made.keywords = keywords
+        return made
+
+
 def call_model(model: Callable[..., Any], batch: Batch) -> Tensor:
     """Return the loss of a model on a batch; raises InvalidArgument when it gives none."""
     if isinstance(batch, Mapping):
@@ -29,7 +41,7 @@ def call_model(model: Callable[..., Any], batch: Batch) -> Tensor:
     if isinstance(batch, Tensor):
         return loss_of(model(batch), None)
     inputs, targets = model_inputs(model, batch)
-    return loss_of(model(*inputs), targets)
+    return loss_of(model(*inputs, **getattr(batch, "keywords", {})), targets)
 
 
 def model_inputs(model: Callable[..., Any], batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
@@ -114,4 +126,5 @@ def _map(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
         return change(batch)
     if isinstance(batch, Mapping):
         return {key: change(value) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    return tuple(change(value) if isinstance(value, Tensor) else value for value in batch)
+    values = tuple(change(value) if isinstance(value, Tensor) else value for value in batch)
+    return KeywordTuple(values, batch.keywords) if isinstance(batch, KeywordTuple) else values

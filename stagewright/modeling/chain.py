@@ -111,6 +111,11 @@ class Segment:
         return tuple(sorted(needed))
 
     @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The segment's layers."""
+        return tuple(self.chain.layers[index] for index in self.indices)
+
+    @property
     def is_first(self) -> bool:
         return not self.sources
 

@@ -17,25 +17,28 @@ from stagewright.planner.simulation.timeline import COLLECTIVE_LANE, COMPUTE_LAN
 from stagewright.runtime.mailbox import Mailbox
 from stagewright.runtime.recorder import Recorder, now_s
 from stagewright.runtime.reduction import GradientReducer
-from stagewright.runtime.stage import Stage
+from stagewright.runtime.stage import Stage, Unit
 
 StageKey = tuple[int, int]  # (replica, stage)
 
 
 @dataclass(frozen=True)
-class Iteration:
-    """What one iteration runs on.
+class UnitInput:
+    """What one unit, (microbatch, slice), runs on.
 
     Parameters
     ----------
-    microbatches : this rank's microbatches by index.
-    loss_weights : what each microbatch's loss counts in the loss of the step.
-    seeds : seed of each microbatch's random numbers; None leaves the generators alone.
+    batch : its part of the batch.
+    loss_weight : what its loss counts in the loss of the step.
+    seed : of its random numbers; None leaves the generators alone.
     """
 
-    microbatches: Mapping[int, Batch]
-    loss_weights: Mapping[int, float]
-    seeds: Mapping[int, int] | None = None
+    batch: Batch
+    loss_weight: float
+    seed: int | None = None
+
+
+Iteration = Mapping[Unit, UnitInput]
 
 
 class Interpreter:
@@ -66,7 +69,7 @@ class Interpreter:
         self._optimize = optimize
         self._recorder = recorder
         self._at_action = at_action
-        self._iteration = Iteration({}, {})
+        self._iteration: Iteration = {}
         self._handlers: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
             Kind.B: self._backward,
@@ -83,7 +86,7 @@ class Interpreter:
     def run(self, steps: Sequence[tuple[Action, ...]], iteration: Iteration) -> None:
         """Run one iteration: every action of `steps`, then wait for what is still on its way."""
         self._iteration = iteration
-        self._mailbox.begin(iteration.microbatches)
+        self._mailbox.begin({unit: given.batch for unit, given in iteration.items()})
         posted = 0
         for position, step in enumerate(steps):
             self._at_action(position)
@@ -112,10 +115,9 @@ class Interpreter:
     def _forward(self, action: Action) -> None:
         stage = self._stages[action.replica, action.stage]
         received = self._mailbox.take_values(action)
-        seeds = self._iteration.seeds
-        seed = None if seeds is None else seeds[action.microbatch]
+        given = self._iteration[_unit(action)]
         start = now_s()
-        values = stage.forward(_unit(action), self._mailbox.batch(action), received, seed)
+        values = stage.forward(_unit(action), given.batch, received, given.seed)
         self._recorder.add(COMPUTE_LANE, action, start, now_s())
         self._mailbox.put_values(action, values)
 
@@ -126,7 +128,7 @@ class Interpreter:
         result = stage.backward(
             _unit(action),
             gradients,
-            loss_weight=self._iteration.loss_weights[action.microbatch],
+            loss_weight=self._iteration[_unit(action)].loss_weight,
             split=action.kind is Kind.I,
         )
         self._recorder.add(COMPUTE_LANE, action, start, now_s())
@@ -151,5 +153,5 @@ class Interpreter:
         self._recorder.add(COMPUTE_LANE, action, start, now_s())
 
 
-def _unit(action: Action) -> tuple[int, int]:
+def _unit(action: Action) -> Unit:
     return (action.microbatch, action.slice)

@@ -17,6 +17,7 @@ from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.simulation.timeline import SEND_LANE
 from stagewright.runtime.communication import Message, Pending, PointToPoint, ShapeBook
 from stagewright.runtime.recorder import Recorder, now_s
+from stagewright.runtime.stage import Unit
 
 Values = Mapping[int, tuple[Tensor, ...]]
 
@@ -54,21 +55,15 @@ class Mailbox:
         self._transport = transport
         self._shapes = shapes
         self._recorder = recorder
-        self._batches: Mapping[int, Batch] = {}
-        self._keys: dict[int, str] = {}
+        self._keys: dict[Unit, str] = {}
         self._ready: dict[Message, tuple[Tensor, ...]] = {}
         self._pending: dict[Message, Pending] = {}
         self._posted: set[Message] = set()
         self._counts: dict[tuple[int, int], list[int]] = {}
 
-    def begin(self, batches: Mapping[int, Batch]) -> None:
-        """Start an iteration on these microbatches."""
-        self._batches = batches
-        self._keys = {index: repr(shape_key(batch)) for index, batch in batches.items()}
-
-    def batch(self, action: Action) -> Batch:
-        """Return the microbatch that an action runs on."""
-        return self._batches[action.microbatch]
+    def begin(self, batches: Mapping[Unit, Batch]) -> None:
+        """Start an iteration on these units."""
+        self._keys = {unit: repr(shape_key(batch)) for unit, batch in batches.items()}
 
     def finish(self) -> None:
         """Wait until all sends have left; nothing may be left over."""
@@ -91,7 +86,7 @@ class Mailbox:
             tensors = tuple(value for layer in self._graph.layers[edge] for value in values[layer])
             self._counts[edge] = [len(values[layer]) for layer in self._graph.layers[edge]]
             if self._is_remote(action.replica, target):
-                self._shapes.publish(self._shape_key(edge, action.microbatch), tensors)
+                self._shapes.publish(self._shape_key(edge, action), tensors)
             self._ready[_message(action, action.stage, target, backward=False)] = tensors
 
     def take_gradients(self, action: Action) -> dict[int, tuple[Tensor, ...]]:
@@ -134,7 +129,7 @@ class Mailbox:
             message = _message(action, *edge, backward=backward)
             if message in self._posted:
                 continue
-            specs = self._shapes.find(self._shape_key(edge, action.microbatch), wait=wait)
+            specs = self._shapes.find(self._shape_key(edge, action), wait=wait)
             if specs is None:
                 return False
             peer = self._graph.peers[action.replica, other]
@@ -166,8 +161,8 @@ class Mailbox:
     def _is_remote(self, replica: int, stage: int) -> bool:
         return self._graph.peers[replica, stage] != self._rank
 
-    def _shape_key(self, edge: tuple[int, int], microbatch: int) -> str:
-        return f"shapes/{edge[0]}/{edge[1]}/{self._keys[microbatch]}"
+    def _shape_key(self, edge: tuple[int, int], action: Action) -> str:
+        return f"shapes/{edge[0]}/{edge[1]}/{self._keys[action.microbatch, action.slice]}"
 
 
 def _message(action: Action, source: int, target: int, *, backward: bool) -> Message:

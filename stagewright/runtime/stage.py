@@ -16,7 +16,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from stagewright.modeling.batch import Batch
 from stagewright.modeling.chain import Segment
+from stagewright.modeling.sliced_attention import KeyValueCache, SlicedAttention
 from stagewright.modeling.weight_gradients import Queue, WeightGradientSink, run_queue
+from stagewright.planner.errors import InvalidArgument
 
 Unit = tuple[int, int]
 Values = dict[int, tuple[Tensor, ...]]
@@ -27,6 +29,7 @@ class _Live:
     """What one unit keeps between its forward and its backward."""
 
     leaves: Values
+    cache: KeyValueCache | None = None
     roots: dict[int, tuple[GradientEdge | None, ...]] = field(default_factory=dict)
 
 
@@ -48,6 +51,7 @@ class Stage:
         self._sink = sink
         self._live: dict[Unit, _Live] = {}
         self._queues: dict[Unit, Queue] = {}
+        self._caches: dict[int, KeyValueCache] = {}
 
     @property
     def num_live(self) -> int:
@@ -57,8 +61,14 @@ class Stage:
     def forward(self, unit: Unit, batch: Batch, received: Mapping[int, tuple[Tensor, ...]], seed: int | None) -> Values:
         """Return the values that other stages need, without graph; keeps what the backward will want."""
         leaves = {layer: tuple(_leaf(value) for value in values) for layer, values in received.items()}
-        produced = self.segment(batch, leaves, seed=seed)
         live = _Live(leaves)
+        if unit[1] < 0:
+            produced = self.segment(batch, leaves, seed=seed)
+        else:
+            live.cache = self._caches.setdefault(unit[0], KeyValueCache())
+            with SlicedAttention(live.cache, unit[1], keep=True) as attention:
+                produced = self.segment(batch, leaves, seed=seed)
+            self._check_calls(attention.num_calls)
         for layer, values in produced.items():
             live.roots[layer] = tuple(get_gradient_edge(value) if value.requires_grad else None for value in values)
         self._live[unit] = live
@@ -87,12 +97,22 @@ class Stage:
         """Add the weight gradients that the unit's input gradient left."""
         run_queue(self._queues.pop(unit))
 
+    def _check_calls(self, num_calls: int) -> None:
+        blocks = [layer.name for layer in self.segment.layers if layer.kind == "block"]
+        if blocks and not num_calls:
+            raise InvalidArgument(
+                f"layer {blocks[0]!r} calls no scaled_dot_product_attention, which sequence slices need",
+                field="schedule.num_slices",
+                hint="take a schedule without slices for this model",
+            )
+
     def _roots(
         self, live: _Live, unit: Unit, gradients: Mapping[int, tuple[Tensor, ...]], loss_weight: float
     ) -> tuple[list[GradientEdge], list[Tensor]]:
         roots: list[GradientEdge] = []
         seeds: list[Tensor] = []
         loss_layer = self.segment.chain.num_layers - 1 if self.segment.is_last else -1
+        given: tuple[Tensor, ...] | list[Tensor]
         for layer, edges in live.roots.items():
             if layer == loss_layer:
                 given: tuple[Tensor, ...] = (torch.full_like(self.losses[unit], loss_weight),)
@@ -102,6 +122,12 @@ class Stage:
                 if edge is not None:
                     roots.append(edge)
                     seeds.append(seed)
+        if live.cache is not None:
+            edges, given = live.cache.roots(unit[1])
+            roots += edges
+            seeds += given
+            if not live.cache.calls:
+                self._caches.pop(unit[0], None)
         return roots, seeds
 
 

@@ -17,6 +17,7 @@ from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.keep import keep_layers, move_to
 from stagewright.modeling.seeding import microbatch_seed
+from stagewright.modeling.slicing import divide_sequence, equal_lengths, sequence_length
 from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
@@ -24,12 +25,12 @@ from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.runtime.communication import PointToPoint, ShapeBook
 from stagewright.runtime.groups import Groups
-from stagewright.runtime.interpreter import Interpreter, Iteration
+from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput
 from stagewright.runtime.mailbox import Mailbox, StageGraph
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
 from stagewright.runtime.recorder import Recorder
 from stagewright.runtime.reduction import Bucket, GradientReducer
-from stagewright.runtime.stage import Stage
+from stagewright.runtime.stage import Stage, Unit
 from stagewright.runtime.topology import StageKey, Topology, stage_edges
 
 
@@ -133,7 +134,7 @@ class Worker:
         self.recorder.clear()
         interpreter.run(self.steps, iteration)
         losses = [
-            float(loss) * iteration.loss_weights[unit[0]]
+            float(loss) * iteration[unit].loss_weight
             for stage in self.stages.values()
             for unit, loss in stage.losses.items()
         ]
@@ -160,6 +161,7 @@ class Worker:
         self.groups.close()
 
     def _iteration(self, batch: Batch, step: int) -> Iteration:
+        """Return this rank's units: its replica's microbatches, whole or in slices of their sequence."""
         count, size = self.topology.num_microbatches, self.plan.schedule.microbatch
         replicas = self.topology.degrees.dp
         total = count * size * replicas
@@ -170,17 +172,35 @@ class Worker:
                 field="data",
             )
         first = self.topology.coordinates.dp * count
-        numbers = {index: first + index for index in range(count)}
         used = {action.microbatch for action in self.actions if action.kind is Kind.F}
-        return Iteration(
-            {
-                index: to_device(slice_batch(batch, number * size, size), self.settings.device)
-                for index, number in numbers.items()
-                if index in used
-            },
-            dict.fromkeys(numbers, 1.0 / (count * replicas)),
-            {index: microbatch_seed(self.settings.seed, step, number) for index, number in numbers.items()},
-        )
+        units: dict[Unit, UnitInput] = {}
+        for index in sorted(used):
+            part = to_device(slice_batch(batch, (first + index) * size, size), self.settings.device)
+            seed = microbatch_seed(self.settings.seed, step, first + index)
+            if not self._is_sliced:
+                units[index, -1] = UnitInput(part, 1.0 / (count * replicas), seed)
+                continue
+            for position, piece in enumerate(divide_sequence(part, self.chain.model, self._slice_lengths(part))):
+                units[index, position] = UnitInput(piece.batch, piece.loss_weight / (count * replicas), seed)
+        return units
+
+    @property
+    def _is_sliced(self) -> bool:
+        return any(action.slice >= 0 for action in self.actions)
+
+    def _slice_lengths(self, batch: Batch) -> tuple[int, ...]:
+        """Return the slices' lengths: the plan's `slice_lengths`, comma-separated, or equal ones."""
+        spec = self.plan.schedule
+        told = spec.parameters.get("slice_lengths")
+        if told is None:
+            return equal_lengths(sequence_length(batch), spec.num_slices)
+        lengths = tuple(int(text) for text in str(told).split(","))
+        if len(lengths) != spec.num_slices or sum(lengths) != sequence_length(batch):
+            raise InvalidArgument(
+                f"slice_lengths {told} must be {spec.num_slices} lengths with the sum {sequence_length(batch)}",
+                field="schedule.parameters.slice_lengths",
+            )
+        return lengths
 
     def _optimize(self, key: StageKey) -> None:
         optimizer = self._optimizers.get(key)

@@ -40,8 +40,10 @@ class TinyModel(nn.Module):
         if tied:
             self.head.weight = self.token.weight
 
-    def forward(self, tokens, targets):
-        hidden = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+    def forward(self, tokens, targets, positions=None):
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        hidden = self.token(tokens) + self.position(positions)
         for block in self.blocks:
             hidden = block(hidden)
         return functional.cross_entropy(self.head(self.norm(hidden)).flatten(0, 1), targets.flatten())

@@ -59,3 +59,9 @@ def test_schedules_with_chunks_replicas_and_split_backwards_equal_one_process(ra
         pytest.skip(f"{schedule} is not in the registry")
     assert_equal_to_one_process(rank_pools, Case(schedule, 2, 4, **sizes))
     assert_equal_to_one_process(rank_pools, Case(schedule, 4, 8, tied=False, **sizes))
+
+
+@pytest.mark.parametrize("schedule", ["terapipe", "seq1f1b"])
+def test_sequence_slices_with_a_key_value_cache_equal_one_process(rank_pools, schedule):
+    assert_equal_to_one_process(rank_pools, Case(schedule, 2, 3, num_slices=4, dropout=0.0))
+    assert_equal_to_one_process(rank_pools, Case(schedule, 4, 2, num_slices=3, dropout=0.0, dtype="float64"))
