@@ -6,6 +6,7 @@ Torch is never imported here, so that a killed process is replaced in about a se
 from __future__ import annotations
 
 import importlib
+import math
 import multiprocessing
 import os
 import resource
@@ -14,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
 from stagewright.api.tasks import Answer, Ready, Refusal, Reply, Stop, Task
@@ -73,7 +75,7 @@ class _Context:
         if now - self._reported_at < _REPORT_INTERVAL_S and progress.phase == self._phase:
             return
         self._reported_at, self._phase = now, progress.phase
-        self._connection.send(progress)
+        self._connection.send(replace(progress, incumbent_s=_finite(progress.incumbent_s), bound_s=_finite(progress.bound_s)))
 
     def should_stop(self) -> bool:
         now = time.monotonic()
@@ -83,6 +85,11 @@ class _Context:
                 self._connection.poll() and isinstance(self._connection.recv(), Stop)
             )
         return self._stopped
+
+
+def _finite(value_s: float | None) -> float | None:
+    """Return None for an infinity, which JSON cannot hold: there is no incumbent yet, or no bound."""
+    return value_s if value_s is not None and math.isfinite(value_s) else None
 
 
 def _end_with_parent() -> None:

@@ -120,9 +120,11 @@ export class Gantt {
       const wide = Math.min(right, GUTTER + plot + 1) - x;
       context.fillRect(x, top, Math.max(wide - (right - left > 3 ? 0.8 : 0), 0.6), height);
       this.numDrawn++;
-      if (wide > 15 && height >= 11 && microbatch[at] >= 0) {
+      if (wide > 10 && height >= 11 && microbatch[at] >= 0) {
+        const number = String(microbatch[at]);
+        if (wide < 4 + 6.5 * number.length) continue;
         context.fillStyle = "rgb(10 16 26 / 78%)";
-        context.fillText(String(microbatch[at]), x + wide / 2, top + height / 2 + 0.5);
+        context.fillText(number, x + wide / 2, top + height / 2 + 0.5);
       }
     }
   }

@@ -80,7 +80,7 @@ function summaryOf(plan) {
 
 /** @param {any} plan @param {number} index @param {any} outcome @param {any} resource @param {any} handlers */
 function headlineCard(plan, index, outcome, resource, handlers) {
-  const { prediction, schedule } = plan;
+  const { prediction } = plan;
   const peak = Math.max(...prediction.peak_memory_bytes);
   const worst = prediction.peak_memory_bytes.indexOf(peak);
   const limit = limitOf(plan, worst);
@@ -96,12 +96,12 @@ function headlineCard(plan, index, outcome, resource, handlers) {
     figure("throughput", tokens, `${power} tokens/s`.trim(), `${format.count(perDevice)} tokens/s/device`),
     figure("MFU", prediction.mfu === null ? "–" : (prediction.mfu * 100).toFixed(1), prediction.mfu === null ? "" : "%", prediction.hfu === null ? "" : `HFU ${format.percent(prediction.hfu)}`),
     figure("bubble", (prediction.bubble_over_total * 100).toFixed(1), "%", "idle over total"),
-    h("div", { class: "figure" }, h("div", { class: "label" }, `peak memory, rank ${worst}`), h("div", { class: "value" }, peakNumber, h("small", {}, peakUnit)), meter));
-  return h("div", { class: "card", id: "headline" }, verdict(outcome, index, plan, resource), figures, chips(plan), h("div", { class: "tools actions" },
+    h("div", { class: "figure" }, h("div", { class: "label" }, `peak memory, rank ${worst}`), h("div", { class: "value" }, peakNumber, h("small", {}, `${peakUnit} of ${format.bytes(limit)}`)), meter));
+  return h("div", { class: "card", id: "headline" }, verdict(outcome, index, plan, resource), figures, chips(plan), h("div", { class: "tools foot" },
     h("button", { type: "button", onclick: () => download("plan.json", JSON.stringify(plan, null, 1)) }, "Download plan.json"),
     index === 0 ? h("button", { type: "button", onclick: handlers.trace }, "Trace for Perfetto") : null,
-    h("button", { type: "button", onclick: handlers.copyLink }, "Copy link")),
-    h("p", { class: "quiet note" }, `Numbers are ${prediction.source}; ${schedule.num_microbatches} microbatches of ${schedule.microbatch} on each replica.`));
+    h("button", { type: "button", onclick: handlers.copyLink }, "Copy link"),
+    h("p", { class: "note" }, `Costs are ${prediction.source}${prediction.expected_error ? `, expected within ${format.percent(prediction.expected_error, 0)}` : ""}.`)));
 }
 
 /** @param {string} label @param {string} value @param {string} unit @param {string} [sub] @param {string} [kind] */
@@ -133,7 +133,7 @@ function chips(plan) {
   const values = [
     ["devices", plan.mapping.pipeline_ranks.flat().length], ["pp", plan.schedule.num_ranks], ["dp", degrees.dp], ["tp", degrees.tp], ["cp", degrees.cp], ["ep", degrees.ep],
     ["sp", degrees.sp ? "on" : "off"], ["zero", degrees.zero], ["schedule", plan.schedule.name], ["chunks", plan.schedule.num_chunks],
-    ["microbatch", plan.schedule.microbatch], ["microbatches", plan.schedule.num_microbatches], ["recompute", levels.size ? [...levels].join("+") : "none"],
+    ["microbatch", plan.schedule.microbatch], ["microbatches", plan.schedule.num_microbatches], ["recompute", levels.size ? [...levels].sort().join(" + ") : "none"],
   ];
   const kept = values.filter(([name, value]) => !(["cp", "ep", "chunks"].includes(String(name)) && value === 1));
   return h("div", { class: "chips" }, ...kept.map(([name, value]) => h("span", { class: "chip" }, `${name} `, h("b", {}, String(value)))));
@@ -219,7 +219,7 @@ function stagesCard(plan) {
       style: { "flex-grow": layers(stage), "flex-basis": 0, background: rankTint(rankOf(index)[0], ranks) },
     }, stages.length <= 40 ? String(layers(stage)) : "")));
   const rows = stages.map((/** @type {any} */ stage, /** @type {number} */ index) => {
-    const levels = stage.recompute.map((/** @type {any} */ run) => `${run.level} ×${run.count}`).join(", ") || "none";
+    const levels = recomputeText(stage.recompute);
     const { degrees } = stage;
     return h("tr", {},
       h("td", { class: "num" }, String(index)), h("td", { class: "num" }, rankOf(index).join(", ")),
@@ -235,6 +235,14 @@ function stagesCard(plan) {
     h("p", { class: "strip-caption" }, h("span", {}, `${plan.num_layers} layers in model order`), h("span", {}, "coloured by rank")),
     h("div", { class: "scroll" }, h("table", {},
       h("thead", {}, h("tr", {}, ...heads.map(([name, right]) => h("th", { scope: "col", class: right ? "num" : "" }, name)))), h("tbody", {}, ...rows))));
+}
+
+/** How many layers recompute at each level. @param {{level: string, count: number}[]} runs */
+function recomputeText(runs) {
+  const counts = new Map();
+  for (const { level, count } of runs) counts.set(level, (counts.get(level) || 0) + count);
+  if (counts.size <= 1) return [...counts.keys()][0] || "none";
+  return [...counts].map(([level, count]) => `${count} ${level}`).join(", ");
 }
 
 /** @param {any} plan */
@@ -278,7 +286,7 @@ function showDiagnosis(place, outcome, request, handlers) {
   const { diagnosis } = outcome;
   const card = h("div", { class: "card diagnosis", id: "diagnosis" },
     h("p", { class: "verdict" }, h("span", { class: "badge bad" }, "infeasible"), h("span", {}, `Binding: ${diagnosis.binding}. ${format.count(outcome.candidates)} candidates, ${format.seconds(outcome.wall_s)}.`)),
-    h("p", {}, diagnosis.message),
+    h("p", {}, `${diagnosis.message.charAt(0).toUpperCase()}${diagnosis.message.slice(1)}.`),
     diagnosis.relaxations.length ? h("div", {}, h("h3", {}, "What would fit"), h("ul", {}, ...diagnosis.relaxations.map((/** @type {any} */ entry) => h("li", {}, entry.change + (entry.step_time_s ? ` (${format.seconds(entry.step_time_s)} a step)` : ""))))) : null);
   place.replaceChildren(card, ...(diagnosis.nearest ? [h("div", { class: "two" }, memoryCard(diagnosis.nearest), stagesCard(diagnosis.nearest))] : []));
   handlers.shown(diagnosis.nearest, -1);
