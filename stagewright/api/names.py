@@ -13,7 +13,7 @@ from stagewright.planner.catalog import cluster_entries, model_entries, resolve_
 from stagewright.planner.catalog.data_file import shortened, suggestion
 from stagewright.planner.documents import Cluster, ModelProfile
 from stagewright.planner.documents.request import PlanRequest
-from stagewright.planner.errors import InvalidArgument, StagewrightError
+from stagewright.planner.errors import InvalidArgument, InvalidDocument, StagewrightError
 from stagewright.planner.models import profile_from_config
 from stagewright.planner.schedules.registry import family
 from stagewright.planner.search.space import check_pins
@@ -24,7 +24,11 @@ def profile_of(model: object) -> ModelProfile:
     if isinstance(model, ModelProfile):
         return model
     if isinstance(model, Mapping):
-        return profile_from_config(model, model_name(model), source="model")
+        try:
+            return profile_from_config(model, model_name(model), source="model")
+        except StagewrightError as error:
+            field = f"model.{error.field}" if error.field else "model"
+            raise InvalidDocument(error.message, field=field, hint=error.hint) from error
     wanted = str(model).strip().lower()
     known = {entry.name: entry for entry in model_entries()}
     if wanted in known:

@@ -33,7 +33,7 @@ def client(server: Server) -> Iterator[Client]:
 
 def question(fake: str = "quick", **extra: object) -> PlanRequest:
     # A batch of its own for each behaviour: the answer to one question is not another's from the cache.
-    job = TrainingJob(global_batch={"quick": 8, "slow": 16, "empty": 32}[fake], sequence_length=128)
+    job = TrainingJob(global_batch={"quick": 8, "slow": 16, "empty": 32, "deaf": 64}[fake], sequence_length=128)
     return PlanRequest.from_object({"model": "gpt2", "cluster": "mocked", "job": job, "labels": {"fake": fake}} | extra)
 
 
@@ -54,9 +54,13 @@ def test_plan_reports_progress_and_stops_when_told(client: Client) -> None:
     assert seen[-1].incumbent_s == 0.04
 
 
-def test_a_deadline_without_a_plan_raises_as_it_does_here(client: Client) -> None:
+def test_a_deadline_without_a_plan_is_the_outcome_of_a_solver_that_says_so(client: Client) -> None:
+    assert client.plan(question("empty", deadline_s=0.3)).status == "no_solution"
+
+
+def test_a_deadline_without_an_answer_raises(client: Client) -> None:
     with pytest.raises(NoIncumbent, match="deadline"):
-        client.plan(question("empty", deadline_s=0.3))
+        client.plan(question("deaf", deadline_s=0.3))
 
 
 def test_a_refused_field_is_named(client: Client) -> None:
