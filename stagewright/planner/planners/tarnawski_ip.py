@@ -33,10 +33,10 @@ def solve_any_sets(problem: DeviceProblem, start: DevicePartition, *, time_limit
         )
         sent = pulp.lpSum(float(problem.tail_cost_s[u]) * cut[u, i] for u in tails)
         model += work + sent <= load
-        scale = max(float(problem.size_bytes.max()), 1.0)
-        model += (
-            pulp.lpSum(float(problem.size_bytes[v]) / scale * x[v, i] for v in groups) <= problem.memory_bytes / scale
-        )
+        if np.isfinite(problem.memory_bytes):
+            scale = max(float(problem.size_bytes.max()), 1.0)
+            held = pulp.lpSum(float(problem.size_bytes[v]) / scale * x[v, i] for v in groups)
+            model += held <= problem.memory_bytes / scale
         for v in groups:
             if not np.isfinite(problem.accelerator_s[v]):
                 model += x[v, i] == 0
