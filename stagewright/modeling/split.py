@@ -37,21 +37,23 @@ class _Draft:
     repeated: bool = False
 
 
-def split(model: nn.Module) -> LayerChain:
+def split(model: nn.Module, *, pattern: str | None = None) -> LayerChain:
     """Return the model cut into layers; raises InvalidArgument when no layers are found.
+
+    `pattern`, such as `model.layers.*`, says which modules are the repeated layers, whatever else would be found.
 
     A Hugging Face model's key/value cache, useless in training, is switched off.
     """
     config = getattr(model, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False
-    if hasattr(model, "stagewright_layers"):
+    if pattern is None and hasattr(model, "stagewright_layers"):
         modules: Mapping[str, nn.Module] = dict(model.stagewright_layers())
         edges = tuple(model.stagewright_edges()) if hasattr(model, "stagewright_edges") else None
         return _explicit(model, modules, edges)
-    if isinstance(model, nn.Sequential):
+    if pattern is None and isinstance(model, nn.Sequential):
         return _explicit(model, dict(model.named_children()), None)
-    drafts = _drafts(model)
+    drafts = _drafts(model, _longest_container(model) if pattern is None else _container(model, pattern))
     layers = _with_classes(model, [*drafts, _Draft("loss", ())], loose=True)
     return LayerChain(model, layers, ties_of(model, layers), None, OwnForward(model, layers))
 
@@ -72,8 +74,7 @@ def _explicit(
     return LayerChain(model, layers, ties_of(model, layers), edges, executor)
 
 
-def _drafts(model: nn.Module) -> list[_Draft]:
-    path = _longest_container(model)
+def _drafts(model: nn.Module, path: str | None) -> list[_Draft]:
     if path is None:
         children = [name for name, child in model.named_children() if _has_parameters(child)]
         if not children:
@@ -115,6 +116,19 @@ def _longest_container(model: nn.Module) -> str | None:
         if len(classes) == 1 and len(module) > length and _has_parameters(module):
             best, length = path, len(module)
     return best
+
+
+def _container(model: nn.Module, pattern: str) -> str:
+    """Return the path of the container that a pattern `path.*` names."""
+    path = pattern.removesuffix(".*")
+    known = {name for name, module in model.named_modules() if name and isinstance(module, _CONTAINERS) and len(module)}
+    if path == pattern or path not in known:
+        raise InvalidArgument(
+            f"the pattern {pattern!r} names no list of layers",
+            field="layers",
+            hint="write one of " + ", ".join(f"{name}.*" for name in sorted(known)) if known else None,
+        )
+    return path
 
 
 def _siblings(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stagewright.modeling import LayerChain, split
+from stagewright.modeling import LayerChain
 from stagewright.planner.documents import ConfigurationCost, LayerClass, ModelProfile, Pedigree, Source
 from stagewright.planner.errors import InvalidArgument
 from stagewright.profiler.journal import EntryCache, Journal
@@ -53,6 +53,7 @@ def profile_model(
     dtype: DTypeName = "fp32",
     optimizer: OptimizerName = "adamw",
     data: str | None = None,
+    layers: str | None = None,
     compiled: bool = False,
     budget_s: float = 30.0,
     cache: Path | str | None = None,
@@ -72,6 +73,7 @@ def profile_model(
     device : auto (CUDA when there is one), cpu, cuda or cuda:INDEX.
     optimizer : whose step is timed.
     data : reference of a data factory; else the `data` beside the model's factory, or random inputs.
+    layers : pattern of the modules that are layers, such as `model.layers.*`, where they are not found well.
     compiled : compile each layer with torch.compile first.
     budget_s : about how long measuring may take; each measurement is made at least a few times all the same.
     cache : folder of journal and cache entries; nothing is kept without one.
@@ -82,7 +84,9 @@ def profile_model(
     ------
     InvalidArgument : when the model, its batches or a setting make no sense.
     """
-    source = ModelSource(model, None, data) if isinstance(model, str) else ModelSource(None, model, data)
+    source = (
+        ModelSource(model, None, data, layers) if isinstance(model, str) else ModelSource(None, model, data, layers)
+    )
     lengths = (sequence_length,) if isinstance(sequence_length, int) else tuple(sequence_length)
     settings = ProfileSettings(
         configurations=grid(microbatches, lengths, tensor_degrees),
@@ -136,7 +140,7 @@ def _profile_parts(
 ) -> _Parts:
     device = settings.torch_device
     report("model", 0, 1)
-    chain = split(source.build(device=device, dtype=settings.torch_dtype))
+    chain = source.split(source.build(device=device, dtype=settings.torch_dtype))
     check_ownership(chain)
     keys = _keys(chain, settings)
     if settings.compiled:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewright.modeling import Batch, load_object
+from stagewright.modeling import Batch, LayerChain, load_object, split
 from stagewright.modeling.batch import batch_size, slice_batch, to_device
 from stagewright.planner.errors import InvalidArgument
 
@@ -33,11 +33,13 @@ class ModelSource:
     reference : what names it; None for a module at hand.
     module : the module at hand, when there is no reference.
     data : reference of a data factory, or None.
+    layers : pattern of the modules that are layers, or None.
     """
 
     reference: str | None = None
     module: nn.Module | None = None
     data: str | None = None
+    layers: str | None = None
 
     @property
     def name(self) -> str:
@@ -73,6 +75,10 @@ class ModelSource:
                 f"{self.reference!r} returned {type(model).__name__}, not a torch module", field="model"
             )
         return model.to(dtype=dtype).train()
+
+    def split(self, model: nn.Module) -> LayerChain:
+        """Return the model cut into its layers."""
+        return split(model, pattern=self.layers)
 
     def batch(self, model: nn.Module, microbatch: int, sequence_length: int, device: torch.device) -> Batch:
         """Return one microbatch; raises InvalidArgument when it cannot be guessed or is too small."""

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import torch
 
-from stagewright.modeling import split
 from stagewright.profiler.journal import Journal, Record
 from stagewright.profiler.measured_layers import ConfigurationNumbers, Numbers, configuration_numbers
 from stagewright.profiler.model_bench import Configuration, Kind, ModelBench, recomputes
@@ -115,6 +114,7 @@ def busy_siblings(
     arguments = {
         "model": source.reference,
         "data": source.data,
+        "layers": source.layers,
         "dtype": settings.dtype,
         "num_threads": settings.num_threads,
         "configurations": [_key(configuration) for configuration in configurations],
@@ -132,6 +132,7 @@ def busy_rank(
     context: RankContext,
     model: str,
     data: str | None,
+    layers: str | None,
     dtype: str,
     num_threads: int,
     configurations: Sequence[Sequence[int]],
@@ -139,8 +140,8 @@ def busy_rank(
     """Keep one core busy with the model's own work until the parent stops it."""
     torch.set_num_threads(num_threads)
     settings = ProfileSettings((), dtype=dtype)  # type: ignore[arg-type]
-    source = ModelSource(model, None, data)
-    chain = split(source.build(device=torch.device("cpu"), dtype=settings.torch_dtype))
+    source = ModelSource(model, None, data, layers)
+    chain = source.split(source.build(device=torch.device("cpu"), dtype=settings.torch_dtype))
     bench = ModelBench(source, chain, torch.device("cpu"))
     wanted = [Configuration(*values) for values in configurations]
     bench.warm_up(wanted[0])

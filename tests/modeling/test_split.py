@@ -231,3 +231,15 @@ def test_placeholders_take_no_gradients_and_no_buffers():
     assert chain.model.blocks[0].inner.weight.grad is None
     assert chain.model.blocks[2].inner.weight.grad is not None
     assert received.grad is not None
+
+
+def test_a_pattern_says_which_modules_are_the_layers():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.short = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+            self.long = nn.ModuleList([nn.Linear(4, 4) for _ in range(5)])
+
+    assert split(Two(), pattern="short.*").layer_names[:2] == ("short.0", "short.1")
+    with pytest.raises(InvalidArgument, match=r"write one of long.\*, short.\*|names no list"):
+        split(Two(), pattern="middle.*")
