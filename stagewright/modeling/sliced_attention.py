@@ -19,7 +19,10 @@ Papers: Li et al., TeraPipe, ICML 2021; Sun et al., Seq1F1B, NAACL 2025.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -57,19 +60,48 @@ class KeyValueCache:
 
 
 class SlicedAttention(TorchFunctionMode):
-    """While active, attention calls see the earlier slices of the cache; the calls of this slice are added to it."""
+    """While active, attention calls see the earlier slices of the cache; the calls of this slice are added to it.
 
-    def __init__(self, cache: KeyValueCache, slice_index: int, *, keep: bool) -> None:
+    Parameters
+    ----------
+    keep : add the calls; a second run of the same calls does not.
+    first : index of the first call that this run makes.
+    """
+
+    def __init__(self, cache: KeyValueCache, slice_index: int, *, keep: bool, first: int = 0) -> None:
         super().__init__()
         self._cache = cache
         self._slice = slice_index
         self._keep = keep
+        self._first = first
         self._done: list[_Call] = []
+        self._token: Token[SlicedAttention | None] | None = None
+
+    @staticmethod
+    def active() -> SlicedAttention | None:
+        """Return the innermost one that is active."""
+        return _ACTIVE.get()
+
+    def again(self) -> SlicedAttention:
+        """Return what a second run of the coming calls sees."""
+        return SlicedAttention(self._cache, self._slice, keep=False, first=self.num_calls)
+
+    def __enter__(self) -> Self:
+        self._token = _ACTIVE.set(self)
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        assert self._token is not None
+        _ACTIVE.reset(self._token)
 
     @property
     def num_calls(self) -> int:
         """Attention calls so far."""
-        return len(self._done)
+        return self._first + len(self._done)
 
     def __torch_function__(
         self,
@@ -100,7 +132,7 @@ class SlicedAttention(TorchFunctionMode):
                 field="schedule.num_slices",
                 hint="take a schedule without slices for this model",
             )
-        index = len(self._done)
+        index = self.num_calls
         before = [self._cache.calls[earlier][index] for earlier in range(self._slice)]
         if self._keep:
             self._done.append(_kept(key, value))
@@ -114,6 +146,9 @@ class SlicedAttention(TorchFunctionMode):
         return functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
         )
+
+
+_ACTIVE: ContextVar[SlicedAttention | None] = ContextVar("sliced_attention", default=None)
 
 
 def _kept(key: Tensor, value: Tensor) -> _Call:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.keep import keep_layers, move_to
+from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.seeding import microbatch_seed
 from stagewright.modeling.slicing import divide_sequence, equal_lengths, sequence_length
 from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
 from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.profile import Recompute
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.schedules.schedule import Schedule
@@ -81,6 +83,7 @@ class Worker:
         held = frozenset(i for _, s in self.topology.stages for i in plan.stages[s].layer_indices)
         keep_layers(chain, held)
         move_to(chain.model, settings.device)
+        recompute_layers(chain, self._recompute_levels())
         self.stages = self._make_stages()
         self.reducer = GradientReducer(self._make_buckets())
         everyone = range(dist.get_world_size())
@@ -215,6 +218,15 @@ class Worker:
         return {
             (replica, stage): Stage(self.chain.segment_of(self.plan.stages[stage].layer_indices), stage, replica, sink)
             for replica, stage in self.topology.stages
+        }
+
+    def _recompute_levels(self) -> dict[int, Recompute]:
+        return {
+            layer: level
+            for index in sorted({stage for _, stage in self.topology.stages})
+            for layer, level in zip(
+                self.plan.stages[index].layer_indices, self.plan.stages[index].recompute_levels(), strict=True
+            )
         }
 
     def _graph(self) -> StageGraph:

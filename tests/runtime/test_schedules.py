@@ -65,3 +65,12 @@ def test_schedules_with_chunks_replicas_and_split_backwards_equal_one_process(ra
 def test_sequence_slices_with_a_key_value_cache_equal_one_process(rank_pools, schedule):
     assert_equal_to_one_process(rank_pools, Case(schedule, 2, 3, num_slices=4, dropout=0.0))
     assert_equal_to_one_process(rank_pools, Case(schedule, 4, 2, num_slices=3, dropout=0.0, dtype="float64"))
+
+
+@pytest.mark.parametrize(
+    "levels", [("full",), ("selective",), ("none", "full", "selective")], ids=lambda x: "-".join(x)
+)
+def test_recomputation_replays_dropout(rank_pools, levels):
+    assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 4, recompute=levels))
+    assert_equal_to_one_process(rank_pools, Case("dualpipe-v", 2, 4, recompute=levels, dtype="float64"))
+    assert_equal_to_one_process(rank_pools, Case("seq1f1b", 2, 3, num_slices=4, dropout=0.0, recompute=levels))
