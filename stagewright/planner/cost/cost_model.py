@@ -82,6 +82,7 @@ class CostModel:
     options: CostOptions = DEFAULT_OPTIONS
     order: AxisOrder = DEFAULT_ORDER
     _tables: dict[tuple[object, ...], LayerTable] = field(default_factory=dict, repr=False)
+    _class_costs: dict[tuple[object, ...], LayerCost] = field(default_factory=dict, repr=False)
 
     def legality(self, degrees: Degrees, microbatch: int) -> str | None:
         """Return why the model cannot be split so, with both numbers; None when it can."""
@@ -266,9 +267,20 @@ class CostModel:
         groups = RankGroups(degrees, group, self.order)
         roofline = Roofline.of(group.device, self.job.precision)
         costs = {
-            name: self._layer_cost(layer, setting, roofline, groups) for name, layer in self.profile.classes.items()
+            name: self._class_cost(name, layer, setting, roofline, groups)
+            for name, layer in self.profile.classes.items()
         }
         return self._assemble(costs, roofline)
+
+    def _class_cost(
+        self, name: str, layer: LayerClass, setting: Setting, roofline: Roofline, groups: RankGroups
+    ) -> LayerCost:
+        """Return the cost of a class, computed once for all degrees that its operators do not see."""
+        key = (name, setting.microbatch, groups.group.name, *_seen_degrees(layer, setting.degrees))
+        found = self._class_costs.get(key)
+        if found is None:
+            found = self._class_costs[key] = self._layer_cost(layer, setting, roofline, groups)
+        return found
 
     def _layer_cost(self, layer: LayerClass, setting: Setting, roofline: Roofline, groups: RankGroups) -> LayerCost:
         cost = measured_cost(layer, setting, groups) if layer.costs else None
@@ -370,6 +382,22 @@ def with_options(model: CostModel, **changes: object) -> CostModel:
     """Return the same model with some options changed."""
     options = replace(model.options, **changes)  # type: ignore[arg-type]
     return CostModel(model.profile, model.cluster, model.job, options, model.order)
+
+
+def _seen_degrees(layer: LayerClass, degrees: Degrees) -> tuple[object, ...]:
+    """Return the degrees that a class's costs depend on; all of them where it was measured."""
+    if layer.costs:
+        return (degrees,)
+    axes = {axis for operator in layer.operators for axis in operator.split}
+    routed = "ep" in axes or any(operator.kind == "dispatch" for operator in layer.operators)
+    return (
+        degrees.tp,
+        degrees.cp,
+        degrees.ulysses,
+        degrees.sp,
+        degrees.vocab_parallel if "vocab" in axes else None,
+        (degrees.ep, degrees.etp) if routed else None,
+    )
 
 
 def _line(link: LinkLevel | None) -> Boundary:

@@ -132,3 +132,33 @@ def bucketed_exposed_s(
     # Bucket k (from 1) is ready at k/count of the backward; the end is max over k of ready(k) + (count-k+1) each.
     end_s = max(backward_s / count + count * each_s, backward_s + each_s)
     return end_s - backward_s + busy_s
+
+
+@dataclass(frozen=True)
+class ShardedTraffic:
+    """Elements one device sends in an iteration of ZeRO-3, inside its node and between nodes."""
+
+    inside: float
+    between: float
+
+
+def plain_sharded_traffic(num_parameters: float, num_devices: int, devices_per_node: int) -> ShardedTraffic:
+    """Return ZeRO-3's 3 Psi (n-1)/n elements: two gathers, one scatter; on a ring over nodes each node's boundary
+    carries the whole of it, so every element counts as between nodes when there is more than one."""
+    total = 3 * num_parameters * (num_devices - 1) / num_devices
+    return ShardedTraffic(0.0, total) if num_devices > devices_per_node else ShardedTraffic(total, 0.0)
+
+
+def compressed_sharded_traffic(num_parameters: float) -> ShardedTraffic:
+    """Return ZeRO++'s traffic in 2-byte elements (Wang et al. 2023): 3 Psi between nodes become 0.75 Psi.
+
+    Weights are gathered in 8 bits forward (Psi/2), from a copy inside the node backward (0 between nodes), and gradients
+    are exchanged in 4 bits (Psi/4).
+    """
+    return ShardedTraffic(inside=num_parameters, between=num_parameters * (0.5 + 0.0 + 0.25))
+
+
+def fsdp_peak_parameter_bytes(unit_bytes: list[float], num_shards: int, *, in_flight: int = 2) -> float:
+    """Return FSDP's peak of parameters: every unit's shard, and the largest `in_flight` neighbours gathered whole."""
+    gathered = max(sum(unit_bytes[first : first + in_flight]) for first in range(len(unit_bytes)))
+    return sum(unit_bytes) / num_shards + gathered
