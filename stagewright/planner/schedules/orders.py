@@ -33,12 +33,15 @@ def order_of(kind: Column, stage: Column, microbatch: Ints, *, slice_index: Colu
     return order
 
 
-def alternate(forwards: Orders, backwards: Orders, num_warmup: int) -> Orders:
-    """Return `num_warmup` forwards, then a backward and a forward in turn, then the remaining backwards."""
+def alternate(forwards: Ints, backwards: Ints, num_warmup: int) -> Ints:
+    """Return `num_warmup` forwards, then a backward and a forward in turn, then the remaining backwards.
+
+    Rows of orders, or letters of words: whatever the two hold.
+    """
     count = len(forwards)
     warmup = min(max(num_warmup, 1), count)
     unit = np.arange(count)
-    order = np.empty((2 * count, 6), dtype=np.int32)
+    order = np.empty((2 * count, *forwards.shape[1:]), dtype=np.int32)
     order[np.where(unit < warmup, unit, 2 * unit - warmup + 1)] = forwards
     order[np.where(unit < count - warmup, 2 * unit + warmup, count + unit)] = backwards
     return order

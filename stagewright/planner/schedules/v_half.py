@@ -1,0 +1,54 @@
+"""V-Half: a V of two chunks on each rank whose repeating block holds half the activations of 1F1B.
+
+The block moves F0, F1, I1, I0 by (1, 2, 1, 2) slots from rank to rank (`building_block`); a microbatch lives about 6 D
+slots on every rank, so the peak is (D + 2) // 2 activations, the same everywhere. With F = I = W and T = 6 D the
+longest span has a bubble of about D / (2 T); the W, the warm-up and the cool-down are then placed by cost, which takes
+about half of that away and keeps the peak.
+
+Paper: Qi et al., Pipeline Parallelism with Controllable Memory, NeurIPS 2024.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stagewright.planner.schedules.building_block import best_of_blocks, v_blocks
+from stagewright.planner.schedules.descent import Goal
+from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
+from stagewright.planner.schedules.list_scheduling import chains_of, orders_of
+from stagewright.planner.schedules.schedule import Schedule, wave_placement
+from stagewright.planner.schedules.sizes import check_placement, costs_of, effort_of, sizes_of
+
+_OFFSETS = (1, 2, 1, 2)
+
+
+def v_half(request: ScheduleRequest) -> Schedule:
+    """Return the order of the half-memory block, at most (D + 2) // 2 activations on a rank."""
+    return from_block(request, "v-half", _OFFSETS)
+
+
+def from_block(request: ScheduleRequest, name: str, offsets: tuple[int, int, int, int]) -> Schedule:
+    """Return the repeated V block with the given offsets, improved for the costs under the block's own peak."""
+    sizes = sizes_of(request, name, default_chunks=2, least_chunks=2, most_chunks=2)
+    placement = wave_placement(sizes.num_ranks)
+    check_placement(request, placement, name)
+    chains = chains_of(
+        placement,
+        costs_of(request, sizes),
+        sizes.num_microbatches,
+        latency_s=request.latency_s,
+        held=np.ones(sizes.num_stages),
+    )
+    blocks = v_blocks(sizes.num_ranks, offsets)
+    cap = np.full(sizes.num_ranks, float(blocks[0].peak_chunks))
+    words = best_of_blocks(chains, blocks, cap, Goal(1.0, 0.1), budget=effort_of(request, actions=3.2e7))
+    return Schedule(name, sizes.num_microbatches, placement, orders_of(chains, words, 1))
+
+
+FAMILY = ScheduleFamily(
+    "v-half",
+    "Qi et al., Pipeline Parallelism with Controllable Memory, NeurIPS 2024",
+    v_half,
+    split_backward=True,
+    default_chunks=2,
+)
