@@ -27,6 +27,7 @@ Ints = npt.NDArray[np.int32]
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = range(3)
 
+MOST_TICKS = 10_000  # ticks of the longest action; finer costs count as continuous
 MEMORY_SLACK = 1e-9  # share of a cap that rounding may take; live memory is a sum of a few hundred terms
 
 
@@ -124,6 +125,28 @@ class Instance:
     def time_slack_s(self) -> float:
         """Differences below this are rounding."""
         return 1e-9 * float(self.work_s.max())
+
+    @cached_property
+    def tick_s(self) -> float:
+        """Two different makespans differ at least by this: the durations' common measure, or the rounding slack without one."""
+        tables = self.tables
+        values_s = np.unique(np.concatenate((tables.duration_s, tables.delay_s)))
+        values_s = values_s[values_s > 0.0]
+        measure_s = 0.0
+        for value_s in values_s.tolist():
+            measure_s = _common_measure(measure_s, value_s, 1e-9 * float(values_s[-1]))
+        ticks = values_s / measure_s
+        is_exact = ticks.max() < MOST_TICKS and np.abs(ticks - np.round(ticks)).max() * self.num_actions < 1e-6
+        return measure_s * (1.0 - 1e-3) if is_exact else self.time_slack_s
+
+
+def _common_measure(first: float, second: float, slack: float) -> float:
+    """Return the greatest common measure of two numbers, up to the slack (Euclid)."""
+    larger, smaller = max(first, second), min(first, second)
+    while smaller > slack:
+        rest = larger % smaller
+        larger, smaller = smaller, 0.0 if smaller - rest < slack else rest
+    return larger
 
 
 def make_instance(
