@@ -51,6 +51,8 @@ COMMANDS: dict[str, Command] = {
     "export": Command("export", "Write a plan in another tool's format."),
     "systems": Command("systems", "List every published system, whether it works here, and how."),
     "serve": Command("serve", "Start the REST service and its playground."),
+    "keys": Command("keys", "Make, revoke and list the keys of the service."),
+    "db": Command("db", "Bring the service's tables to this version."),
     "schema": Command("schema", "Print the JSON Schema of a document."),
     "env": Command("env", "Print versions and devices, for bug reports."),
 }

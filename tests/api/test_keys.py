@@ -57,3 +57,20 @@ def test_serve_refuses_what_it_cannot_do(tmp_path: Path, arguments: list[str], f
     error = json.loads(done.stdout)["error"]
     assert (error["field"], bool(error["hint"])) == (field, True)
     assert "Traceback" not in done.stderr
+
+
+def test_keys_are_made_listed_and_revoked_from_the_command_line(tmp_path: Path) -> None:
+    database = ["--database", f"sqlite:///{tmp_path / 'service.db'}"]
+    made = json.loads(stagewright("keys", "create", "controller", "--scope", "read", "--json", *database).stdout)
+    assert made["secret"].startswith("pk_")
+    assert stagewright("keys", "revoke", made["id"], *database).returncode == 0
+    listed = json.loads(stagewright("keys", "list", "--json", *database).stdout)
+    assert listed == [{"id": made["id"], "name": "controller", "scopes": ["read"], "revoked": True}]
+    assert stagewright("keys", "revoke", made["id"], *database).returncode == 2
+
+
+def test_tables_are_checked_and_upgraded_from_the_command_line(tmp_path: Path) -> None:
+    database = ["--database", f"sqlite:///{tmp_path / 'service.db'}"]
+    assert stagewright("db", "check", *database).returncode == 2
+    assert json.loads(stagewright("db", "upgrade", "--json", *database).stdout) == {"upgraded": True}
+    assert stagewright("db", "check", *database).returncode == 0
