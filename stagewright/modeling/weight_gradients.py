@@ -205,7 +205,8 @@ def _convolution_gradients(
     weight: Tensor, wanted: tuple[Tensor | None, Tensor | None], geometry: Geometry, inputs: Tensor, gradient: Tensor
 ) -> tuple[tuple[Tensor, Tensor], ...]:
     mask = (False, wanted[0] is not None, wanted[1] is not None)
-    values = _convolution_backward(gradient, inputs, weight, geometry, mask)[1:]
+    shape_only = inputs.new_empty(weight.shape)  # the weight itself may be sharded away by now
+    values = _convolution_backward(gradient, inputs, shape_only, geometry, mask)[1:]
     return tuple((parameter, value) for parameter, value in zip(wanted, values, strict=True) if parameter is not None)
 
 
@@ -256,7 +257,9 @@ def _layer_norm_gradients(
     wanted: tuple[Tensor | None, Tensor | None], kept: Kept, inputs: Tensor, gradient: Tensor
 ) -> tuple[tuple[Tensor, Tensor], ...]:
     mask = (False, wanted[0] is not None, wanted[1] is not None)
-    values = _layer_norm_backward(gradient, inputs, kept, mask)[1:]
+    shape, mean, deviation, _, _ = kept
+    shape_only = inputs.new_empty(shape)  # the weight itself may be sharded away by now
+    values = _layer_norm_backward(gradient, inputs, (shape, mean, deviation, shape_only, shape_only), mask)[1:]
     return tuple((parameter, value) for parameter, value in zip(wanted, values, strict=True) if parameter is not None)
 
 

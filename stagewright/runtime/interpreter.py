@@ -16,7 +16,7 @@ from stagewright.planner.schedules.action import COMPUTE_KINDS, RECV_KINDS, Acti
 from stagewright.planner.simulation.timeline import COLLECTIVE_LANE, COMPUTE_LANE
 from stagewright.runtime.mailbox import Mailbox
 from stagewright.runtime.recorder import Recorder, now_s
-from stagewright.runtime.reduction import GradientReducer
+from stagewright.runtime.reduction import BucketSet
 from stagewright.runtime.stage import Stage, Unit
 
 StageKey = tuple[int, int]  # (replica, stage)
@@ -48,7 +48,7 @@ class Interpreter:
     ----------
     stages : the rank's stages.
     mailbox : where values and gradients come from and go to.
-    reducer : sums gradients over replicas.
+    buckets : sums of gradients over replicas, gathers of parameters.
     optimize : optimizer step of one stage, after its gradients are reduced; None leaves the gradients in place.
     recorder : keeps the spans; at_action : told each action before it runs.
     """
@@ -57,7 +57,7 @@ class Interpreter:
         self,
         stages: Mapping[StageKey, Stage],
         mailbox: Mailbox,
-        reducer: GradientReducer,
+        buckets: BucketSet,
         *,
         optimize: Callable[[StageKey], None] | None,
         recorder: Recorder,
@@ -65,7 +65,7 @@ class Interpreter:
     ) -> None:
         self._stages = stages
         self._mailbox = mailbox
-        self._reducer = reducer
+        self._buckets = buckets
         self._optimize = optimize
         self._recorder = recorder
         self._at_action = at_action
@@ -81,6 +81,8 @@ class Interpreter:
             Kind.RECV_B: self._receive,
             Kind.REDUCE_GRAD: self._reduce,
             Kind.OPT: self._step,
+            Kind.UNSHARD: self._unshard,
+            Kind.RESHARD: self._reshard,
         }
 
     def run(self, steps: Sequence[tuple[Action, ...]], iteration: Iteration) -> None:
@@ -98,7 +100,7 @@ class Interpreter:
                     raise InvalidSchedule(f"the runtime has no handler for {action}")
                 handler(action)
         self._mailbox.finish()
-        self._reducer.finish()
+        self._buckets.finish()
 
     def _post_ahead(self, steps: Sequence[tuple[Action, ...]], start: int) -> int:
         """Post the receives that precede the next compute action; returns how far the list was seen."""
@@ -131,23 +133,34 @@ class Interpreter:
             loss_weight=self._iteration[_unit(action)].loss_weight,
             split=action.kind is Kind.I,
         )
+        if action.kind is Kind.B:
+            self._buckets.after_microbatch((action.replica, action.stage))
         self._recorder.add(COMPUTE_LANE, action, start, now_s())
         self._mailbox.put_gradients(action, result)
 
     def _weight_gradients(self, action: Action) -> None:
         start = now_s()
         self._stages[action.replica, action.stage].weight_gradients(_unit(action))
+        self._buckets.after_microbatch((action.replica, action.stage))
         self._recorder.add(COMPUTE_LANE, action, start, now_s())
 
     def _reduce(self, action: Action) -> None:
         start = now_s()
-        self._reducer.report((action.replica, action.stage))
+        self._buckets.report((action.replica, action.stage))
         self._recorder.add(COLLECTIVE_LANE, action, start, now_s())
+
+    def _unshard(self, action: Action) -> None:
+        start = now_s()
+        self._buckets.unshard((action.replica, action.stage))
+        self._recorder.add(COLLECTIVE_LANE, action, start, now_s())
+
+    def _reshard(self, action: Action) -> None:
+        self._buckets.reshard((action.replica, action.stage))
 
     def _step(self, action: Action) -> None:
         key = (action.replica, action.stage)
         start = now_s()
-        self._reducer.wait(key)
+        self._buckets.wait(key)
         if self._optimize is not None:
             self._optimize(key)
         self._recorder.add(COMPUTE_LANE, action, start, now_s())

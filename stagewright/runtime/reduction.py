@@ -1,30 +1,134 @@
-"""Summing gradients over the ranks that hold the same parameters.
+"""Summing gradients over the ranks that hold the same parameters, and stepping the optimizer on the sums.
 
 A bucket is the parameters of one stage, or those that several stages share (tied weights), with the group of all ranks
 that hold them: data-parallel replicas, context-parallel ranks, the other replicas of a bidirectional pipeline, and for
 tied weights the ranks of every stage that uses them. A bucket is reduced once each iteration, when the last of its
-stages on this rank has issued REDUCE_GRAD. Gradients are flattened into buffers of at most `bucket_bytes` and summed
-asynchronously; the optimizer's action waits. Never by hooks on the backward: a hook does not know of deferred weight
-gradients, microbatches or replicas.
+stages on this rank has issued REDUCE_GRAD; reductions are asynchronous and the optimizer's action waits. Never by hooks
+on the backward: a hook does not know of deferred weight gradients, microbatches or replicas.
+
+Two kinds of bucket: `ReplicatedBucket` here, every rank with all states, and `sharding.ShardedBucket` (ZeRO).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET_BYTES = 25 * 2**20
+from stagewright.runtime.torch_adapter import local_part, local_tensor, whole_tensor
+
+BUFFER_BYTES = 25 * 2**20
 
 StageKey = tuple[int, int]  # (replica, stage)
+Traffic = dict[str, float]
+
+
+class Bucket(Protocol):
+    """Parameters that are reduced and stepped together.
+
+    `holders` are the (replica, stage) of this rank's stages that use the parameters.
+    """
+
+    holders: frozenset[StageKey]
+
+    def start(self) -> None:
+        """Start to reduce the gradients of the whole iteration."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until the gradients are sums."""
+        ...
+
+    def after_microbatch(self) -> None:
+        """Take note that one unit's weight gradients are complete."""
+        ...
+
+    def unshard(self) -> None:
+        """Make the parameters whole, where they are sharded."""
+        ...
+
+    def reshard(self) -> None:
+        """Let go of what other ranks hold, where parameters are sharded."""
+        ...
+
+    def optimized(self) -> Sequence[nn.Parameter]:
+        """Return what the optimizer steps on."""
+        ...
+
+    def after_step(self) -> None:
+        """Bring the stepped values to the parameters."""
+        ...
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the summed gradients by name, whole; every rank of the group calls this."""
+        ...
+
+    def values(self) -> dict[str, Tensor]:
+        """Return copies of the parameters by name, whole; every rank of the group calls this."""
+        ...
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Set the parameters to whole values."""
+        ...
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        ...
+
+
+class BucketSet:
+    """All buckets of one rank, as the interpreter drives them."""
+
+    def __init__(self, buckets: Iterable[Bucket]) -> None:
+        self.buckets = tuple(buckets)
+        self._reported: dict[int, set[StageKey]] = {}
+
+    def of(self, stage: StageKey) -> tuple[Bucket, ...]:
+        """Return the buckets a stage uses."""
+        return tuple(bucket for bucket in self.buckets if stage in bucket.holders)
+
+    def after_microbatch(self, stage: StageKey) -> None:
+        """Take note that the weight gradients of one unit of a stage are complete."""
+        for bucket in self.of(stage):
+            bucket.after_microbatch()
+
+    def report(self, stage: StageKey) -> None:
+        """Take note that a stage's gradients are complete; starts the buckets of which it was the last holder."""
+        for bucket in self.of(stage):
+            reported = self._reported.setdefault(id(bucket), set())
+            reported.add(stage)
+            if reported == bucket.holders:
+                bucket.start()
+
+    def wait(self, stage: StageKey) -> None:
+        """Return when the gradients of the stage's parameters are sums."""
+        for bucket in self.of(stage):
+            bucket.finish()
+
+    def unshard(self, stage: StageKey) -> None:
+        """Make a stage's parameters whole."""
+        for bucket in self.of(stage):
+            bucket.unshard()
+
+    def reshard(self, stage: StageKey) -> None:
+        """Let a stage's sharded parameters go."""
+        for bucket in self.of(stage):
+            bucket.reshard()
+
+    def finish(self) -> None:
+        """Wait for everything and prepare for the next iteration."""
+        for bucket in self.buckets:
+            bucket.finish()
+        self._reported.clear()
 
 
 @dataclass
-class Bucket:
-    """Parameters that are reduced together.
+class ReplicatedBucket:
+    """Parameters with gradients and states on every rank of the group; gradients are all-reduced.
 
     Parameters
     ----------
@@ -32,86 +136,97 @@ class Bucket:
     parameters : by name in the model.
     group : the ranks that sum; None when this rank alone holds them.
     holders : (replica, stage) of this rank's stages that use the parameters.
+    traffic : counts what a ring all-reduce sends from each rank, 2 (n - 1) / n of the buffer.
     """
 
     purpose: str
     parameters: Mapping[str, nn.Parameter]
     group: dist.ProcessGroup | None
     holders: frozenset[StageKey]
-    reported: set[StageKey] = field(default_factory=set)
-    flights: list[tuple[dist.Work, Tensor, list[nn.Parameter]]] = field(default_factory=list)
+    traffic: Traffic
+    buffer_bytes: int = BUFFER_BYTES
+    _flights: list[tuple[dist.Work, Tensor, list[nn.Parameter]]] = field(default_factory=list)
 
-
-class GradientReducer:
-    """All buckets of one rank.
-
-    `bytes_sent`, by purpose, counts what a ring all-reduce sends from each rank: 2 (n - 1) / n of the buffer.
-    """
-
-    def __init__(self, buckets: Iterable[Bucket], *, bucket_bytes: int = BUCKET_BYTES) -> None:
-        self._buckets = tuple(buckets)
-        self._bucket_bytes = bucket_bytes
-        self.bytes_sent: dict[str, float] = {"all-reduce/dp": 0.0, "all-reduce/tied": 0.0}
-
-    def report(self, stage: StageKey) -> None:
-        """Take note that a stage's gradients are complete; starts the buckets of which it was the last holder."""
-        for bucket in self._buckets:
-            if stage in bucket.holders:
-                bucket.reported.add(stage)
-                if bucket.reported == bucket.holders:
-                    self._start(bucket)
-
-    def wait(self, stage: StageKey) -> None:
-        """Return when the gradients of the stage's parameters are sums."""
-        for bucket in self._buckets:
-            if stage in bucket.holders:
-                self._finish(bucket)
+    def start(self) -> None:
+        """Start the all-reduce of all gradients, in buffers of at most `buffer_bytes`."""
+        if self.group is None:
+            return
+        members = self.group.size()
+        for parameters in _filled(self.optimized(), self.buffer_bytes):
+            flat = torch.cat([local_gradient(parameter).reshape(-1) for parameter in parameters])
+            work = dist.all_reduce(flat, group=self.group, async_op=True)
+            assert work is not None
+            self._flights.append((work, flat, parameters))
+            sent = 2 * (members - 1) / members * flat.numel() * flat.element_size()
+            self.traffic[self.purpose] = self.traffic.get(self.purpose, 0.0) + sent
 
     def finish(self) -> None:
-        """Wait for everything and prepare for the next iteration."""
-        for bucket in self._buckets:
-            self._finish(bucket)
-            bucket.reported.clear()
-
-    def _start(self, bucket: Bucket) -> None:
-        if bucket.group is None:
-            return
-        for parameters in _filled(bucket.parameters.values(), self._bucket_bytes):
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            flat = torch.cat([_gradient(parameter).reshape(-1) for parameter in parameters])
-            work = dist.all_reduce(flat, group=bucket.group, async_op=True)
-            assert work is not None
-            bucket.flights.append((work, flat, parameters))
-            members = bucket.group.size()
-            self.bytes_sent[bucket.purpose] += 2 * (members - 1) / members * flat.numel() * flat.element_size()
-
-    def _finish(self, bucket: Bucket) -> None:
-        for work, flat, parameters in bucket.flights:
+        """Wait, and put the sums where the gradients were."""
+        for work, flat, parameters in self._flights:
             work.wait()
             offset = 0
             for parameter in parameters:
-                gradient = _gradient(parameter)
+                gradient = local_gradient(parameter)
                 gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
                 offset += gradient.numel()
-        bucket.flights.clear()
+        self._flights.clear()
+
+    def after_microbatch(self) -> None:
+        """Do nothing: gradients accumulate."""
+
+    def unshard(self) -> None:
+        """Do nothing: parameters are whole."""
+
+    def reshard(self) -> None:
+        """Do nothing: parameters stay whole."""
+
+    def optimized(self) -> list[nn.Parameter]:
+        """Return the trainable parameters."""
+        return [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+
+    def after_step(self) -> None:
+        """Do nothing: the optimizer stepped on the parameters themselves."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients by name."""
+        return {
+            name: whole_tensor(_with_gradient(value)) for name, value in self.parameters.items() if value.requires_grad
+        }
+
+    def values(self) -> dict[str, Tensor]:
+        """Return copies of the trainable parameters by name."""
+        return {name: whole_tensor(value).clone() for name, value in self.parameters.items() if value.requires_grad}
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Set the trainable parameters."""
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad:
+                local_tensor(parameter).copy_(local_part(values[name], parameter))
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
+def local_gradient(parameter: nn.Parameter) -> Tensor:
+    """Return this rank's part of a gradient; one that no backward has touched becomes zeros."""
+    return local_tensor(_with_gradient(parameter))
+
+
+def _with_gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
 
 
-def _filled(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Return the parameters that want gradients, in order, in lists of one dtype of at most `bucket_bytes` each."""
+def _filled(parameters: Iterable[nn.Parameter], buffer_bytes: int) -> list[list[nn.Parameter]]:
+    """Return the parameters, in order, in lists of one dtype of at most `buffer_bytes` each."""
     result: list[list[nn.Parameter]] = []
     size = 0
     for parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        num_bytes = parameter.numel() * parameter.element_size()
-        if not result or size + num_bytes > bucket_bytes or result[-1][0].dtype != parameter.dtype:
+        num_bytes = local_tensor(parameter).numel() * parameter.element_size()
+        if not result or size + num_bytes > buffer_bytes or result[-1][0].dtype != parameter.dtype:
             result.append([])
             size = 0
         result[-1].append(parameter)

@@ -152,19 +152,15 @@ class Session:
         """Compare the gradients of the first batch and the weights after a step on each; the weights are put back."""
         self._enter("checking")
         self._run(worker, batches[0], 0)
-        trained = {name: value for name, value in worker.parameters().items() if value.requires_grad}
-        found = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in trained.items()}
-        gradients = compare(worker, found, None if reference is None else reference.gradients, shapes)
+        gradients = compare(worker, worker.gradients(), None if reference is None else reference.gradients, shapes)
         worker.zero_gradients()
-        before = {name: value.detach().clone() for name, value in trained.items()}
+        before = worker.weights()
         worker.use_optimizer(CHECK_OPTIMIZER)
         for step, batch in enumerate(batches):
             self._run(worker, batch, step)
-        changes = {name: value.detach() - before[name] for name, value in trained.items()}
+        changes = {name: value - before[name] for name, value in worker.weights().items()}
         weights = compare(worker, changes, None if reference is None else reference.changes, shapes)
-        with torch.no_grad():
-            for name, value in trained.items():
-                value.copy_(before[name])
+        worker.load_weights(before)
         worker.use_optimizer(None)
         return gradients, weights
 

@@ -90,6 +90,15 @@ class Topology:
             ]
         return tuple(sorted(set(ranks)))
 
+    def is_beside(self, rank: int) -> bool:
+        """Whether another rank is a device of the same pipeline rank."""
+        return rank in self.plan.mapping.pipeline_ranks[self.pipeline_rank]
+
+    def same_place(self, stage: int) -> tuple[int, ...]:
+        """Return the ranks with this one's coordinates in every model replica of a stage."""
+        holders = {row[stage] for row in self.plan.schedule.placement}
+        return tuple(self.plan.mapping.pipeline_ranks[holder][self._place[1]] for holder in sorted(holders))
+
 
 def coordinates_of(index: int, degrees: Degrees) -> Coordinates:
     """Return the coordinates of device `index` of a pipeline rank."""

@@ -6,7 +6,7 @@ layer chain, in a process group that exists. It drops the parameters of the laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,8 @@ from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput
 from stagewright.runtime.mailbox import Mailbox, StageGraph
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
 from stagewright.runtime.recorder import Recorder
-from stagewright.runtime.reduction import Bucket, GradientReducer
+from stagewright.runtime.reduction import Bucket, BucketSet, ReplicatedBucket
+from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.stage import Stage, Unit
 from stagewright.runtime.topology import StageKey, Topology, stage_edges
 
@@ -85,7 +86,8 @@ class Worker:
         move_to(chain.model, settings.device)
         recompute_layers(chain, self._recompute_levels())
         self.stages = self._make_stages()
-        self.reducer = GradientReducer(self._make_buckets())
+        self._traffic: dict[str, float] = {}
+        self.buckets = BucketSet(self._make_buckets())
         everyone = range(dist.get_world_size())
         upward, downward = self.groups.make("upward", everyone), self.groups.make("downward", everyone)
         self.transport = PointToPoint(upward, downward, settings.device, len(plan.stages))
@@ -113,15 +115,24 @@ class Worker:
         self._optimizers = {}
         if choice is None:
             return
-        owner: dict[int, StageKey] = {}
         order = [(action.replica, action.stage) for action in self.actions if action.kind is Kind.OPT]
         for key in order:
-            owner.update(dict.fromkeys(map(id, self.stages[key].segment.named_parameters().values()), key))
-        for key in order:
-            values = self.stages[key].segment.named_parameters().values()
-            mine = [value for value in values if value.requires_grad and owner[id(value)] == key]
+            mine = [value for bucket in self._stepped(key) for value in bucket.optimized()]
             if mine:
                 self._optimizers[key] = make_optimizer(choice, mine)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the summed gradients of this rank's trainable parameters by name, whole; a collective."""
+        return {name: value for bucket in self.buckets.buckets for name, value in bucket.gradients().items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return copies of this rank's trainable parameters by name, whole; a collective."""
+        return {name: value for bucket in self.buckets.buckets for name, value in bucket.values().items()}
+
+    def load_weights(self, values: Mapping[str, Tensor]) -> None:
+        """Set this rank's trainable parameters to whole values."""
+        for bucket in self.buckets.buckets:
+            bucket.load(values)
 
     def run(self, batch: Batch, step: int) -> float | None:
         """Run one iteration on a global batch; returns this rank's share of the loss when it holds the last layer."""
@@ -129,7 +140,7 @@ class Worker:
         interpreter = Interpreter(
             self.stages,
             self._mailbox,
-            self.reducer,
+            self.buckets,
             optimize=self._optimize if self._optimizers else None,
             recorder=self.recorder,
             at_action=self._at_action,
@@ -152,12 +163,12 @@ class Worker:
 
     def traffic(self) -> dict[str, float]:
         """Return the bytes this rank has sent so far, by operation and group."""
-        return {"send-receive/pp": float(self.transport.bytes_sent), **self.reducer.bytes_sent}
+        return {"send-receive/pp": float(self.transport.bytes_sent), **self._traffic}
 
     def zero_gradients(self) -> None:
         """Forget all gradients."""
-        for parameter in self.chain.model.parameters():
-            parameter.grad = None
+        for bucket in self.buckets.buckets:
+            bucket.clear()
 
     def close(self) -> None:
         """Destroy this worker's process groups."""
@@ -205,11 +216,18 @@ class Worker:
             )
         return lengths
 
+    def _stepped(self, key: StageKey) -> list[Bucket]:
+        """Return the buckets that a stage's OPT steps: those whose other holders' OPTs stand before it."""
+        order = [(action.replica, action.stage) for action in self.actions if action.kind is Kind.OPT]
+        return [bucket for bucket in self.buckets.of(key) if max(bucket.holders, key=order.index) == key]
+
     def _optimize(self, key: StageKey) -> None:
         optimizer = self._optimizers.get(key)
         if optimizer is not None:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for bucket in self._stepped(key):
+                bucket.after_step()
+                bucket.clear()
 
     def _make_stages(self) -> dict[StageKey, Stage]:
         sink = WeightGradientSink()
@@ -238,7 +256,7 @@ class Worker:
         }
         return StageGraph(stage_edges(self.plan, self.chain.edges), peers)
 
-    def _make_buckets(self) -> Iterable[Bucket]:
+    def _make_buckets(self) -> list[Bucket]:
         """One bucket a stage, and one for each set of stages that share parameters; all ranks make the same groups."""
         users: dict[str, frozenset[int]] = {}
         stage_of = {layer: index for index, stage in enumerate(self.plan.stages) for layer in stage.layer_indices}
@@ -246,9 +264,11 @@ class Worker:
         for tie in self.chain.ties:
             users.update(dict.fromkeys(tie.names, frozenset(stage_of[position[layer]] for layer in tie.layers)))
         sets = {frozenset((stage,)) for stage in range(len(self.plan.stages))} | set(users.values())
-        buckets = []
+        buckets: list[Bucket] = []
         for shared in sorted(sets, key=sorted):
             group = self._gradient_group(shared)
+            if len(shared) == 1:
+                self._sharding_groups(min(shared))
             holders = frozenset(key for key in self.topology.stages if key[1] in shared)
             parameters = {
                 name: value
@@ -256,10 +276,29 @@ class Worker:
                 if any(name in self.stages[key].segment.named_parameters() for key in holders)
                 and (shared == users[name] if name in users else len(shared) == 1)
             }
-            if holders and parameters:
-                purpose = "all-reduce/tied" if len(shared) > 1 else "all-reduce/dp"
-                buckets.append(Bucket(purpose, parameters, group, holders))
+            if any(value.requires_grad for value in parameters.values()):
+                buckets.append(self._make_bucket(parameters, group, holders, shared))
         return buckets
+
+    def _make_bucket(
+        self,
+        parameters: dict[str, nn.Parameter],
+        group: dist.ProcessGroup | None,
+        holders: frozenset[StageKey],
+        shared: frozenset[int],
+    ) -> Bucket:
+        zero = self.plan.stages[min(shared)].degrees.zero
+        narrow = any(value.element_size() < 4 for value in parameters.values())
+        purpose = "tied" if len(shared) > 1 else "dp"
+        if (zero == 0 or group is None) and not narrow:
+            return ReplicatedBucket(f"all-reduce/{purpose}", parameters, group, holders, self._traffic)
+        if zero == 0:
+            return ShardedBucket(parameters, None, group, holders, 0, self._traffic, purpose=purpose)
+        if len(shared) > 1:
+            # The ranks of different stages come by at different times, so they can meet only once an iteration.
+            return ShardedBucket(parameters, group, None, holders, 1, self._traffic, purpose=purpose)
+        inside, across = self._sharding_groups(min(shared))
+        return ShardedBucket(parameters, inside, across, holders, zero, self._traffic, purpose=purpose)
 
     def _gradient_group(self, stages: frozenset[int]) -> dist.ProcessGroup | None:
         """Make the groups of all tensor-parallel coordinates; returns this rank's."""
@@ -270,6 +309,17 @@ class Worker:
                 sets.append(tuple(sorted({other for stage in stages for other in view.gradient_ranks(stage)})))
         return self.groups.make_all(f"gradients {sorted(stages)}", sets)
 
+    def _sharding_groups(self, stage: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """Return the ranks that divide a stage's states, and those that own the same share in other replicas."""
+        inside, across = set(), set()
+        for rank in range(dist.get_world_size()):
+            view = Topology(self.plan, rank)
+            if any(other == stage for _, other in view.stages):
+                peers = [other for other in view.gradient_ranks(stage) if view.is_beside(other)]
+                inside.add(tuple(sorted(peers)))
+                across.add(tuple(sorted(view.same_place(stage))))
+        return self.groups.make_all(f"shards {stage}", inside), self.groups.make_all(f"replicas {stage}", across)
+
     def _check_reductions(self) -> None:
         reduced = [(a.replica, a.stage) for a in self.actions if a.kind is Kind.REDUCE_GRAD]
         for key in self.topology.stages:
@@ -278,8 +328,3 @@ class Worker:
                     f"stage {key[1]} of replica {key[0]} has {reduced.count(key)} REDUCE_GRAD actions, it needs 1",
                     hint="lower the schedule with its reductions: without them gradients would not be sums",
                 )
-
-
-def local_gradient(parameter: Tensor) -> Tensor:
-    """Return a parameter's gradient, zeros when it has none."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -97,7 +97,12 @@ def prepare(case: Case, number: int) -> PreparedCase:
         precision={"float32": "fp32", "float64": "fp64"}[case.dtype],
         recompute=case.recompute,
     )
-    schedule = lower(schedule_of(plan.schedule), StageCosts.uniform(len(plan.stages)), data_parallel=True)
+    schedule = lower(
+        schedule_of(plan.schedule),
+        StageCosts.uniform(len(plan.stages)),
+        data_parallel=True,
+        zero=case.degrees.get("zero", 0),
+    )
     check_nccl(schedule)
     return PreparedCase(case, plan, schedule, number)
 
@@ -131,15 +136,13 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     worker = Worker(plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store)
     loss = worker.run(batches[0], 0)
     sent = worker.traffic()
-    trained = {name: value for name, value in worker.parameters().items() if value.requires_grad}
-    found = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in trained.items()}
-    gradients = compare(worker, found, None if reference is None else reference.gradients, shapes)
+    gradients = compare(worker, worker.gradients(), None if reference is None else reference.gradients, shapes)
     worker.zero_gradients()
-    before = {name: value.detach().clone() for name, value in trained.items()}
+    before = worker.weights()
     worker.use_optimizer(optimizer)
     for step, batch in enumerate(batches):
         worker.run(batch, step)
-    changes = {name: value.detach() - before[name] for name, value in trained.items()}
+    changes = {name: value - before[name] for name, value in worker.weights().items()}
     weights = compare(worker, changes, None if reference is None else reference.changes, shapes)
     live = sum(stage.num_live for stage in worker.stages.values())
     worker.close()

@@ -74,3 +74,12 @@ def test_recomputation_replays_dropout(rank_pools, levels):
     assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 4, recompute=levels))
     assert_equal_to_one_process(rank_pools, Case("dualpipe-v", 2, 4, recompute=levels, dtype="float64"))
     assert_equal_to_one_process(rank_pools, Case("seq1f1b", 2, 3, num_slices=4, dropout=0.0, recompute=levels))
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_sharded_states_step_as_whole_ones(rank_pools, zero):
+    degrees = {"dp": 2, "zero": zero}
+    assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 3, degrees=degrees))
+    assert_equal_to_one_process(rank_pools, Case("gpipe", 1, 4, degrees={"dp": 4, "zero": zero}, dtype="float64"))
+    assert_equal_to_one_process(rank_pools, Case("dualpipe-v", 2, 4, degrees=degrees, recompute=("full",)))
+    assert_equal_to_one_process(rank_pools, Case("gems", 2, 4, degrees=degrees, tied=False))
