@@ -8,28 +8,31 @@ sum. The backward's split into input and weight gradient takes the measured shar
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.documents import Recompute
+
 Floats = npt.NDArray[np.float64]
 Numbers = dict[str, Any]
+
+_WORTHWHILE = 0.005
 
 
 @dataclass(frozen=True)
 class LayerNumbers:
-    """Numbers of one layer in one configuration; spreads are (p20, p80)."""
+    """Numbers of one layer in one configuration; spreads are (p20, p80), a level that saves nothing is left out."""
 
     forward_s: float
     input_grad_s: float
     weight_grad_s: float
     optimizer_s: float
-    full_recompute_s: float | None
-    saved_bytes: float
-    input_bytes: float
+    recompute_s: Mapping[Recompute, float]
+    kept_bytes: Mapping[Recompute, float]
     output_bytes: float
     workspace_bytes: float
     forward_flops: float
@@ -55,15 +58,9 @@ class ConfigurationNumbers:
     busy_shares: tuple[float, ...]
 
 
-def configuration_numbers(
-    steps: Sequence[Numbers],
-    splits: Sequence[Numbers],
-    fulls: Sequence[Numbers],
-    memory: Numbers,
-    *,
-    recomputed: Sequence[bool],
-) -> ConfigurationNumbers:
-    """Return the numbers of one configuration; `recomputed` says which layers `fulls` recompute."""
+def configuration_numbers(samples: Mapping[str, Sequence[Numbers]]) -> ConfigurationNumbers:
+    """Return the numbers of one configuration from all its measurements by kind; `step` and `memory` must be there."""
+    steps, splits, memory = samples["step"], samples.get("split", ()), samples["memory"][0]
     forward, backward = _rows(steps, "forward_s"), _rows(steps, "backward_s")
     totals = forward.sum(axis=1) + backward.sum(axis=1)
     whole = float(np.median(totals))
@@ -72,21 +69,21 @@ def configuration_numbers(
     forward, backward = forward * scale, backward * scale
     forward_s, backward_s = np.median(forward, axis=0), np.median(backward, axis=0)
     share, overhead = _input_share(splits, backward_s)
-    recompute_s = _recompute_seconds(fulls, forward_s + backward_s)
     optimizer_s = np.median(_rows(steps, "optimizer_s"), axis=0)
-    kept = {name: _row(memory, f"{name}_bytes") for name in ("saved", "input", "output", "workspace")}
-    flops, freed = _row(memory, "forward_flops"), _freed(splits, kept["saved"])
+    kept = {Recompute.NONE: _row(memory, "saved_bytes"), **_recomputed_bytes(memory)}
+    recompute_s = {level: _recompute_seconds(samples.get(level.value, ()), forward_s + backward_s) for level in kept}
+    freed = _freed(splits, kept[Recompute.NONE])
+    outputs, workspace, flops = (_row(memory, name) for name in ("output_bytes", "workspace_bytes", "forward_flops"))
     layers = tuple(
         LayerNumbers(
             forward_s=float(forward_s[index]),
             input_grad_s=float(backward_s[index] * share[index]),
             weight_grad_s=float(backward_s[index] * (1.0 - share[index])),
             optimizer_s=float(optimizer_s[index]),
-            full_recompute_s=float(recompute_s[index]) if recompute_s is not None and recomputed[index] else None,
-            saved_bytes=float(kept["saved"][index]),
-            input_bytes=float(kept["input"][index]),
-            output_bytes=float(kept["output"][index]),
-            workspace_bytes=float(kept["workspace"][index]),
+            recompute_s={level: float(row[index]) for level, row in recompute_s.items() if row is not None},
+            kept_bytes={level: float(row[index]) for level, row in kept.items()},
+            output_bytes=float(outputs[index]),
+            workspace_bytes=float(workspace[index]),
             forward_flops=float(flops[index]),
             freed_at_input_grad=float(freed[index]),
             forward_spread_s=_spread(forward[:, index]),
@@ -104,6 +101,16 @@ def configuration_numbers(
         drift=_drift(totals),
         busy_shares=tuple(_number(item, "busy_share") for item in steps),
     )
+
+
+def saves_anything(memory: Numbers, level: Recompute) -> bool:
+    """Whether a level of recomputation keeps noticeably less than none."""
+    return bool(_row(memory, f"{level.value}_bytes").sum() < (1.0 - _WORTHWHILE) * _row(memory, "saved_bytes").sum())
+
+
+def _recomputed_bytes(memory: Numbers) -> dict[Recompute, Floats]:
+    levels = (Recompute.SELECTIVE, Recompute.FULL)
+    return {level: _row(memory, f"{level.value}_bytes") for level in levels if saves_anything(memory, level)}
 
 
 def _input_share(splits: Sequence[Numbers], backward_s: Floats) -> tuple[Floats, float | None]:

@@ -11,8 +11,10 @@ for the model that was traced, and nearly for a stage of some of its layers.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +26,7 @@ from stagewright.modeling import Batch, LayerChain
 from stagewright.profiler.layer_hooks import LayerHooks
 
 _MARK = "stagewright-mark"
+_LOG_LEVEL = "KINETO_LOG_LEVEL"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,20 @@ def layer_workspace_bytes(
     return tuple(workspace)
 
 
+def layer_growth_bytes(chain: LayerChain, batch: Batch, device: torch.device) -> tuple[float, ...]:
+    """Return by how much the allocated bytes grow from each layer's entrance to the next one's, in the forward."""
+    segment = chain.segment(0, chain.num_layers)
+
+    def work(mark: Callable[[], None]) -> None:
+        with LayerHooks(chain, entered=lambda index, tensors: mark()) as hooks:
+            hooks.begin()
+            (loss,) = segment(batch)[chain.num_layers - 1]
+            mark()
+            del loss
+
+    return tuple(span.end_bytes - span.begin_bytes for span in trace_spans(work, device))
+
+
 def _cuda_spans(work: Callable[[Callable[[], None]], None], device: torch.device) -> list[Span]:
     spans: list[Span] = []
     begin: list[float] = []
@@ -104,7 +121,7 @@ def _cpu_spans(work: Callable[[Callable[[], None]], None]) -> list[Span]:
         with record_function(_MARK):
             pass
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         work(mark)
     with tempfile.TemporaryDirectory(prefix="stagewright-trace-") as folder:
         path = Path(folder) / "trace.json"
@@ -117,6 +134,19 @@ def _cpu_spans(work: Callable[[Callable[[], None]], None]) -> list[Span]:
         if event.get("name") == "[memory]" and event["args"].get("Device Type") == 0
     )
     return _spans_of(marks, changes)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the profiler's library from writing to standard error, unless the user has set how much it says."""
+    if _LOG_LEVEL in os.environ:
+        yield
+        return
+    os.environ[_LOG_LEVEL] = "99"
+    try:
+        yield
+    finally:
+        del os.environ[_LOG_LEVEL]
 
 
 def _spans_of(marks: list[float], changes: list[tuple[float, float]]) -> list[Span]:

@@ -5,8 +5,8 @@ Kinds of measurement, each a short piece of a training step whose numbers are pl
 - `step`: gradients are cleared, two microbatches run (the first allocates gradients, the second adds to them), the
   optimizer steps layer by layer.
 - `split`: one microbatch whose weight gradients are deferred and run afterwards, layer by layer.
-- `full`: one microbatch with every layer's forward recomputed in its backward.
-- `memory`: saved tensors and allocator trace of one microbatch; it is taken once.
+- `full`, `selective`: one microbatch with every layer recomputed at that level in its backward.
+- `memory`: saved tensors, allocator traces and FLOP of one microbatch; it is taken once.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from stagewright.modeling import Batch, LayerChain
+from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.weight_gradients import (
     DeferredGradient,
     WeightGradientSink,
     defer_weight_gradients,
     run_queue,
 )
+from stagewright.planner.documents import Recompute
 from stagewright.profiler.layer_hooks import LayerHooks
 from stagewright.profiler.layer_timer import LayerTimer, LayerTimes
-from stagewright.profiler.memory_trace import layer_workspace_bytes
+from stagewright.profiler.memory_trace import layer_growth_bytes, layer_workspace_bytes
 from stagewright.profiler.model_source import ModelSource
 from stagewright.profiler.saved_bytes import layer_bytes, storage_bytes, storage_key
 from stagewright.profiler.timing import Clock, clock_of
 
-Kind = Literal["step", "split", "full", "memory"]
+Kind = Literal["step", "split", "full", "selective", "memory"]
 OptimizerName = Literal["adamw", "adam", "sgd", "sgd-momentum"]
 Numbers = dict[str, Any]
 
@@ -93,9 +94,13 @@ class ModelBench:
 
     def measure(self, configuration: Configuration, kind: Kind) -> Numbers:
         """Return the numbers of one measurement; lists hold one number for each layer."""
-        measures = {"step": self._measure_step, "split": self._measure_split, "full": self._measure_full}
-        if kind == "memory":
-            return self._measure_memory(self.batch(configuration))
+        measures: dict[Kind, Callable[[Batch], Numbers]] = {
+            "step": self._measure_step,
+            "split": self._measure_split,
+            "full": partial(self._measure_recomputation, Recompute.FULL),
+            "selective": partial(self._measure_recomputation, Recompute.SELECTIVE),
+            "memory": self._measure_memory,
+        }
         return measures[kind](self.batch(configuration))
 
     def _measure_step(self, batch: Batch) -> Numbers:
@@ -144,18 +149,29 @@ class ModelBench:
             "held_bytes": held,
         }
 
-    def _measure_full(self, batch: Batch) -> Numbers:
-        with recomputed(self.chain), self._timer.hooks:
+    def _measure_recomputation(self, level: Recompute, batch: Batch) -> Numbers:
+        with recomputed(self.chain, level), self._timer.hooks:
             return _numbers(self._timer.full(batch))
 
     def _measure_memory(self, batch: Batch) -> Numbers:
-        kept = layer_bytes(self.chain, batch)
+        """Recomputation's bytes are told from none's by the allocator: what the forward leaves behind at each level."""
+        chain, device = self.chain, self.device
+        saved = layer_bytes(chain, batch)
+        workspace = layer_workspace_bytes(chain, batch, saved.saved, device)
+        none = layer_growth_bytes(chain, batch, device)
+        kept: dict[str, list[float]] = {}
+        for level in (Recompute.SELECTIVE, Recompute.FULL):
+            with recomputed(chain, level):
+                growth = layer_growth_bytes(chain, batch, device)
+            rows = zip(saved.saved, growth, none, strict=True)
+            kept[level.value] = [min(max(own + after - before, 0.0), own) for own, after, before in rows]
         return {
-            "saved_bytes": list(kept.saved),
-            "input_bytes": list(kept.inputs),
-            "output_bytes": list(kept.outputs),
-            "workspace_bytes": list(layer_workspace_bytes(self.chain, batch, kept.saved, self.device)),
-            "forward_flops": _forward_flops(self.chain, batch),
+            "saved_bytes": list(saved.saved),
+            "output_bytes": list(saved.outputs),
+            "workspace_bytes": list(workspace),
+            "selective_bytes": kept["selective"],
+            "full_bytes": kept["full"],
+            "forward_flops": _forward_flops(chain, batch),
         }
 
     def _step(self) -> list[float]:
@@ -187,22 +203,14 @@ class ModelBench:
 
 
 @contextmanager
-def recomputed(chain: LayerChain) -> Iterator[tuple[int, ...]]:
-    """Recompute within the block every layer that is one module; yields the indices of these layers."""
-    indices = tuple(index for index, layer in enumerate(chain.layers) if recomputes(layer.modules))
-    modules = [chain.model.get_submodule(chain.layers[index].modules[0]) for index in indices]
-    before = _forwards(modules)
-    for module in modules:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+def recomputed(chain: LayerChain, level: Recompute) -> Iterator[None]:
+    """Recompute every layer at this level within the block."""
+    before = _forwards(list(chain.model.modules()))
+    recompute_layers(chain, dict.fromkeys(range(chain.num_layers), level))
     try:
-        yield indices
+        yield
     finally:
         _restore(before)
-
-
-def recomputes(modules: tuple[str, ...]) -> bool:
-    """Whether a layer can be recomputed as a whole: it is one module."""
-    return len(modules) == 1
 
 
 @contextmanager

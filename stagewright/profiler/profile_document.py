@@ -1,7 +1,7 @@
 """From measured layers to the parts of a ModelProfile: runs of equal layers, class costs, edges and ties.
 
 A class's number is the mean over its layers, so that the sum over the model is the measured one; a workspace is the
-largest. A layer that is one module can be recomputed in full and then keeps its differentiable input.
+largest. A level of recomputation that keeps no less than a weaker one is left out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from stagewright.planner.errors import InvalidDocument
 from stagewright.profiler.measured_layers import LayerNumbers
 from stagewright.profiler.model_bench import Configuration
 
+_STRENGTH = {Recompute.NONE: 0, Recompute.SELECTIVE: 1, Recompute.FULL: 2}
 _INDEX = re.compile(r"(?<![^._])(\d+)(?![^._])")
 
 
@@ -107,12 +108,18 @@ def _cost(
     def mean(name: str) -> float:
         return sum(float(getattr(value, name)) for value in values) / len(values)
 
-    recomputable = all(value.full_recompute_s is not None for value in values)
-    activation = {Recompute.NONE: mean("saved_bytes")}
-    recompute: dict[Recompute, float] = {}
-    if recomputable:
-        activation[Recompute.FULL] = min(mean("input_bytes"), mean("saved_bytes"))
-        recompute[Recompute.FULL] = mean("full_recompute_s")
+    def mean_of(name: str, level: Recompute) -> float:
+        return float(sum(getattr(value, name)[level] for value in values)) / len(values)
+
+    activation = {level: mean_of("kept_bytes", level) for level in values[0].kept_bytes}
+    activation = {
+        level: kept for level, kept in activation.items() if level is Recompute.NONE or _saves(activation, level)
+    }
+    recompute = {
+        level: mean_of("recompute_s", level)
+        for level in activation
+        if level is not Recompute.NONE and level in values[0].recompute_s
+    }
     freed = mean("freed_at_input_grad")
     share = mean("input_grad_s") / max(mean("input_grad_s") + mean("weight_grad_s"), 1e-30)
     forward = _mean_spread([value.forward_spread_s for value in values])
@@ -139,6 +146,12 @@ def _cost(
             "weight_grad_s": (backward[0] * (1.0 - share), backward[1] * (1.0 - share)),
         },
     )
+
+
+def _saves(activation: Mapping[Recompute, float], level: Recompute) -> bool:
+    """Whether a level keeps less than every weaker one, else it is not worth offering."""
+    weaker = [kept for other, kept in activation.items() if _STRENGTH[other] < _STRENGTH[level]]
+    return activation[level] < min(weaker)
 
 
 def _mean_spread(spreads: Sequence[tuple[float, float]]) -> tuple[float, float]:

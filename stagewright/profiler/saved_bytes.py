@@ -3,8 +3,6 @@
 Every tensor that autograd saves is looked at once, by storage: a storage that two layers save belongs to the first of
 them, and parameters, buffers and the batch are kept anyway. So the layers' bytes add up to what a stage of them holds.
 
-Under full recomputation a layer keeps its differentiable inputs, by the same rule.
-
 Not seen: tensors that a custom autograd function hides in its context, and what an operator keeps outside of tensors.
 The difference method (`memory_trace`) would show both.
 """
@@ -23,10 +21,9 @@ from stagewright.profiler.layer_hooks import LayerHooks
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Bytes by layer: kept without recomputation, of the differentiable inputs, and of the output sent on."""
+    """Bytes by layer: kept without recomputation, and of the output sent on."""
 
     saved: tuple[float, ...]
-    inputs: tuple[float, ...]
     outputs: tuple[float, ...]
 
 
@@ -44,16 +41,12 @@ def layer_bytes(chain: LayerChain, batch: Batch) -> LayerBytes:
     """Return what each layer keeps and sends for one microbatch, after one forward and one backward of it."""
     kept_anyway = {storage_key(value) for value in (*chain.model.parameters(), *chain.model.buffers())}
     kept_anyway |= {storage_key(value) for value in batch_tensors(batch)}
-    seen, seen_inputs = set(kept_anyway), set(kept_anyway)
-    saved, inputs, outputs = ([0.0] * chain.num_layers for _ in range(3))
+    seen = set(kept_anyway)
+    saved, outputs = [0.0] * chain.num_layers, [0.0] * chain.num_layers
     current = [0]
 
     def entered(index: int, tensors: tuple[Tensor, ...]) -> None:
         current[0] = index
-        for tensor in tensors:
-            if storage_key(tensor) not in seen_inputs:
-                seen_inputs.add(storage_key(tensor))
-                inputs[index] += storage_bytes(tensor)
 
     def produced(index: int, tensors: tuple[Tensor, ...]) -> None:
         outputs[index] = float(sum(value.numel() * value.element_size() for value in tensors))
@@ -75,4 +68,4 @@ def layer_bytes(chain: LayerChain, batch: Batch) -> LayerBytes:
         (loss,) = segment(batch)[chain.num_layers - 1]
         outputs[-1] = float(loss.element_size())
         loss.backward()
-    return LayerBytes(tuple(saved), tuple(inputs), tuple(outputs))
+    return LayerBytes(tuple(saved), tuple(outputs))

@@ -13,18 +13,20 @@ from contextlib import contextmanager
 
 import torch
 
+from stagewright.planner.documents import Recompute
 from stagewright.profiler.journal import Journal, Record
-from stagewright.profiler.measured_layers import ConfigurationNumbers, Numbers, configuration_numbers
-from stagewright.profiler.model_bench import Configuration, Kind, ModelBench, recomputes
+from stagewright.profiler.measured_layers import ConfigurationNumbers, configuration_numbers, saves_anything
+from stagewright.profiler.model_bench import Configuration, Kind, ModelBench
 from stagewright.profiler.model_source import ModelSource
 from stagewright.profiler.ranks import RankContext, ReportsProgress, start_ranks
 from stagewright.profiler.settings import ProfileSettings
 from stagewright.profiler.timing import is_stable
 
-WANTED: Mapping[Kind, int] = {"step": 6, "split": 3, "full": 3, "memory": 1}
-LEAST: Mapping[Kind, int] = {"step": 3, "split": 2, "full": 2, "memory": 1}
+WANTED: Mapping[Kind, int] = {"step": 6, "split": 3, "full": 3, "selective": 3, "memory": 1}
+LEAST: Mapping[Kind, int] = {"step": 3, "split": 2, "full": 2, "selective": 2, "memory": 1}
 MOST_STEPS = 15
 STABLE = 0.02
+_LEVELS: Mapping[str, Recompute] = {"selective": Recompute.SELECTIVE, "full": Recompute.FULL}
 
 
 class Session:
@@ -81,24 +83,24 @@ class Session:
     def _is_wanted(self, configuration: Configuration, kind: Kind, *, late: bool) -> bool:
         """Whether one more measurement would help: late, only the least count matters."""
         count = self._count(configuration, kind)
+        if kind in _LEVELS and not self._is_worthwhile(configuration, _LEVELS[kind]):
+            return False
         if late or count < WANTED[kind] or kind != "step":
             return count < (LEAST if late else WANTED)[kind]
         return count < MOST_STEPS and not is_stable(self._totals(configuration), tolerance=STABLE)
+
+    def _is_worthwhile(self, configuration: Configuration, level: Recompute) -> bool:
+        """Whether a level is known to save nothing, and need not be timed."""
+        memory = self._journal.of(_key(configuration), "memory")
+        return not memory or saves_anything(memory[0], level)
 
     def _totals(self, configuration: Configuration) -> list[float]:
         samples = self._journal.of(_key(configuration), "step")
         return [sum(item["forward_s"]) + sum(item["backward_s"]) for item in samples]
 
     def _numbers(self, configuration: Configuration) -> ConfigurationNumbers:
-        def records(kind: Kind) -> list[Numbers]:
-            return self._journal.of(_key(configuration), kind)
-
         return configuration_numbers(
-            records("step"),
-            records("split"),
-            records("full"),
-            records("memory")[0],
-            recomputed=[recomputes(layer.modules) for layer in self._bench.chain.layers],
+            {kind: self._journal.of(_key(configuration), kind) for kind in self._settings.kinds}
         )
 
 

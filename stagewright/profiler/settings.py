@@ -58,7 +58,7 @@ class ProfileSettings:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of measurement; a compiled model's backward cannot be split or recomputed from outside."""
-        return ("memory", "step") if self.compiled else ("memory", "step", "split", "full")
+        return ("memory", "step") if self.compiled else ("memory", "step", "split", "full", "selective")
 
     @property
     def torch_device(self) -> torch.device:
