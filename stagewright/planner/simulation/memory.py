@@ -177,16 +177,12 @@ def move_events(program: Program, start_s: Floats, end_s: Floats, ledger: Ledger
 
 @njit(cache=True)
 def receive_events(
-    program: Program,
-    start_s: Floats,
-    end_s: Floats,
-    arrived_forward: Ints,
-    arrived_gradient: Ints,
-    forward_bytes: Floats,
-    gradient_bytes: Floats,
-    ledger: Ledger,
+    program: Program, end_s: Floats, arrival_s: Floats, forward_bytes: Floats, gradient_bytes: Floats, ledger: Ledger
 ) -> SideEvents:
-    """Return the changes of receive buffers: from a message's arrival to the end of the action that uses it, unsorted."""
+    """Return the changes of receive buffers: from a message's arrival to the end of the action that uses it, unsorted.
+
+    `arrival_s` is [2, num_edge_keys], forwards in row 0.
+    """
     rows, offset, slices = program.rows, program.offset, program.num_slices
     degree = 1
     for stage in range(program.placement.shape[1]):
@@ -201,21 +197,20 @@ def receive_events(
             if kind not in (_F, _B, _I):
                 continue
             microbatch, part = rows[index, MICROBATCH], rows[index, SLICE]
-            forward = kind == _F
+            way = 0 if kind == _F else 1
             start, stop = program.in_start[stage], program.in_start[stage + 1]
-            if not forward:
+            if way == 1:
                 start, stop = program.out_start[stage], program.out_start[stage + 1]
             for step in range(start, stop):
-                edge = program.in_edge[step] if forward else program.out_edge[step]
-                other = program.edge_from[edge] if forward else program.edge_to[edge]
+                edge = program.in_edge[step] if way == 0 else program.out_edge[step]
+                other = program.edge_from[edge] if way == 0 else program.edge_to[edge]
                 if program.placement[replica, other] == rank:
                     continue
                 key = ((replica * len(program.edge_from) + edge) * program.num_microbatches + microbatch) * slices
                 for slot in range(0 if part < 0 else part, slices if part < 0 else part + 1):
-                    node = (arrived_forward if forward else arrived_gradient)[key + slot] - 1
-                    size = (forward_bytes if forward else gradient_bytes)[edge] * ledger.size_factor[microbatch]
-                    size *= ledger.size_share[slot + 1 if slices > 1 else 0]
-                    rank_of[place], time_s[place], change[place] = rank, end_s[node], size
+                    size = forward_bytes[edge] if way == 0 else gradient_bytes[edge]
+                    size *= ledger.size_factor[microbatch] * ledger.size_share[slot + 1 if slices > 1 else 0]
+                    rank_of[place], time_s[place], change[place] = rank, arrival_s[way, key + slot], size
                     rank_of[place + 1], time_s[place + 1], change[place + 1] = rank, end_s[index], -size
                     place += 2
     return SideEvents(rank_of[:place], time_s[:place], change[:place])

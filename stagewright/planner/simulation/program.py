@@ -22,6 +22,9 @@ from stagewright.planner.schedules.schedule import FUSED, KIND, MICROBATCH, REPL
 
 Ints = npt.NDArray[np.int32]
 
+_F, _B, _I = int(Kind.F), int(Kind.B), int(Kind.I)
+_SEND_F, _SEND_B = int(Kind.SEND_F), int(Kind.SEND_B)
+
 
 class Program(NamedTuple):
     """Flat arrays of a schedule; N rows, D ranks, R replicas, S stages, E edges, T microbatches, K slices.
@@ -113,8 +116,33 @@ def _check_ranges(schedule: Schedule, program: Program, lowest: Ints, highest: I
                 field=noun,
                 hint=f"a {noun} is at least {least} and at most {limit - 1}",
             )
+    for rank, order in enumerate(schedule.orders):
+        if len(order) and order[-1, FUSED] > 0:
+            raise InvalidSchedule(f"rank {rank}: its last step is fused with a step behind it, and there is none")
     if schedule.placement.min() < 0 or schedule.placement.max() >= schedule.num_ranks:
         raise InvalidSchedule(
             f"the placement names rank {int(schedule.placement.max())}, the schedule has {schedule.num_ranks} ranks",
             field="placement",
         )
+
+
+@njit(cache=True)
+def count_messages(program: Program, sends_are_rows: bool) -> int:
+    """Return an upper bound on the messages between ranks."""
+    rows, placement = program.rows, program.placement
+    count = 0
+    for index in range(len(rows)):
+        kind, replica, stage = rows[index, KIND], rows[index, REPLICA], rows[index, STAGE]
+        if sends_are_rows:
+            forward, backward = kind == _SEND_F, kind == _SEND_B
+        else:
+            forward, backward = kind == _F, kind in (_B, _I)
+        if forward:
+            for place in range(program.out_start[stage], program.out_start[stage + 1]):
+                target = program.edge_to[program.out_edge[place]]
+                count += placement[replica, target] != placement[replica, stage]
+        elif backward:
+            for place in range(program.in_start[stage], program.in_start[stage + 1]):
+                target = program.edge_from[program.in_edge[place]]
+                count += placement[replica, target] != placement[replica, stage]
+    return count

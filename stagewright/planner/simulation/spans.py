@@ -1,133 +1,211 @@
-"""From the sweep's nodes to a timeline's spans, sorted by (rank, lane, start), with the critical path.
+"""From simulated nodes to a timeline's spans, sorted by (rank, lane, start), with the critical path.
 
-Compute spans of a rank are already in order; the other lanes are nearly so, and sorted where not. The critical path
-starts at the last end (the lowest rank, when several end together) and follows, from node to node, the predecessor
-that set its start. O(N + M), plus a sort of the lanes that need one.
+The critical path starts at the last end (the lowest rank, when several end together) and follows, from node to node,
+the predecessor that set its start. O(N + M), plus a sort of the lanes that are not in order already.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
 from stagewright.planner.schedules.action import Kind
-from stagewright.planner.schedules.schedule import KIND, REPLICA, STAGE
+from stagewright.planner.schedules.schedule import FUSED, KIND, REPLICA, STAGE, Schedule
+from stagewright.planner.simulation.chain_sweep import Swept
+from stagewright.planner.simulation.event_graph import Solved
 from stagewright.planner.simulation.program import Program
-from stagewright.planner.simulation.sweep import Swept
-from stagewright.planner.simulation.timeline import COMPUTE_LANE, LANE_NAMES, SEND_LANE
+from stagewright.planner.simulation.timeline import COMPUTE_LANE, SEND_LANE
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 
-_F, _SEND_F, _SEND_B, _OPT = int(Kind.F), int(Kind.SEND_F), int(Kind.SEND_B), int(Kind.OPT)
-_NUM_LANES = len(LANE_NAMES)
+_F, _SEND_F, _SEND_B = int(Kind.F), int(Kind.SEND_F), int(Kind.SEND_B)
+
+
+class Spans(NamedTuple):
+    """Columns of a `Timeline`, and the critical path as indices into them."""
+
+    rank: Ints
+    lane: Ints
+    action: Ints
+    start_s: Floats
+    end_s: Floats
+    critical_path: Ints
+
+
+def chain_spans(schedule: Schedule, program: Program, swept: Swept, tail_s: Floats, *, trace: bool) -> Spans:
+    """Return the spans of a swept chain."""
+    tails = _tail_actions(schedule)
+    if not swept.num_messages and not tail_s.any():
+        num_rows = len(program.rows)
+        rank = np.repeat(np.arange(schedule.num_ranks, dtype=np.int32), np.diff(program.offset))
+        end_s = swept.end_s[:num_rows]
+        path = _row_path(swept.before, int(np.argmax(end_s))) if trace and num_rows else np.zeros(0, np.int32)
+        return Spans(rank, np.zeros(num_rows, np.int32), program.rows, swept.start_s[:num_rows], end_s, path)
+    return Spans(*_chain_spans(program, swept, tail_s, tails, trace))
+
+
+def _tail_actions(schedule: Schedule) -> Ints:
+    """Return, for each rank, an optimizer step of the first stage it holds."""
+    actions = np.full((schedule.num_ranks, 6), -1, dtype=np.int32)
+    actions[:, KIND], actions[:, FUSED] = int(Kind.OPT), 0
+    for replica in range(schedule.num_replicas - 1, -1, -1):
+        for stage in range(schedule.num_stages - 1, -1, -1):
+            actions[schedule.placement[replica, stage], [REPLICA, STAGE]] = replica, stage
+    return actions
 
 
 @njit(cache=True)
-def spans(program: Program, swept: Swept, tail_s: Floats, trace: bool) -> tuple[Ints, Ints, Ints, Floats, Floats, Ints]:
-    """Return rank, lane, action, start, end of every span, and the critical path's spans in time order."""
-    num_rows, num_ranks = len(program.rows), len(program.offset) - 1
-    num_nodes = num_rows + swept.num_messages
-    order, bounds = _order(program, swept, tail_s)
-    count = len(order)
-    rank_of, lane_of = np.empty(count, np.int32), np.empty(count, np.int32)
-    action = np.empty((count, 6), np.int32)
-    start_s, end_s = np.empty(count), np.empty(count)
-    span_of = np.full(num_nodes + num_ranks if trace else 1, -1, dtype=np.int32)
-    for cell in range(num_ranks * _NUM_LANES):
-        for place in range(bounds[cell], bounds[cell + 1]):
-            node = order[place]
-            rank_of[place], lane_of[place] = cell // _NUM_LANES, cell % _NUM_LANES
-            if node < num_nodes:
-                row = node if node < num_rows else swept.message_row[node - num_rows]
-                for column in range(6):
-                    action[place, column] = program.rows[row, column]
-                if node >= num_rows:
-                    kind = program.rows[row, KIND]
-                    action[place, KIND] = _SEND_F if kind in (_F, _SEND_F) else _SEND_B
-                    action[place, 5] = 0
-                start_s[place], end_s[place] = swept.start_s[node], swept.end_s[node]
-            else:
-                rank = node - num_nodes
-                _tail_action(program, rank, action[place])
-                start_s[place], end_s[place] = swept.free_s[rank], swept.free_s[rank] + tail_s[rank]
-            if trace:
-                span_of[node] = place
-    path = np.zeros(0, np.int32)
-    if trace and count:
-        path = _trace(swept, order, end_s, span_of, num_nodes)
-    return rank_of, lane_of, action, start_s, end_s, path
+def _row_path(before: Ints, node: int) -> Ints:
+    length, at = 0, node
+    while at >= 0:
+        length, at = length + 1, before[at]
+    path = np.empty(length, np.int32)
+    for place in range(length - 1, -1, -1):
+        path[place] = node
+        node = before[node]
+    return path
 
 
 @njit(cache=True)
-def _order(program: Program, swept: Swept, tail_s: Floats) -> tuple[Ints, Ints]:
-    """Return the nodes with a span by (rank, lane, start) and the bounds of each (rank, lane)."""
-    rows, offset, placement = program.rows, program.offset, program.placement
+def _chain_spans(
+    program: Program, swept: Swept, tail_s: Floats, tails: Ints, trace: bool
+) -> tuple[Ints, Ints, Ints, Floats, Floats, Ints]:
+    rows, offset = program.rows, program.offset
     num_rows, num_ranks = len(rows), len(offset) - 1
-    num_nodes = num_rows + swept.num_messages
-    bounds = np.zeros(num_ranks * _NUM_LANES + 1, dtype=np.int32)
+    bounds, order = _sent_by_rank(swept, num_rows, num_ranks)
+    count = num_rows + swept.num_messages + np.count_nonzero(tail_s)
+    rank_of, lane_of, action = np.empty(count, np.int32), np.empty(count, np.int32), np.empty((count, 6), np.int32)
+    start_s, end_s = np.empty(count), np.empty(count)
+    first_span, span_of = np.empty(num_ranks, np.int32), np.empty(swept.num_messages, np.int32)
+    span, latest, last_node, last_tail = 0, -1.0, -1, -1
     for rank in range(num_ranks):
-        for index in range(offset[rank], offset[rank + 1]):
-            if swept.lane[index] >= 0:
-                bounds[rank * _NUM_LANES + swept.lane[index] + 1] += 1
-        bounds[rank * _NUM_LANES + COMPUTE_LANE + 1] += tail_s[rank] > 0.0
-    for message in range(swept.num_messages):
-        node, row = num_rows + message, swept.message_row[message]
-        if swept.end_s[node] > swept.start_s[node]:
-            bounds[placement[rows[row, REPLICA], rows[row, STAGE]] * _NUM_LANES + SEND_LANE + 1] += 1
-    for cell in range(num_ranks * _NUM_LANES):
-        bounds[cell + 1] += bounds[cell]
-    place = bounds[:-1].copy()
-    order = np.empty(bounds[-1], dtype=np.int32)
-    for rank in range(num_ranks):
-        for index in range(offset[rank], offset[rank + 1]):
-            if swept.lane[index] >= 0:
-                cell = rank * _NUM_LANES + swept.lane[index]
-                order[place[cell]] = index
-                place[cell] += 1
+        length = offset[rank + 1] - offset[rank]
+        first_span[rank] = span
+        stop = span + length
+        action[span:stop] = rows[offset[rank] : offset[rank + 1]]
+        start_s[span:stop] = swept.start_s[offset[rank] : offset[rank + 1]]
+        end_s[span:stop] = swept.end_s[offset[rank] : offset[rank + 1]]
+        ended = end_s[stop - 1] if length else 0.0
+        last, tail = offset[rank + 1] - 1 if length else -1, -1
         if tail_s[rank] > 0.0:
-            order[place[rank * _NUM_LANES + COMPUTE_LANE]] = num_nodes + rank
+            action[stop] = tails[rank]
+            start_s[stop], end_s[stop] = ended, ended + tail_s[rank]
+            ended, tail = end_s[stop], stop
+            stop += 1
+        if ended > latest:
+            latest, last_node, last_tail = ended, last, tail
+        lane_of[span:stop] = COMPUTE_LANE
+        sent = stop
+        for place in range(bounds[rank], bounds[rank + 1]):
+            message = order[place]
+            row = swept.message_row[message]
+            for column in range(6):
+                action[sent, column] = rows[row, column]
+            action[sent, KIND] = _SEND_F if rows[row, KIND] == _F else _SEND_B
+            start_s[sent], end_s[sent] = swept.start_s[num_rows + message], swept.end_s[num_rows + message]
+            span_of[message] = sent
+            sent += 1
+        lane_of[stop:sent] = SEND_LANE
+        rank_of[span:sent] = rank
+        span = sent
+    path = np.empty(count if trace else 0, np.int32)
+    length, node, rank = 0, last_node, 0
+    if trace:
+        if last_tail >= 0:
+            path[0], length = last_tail, 1
+        while node >= 0:
+            if node >= num_rows:
+                path[length] = span_of[node - num_rows]
+            else:
+                while node >= offset[rank + 1]:
+                    rank += 1
+                while node < offset[rank]:
+                    rank -= 1
+                path[length] = first_span[rank] + node - offset[rank]
+            length, node = length + 1, swept.before[node]
+    return rank_of, lane_of, action, start_s, end_s, path[:length][::-1].copy()
+
+
+@njit(cache=True)
+def _sent_by_rank(swept: Swept, num_rows: int, num_ranks: int) -> tuple[Ints, Ints]:
+    """Return the bounds of each rank's messages and the messages themselves, by start."""
+    bounds = np.zeros(num_ranks + 1, np.int32)
     for message in range(swept.num_messages):
-        node, row = num_rows + message, swept.message_row[message]
-        if swept.end_s[node] > swept.start_s[node]:
-            cell = placement[rows[row, REPLICA], rows[row, STAGE]] * _NUM_LANES + SEND_LANE
-            order[place[cell]] = node
-            place[cell] += 1
-    for cell in range(num_ranks * _NUM_LANES):
-        if cell % _NUM_LANES != COMPUTE_LANE:
-            _sort_by_start(order[bounds[cell] : bounds[cell + 1]], swept.start_s)
-    return order, bounds
+        bounds[swept.message_rank[message] + 1] += 1
+    for rank in range(num_ranks):
+        bounds[rank + 1] += bounds[rank]
+    place = bounds[:-1].copy()
+    order = np.empty(swept.num_messages, np.int32)
+    for message in range(swept.num_messages):
+        rank = swept.message_rank[message]
+        order[place[rank]] = message
+        place[rank] += 1
+    for rank in range(num_ranks):  # nearly sorted: links of one rank overtake each other by a message or two
+        for index in range(bounds[rank] + 1, bounds[rank + 1]):
+            message, at = order[index], index
+            start = swept.start_s[num_rows + message]
+            while at > bounds[rank] and swept.start_s[num_rows + order[at - 1]] > start:
+                order[at] = order[at - 1]
+                at -= 1
+            order[at] = message
+    return bounds, order
 
 
-@njit(cache=True)
-def _sort_by_start(nodes: Ints, start_s: Floats) -> None:
-    for place in range(1, len(nodes)):
-        if start_s[nodes[place]] < start_s[nodes[place - 1]]:
-            by_start = np.argsort(start_s[nodes], kind="mergesort")
-            nodes[:] = nodes[by_start]
-            return
+def graph_spans(schedule: Schedule, program: Program, solved: Solved, tail_s: Floats, *, trace: bool) -> Spans:
+    """Return the spans of a solved graph; those of a fused group divide its time by their own seconds."""
+    num_ranks = schedule.num_ranks
+    row_rank = np.repeat(np.arange(num_ranks), np.diff(program.offset))
+    shown = np.flatnonzero(solved.row_node >= 0)
+    ended = _last_compute(solved, row_rank, num_ranks)
+    tailed = np.flatnonzero(tail_s > 0.0)
+    sent = program.rows[solved.message_row].copy()
+    forward = np.isin(sent[:, KIND], (_F, _SEND_F))
+    sent[:, KIND], sent[:, FUSED] = np.where(forward, _SEND_F, _SEND_B), 0
+    rank = np.concatenate((row_rank[shown], solved.message_rank, tailed))
+    lane = np.concatenate((solved.row_lane[shown], np.full(len(sent), SEND_LANE), np.full(len(tailed), COMPUTE_LANE)))
+    action = np.concatenate((program.rows[shown], sent, _tail_actions(schedule)[tailed]))
+    start_s = np.concatenate((solved.row_start_s[shown], solved.start_s[solved.message_node], ended[0][tailed]))
+    end_s = np.concatenate((solved.row_end_s[shown], solved.end_s[solved.message_node], (ended[0] + tail_s)[tailed]))
+    num_nodes = len(solved.start_s)
+    node = np.concatenate((solved.row_node[shown], solved.message_node, num_nodes + tailed))
+    order = np.lexsort((np.arange(len(rank)), start_s, lane, rank))
+    rank, lane, action, node = rank[order], lane[order], action[order], node[order]
+    start_s, end_s = start_s[order], end_s[order]
+    path = np.zeros(0, np.int32)
+    if trace and len(order):
+        path = _graph_path(solved, node, end_s, ended[1])
+    return Spans(rank.astype(np.int32), lane.astype(np.int32), action, start_s, end_s, path)
 
 
-@njit(cache=True)
-def _tail_action(program: Program, rank: int, action: Ints) -> None:
-    """Write an optimizer step of the rank's first stage."""
-    action[:] = -1
-    action[KIND], action[REPLICA], action[5] = _OPT, 0, 0
-    for replica in range(program.placement.shape[0] - 1, -1, -1):
-        for stage in range(program.placement.shape[1] - 1, -1, -1):
-            if program.placement[replica, stage] == rank:
-                action[REPLICA], action[STAGE] = replica, stage
+def _last_compute(
+    solved: Solved, row_rank: npt.NDArray[np.int64], num_ranks: int
+) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """Return when each rank's compute ends, and the node that ends it, -1 for an idle rank."""
+    ended, node = np.zeros(num_ranks), np.full(num_ranks, -1, dtype=np.int64)
+    compute = np.flatnonzero((solved.row_node >= 0) & (solved.row_lane == COMPUTE_LANE))
+    node[row_rank[compute]] = solved.row_node[compute]  # rows are in order, the last one of a rank stays
+    ended[node >= 0] = solved.end_s[node[node >= 0]]
+    return ended, node
 
 
-@njit(cache=True)
-def _trace(swept: Swept, order: Ints, end_s: Floats, span_of: Ints, num_nodes: int) -> Ints:
-    node = order[np.argmax(end_s)]
-    path = np.empty(len(order), dtype=np.int32)
-    count = 0
+def _graph_path(
+    solved: Solved, node_of_span: npt.NDArray[np.int64], end_s: Floats, last: npt.NDArray[np.int64]
+) -> Ints:
+    num_nodes = len(solved.start_s)
+    span_of = np.full(num_nodes, -1, dtype=np.int64)
+    own = node_of_span < num_nodes
+    span_of[node_of_span[own][::-1]] = np.flatnonzero(own)[::-1]  # of several ranks in one reduction, the first
+    final = int(np.argmax(end_s))
+    path, node = [], int(node_of_span[final])
+    if node >= num_nodes:
+        path.append(final)
+        node = int(last[node - num_nodes])
     while node >= 0:
         if span_of[node] >= 0:
-            path[count] = span_of[node]
-            count += 1
-        node = swept.last[node - num_nodes] if node >= num_nodes else swept.before[node]
-    return path[:count][::-1].copy()
+            path.append(int(span_of[node]))
+        node = int(solved.before[node])
+    return np.array(path[::-1], dtype=np.int32)

@@ -6,8 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.schedules.schedule import Schedule
-from stagewright.planner.simulation.program import flatten
-from stagewright.planner.simulation.sweep import count_messages
+from stagewright.planner.simulation.program import count_messages, flatten
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.planner.simulation.versions import weight_copies
 
