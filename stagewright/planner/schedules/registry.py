@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 
 import numpy as np
-import numpy.typing as npt
 
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules import (
     breadth_first,
+    chimera,
     dapple,
     dualpipe,
     dualpipe_v,
@@ -27,14 +27,14 @@ from stagewright.planner.schedules import (
     terapipe,
     v_half,
     v_min,
+    wave,
     zb_h1,
     zb_h2,
     zb_v,
 )
-from stagewright.planner.schedules.action import Kind
-from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
-from stagewright.planner.schedules.schedule import KIND, STAGE, Orders, Schedule
+from stagewright.planner.schedules.peak import peak_activations
+from stagewright.planner.schedules.schedule import Schedule
 
 _FAMILIES: tuple[ScheduleFamily, ...] = (
     naive.FAMILY,
@@ -44,6 +44,8 @@ _FAMILIES: tuple[ScheduleFamily, ...] = (
     interleaved.FAMILY,
     breadth_first.FAMILY,
     gems.FAMILY,
+    chimera.FAMILY,
+    wave.FAMILY,
     zb_h1.FAMILY,
     zb_h2.FAMILY,
     interleaved_zb.FAMILY,
@@ -82,27 +84,6 @@ def generate(name: str, request: ScheduleRequest) -> Schedule:
     if request.memory_cap is not None:
         _check_cap(schedule, request)
     return schedule
-
-
-def peak_activations(schedule: Schedule, costs: StageCosts | None = None) -> npt.NDArray[np.float64]:
-    """Return the most live activations of each rank, freed at the end of W or B, shape [num_ranks].
-
-    Without costs a microbatch on one rank counts 1, which its chunks and slices divide. Sums depend on the orders
-    only, never on times.
-    """
-    activation = _equal_shares(schedule) if costs is None else costs.activation
-    return np.array([_peak(order, activation / schedule.num_slices) for order in schedule.orders])
-
-
-def _peak(order: Orders, activation: npt.NDArray[np.float64]) -> float:
-    sign = np.zeros(len(Kind))
-    sign[Kind.F], sign[Kind.B], sign[Kind.W] = 1.0, -1.0, -1.0
-    return float(np.cumsum(sign[order[:, KIND]] * activation[order[:, STAGE]]).max(initial=0.0))
-
-
-def _equal_shares(schedule: Schedule) -> npt.NDArray[np.float64]:
-    chunks = schedule.num_chunks / schedule.num_replicas
-    return np.full(schedule.num_stages, 1.0 / max(chunks, 1.0))
 
 
 def _check_cap(schedule: Schedule, request: ScheduleRequest) -> None:

@@ -1,0 +1,86 @@
+"""Hanayo's wave pipeline: W waves over the ranks, v = 2 W chunks folded like a W, one copy of the weights.
+
+Stage s runs down the ranks, turns around on the last one without a hop, runs up, turns on the first one, and so on: the
+two directions of Chimera without its second replica. Backwards go first, forwards fill; microbatches keep their order.
+
+For T = D and B = F idle over total is (D - 1) / (2 W T + D - 1), and a rank holds at most min(T, D) activations; for B = 2 F
+the same rule gives 0.333 / 0.213 / 0.119 for 1, 2 and 4 waves on 4 ranks. A wave has 2 W (D - 1) messages of a microbatch
+in each direction, where a loop over as many chunks has 2 W D - 1.
+
+Paper: Liu et al., Hanayo: Harnessing Wave-like Pipeline Parallelism for Enhanced Large Model Training Efficiency, SC 2023.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
+from stagewright.planner.schedules.list_scheduling import (
+    BACKWARD,
+    FORWARD,
+    Chains,
+    Rule,
+    chains_of,
+    decode,
+    loose_rule,
+    orders_of,
+)
+from stagewright.planner.schedules.schedule import Schedule, wave_placement
+from stagewright.planner.schedules.sizes import check_placement, costs_of, require, sizes_of
+
+
+def wave(request: ScheduleRequest) -> Schedule:
+    """Return the backward-first order on the waves, at most D activations on a rank."""
+    waves = _num_waves(request)
+    sizes = sizes_of(request, "wave", default_chunks=2 * waves, least_chunks=2 * waves, most_chunks=2 * waves)
+    placement = wave_placement(sizes.num_ranks, sizes.num_chunks)
+    check_placement(request, placement, "wave")
+    chains = chains_of(
+        placement,
+        costs_of(request, sizes),
+        sizes.num_microbatches,
+        latency_s=request.latency_s,
+        is_split=False,
+        held=np.ones(sizes.num_stages),
+    )
+    rule = backward_first(chains)._replace(cap=np.full(sizes.num_ranks, float(sizes.num_stages)))
+    words = decode(chains, rule)
+    return Schedule("wave", sizes.num_microbatches, placement, orders_of(chains, words, 1), parameters={"waves": waves})
+
+
+def backward_first(chains: Chains) -> Rule:
+    """Return the rule that takes the oldest backward, else the oldest forward."""
+    rule = loose_rule(chains)
+    period_s = float(chains.seconds.sum())
+    target_s = np.zeros_like(chains.seconds)
+    target_s[FORWARD] = period_s * (int(chains.units.max()) * chains.fan + 1)
+    target_s[BACKWARD] = 0.0
+    return rule._replace(target_s=target_s, period_s=period_s)
+
+
+def _num_waves(request: ScheduleRequest) -> int:
+    chunks = request.num_chunks
+    if request.num_waves is None:
+        require(
+            chunks is None or (chunks % 2 == 0 and chunks >= 2),
+            f"wave folds its chunks in pairs: an even number, {chunks} were asked for",
+            field="num_chunks",
+        )
+        return 1 if chunks is None else chunks // 2
+    require(request.num_waves >= 1, f"num_waves is {request.num_waves}, it must be at least 1", field="num_waves")
+    require(
+        chunks is None or chunks == 2 * request.num_waves,
+        f"{request.num_waves} waves have {2 * request.num_waves} chunks on a rank, {chunks} were asked for",
+        field="num_chunks",
+    )
+    return request.num_waves
+
+
+FAMILY = ScheduleFamily(
+    "wave",
+    "Liu et al., Hanayo: Harnessing Wave-like Pipeline Parallelism for Enhanced Large Model Training Efficiency, SC 2023",
+    wave,
+    aliases=("hanayo",),
+    default_chunks=2,
+    constraint="v = 2 W, a wave is a pass down and a pass up the ranks",
+)
