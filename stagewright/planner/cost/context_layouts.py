@@ -254,11 +254,13 @@ def context_split_s(
     group: NodeGroup,
     *,
     head_first: bool = True,
+    attention_s: float = 0.0,
     element_bytes: float = 2.0,
 ) -> float:
-    """Return the transfer seconds of one layer forward and backward without overlap.
+    """Return the visible transfer seconds of one layer, forward and backward.
 
-    `head_first` puts the exchange of heads on adjacent devices and the ring at distance u; context-first the reverse
+    The ring hides under `attention_s`, a device's attention in both passes; the exchange of heads hides under nothing.
+    `head_first` puts the exchange on adjacent devices and the ring at distance u; context-first is the reverse
     (LoongTrain, Gu et al. 2024).
     """
     degree = ulysses * ring
@@ -268,18 +270,23 @@ def context_split_s(
     exchange_s = 4 * collective_s("all-to-all", local, heads) + 4 * collective_s(
         "all-to-all", local * sizes.kv_share, heads
     )
-    # Two shifts forward, four backward, of one tensor each.
+    # Two tensors a hop forward, four backward.
     shift_s = neighbour_s(2 * local * sizes.kv_share, around) if ring > 1 else 0.0
-    return exchange_s + 3 * (ring - 1) * shift_s
+    return exchange_s + max(0.0, 3 * (ring - 1) * shift_s - attention_s)
 
 
 def best_context_split(
-    sizes: AttentionSizes, degree: int, group: NodeGroup, *, kv_heads: int | None = None
+    sizes: AttentionSizes, degree: int, group: NodeGroup, *, kv_heads: int | None = None, attention_s: float = 0.0
 ) -> ContextSplit:
-    """Return the u x r = P with the shortest transfers on the links; u divides the key-value heads (all heads by default)."""
+    """Return the u x r = P with the shortest visible transfers on the links; u divides the key-value heads."""
     limit = kv_heads or sizes.heads
     candidates = [
-        ContextSplit(u, degree // u, head_first, context_split_s(sizes, u, degree // u, group, head_first=head_first))
+        ContextSplit(
+            u,
+            degree // u,
+            head_first,
+            context_split_s(sizes, u, degree // u, group, head_first=head_first, attention_s=attention_s),
+        )
         for u in range(1, degree + 1)
         if degree % u == 0 and limit % u == 0
         for head_first in (True, False)

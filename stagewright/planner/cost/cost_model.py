@@ -260,6 +260,7 @@ class CostModel:
             architecture=self._architecture,
             expert_imbalance=self.job.expert_imbalance,
             profile_element_bytes=activation_bytes(self.profile.dtype),
+            operand_bytes=1.0 if self.job.precision == "fp8" else None,
         )
 
     def _make_table(self, degrees: Degrees, microbatch: int, group: NodeGroup) -> LayerTable:
@@ -322,6 +323,7 @@ class CostModel:
             dense_parameters=dense,
             expert_parameters=expert,
             optimizer_s=self._optimizer_s(values, index, dense + expert, roofline),
+            logits_bytes=none * column([float(self.profile.classes[name].kind == "loss") for name in names]),
             model_flops=column([cost.model_flops for cost in values]),
             link_bytes={
                 name: column([cost.link_bytes.get(name, 0.0) for cost in values])

@@ -235,7 +235,7 @@ def routed_bytes(operator: Operator, setting: Setting, options: CostOptions) -> 
     """Return the bytes that one device sends to experts: k copies of each of its tokens, or cf k with a capacity."""
     tokens = setting.tokens(operator) / setting.degrees.tp
     copies = max(setting.architecture.experts_per_token, 1) * (options.expert_capacity or setting.expert_imbalance)
-    return tokens * copies * operator.output_features * setting.element_bytes
+    return tokens * copies * operator.output_features * setting.product_bytes
 
 
 def attended_positions(operator: Operator, setting: Setting) -> float:

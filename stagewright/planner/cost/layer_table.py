@@ -34,6 +34,7 @@ class LayerTable:
     dense_parameters, expert_parameters : parameters on one device before ZeRO.
     optimizer_s : optimizer step of the device's parameters before ZeRO divides it.
     model_flops : forward matrix-product FLOP of the whole layer for this microbatch, over all its devices.
+    logits_bytes : the part of the kept bytes that is logits, the same at every level.
     link_bytes : bytes one device sends for one microbatch, by "operation/group", each [L].
     source : the worst provenance among the numbers used.
     """
@@ -50,5 +51,6 @@ class LayerTable:
     expert_parameters: Floats
     optimizer_s: Floats
     model_flops: Floats
+    logits_bytes: Floats = field(default_factory=lambda: np.zeros(0))
     link_bytes: Mapping[str, Floats] = field(default_factory=dict)
     source: Source = Source.ANALYTIC

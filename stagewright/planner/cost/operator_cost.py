@@ -25,7 +25,6 @@ _ENGINES: Mapping[str, Engine] = {
     "matmul": "matmul",
     "convolution": "matmul",
     "router": "matmul",
-    "attention": "attention",
 }
 
 
@@ -38,6 +37,7 @@ class Setting:
     sequence_length : of the job; an operator with its own `tokens_per_sample` ignores it.
     element_bytes : bytes of an activation.
     profile_element_bytes : bytes of an activation in the operators' own byte counts.
+    operand_bytes : bytes of an operand of a matrix product, where they are narrower (FP8); `element_bytes` when None.
     expert_imbalance : work of the busiest expert device over the mean.
     """
 
@@ -48,6 +48,12 @@ class Setting:
     architecture: Architecture
     expert_imbalance: float = 1.0
     profile_element_bytes: float = 2.0
+    operand_bytes: float | None = None
+
+    @property
+    def product_bytes(self) -> float:
+        """Bytes of one operand of a matrix product."""
+        return self.element_bytes if self.operand_bytes is None else self.operand_bytes
 
     def divisor(self, axes: Sequence[Axis]) -> float:
         """Return the product of the degrees that `axes` name; routed experts divide by tp, whatever their shape."""
@@ -137,7 +143,7 @@ def work(operator: Operator, setting: Setting) -> Work:
 
 def phase_seconds(operator: Operator, size: Work, roofline: Roofline) -> PhaseSeconds:
     """Return the seconds of each phase; a gradient phase runs its factor's multiple of the forward's FLOP and bytes."""
-    engine = "matmul" if operator.materialised else _ENGINES.get(operator.kind, "vector")
+    engine = _engine(operator)
     input_factor, weight_factor = gradient_factors(operator)
 
     def seconds(factor: float) -> float:
@@ -146,6 +152,12 @@ def phase_seconds(operator: Operator, size: Work, roofline: Roofline) -> PhaseSe
         return roofline.seconds(engine, size.flops * factor, size.moved_bytes * factor, num_groups=size.num_groups)
 
     return PhaseSeconds(seconds(1.0), seconds(input_factor), seconds(weight_factor))
+
+
+def _engine(operator: Operator) -> Engine:
+    if operator.kind == "attention":
+        return "batched" if operator.materialised else "attention"
+    return _ENGINES.get(operator.kind, "vector")
 
 
 def gradient_factors(operator: Operator) -> tuple[float, float]:
@@ -183,6 +195,7 @@ def _product_bytes(operator: Operator, setting: Setting, tokens: float, imbalanc
     written *= LOGIT_BYTES if operator.fp32_output else element
     if operator.kind not in WEIGHTED_KINDS or not operator.inner_features:
         return _Product(0.0, written, groups)
-    weights = operator.inner_features * operator.output_features * groups / divisor * element
-    read = rows * operator.inner_features / (divisor if operator.exits else 1.0) * element
+    operand = setting.product_bytes
+    weights = operator.inner_features * operator.output_features * groups / divisor * operand
+    read = rows * operator.inner_features / (divisor if operator.exits else 1.0) * operand
     return _Product(read + weights + written, written, groups)

@@ -8,6 +8,7 @@ slowest (Ho et al. 2013), so passing hiccups of different workers do not add up.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +43,8 @@ def iteration_ends(compute_s: Floats, exchange_s: float, *, staleness: int | Non
 
 def mean_iteration_s(compute_s: Floats, exchange_s: float, *, staleness: int | None = 0) -> float:
     """Return the seconds of one iteration in the mean until the last worker is done."""
-    last_s: float = iteration_ends(compute_s, exchange_s, staleness=staleness)[-1].max().item()
+    ends = iteration_ends(compute_s, exchange_s, staleness=staleness)
+    last_s = float(np.max(ends[-1]))
     return last_s / len(compute_s)
 
 
@@ -58,7 +60,7 @@ def traffic_bytes(parameter_bytes: float) -> float:
 
 def learning_rate(base: float, *, base_batch: int, batch: int, rule: str = "linear") -> float:
     """Return the rate for another global batch: in proportion (Goyal et al. 2017), or to its root for Adam."""
-    factors = {"linear": batch / base_batch, "root": (batch / base_batch) ** 0.5, "none": 1.0}
+    factors = {"linear": batch / base_batch, "root": sqrt(batch / base_batch), "none": 1.0}
     if rule not in factors:
         raise InvalidArgument(f"there is no rule {rule!r}", field="rule", hint=f"known: {', '.join(factors)}")
     return base * factors[rule]

@@ -18,7 +18,9 @@ from typing import Literal
 from stagewright.planner.documents.cluster import Device, DType, EfficiencyPoint
 from stagewright.planner.errors import InvalidArgument
 
-Engine = Literal["matmul", "attention", "vector"]
+Engine = Literal["matmul", "batched", "attention", "vector"]
+
+NARROW: tuple[DType, ...] = ("fp8", "fp4", "int8")
 
 _DEFAULT_SHARE = 1.0
 
@@ -57,10 +59,12 @@ class Roofline:
 
     Parameters
     ----------
-    matmul_flops, vector_flops : peak FLOP per second of matrix and of elementwise units.
+    matmul_flops, attention_flops, vector_flops : peak FLOP per second of products, of attention and of elementwise
+        units. Below 16 bits attention stays in bf16, as in Transformer Engine and DeepSeek-V3.
     """
 
     matmul_flops: float
+    attention_flops: float
     vector_flops: float
     bytes_per_s: float
     launch_s: float
@@ -74,6 +78,7 @@ class Roofline:
         attention = device.attention_efficiency or device.matmul_efficiency
         return cls(
             matmul_flops=peak_flops(device, precision),
+            attention_flops=peak_flops(device, "bf16" if precision in NARROW else precision),
             vector_flops=device.flops.get("fp32", peak_flops(device, precision)),
             bytes_per_s=device.memory_bytes_per_s,
             launch_s=device.launch_s,
@@ -95,7 +100,11 @@ class Roofline:
     def _rate(self, engine: Engine, flops: float) -> float:
         if engine == "vector":
             return self.vector_flops
-        return self.matmul_flops * (self.matmul if engine == "matmul" else self.attention)(flops)
+        if engine == "attention":
+            return self.attention_flops * self.attention(flops)
+        if engine == "batched":
+            return self.attention_flops * self.matmul(flops)
+        return self.matmul_flops * self.matmul(flops)
 
 
 _WIDER: dict[DType, tuple[DType, ...]] = {
