@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from stagewright.api.resources import ValidationReport
 from stagewright.api.tasks import TaskFunction
 from stagewright.planner.documents.request import PlanRequest
 
@@ -19,8 +20,9 @@ class Backend:
     ----------
     solve : in a solver process, from a PlanRequest to a PlanOutcome, both as JSON.
     simulate : in the desk's process, from a SimulationRequest to the prediction and the timeline.
-    validate : in the desk's process, from a ValidationRequest to its violations.
+    validate : in the desk's process, from a ValidationRequest that holds a plan to its violations.
     check : in the server, raises StagewrightError for a request whose names mean nothing; must be quick.
+    review : in the server, all that is wrong with a request as parsed JSON; must be quick.
     catalog : by name (gpus, models, clusters, schedules), the entries that pickers show.
     modules : what a process imports before its first task.
     versions : what an answer depends on besides the request; part of the cache's key.
@@ -30,6 +32,7 @@ class Backend:
     simulate: TaskFunction
     validate: TaskFunction
     check: Callable[[PlanRequest], None]
+    review: Callable[[object], ValidationReport]
     catalog: Mapping[str, Callable[[], Sequence[CatalogEntry]]]
     modules: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from stagewright import __version__
 from stagewright.api import planning_tasks
 from stagewright.api.backend import Backend, CatalogEntry
 from stagewright.api.names import check_request
+from stagewright.api.validation import request_report
 from stagewright.planner.catalog import cluster_entries, device_entries, model_entries
 from stagewright.planner.schedules.registry import families
 
@@ -22,6 +23,7 @@ def default_backend(*, max_devices: int) -> Backend:
         simulate=planning_tasks.simulate,
         validate=planning_tasks.validate,
         check=partial(check_request, max_devices=max_devices),
+        review=partial(request_report, max_devices=max_devices),
         catalog={"gpus": _gpus, "models": _models, "clusters": _clusters, "schedules": _schedules},
         modules=planning_tasks.HEAVY_MODULES,
         versions={"stagewright": __version__},

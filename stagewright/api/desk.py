@@ -13,6 +13,8 @@ from stagewright.api.tasks import Answer, Refusal, Task, TaskFunction
 
 _LOG = logging.getLogger(__name__)
 
+_START_S = 120.0
+
 
 class Desk:
     """One process, one task at a time, those who wait in turn."""
@@ -37,13 +39,12 @@ class Desk:
     def answer(self, function: TaskFunction, argument: str) -> str:
         """Return what `function(argument, context)` returns; raises Problem when it refuses, fails or takes too long.
 
-        A process that dies is replaced once: it may have died before this task came.
+        A process that dies is replaced once: it may have died before this task came. Its start is not counted.
         """
-        end = time.monotonic() + self._timeout_s
         if not self._turn.acquire(timeout=self._timeout_s):
             raise Problem("not-ready", "too many simulations at once", headers={"Retry-After": "1"})
         try:
-            reply = self._reply_of_two(Task(function, argument, self._timeout_s), end)
+            reply = self._reply_of_two(Task(function, argument, self._timeout_s))
         except ProcessDied as error:
             self._drop()
             raise Problem("internal", f"the simulation's process died: {error}") from error
@@ -55,21 +56,24 @@ class Desk:
             _LOG.error("a task failed: %s\n%s", reply.message, reply.traceback)
         raise problem_of_refusal(reply)
 
-    def _reply_of_two(self, task: Task, end: float) -> Answer | Refusal:
+    def _reply_of_two(self, task: Task) -> Answer | Refusal:
         try:
-            return self._reply(task, end)
+            return self._reply(task)
         except ProcessDied:
             self._drop()
-            return self._reply(task, end)
+            return self._reply(task)
 
-    def _reply(self, task: Task, end: float) -> Answer | Refusal:
+    def _reply(self, task: Task) -> Answer | Refusal:
         process = self._open()
-        if process.wait_ready(end - time.monotonic()):
-            process.start(task)
-            while (left := end - time.monotonic()) > 0:
-                reply = process.next_reply(left)
-                if isinstance(reply, Answer | Refusal):
-                    return reply
+        if not process.wait_ready(_START_S):
+            self._drop()
+            raise Problem("not-ready", "the simulator does not start")
+        process.start(task)
+        end = time.monotonic() + task.deadline_s
+        while (left := end - time.monotonic()) > 0:
+            reply = process.next_reply(left)
+            if isinstance(reply, Answer | Refusal):
+                return reply
         self._drop()
         raise Problem("task-timeout", f"not done after {self._timeout_s:g} s", hint="a smaller plan takes less")
 

@@ -30,7 +30,7 @@ _POLL_S = 0.05
 _LOOK_S = 0.5
 _WATCH_S = 0.25
 _START_S = 120.0
-_RESTART_PAUSE_S = 1.0
+_RESTART_PAUSE_S = 0.3
 
 
 @dataclass(frozen=True)

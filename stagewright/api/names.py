@@ -58,17 +58,17 @@ def cluster_of(cluster: object) -> Cluster:
 def check_request(request: PlanRequest, *, max_devices: int) -> None:
     """Raise StagewrightError, its field a path in the request, for names that mean nothing and parts that do not fit."""
     profile, cluster = profile_of(request.model), cluster_of(request.cluster)
+    check_fit(request, profile, cluster, max_devices=max_devices)
+
+
+def check_fit(request: PlanRequest, profile: ModelProfile, cluster: Cluster, *, max_devices: int) -> None:
+    """Raise StagewrightError when the request asks for more than there is, or pins what contradicts itself."""
     if cluster.num_devices > max_devices:
         raise InvalidArgument(
             f"cluster {cluster.name} has {cluster.num_devices} devices, this server plans for at most {max_devices}",
             field="cluster",
             hint="the server's setting STAGEWRIGHT_MAX_DEVICES raises it",
         )
-    check_fit(request, profile, cluster)
-
-
-def check_fit(request: PlanRequest, profile: ModelProfile, cluster: Cluster) -> None:
-    """Raise StagewrightError when the request asks for more than the cluster has, or pins what contradicts itself."""
     devices = request.devices or cluster.num_devices
     if devices > cluster.num_devices:
         raise InvalidArgument(

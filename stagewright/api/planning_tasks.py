@@ -62,11 +62,10 @@ def simulate(argument: str, _context: TaskContext) -> str:
 
 
 def validate(argument: str, _context: TaskContext) -> str:
-    """Return the ValidationReport of a ValidationRequest, both as JSON."""
-    from stagewright.api.validation import report
+    """Return the ValidationReport of a ValidationRequest that holds a plan, both as JSON."""
+    from stagewright.api.validation import plan_report
 
-    value = json.loads(argument)
-    return canonical_json(report(value).model_dump(mode="json"))
+    return canonical_json(plan_report(json.loads(argument)).model_dump(mode="json"))
 
 
 def memory_limits(plan: Plan) -> list[float]:

@@ -22,6 +22,8 @@ from stagewright.api.tasks import Answer, Ready, Refusal, Reply, Stop, Task
 from stagewright.planner.documents.outcome import Progress
 from stagewright.planner.errors import StagewrightError
 
+# Each process has one solve and one thread: as many processes as cores, and no more threads than cores.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 _POLL_INTERVAL_S = 0.005
 _REPORT_INTERVAL_S = 0.1
 
@@ -32,6 +34,8 @@ def work(connection: Connection[Reply, Task | Stop], modules: Sequence[str], mem
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
     if memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    for variable in _THREAD_VARIABLES:
+        os.environ.setdefault(variable, "1")
     for module in modules:
         importlib.import_module(module)
     try:
@@ -75,7 +79,9 @@ class _Context:
         if now - self._reported_at < _REPORT_INTERVAL_S and progress.phase == self._phase:
             return
         self._reported_at, self._phase = now, progress.phase
-        self._connection.send(replace(progress, incumbent_s=_finite(progress.incumbent_s), bound_s=_finite(progress.bound_s)))
+        self._connection.send(
+            replace(progress, incumbent_s=_finite(progress.incumbent_s), bound_s=_finite(progress.bound_s))
+        )
 
     def should_stop(self) -> bool:
         now = time.monotonic()

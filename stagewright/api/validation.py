@@ -1,4 +1,8 @@
-"""What is wrong with a request or a plan, as a list: an answer for forms and for CI, never an exception."""
+"""What is wrong with a request or a plan, as a list: an answer for forms and for CI, never an exception.
+
+Requests are read in the server, so that a form is answered while a simulation runs; plans are simulated, in the desk's
+process, which is why the simulator is imported only there.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ from stagewright.api.requests import plan_request, read_cluster, read_model
 from stagewright.api.resources import ValidationReport, Violation
 from stagewright.planner.documents import Cluster, ModelProfile, Plan
 from stagewright.planner.errors import StagewrightError
-from stagewright.planner.prediction import evaluate
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -20,15 +23,29 @@ T = TypeVar("T")
 _GIB = 2.0**30
 
 
-def report(value: Mapping[str, object]) -> ValidationReport:
-    """Return what is wrong with the request or the plan that parsed JSON holds."""
+def request_report(value: object, *, max_devices: int) -> ValidationReport:
+    """Return what is wrong with the planning request that parsed JSON holds; quick, and without the solver."""
+    if not isinstance(value, Mapping):
+        return _failed(Problem("invalid-document", f"request is a {type(value).__name__}, an object is wanted"))
     try:
-        request = value.get("request")
-        if isinstance(request, dict):
-            return _request_report(request)
-        if "plan" in value:
-            return _plan_report(value)
-        raise Problem("invalid-document", "give either request or plan")
+        request = plan_request(value, prefix="/request")
+    except Problem as problem:
+        return _failed(problem)
+    found: list[Violation] = []
+    profile = _resolved(profile_of, request.model, "/request/model", found)
+    cluster = _resolved(cluster_of, request.cluster, "/request/cluster", found)
+    if profile is not None and cluster is not None:
+        try:
+            check_fit(request, profile, cluster, max_devices=max_devices)
+        except StagewrightError as error:
+            found.append(_violation(error, f"/request{pointer_of(error.field or '')}"))
+    return ValidationReport(valid=not found, violations=found, summary=_summary(profile, cluster))
+
+
+def plan_report(value: Mapping[str, object]) -> ValidationReport:
+    """Return what is wrong with the plan that a ValidationRequest holds."""
+    try:
+        return _plan_report(value)
     except Problem as problem:
         return _failed(problem)
     except StagewrightError as error:
@@ -49,6 +66,8 @@ def plan_violations(plan: Plan, profile: ModelProfile) -> list[Violation]:
             f"{plan.stages[0].degrees.dp} = {samples}, the job's global_batch is {plan.job.global_batch}"
         )
         found.append(Violation(code="batch", message=message, pointer="/plan/schedule/num_microbatches"))
+    from stagewright.planner.prediction import evaluate
+
     try:
         peaks = evaluate(plan, profile).prediction.peak_memory_bytes
     except StagewrightError as error:
@@ -62,28 +81,6 @@ def plan_violations(plan: Plan, profile: ModelProfile) -> list[Violation]:
             )
             found.append(Violation(code="memory", message=message, pointer="/plan/stages"))
     return found
-
-
-def _request_report(value: Mapping[str, object]) -> ValidationReport:
-    request = plan_request(value, prefix="/request")
-    found: list[Violation] = []
-    profile = _resolved(profile_of, request.model, "/request/model", found)
-    cluster = _resolved(cluster_of, request.cluster, "/request/cluster", found)
-    summary: dict[str, object] = {}
-    if profile is not None:
-        summary |= {
-            "model": profile.name,
-            "num_layers": profile.num_layers,
-            "num_parameters": profile.num_parameters,
-        }
-    if cluster is not None:
-        summary |= {"cluster": cluster.name, "num_devices": cluster.num_devices, "groups": _groups(cluster)}
-    if profile is not None and cluster is not None:
-        try:
-            check_fit(request, profile, cluster)
-        except StagewrightError as error:
-            found.append(_violation(error, f"/request{pointer_of(error.field or '')}"))
-    return ValidationReport(valid=not found, violations=found, summary=summary)
 
 
 def _plan_report(value: Mapping[str, object]) -> ValidationReport:
@@ -128,6 +125,19 @@ def _failed(problem: Problem) -> ValidationReport:
     ]
     whole = Violation(code=problem.kind, message=problem.detail, hint=problem.hint)
     return ValidationReport(valid=False, violations=listed or [whole])
+
+
+def _summary(profile: ModelProfile | None, cluster: Cluster | None) -> dict[str, object]:
+    summary: dict[str, object] = {}
+    if profile is not None:
+        summary |= {
+            "model": profile.name,
+            "num_layers": profile.num_layers,
+            "num_parameters": profile.num_parameters,
+        }
+    if cluster is not None:
+        summary |= {"cluster": cluster.name, "num_devices": cluster.num_devices, "groups": _groups(cluster)}
+    return summary
 
 
 def _groups(cluster: Cluster) -> list[dict[str, object]]:

@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.api.postgres import private_postgres
+
 FAKE_SERVER = Path(__file__).parent / "fake_server.py"
 
 
@@ -123,6 +125,13 @@ def _wait_ready(server: Server) -> None:
             pass
         time.sleep(0.05)
     raise AssertionError("the server never became ready")
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A private PostgreSQL server; skips where it is not installed."""
+    with private_postgres(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from stagewright.api.backend import Backend
+from stagewright.api.resources import ValidationReport
 from stagewright.planner.documents import Plan
 from stagewright.planner.documents.document import canonical_json
 from stagewright.planner.documents.outcome import PlanOutcome, Progress
@@ -127,11 +128,16 @@ def check(request: PlanRequest) -> None:
         raise InvalidArgument(f"there is no model {request.model!r}", field="model", hint="did you mean gpt2?")
 
 
+def review(value: object) -> ValidationReport:
+    return ValidationReport(valid=True, violations=[])
+
+
 FAKES = Backend(
     solve=solve,
     simulate=simulate,
     validate=validate,
     check=check,
+    review=review,
     catalog={name: lambda: [{"name": "gpt2"}] for name in ("gpus", "models", "clusters", "schedules")},
     versions={"stagewright": "fake"},
 )

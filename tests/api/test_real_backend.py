@@ -103,9 +103,8 @@ def test_what_does_not_fit_together_is_refused_at_once(
     assert any(error["pointer"].startswith(pointer) for error in document["errors"]), document
     assert word in json.dumps(document)
     report = real.http.post("/v1/validations", json={"request": QUESTION | change}).json()
-    if word != "131072":  # a limit of this server, which a validation does not speak of
-        assert not report["valid"], report
-        assert any((item["pointer"] or "").startswith(f"/request{pointer}") for item in report["violations"]), report
+    assert not report["valid"], report
+    assert any((item["pointer"] or "").startswith(f"/request{pointer}") for item in report["violations"]), report
 
 
 def test_a_validation_of_a_good_request_says_what_it_understood(real: Server) -> None:
@@ -169,11 +168,11 @@ from stagewright.api.composition import default_backend
 from stagewright.api.settings import load_settings
 backend = default_backend(max_devices=8)
 create_app(load_settings(database_url='sqlite:////nowhere.db'), backend)
-server = {'torch', 'numba'} & set(sys.modules)
+server = 'torch' in sys.modules
 import stagewright.api.solver_worker
 for module in backend.modules:
     importlib.import_module(module)
 print(server, 'torch' in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "set() False", done.stdout + done.stderr
+    assert done.stdout.strip() == "False False", done.stdout + done.stderr

@@ -12,7 +12,6 @@ from stagewright.api import database
 from stagewright.api.lifecycle import Ending, Failure, State
 from stagewright.api.store import NewPlan, PlanFilter, Store
 from stagewright.planner.documents.outcome import PlanOutcome, Progress
-from tests.api.postgres import private_postgres
 
 
 class Clock:
@@ -24,13 +23,10 @@ class Clock:
 
 
 @pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("store")
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     if request.param == "sqlite":
-        yield f"sqlite:///{folder / 'service.db'}"
-    else:
-        with private_postgres(folder) as server:
-            yield server
+        return f"sqlite:///{tmp_path_factory.mktemp('store') / 'service.db'}"
+    return str(request.getfixturevalue("postgres_url"))
 
 
 @pytest.fixture

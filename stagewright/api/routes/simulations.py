@@ -39,7 +39,7 @@ async def simulate(request: Request) -> Response:
 @ROUTER.post(
     "/v1/validations",
     response_model=ValidationReport,
-    responses=problems(413, 503),
+    responses=problems(413, 422, 503),
     openapi_extra=body_of(ValidationRequest),
     dependencies=[Depends(may("read"))],
 )
@@ -47,6 +47,11 @@ async def validate(request: Request) -> Response:
     """Say what is wrong with a planning request or a plan; a wrong one is an answer, not an error."""
     service: Service = request.app.state.service
     value = await read_object(request)
+    if ("request" in value) == ("plan" in value):
+        raise Problem("invalid-document", "give either request or plan", hint="with a plan, give its model too")
+    if "request" in value:
+        report = await run_in_threadpool(service.backend.review, value["request"])
+        return Response(report.model_dump_json(), media_type="application/json")
     answer = await run_in_threadpool(service.desk.answer, service.backend.validate, canonical_json(value))
     return Response(answer, media_type="application/json")
 
