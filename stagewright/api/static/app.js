@@ -71,8 +71,9 @@ function showProgress(resource) {
   state.resource = resource;
   if (resource.result) return;
   const { progress } = resource;
+  byId("keep").disabled = progress === null || progress.incumbent_s === null || resource.cancel_requested !== null;
   const bar = byId("progress-bar");
-  byId("progress-phase").textContent = resource.state === "queued" ? "Waiting for a solver" : progress ? capital(progress.phase) : "Reading the question";
+  byId("progress-phase").textContent = resource.state === "queued" ? "Waiting for a solver" : progress ? capital(progress.phase) : "Starting the search";
   if (!progress) {
     bar.removeAttribute("value");
     return;
@@ -94,6 +95,7 @@ function show(name) {
     byId("progress-numbers").replaceChildren();
     byId("progress-bar").removeAttribute("value");
     byId("progress-phase").textContent = "Waiting for a solver";
+    byId("keep").disabled = true;
   }
 }
 
@@ -101,7 +103,6 @@ function show(name) {
 function setRunning(running) {
   byId("plan").disabled = running;
   byId("plan").textContent = running ? "Planning …" : "Plan";
-  byId("keep").hidden = byId("discard").hidden = !running;
 }
 
 /** @param {"incumbent" | "discard"} mode */
