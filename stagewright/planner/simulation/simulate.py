@@ -26,9 +26,10 @@ from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.schedule import FUSED, KIND, MICROBATCH, SLICE, STAGE, Schedule, WeightPolicy
-from stagewright.planner.simulation.chain_sweep import Hops, Swept, is_chain, sweep_chain
+from stagewright.planner.simulation.chain_sweep import Hops, Swept, count_timed_messages, is_chain, sweep_chain
 from stagewright.planner.simulation.deadlock import explain_deadlock
 from stagewright.planner.simulation.event_graph import Costed, Solved, solve
+from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.memory import (
     Ledger,
     SideEvents,
@@ -38,7 +39,7 @@ from stagewright.planner.simulation.memory import (
     sort_events,
 )
 from stagewright.planner.simulation.network import Collectives, Links, Memory, Shares, spread
-from stagewright.planner.simulation.program import Program, count_messages, flatten
+from stagewright.planner.simulation.program import Program, flatten
 from stagewright.planner.simulation.spans import chain_spans, graph_spans
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.planner.simulation.versions import weight_versions
@@ -66,7 +67,7 @@ def simulate(
     """
     links, memory = links or Links(), memory or Memory()
     tails = spread("tail_s", tail_s, (schedule.num_ranks,))
-    timed = _time(schedule, costs, links, collectives or Collectives(), shares or Shares())
+    timed = _time(schedule, costs, links, collectives or Collectives(), shares or implied_shares(schedule))
     times_s, values = _memory(schedule, timed, links, memory, costs)
     if isinstance(timed.result, Swept):
         spans = chain_spans(schedule, timed.program, timed.result, tails, trace=trace)
@@ -104,7 +105,7 @@ def action_times(
 
     Raises as `simulate` does.
     """
-    timed = _time(schedule, costs, links or Links(), collectives or Collectives(), shares or Shares())
+    timed = _time(schedule, costs, links or Links(), collectives or Collectives(), shares or implied_shares(schedule))
     return timed.start_s, timed.end_s
 
 
@@ -148,7 +149,7 @@ def _time(schedule: Schedule, costs: StageCosts, links: Links, collectives: Coll
             work.size_share,
             work.size_factor,
             work.scaled,
-            int(count_messages(program, False)) if (hops.latency_s.any() or hops.occupied_s.any()) else 0,
+            count_timed_messages(program, hops),
         )
         if (swept.position < program.offset[1:]).any():
             raise explain_deadlock(schedule, (swept.position - program.offset[:-1]).tolist())
