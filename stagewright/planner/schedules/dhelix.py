@@ -29,7 +29,8 @@ Floats = npt.NDArray[np.float64]
 
 def dhelix(request: ScheduleRequest) -> Schedule:
     """Return the folded order with fused pairs."""
-    return replace(dualpipe_v(request), name="dhelix")
+    fused = replace(request, parameters={"fused": 1, **request.parameters})
+    return replace(dualpipe_v(fused), name="dhelix")
 
 
 def paired_s(forward_s: Sequence[float], backward_s: Sequence[float], pair_s: Floats) -> float:
