@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from stagewright.planner.cost import legality as rules
-from stagewright.planner.cost.communication import collective_s, message_s
+from stagewright.planner.cost.communication import collective_s
 from stagewright.planner.cost.data_parallel import ReplicaTraffic, replica_traffic
-from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder, GroupShape, link_between
+from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder, GroupShape, Tier, widest_link
 from stagewright.planner.cost.layer_cost import LayerCost, analytic_cost
 from stagewright.planner.cost.layer_table import Floats, LayerTable
 from stagewright.planner.cost.measured_cost import measured_cost, worst_source
@@ -31,6 +32,8 @@ from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import LayerClass, ModelProfile
 from stagewright.planner.errors import InvalidArgument
 
+Ints = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Boundary:
@@ -44,6 +47,8 @@ class Boundary:
         return self.latency_s + size_bytes / self.bytes_per_s
 
 
+# Data-parallel seconds are linear in the parameters; their slope is taken at this many.
+UNIT = 2.0**30
 RECOMPUTED_KINDS = ("block", "convolution", "other")
 SAME_DEVICE = Boundary(0.0, float("inf"))
 
@@ -88,19 +93,43 @@ class CostModel:
         """Return why the model cannot be split so, with both numbers; None when it can."""
         return rules.legality(self.profile, self.cluster, self.job, degrees, microbatch)
 
+    def split_legality(self, degrees: Degrees, microbatch: int) -> str | None:
+        """Return the same for the model alone, whatever the batch and the number of devices are."""
+        return rules.split_legality(self.profile, self.job, degrees, microbatch)
+
     def table(self, degrees: Degrees, microbatch: int, *, group: str | None = None) -> LayerTable:
         """Return the costs of all layers for one microbatch on one device of a node group (the first one by default).
 
         Raises InvalidArgument for degrees that `legality` refuses.
         """
+        reason = self.legality(degrees, microbatch)
+        if reason is not None:
+            raise InvalidArgument(reason, field="degrees")
+        return self.shape_table(degrees, microbatch, group=group)
+
+    def shape_table(self, degrees: Degrees, microbatch: int, *, group: str | None = None) -> LayerTable:
+        """Return the same without asking whether batch and devices allow it; memoised by what a table depends on.
+
+        Neither ZeRO nor dp changes a microbatch's cost, except that expert groups reach over data-parallel replicas.
+        """
         node_group = self.node_group(group)
-        # Neither ZeRO nor dp changes a microbatch's cost, unless the links of a group change with them.
-        key = (degrees, microbatch, node_group.name)
+        inner = degrees.tp * degrees.cp
+        experts = degrees.ep * degrees.etp
+        reach = degrees.dp if experts > 1 and (self.order[-1] != "pp" or degrees.dp * inner % experts) else 1
+        key = (
+            degrees.tp,
+            degrees.cp,
+            degrees.ulysses,
+            degrees.ep,
+            degrees.etp,
+            degrees.sp,
+            degrees.vocab_parallel,
+            reach if experts > 1 else 1,
+            microbatch,
+            node_group.name,
+        )
         found = self._tables.get(key)
         if found is None:
-            reason = self.legality(degrees, microbatch)
-            if reason is not None:
-                raise InvalidArgument(reason, field="degrees")
             found = self._tables[key] = self._make_table(degrees, microbatch, node_group)
         return found
 
@@ -128,6 +157,15 @@ class CostModel:
             dense_parameters, expert_parameters, degrees, self.job.optimizer, shard_size=self.options.sharding_group
         )
 
+    def state_divisors(self, degrees: Degrees) -> tuple[int, int]:
+        """Return what ZeRO divides the optimizer step of (dense, expert) parameters by."""
+        return state_divisors(degrees, self.options.sharding_group)
+
+    @cached_property
+    def base_bytes(self) -> float:
+        """What framework and driver hold on a device before the first tensor, bytes."""
+        return self.profile.framework_bytes + self.cluster.groups[0].device.reserved_bytes
+
     def boundary(
         self, degrees: Degrees, source_rank: int, target_rank: int, *, target: Degrees | None = None
     ) -> Boundary:
@@ -139,12 +177,10 @@ class CostModel:
         if source_rank == target_rank:
             return SAME_DEVICE
         other = target or degrees
-        count = max(degrees.num_devices, other.num_devices)
-        slowest = SAME_DEVICE
-        for index in range(count):
-            first = self._device(source_rank, index % degrees.num_devices, degrees)
-            second = self._device(target_rank, index % other.num_devices, other)
-            slowest = _slower(slowest, _line(link_between(first, second, self.cluster)))
+        count = np.arange(max(degrees.num_devices, other.num_devices))
+        first = self._devices(source_rank, count % degrees.num_devices, degrees)
+        second = self._devices(target_rank, count % other.num_devices, other)
+        slowest = _line(widest_link(first, second, self.cluster))
         if not other.sp and other.tp > 1 and self.options.scatter_gather:
             inside = self.rank_groups(other).tp
             slowest = Boundary(
@@ -153,8 +189,8 @@ class CostModel:
             )
         return slowest
 
-    def _device(self, rank: int, index: int, degrees: Degrees) -> int:
-        return (rank * degrees.num_devices + index) % self.cluster.num_devices
+    def _devices(self, rank: int, index: Ints, degrees: Degrees) -> Ints:
+        return np.asarray((rank * degrees.num_devices + index) % self.cluster.num_devices)
 
     def traffic(
         self,
@@ -199,17 +235,16 @@ class CostModel:
     ) -> ReplicaTable:
         """Return the data-parallel seconds of each layer: what ZeRO adds to each microbatch, and the tail."""
         table = self.table(degrees, microbatch, group=group)
-        unit = 2.0**30
-        dense = self.traffic(unit, 0.0, degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
-        expert = self.traffic(0.0, unit, degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
+        dense = self.traffic(UNIT, 0.0, degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
+        expert = self.traffic(0.0, UNIT, degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
         latency = self.traffic(1.0, 0.0, degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
-        dense_share, expert_share = table.dense_parameters / unit, table.expert_parameters / unit
+        dense_share, expert_share = table.dense_parameters / UNIT, table.expert_parameters / UNIT
         forward_s = dense_share * dense.forward_s + expert_share * expert.forward_s
         backward_s = dense_share * dense.backward_s + expert_share * expert.backward_s
         if self.options.prefetch:
             forward_s = np.maximum(0.0, forward_s - table.forward_s)
             backward_s = np.maximum(0.0, backward_s - table.input_grad_s - table.weight_grad_s)
-        dense_divisor, expert_divisor = state_divisors(degrees, self.options.sharding_group)
+        dense_divisor, expert_divisor = self.state_divisors(degrees)
         total = np.maximum(table.dense_parameters + table.expert_parameters, 1.0)
         share = (table.dense_parameters / dense_divisor + table.expert_parameters / expert_divisor) / total
         return ReplicaTable(
@@ -226,9 +261,11 @@ class CostModel:
         for tie in self.profile.tied:
             divisor = degrees.tp if degrees.vocab_parallel else 1
             size = tie.num_parameters / divisor * self.job.optimizer.gradient_bytes
-            first = self._device(first_rank, 0, degrees)
-            last = self._device(last_rank, 0, degrees)
-            total += message_s(size, link_between(first, last, self.cluster))
+            ends = np.arange(degrees.num_devices)
+            link = widest_link(
+                self._devices(first_rank, ends, degrees), self._devices(last_rank, ends, degrees), self.cluster
+            )
+            total += collective_s("all-reduce", size, GroupShape((Tier(2, link),))) if link else 0.0
         return total
 
     def collective_s(self, operation: str, size_bytes: float, shape: GroupShape) -> float:
@@ -406,8 +443,3 @@ def _line(link: LinkLevel | None) -> Boundary:
     if link is None:
         return SAME_DEVICE
     return Boundary(link.latency_s, link.bytes_per_s * link.achieved_share)
-
-
-def _slower(first: Boundary, second: Boundary) -> Boundary:
-    reference_bytes = 2.0**23
-    return first if first.seconds(reference_bytes) >= second.seconds(reference_bytes) else second

@@ -13,9 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
+
 from stagewright.planner.documents.cluster import Cluster, LinkLevel, NodeGroup
 from stagewright.planner.documents.plan import Axis
 
+Devices = npt.NDArray[np.int64]
 AxisOrder = tuple[Axis, ...]
 DEFAULT_ORDER: AxisOrder = ("tp", "cp", "dp", "pp")
 
@@ -127,3 +131,26 @@ def link_between(first: int, second: int, cluster: Cluster) -> LinkLevel | None:
             return cluster.between_groups
         start = end
     raise IndexError(f"devices {first} and {second} of {cluster.num_devices}")
+
+
+def widest_link(first: Devices, second: Devices, cluster: Cluster) -> LinkLevel | None:
+    """Return the widest link that joins any of the pairs (first[i], second[i]); None where all pairs are one device."""
+    a, b = first, second
+    if (a == b).all():
+        return None
+    start, height, widest = 0, -1, None
+    for group in cluster.groups:
+        end = start + group.num_devices
+        here, there = (a >= start) & (a < end), (b >= start) & (b < end)
+        if (here != there).any():
+            return cluster.between_groups
+        inside = here & (a != b)
+        start_of_group, start = start, end
+        if not inside.any():
+            continue
+        x, y = a[inside] - start_of_group, b[inside] - start_of_group
+        joined = [bool((x // level.num_devices == y // level.num_devices).all()) for level in group.links]
+        needed = joined.index(True) if True in joined else len(joined) - 1
+        if needed > height:
+            height, widest = needed, group.links[needed]
+    return widest

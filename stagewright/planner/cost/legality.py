@@ -18,13 +18,21 @@ def legality(
     profile: ModelProfile, cluster: Cluster, job: TrainingJob, degrees: Degrees, microbatch: int
 ) -> str | None:
     """Return the first rule that the degrees break; None when they break none."""
-    architecture = profile.architecture or Architecture()
     return (
         _batch(job, degrees, microbatch)
         or _world(cluster, degrees)
-        or _tensor(architecture, degrees)
+        or split_legality(profile, job, degrees, microbatch)
+    )
+
+
+def split_legality(profile: ModelProfile, job: TrainingJob, degrees: Degrees, microbatch: int) -> str | None:
+    """Return the first rule of the model's own sizes that the degrees break."""
+    architecture = profile.architecture or Architecture()
+    return (
+        _tensor(architecture, degrees)
         or _sequence(architecture, job, degrees)
         or _experts(architecture, degrees)
+        or _expert_layers(profile, degrees)
         or _measured(profile, job, degrees, microbatch)
     )
 
@@ -101,6 +109,17 @@ def _experts(architecture: Architecture, degrees: Degrees) -> str | None:
     size = architecture.expert_ffn_size
     if size and size % degrees.etp:
         return f"expert feed-forward size {size} does not divide by etp {degrees.etp}"
+    return None
+
+
+def _expert_layers(profile: ModelProfile, degrees: Degrees) -> str | None:
+    """Return the first layer whose own number of experts does not divide; layers may differ (pyramids)."""
+    if degrees.ep == 1:
+        return None
+    for name, layer in profile.classes.items():
+        for operator in layer.operators:
+            if "ep" in operator.split and operator.num_groups > 1 and operator.num_groups % degrees.ep:
+                return f"the {operator.num_groups} experts of layer class {name!r} do not divide by ep {degrees.ep}"
     return None
 
 
