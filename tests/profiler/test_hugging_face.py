@@ -1,0 +1,87 @@
+"""Hugging Face models of every kind: layers found, parameters counted, and the peak of a real step predicted.
+
+The oracle is a plain training loop that knows nothing of layers, under torch's own allocator trace.
+"""
+
+import json
+
+import pytest
+import torch
+
+from stagewright.profiler.memory_trace import peak_above_start
+from stagewright.profiler.model_profile import profile_model
+from stagewright.profiler.model_source import ModelSource
+from stagewright.profiler.single_device import predict_single_device
+
+pytest.importorskip("transformers")
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 500,
+}
+CONFIGS = {
+    "gpt2": {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 2, "n_embd": 64, "n_head": 4,
+        "vocab_size": 500, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0,
+    },
+    "llama": {**SMALL, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 2},
+    "mixtral": {
+        **SMALL, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2,
+        "num_local_experts": 4,
+    },
+    "bert": {**SMALL, "model_type": "bert", "architectures": ["BertForMaskedLM"]},
+    "vit": {
+        **SMALL, "model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 32, "patch_size": 8,
+    },
+    "resnet": {
+        "model_type": "resnet", "architectures": ["ResNetForImageClassification"], "embedding_size": 8,
+        "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "layer_type": "basic",
+    },
+}  # fmt: skip
+BLOCKS = {
+    "gpt2": ["transformer.h.{}"],
+    "llama": ["model.layers.{}"],
+    "mixtral": ["model.layers.{}"],
+    "bert": ["bert.encoder.layer.{}"],
+    "vit": ["vit.layers.{}"],
+    "resnet": [f"resnet.encoder.stages.{index}" for index in range(4)],
+}
+CONFIGURATION = (2, 16, 1)
+
+
+@pytest.fixture
+def config_file(request, tmp_path):
+    path = tmp_path / request.param / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(CONFIGS[request.param]))
+    return path
+
+
+@pytest.mark.parametrize("config_file", CONFIGS, indirect=True)
+def test_a_models_layers_and_the_peak_of_its_step_are_known(config_file):
+    name = config_file.parent.name
+    profile = profile_model(str(config_file), microbatches=(2,), sequence_length=16, device="cpu", budget_s=0.0)
+    assert [run.name for run in profile.layers if profile.classes[run.layer_class].kind == "block"] == BLOCKS[name]
+    assert [profile.classes[run.layer_class].kind for run in profile.layers][-2:] == ["head", "loss"]
+    source = ModelSource(str(config_file))
+    torch.manual_seed(0)
+    model = source.build(device=torch.device("cpu"), dtype=torch.float32)
+    assert profile.num_parameters == sum(value.numel() for value in model.parameters())
+    batch = source.batch(model, 2, 16, torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+
+    def step():
+        for _ in range(2):
+            model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    measured = 8 * profile.num_parameters + peak_above_start(step, torch.device("cpu"))
+    predicted = predict_single_device(
+        profile, CONFIGURATION, num_microbatches=2, parameter_bytes=4, state_bytes=4
+    ).peak_bytes
+    assert predicted == pytest.approx(measured, rel=0.02)
