@@ -48,7 +48,6 @@ COMMANDS: dict[str, Command] = {
     "run": Command("run", "Run a plan with torch and compare prediction and measurement."),
     "schedule": Command("schedule", "Generate, simulate and draw a pipeline schedule."),
     "cost": Command("cost", "Fit the cost model to measured runs."),
-    "export": Command("export", "Write a plan in another tool's format."),
     "systems": Command("systems", "List every published system, whether it works here, and how."),
     "serve": Command("serve", "Start the REST service and its playground."),
     "keys": Command("keys", "Make, revoke and list the keys of the service."),
