@@ -49,16 +49,16 @@ class Hops(NamedTuple):
 class Swept(NamedTuple):
     """Times of all nodes, and where each rank stopped (its end, unless the schedule deadlocks).
 
-    `before` is the node that set a node's start, -1 for none. Message j is node N + j, caused by row `message_row` and
-    sent by `message_rank`. `arrived` holds, [2, num_edge_keys], the node that brought it, + 1.
+    `before` is the node that set a node's start, -1 for none. Message j is node N + j, caused by row `message_row`; rank
+    r sent messages `message_first[r]` to `message_first[r + 1]`, in list order. `arrived` holds, [2, num_edge_keys], the
+    node that brought it, + 1.
     """
 
     start_s: Floats
     end_s: Floats
     before: Ints
     message_row: Ints
-    message_rank: Ints
-    num_messages: int
+    message_first: Ints
     message_bytes: float
     position: Ints
     arrived: Ints
@@ -82,13 +82,13 @@ def sweep_chain(
     size_share: Floats,
     size_factor: Floats,
     scaled: bool,
-    capacity: int,
+    message_first: Ints,
 ) -> Swept:
     """Return the times of all rows and messages.
 
     `seconds` is [num_kinds, num_stages]; `time_share` and `size_share` are [num_slices + 1], whole microbatches at 0;
-    the factors are [num_microbatches]; not `scaled` says that shares and factors are all 1. `capacity` is at least the
-    number of messages.
+    the factors are [num_microbatches]; not `scaled` says that shares and factors are all 1. `message_first`, [num_ranks + 1],
+    is where each rank's timed messages begin.
     """
     rows, offset = program.rows, program.offset
     num_rows, num_ranks = len(rows), len(offset) - 1
@@ -98,9 +98,11 @@ def sweep_chain(
     edge_in, edge_out = np.full(num_stages, -1, np.int32), np.full(num_stages, -1, np.int32)
     for edge in range(num_edges):
         edge_in[program.edge_to[edge]], edge_out[program.edge_from[edge]] = edge, edge
+    capacity = message_first[-1]
     start_s, end_s = np.empty(num_rows + capacity), np.empty(num_rows + capacity)
     before = np.empty(num_rows + capacity, np.int32)
-    message_row, message_rank = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
+    message_row = np.empty(capacity, np.int32)
+    next_message = message_first[:-1].copy()
     arrived = np.zeros((2, max(num_replicas * num_edges * num_microbatches * num_slices, 1)), np.int32)
     progress = np.zeros(num_replicas * num_stages * num_microbatches * num_slices, np.uint8)
     link_free_s, link_last = np.zeros(hops.num_links + 1), np.zeros(hops.num_links + 1, np.int32)
@@ -110,7 +112,7 @@ def sweep_chain(
     stack = np.empty(num_ranks + 1, np.int32)
     for rank in range(num_ranks):
         stack[num_ranks - 1 - rank] = rank
-    depth, count, total_bytes = num_ranks, num_rows, 0.0
+    depth, total_bytes = num_ranks, 0.0
     while depth > 0:
         depth -= 1
         rank = stack[depth]
@@ -162,8 +164,9 @@ def sweep_chain(
                         occupied, size = occupied * share, size * share
                     total_bytes += size
                     if occupied + latency > 0.0:
-                        node, count = count, count + 1
-                        message_row[node - num_rows], message_rank[node - num_rows] = index, rank
+                        message = next_message[rank]
+                        next_message[rank] = message + 1
+                        message_row[message], node = index, num_rows + message
                         start_s[node], before[node] = ready, index
                         if occupied > 0.0:
                             link = hops.link[way, cell]
@@ -179,5 +182,25 @@ def sweep_chain(
                     depth += 1
             index += 1
         position[rank], free_s[rank], last[rank] = index, ready, cause
-    messages = count - num_rows
-    return Swept(start_s, end_s, before, message_row, message_rank, messages, total_bytes, position, arrived)
+    return Swept(start_s, end_s, before, message_row, message_first, total_bytes, position, arrived)
+
+
+@njit(cache=True)
+def count_timed_messages(program: Program, hops: Hops) -> Ints:
+    """Return where each rank's messages that take time begin, when those of all ranks are behind each other."""
+    rows, offset = program.rows, program.offset
+    num_stages, num_edges = program.placement.shape[1], len(program.edge_from)
+    edge_in, edge_out = np.full(num_stages, -1, np.int32), np.full(num_stages, -1, np.int32)
+    for edge in range(num_edges):
+        edge_in[program.edge_to[edge]], edge_out[program.edge_from[edge]] = edge, edge
+    first = np.zeros(len(offset), np.int32)
+    for rank in range(len(offset) - 1):
+        count = 0
+        for index in range(offset[rank], offset[rank + 1]):
+            kind, stage = rows[index, KIND], rows[index, STAGE]
+            if kind != _W:
+                way, edge = (0, edge_out[stage]) if kind == _F else (1, edge_in[stage])
+                cell = rows[index, REPLICA] * num_edges + edge
+                count += edge >= 0 and hops.occupied_s[way, cell] + hops.latency_s[way, cell] > 0.0
+        first[rank + 1] = first[rank] + count
+    return first

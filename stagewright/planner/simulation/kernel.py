@@ -29,6 +29,7 @@ from numba import njit
 from stagewright.planner.errors import InvalidSchedule
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.schedule import FUSED, KIND, MICROBATCH, REPLICA, SLICE, STAGE, Schedule
+from stagewright.planner.simulation.chain_sweep import is_chain
 from stagewright.planner.simulation.deadlock import explain_deadlock
 from stagewright.planner.simulation.program import Program, flatten
 
@@ -37,7 +38,6 @@ Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
 
 _F, _B, _I, _W = int(Kind.F), int(Kind.B), int(Kind.I), int(Kind.W)
-_SEVERAL = -2  # a stage with more than one neighbour on that side
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +112,7 @@ def compile_order(schedule: Schedule) -> CompiledOrder:
     """Return the schedule's action graph in topological order; raises InvalidSchedule for a deadlock, with the cycle."""
     program = flatten(schedule)
     _refuse_untimed(program)
-    capacity = _count_nodes(program)
-    nodes = _sort(program, capacity)
-    count, done, before, across, hop, code, rank, last = nodes
+    count, done, before, across, hop, code, rank, last = _sorted(program)
     if (done < program.offset[1:]).any():
         raise explain_deadlock(schedule, (done - program.offset[:-1]).tolist())
     return CompiledOrder(
@@ -133,8 +131,7 @@ def compile_order(schedule: Schedule) -> CompiledOrder:
 
 def stopped_at(program: Program) -> Ints:
     """Return the row where each rank stops, [num_ranks]: `program.offset[1:]` when the lists can run together."""
-    _, position, *_ = _sort(program, _count_nodes(program))
-    return position  # type: ignore[no-any-return]
+    return _sorted(program)[1]
 
 
 def durations(order: CompiledOrder, forward_s: Floats, input_grad_s: Floats, weight_grad_s: Floats) -> Floats:
@@ -335,16 +332,23 @@ def _count_nodes(program: Program) -> int:
     return count
 
 
-@njit(cache=True)
-def _sort(program: Program, capacity: int) -> tuple[int, Ints, Ints, Ints, Bytes, Ints, Ints, Ints]:
+def _sorted(program: Program) -> tuple[int, Ints, Ints, Ints, Bytes, Ints, Ints, Ints]:
     """Return (number of nodes, row where each rank stopped, and the arrays of CompiledOrder).
 
     Ranks that may go on are on a stack; each runs until its next row waits for a key, and whoever ends that key puts
-    it back. Rows with at most one stage before them, not fused, take the short way in this function.
+    it back.
     """
+    if is_chain(program):
+        return _sort_chain(program)  # type: ignore[no-any-return]
+    return _sort(program, _count_nodes(program))  # type: ignore[no-any-return]
+
+
+@njit(cache=True)
+def _sort_chain(program: Program) -> tuple[int, Ints, Ints, Ints, Bytes, Ints, Ints, Ints]:
+    """Sort F, B, I and W with at most one stage before and after each, nothing fused: a node a row."""
     rows, offset, slices = program.rows, program.offset, program.num_slices
     placement, num_microbatches = program.placement, program.num_microbatches
-    num_ranks = len(offset) - 1
+    num_ranks, capacity = len(offset) - 1, len(rows)
     num_replicas, num_stages = placement.shape
     num_keys = num_replicas * num_stages * num_microbatches * slices
     forward = np.zeros(num_keys, dtype=np.int32)  # node that ends the forward of a key
@@ -357,10 +361,79 @@ def _sort(program: Program, capacity: int) -> tuple[int, Ints, Ints, Ints, Bytes
     last = np.zeros(num_ranks, dtype=np.int32)
     position = offset[:-1].copy()
     waits = np.full(num_ranks, -1, dtype=np.int64)  # 2 * key + (1 for gradient) that a stopped rank waits for
-    stack = np.zeros(2 * num_ranks + 2, dtype=np.int32)
+    stack = np.zeros(num_ranks + 1, dtype=np.int32)
     stack[:num_ranks] = np.arange(num_ranks - 1, -1, -1)
-    single_in = _only_neighbour(program.in_start, program.in_edge, program.edge_from)
-    single_out = _only_neighbour(program.out_start, program.out_edge, program.edge_to)
+    stage_before, stage_after = np.full(num_stages, -1, np.int32), np.full(num_stages, -1, np.int32)
+    for edge in range(len(program.edge_from)):
+        stage_before[program.edge_to[edge]] = program.edge_from[edge]
+        stage_after[program.edge_from[edge]] = program.edge_to[edge]
+    depth, count = num_ranks, 0
+    while depth > 0:
+        depth -= 1
+        rank = stack[depth]
+        waits[rank] = -1
+        index = position[rank]
+        while index < offset[rank + 1]:
+            kind, replica, stage = rows[index, KIND], rows[index, REPLICA], rows[index, STAGE]
+            microbatch, part = rows[index, MICROBATCH], max(rows[index, SLICE], 0)
+            own = ((replica * num_stages + stage) * num_microbatches + microbatch) * slices + part
+            other, node, onward = -1, 0, -1
+            if kind == _W:
+                if gradient[own] == 0:
+                    break
+            else:
+                other, onward = stage_before[stage], stage_after[stage]
+                table, flag = forward, 0
+                if kind != _F:
+                    if forward[own] == 0:
+                        break
+                    other, onward = onward, other
+                    table, flag = gradient, 1
+                if other >= 0:
+                    key = ((replica * num_stages + other) * num_microbatches + microbatch) * slices + part
+                    node = table[key]
+                    if node == 0:
+                        waits[rank] = 2 * key + flag
+                        break
+                table[own] = count + 1
+            count += 1
+            before[count] = last[rank]
+            last[rank] = count
+            rank_of[count] = rank
+            code[count] = ((rows[index, SLICE] + 1 if slices > 1 else 0) * 4 + kind) * num_stages + stage
+            if other >= 0 and placement[replica, other] != rank:
+                across[count] = node
+                hop[count] = 1
+            if onward >= 0:
+                target = placement[replica, onward]
+                if target != rank and waits[target] == 2 * own + (0 if kind == _F else 1):
+                    waits[target] = -1
+                    stack[depth] = target
+                    depth += 1
+            index += 1
+        position[rank] = index
+    return count, position, before, across, hop, code, rank_of, last
+
+
+@njit(cache=True)
+def _sort(program: Program, capacity: int) -> tuple[int, Ints, Ints, Ints, Bytes, Ints, Ints, Ints]:
+    """Sort any schedule: joins, fused groups, whole microbatches among slices."""
+    rows, offset, slices = program.rows, program.offset, program.num_slices
+    num_ranks = len(offset) - 1
+    num_replicas, num_stages = program.placement.shape
+    num_keys = num_replicas * num_stages * program.num_microbatches * slices
+    forward = np.zeros(num_keys, dtype=np.int32)
+    gradient = np.zeros(num_keys, dtype=np.int32)
+    before = np.zeros(capacity + 1, dtype=np.int32)
+    across = np.zeros(capacity + 1, dtype=np.int32)
+    hop = np.zeros(capacity + 1, dtype=np.uint8)
+    code = np.full(capacity + 1, 4 * num_stages * (slices + 1), dtype=np.int32)
+    rank_of = np.zeros(capacity + 1, dtype=np.int32)
+    last = np.zeros(num_ranks, dtype=np.int32)
+    position = offset[:-1].copy()
+    waits = np.full(num_ranks, -1, dtype=np.int64)
+    stack = np.zeros(num_ranks + 1, dtype=np.int32)
+    stack[:num_ranks] = np.arange(num_ranks - 1, -1, -1)
     found = np.empty((len(program.edge_from) + 1) * slices, dtype=np.int32)
     depth, count = num_ranks, 0
     while depth > 0:
@@ -369,87 +442,21 @@ def _sort(program: Program, capacity: int) -> tuple[int, Ints, Ints, Ints, Bytes
         waits[rank] = -1
         first = position[rank]
         while first < offset[rank + 1]:
-            kind, stage = rows[first, KIND], rows[first, STAGE]
-            if kind > _W:
-                first += 1
-                continue
-            other = single_in[stage] if kind == _F else (-1 if kind == _W else single_out[stage])
-            if rows[first, FUSED] == 1 or other == _SEVERAL or (slices > 1 and rows[first, SLICE] < 0):
-                after = _group_end(rows, first, offset[rank + 1])
-                waits[rank] = _first_missing(program, first, after, forward, gradient)
-                if waits[rank] >= 0:
-                    break
-                start = count
-                count = _add_group(
-                    program, first, after, rank, forward, gradient, before, across, hop, code, last, found, count
-                )
-                rank_of[start + 1 : count + 1] = rank
-                for index in range(first, after):
-                    if rows[index, KIND] <= _I:
-                        depth = _finish(program, index, count, rank, forward, gradient, waits, stack, depth)
-                first = after
-                continue
-            replica, microbatch, part = rows[first, REPLICA], rows[first, MICROBATCH], max(rows[first, SLICE], 0)
-            own = ((replica * num_stages + stage) * num_microbatches + microbatch) * slices + part
-            node = 0
-            if kind == _F:
-                if other >= 0:
-                    key = ((replica * num_stages + other) * num_microbatches + microbatch) * slices + part
-                    node = forward[key]
-                    if node == 0:
-                        waits[rank] = 2 * key
-                        break
-            elif kind == _W:
-                if gradient[own] == 0:
-                    waits[rank] = 2 * own + 1
-                    break
-            else:
-                if forward[own] == 0:
-                    waits[rank] = 2 * own
-                    break
-                if other >= 0:
-                    key = ((replica * num_stages + other) * num_microbatches + microbatch) * slices + part
-                    node = gradient[key]
-                    if node == 0:
-                        waits[rank] = 2 * key + 1
-                        break
-            count += 1
-            before[count] = last[rank]
-            last[rank] = count
-            rank_of[count] = rank
-            if other >= 0 and placement[replica, other] != rank:
-                across[count] = node
-                hop[count] = 1
-            code[count] = ((rows[first, SLICE] + 1 if slices > 1 else 0) * 4 + kind) * num_stages + stage
-            if kind == _F:
-                forward[own] = count
-                other = single_out[stage]
-            elif kind != _W:
-                gradient[own] = count
-                other = single_in[stage]
-            if other >= 0 and kind != _W:
-                target = placement[replica, other]
-                if waits[target] == 2 * own + (0 if kind == _F else 1) and target != rank:
-                    waits[target] = -1
-                    stack[depth] = target
-                    depth += 1
-            elif other == _SEVERAL:
-                depth = _finish(program, first, count, rank, forward, gradient, waits, stack, depth)
-            first += 1
+            after = _group_end(rows, first, offset[rank + 1])
+            waits[rank] = _first_missing(program, first, after, forward, gradient)
+            if waits[rank] >= 0:
+                break
+            start = count
+            count = _add_group(
+                program, first, after, rank, forward, gradient, before, across, hop, code, last, found, count
+            )
+            rank_of[start + 1 : count + 1] = rank
+            for index in range(first, after):
+                if rows[index, KIND] <= _I:
+                    depth = _finish(program, index, count, rank, forward, gradient, waits, stack, depth)
+            first = after
         position[rank] = first
     return count, position, before, across, hop, code, rank_of, last
-
-
-@njit(cache=True)
-def _only_neighbour(start: Ints, edge: Ints, end: Ints) -> Ints:
-    """Return the one stage at the other end of each stage's edges, -1 for none, _SEVERAL for more than one."""
-    only = np.full(len(start) - 1, -1, dtype=np.int32)
-    for stage in range(len(only)):
-        if start[stage + 1] - start[stage] == 1:
-            only[stage] = end[edge[start[stage]]]
-        elif start[stage + 1] - start[stage] > 1:
-            only[stage] = _SEVERAL
-    return only
 
 
 @njit(cache=True)
@@ -548,8 +555,13 @@ def _add_group(
     all of them; then the actions follow each other, and the last node ends them all.
     """
     rows, num_stages = program.rows, program.placement.shape[1]
+    single = 0  # the one message of a single action needs no node of its own
     for index in range(first, after):
-        for place in range(_cross_nodes(program, index, rank, forward, gradient, found)):
+        messages = _cross_nodes(program, index, rank, forward, gradient, found)
+        if messages == 1 and after - first == 1:
+            single = found[0]
+            break
+        for place in range(messages):
             count += 1
             before[count] = last[rank]
             across[count] = found[place]
@@ -562,6 +574,9 @@ def _add_group(
             last[rank] = count
             block = 0 if program.num_slices == 1 else rows[index, SLICE] + 1
             code[count] = (block * 4 + rows[index, KIND]) * num_stages + rows[index, STAGE]
+            if single > 0:
+                across[count] = single
+                hop[count] = 1
     return count
 
 

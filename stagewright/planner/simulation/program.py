@@ -24,6 +24,7 @@ Ints = npt.NDArray[np.int32]
 
 _F, _B, _I = int(Kind.F), int(Kind.B), int(Kind.I)
 _SEND_F, _SEND_B = int(Kind.SEND_F), int(Kind.SEND_B)
+_UNSHARD, _OPT, _FILL = int(Kind.UNSHARD), int(Kind.OPT), int(Kind.FILL)
 
 
 class Program(NamedTuple):
@@ -85,16 +86,25 @@ def _edges_by_stage(stage_of_edge: Ints, num_stages: int) -> tuple[Ints, Ints]:
 
 @njit(cache=True)
 def _scan(rows: Ints, num_kinds: int) -> tuple[Ints, Ints, npt.NDArray[np.int64]]:
-    """Return least and greatest value of each column and the number of rows of each kind."""
+    """Return least and greatest value of each column and the number of rows of each kind.
+
+    Microbatches only of the kinds that have one: not of collectives, optimizer steps and fillers.
+    """
     lowest, highest = np.zeros(6, dtype=np.int32), np.full(6, -1, dtype=np.int32)
     kind_counts = np.zeros(num_kinds, dtype=np.int64)
     for index in range(len(rows)):
         for column in range(6):
-            lowest[column] = min(lowest[column], rows[index, column])
-            highest[column] = max(highest[column], rows[index, column])
-        if 0 <= rows[index, 0] < num_kinds:
-            kind_counts[rows[index, 0]] += 1
+            if column != MICROBATCH or _names_microbatch(rows[index, KIND]):
+                lowest[column] = min(lowest[column], rows[index, column])
+                highest[column] = max(highest[column], rows[index, column])
+        if 0 <= rows[index, KIND] < num_kinds:
+            kind_counts[rows[index, KIND]] += 1
     return lowest, highest, kind_counts
+
+
+@njit(cache=True)
+def _names_microbatch(kind: int) -> bool:
+    return kind < _UNSHARD or _OPT < kind < _FILL
 
 
 def _check_ranges(schedule: Schedule, program: Program, lowest: Ints, highest: Ints) -> None:
@@ -102,13 +112,17 @@ def _check_ranges(schedule: Schedule, program: Program, lowest: Ints, highest: I
         (KIND, 0, len(Kind), "kind"),
         (REPLICA, 0, schedule.num_replicas, "replica"),
         (STAGE, 0, schedule.num_stages, "stage"),
-        (MICROBATCH, -1, max(schedule.num_microbatches, int(program.kind_counts[Kind.FILL])), "microbatch"),
+        (MICROBATCH, 0, schedule.num_microbatches, "microbatch"),
         (SLICE, -1, schedule.num_slices, "slice"),
     )
     for column, least, limit, noun in limits:
         if lowest[column] < least or highest[column] >= limit:
             values = program.rows[:, column]
-            index = int(np.argmax((values < least) | (values >= limit)))
+            wrong = (values < least) | (values >= limit)
+            if column == MICROBATCH:
+                kind = program.rows[:, KIND]
+                wrong &= (kind < _UNSHARD) | ((kind > _OPT) & (kind < _FILL))
+            index = int(np.argmax(wrong))
             rank = int(np.searchsorted(program.offset, index, side="right")) - 1
             raise InvalidSchedule(
                 f"rank {rank}, step {index - int(program.offset[rank])}: {noun} {values[index]} is outside the "

@@ -39,7 +39,7 @@ class Spans(NamedTuple):
 def chain_spans(schedule: Schedule, program: Program, swept: Swept, tail_s: Floats, *, trace: bool) -> Spans:
     """Return the spans of a swept chain."""
     tails = _tail_actions(schedule)
-    if not swept.num_messages and not tail_s.any():
+    if not len(swept.message_row) and not tail_s.any():
         num_rows = len(program.rows)
         rank = np.repeat(np.arange(schedule.num_ranks, dtype=np.int32), np.diff(program.offset))
         end_s = swept.end_s[:num_rows]
@@ -74,85 +74,68 @@ def _row_path(before: Ints, node: int) -> Ints:
 def _chain_spans(
     program: Program, swept: Swept, tail_s: Floats, tails: Ints, trace: bool
 ) -> tuple[Ints, Ints, Ints, Floats, Floats, Ints]:
-    rows, offset = program.rows, program.offset
+    rows, offset, sent = program.rows, program.offset, swept.message_first
     num_rows, num_ranks = len(rows), len(offset) - 1
-    bounds, order = _sent_by_rank(swept, num_rows, num_ranks)
-    count = num_rows + swept.num_messages + np.count_nonzero(tail_s)
+    count = num_rows + len(swept.message_row) + np.count_nonzero(tail_s)
     rank_of, lane_of, action = np.empty(count, np.int32), np.empty(count, np.int32), np.empty((count, 6), np.int32)
     start_s, end_s = np.empty(count), np.empty(count)
-    first_span, span_of = np.empty(num_ranks, np.int32), np.empty(swept.num_messages, np.int32)
+    first_span, first_sent = np.empty(num_ranks + 1, np.int32), np.empty(num_ranks, np.int32)
+    order = np.empty(0, np.int64)  # messages by start, where a rank's links overtake each other
     span, latest, last_node, last_tail = 0, -1.0, -1, -1
     for rank in range(num_ranks):
-        length = offset[rank + 1] - offset[rank]
         first_span[rank] = span
-        stop = span + length
-        action[span:stop] = rows[offset[rank] : offset[rank + 1]]
-        start_s[span:stop] = swept.start_s[offset[rank] : offset[rank + 1]]
-        end_s[span:stop] = swept.end_s[offset[rank] : offset[rank + 1]]
-        ended = end_s[stop - 1] if length else 0.0
-        last, tail = offset[rank + 1] - 1 if length else -1, -1
+        for row in range(offset[rank], offset[rank + 1]):
+            lane_of[span] = COMPUTE_LANE
+            for column in range(6):
+                action[span, column] = rows[row, column]
+            start_s[span], end_s[span] = swept.start_s[row], swept.end_s[row]
+            span += 1
+        ended = end_s[span - 1] if offset[rank + 1] > offset[rank] else 0.0
+        last, tail = offset[rank + 1] - 1 if offset[rank + 1] > offset[rank] else -1, -1
         if tail_s[rank] > 0.0:
-            action[stop] = tails[rank]
-            start_s[stop], end_s[stop] = ended, ended + tail_s[rank]
-            ended, tail = end_s[stop], stop
-            stop += 1
+            action[span], lane_of[span] = tails[rank], COMPUTE_LANE
+            start_s[span], end_s[span] = ended, ended + tail_s[rank]
+            ended, tail = end_s[span], span
+            span += 1
         if ended > latest:
             latest, last_node, last_tail = ended, last, tail
-        lane_of[span:stop] = COMPUTE_LANE
-        sent = stop
-        for place in range(bounds[rank], bounds[rank + 1]):
-            message = order[place]
+        first_sent[rank], in_order = span, True
+        for message in range(sent[rank], sent[rank + 1]):
             row = swept.message_row[message]
+            lane_of[span] = SEND_LANE
             for column in range(6):
-                action[sent, column] = rows[row, column]
-            action[sent, KIND] = _SEND_F if rows[row, KIND] == _F else _SEND_B
-            start_s[sent], end_s[sent] = swept.start_s[num_rows + message], swept.end_s[num_rows + message]
-            span_of[message] = sent
-            sent += 1
-        lane_of[stop:sent] = SEND_LANE
-        rank_of[span:sent] = rank
-        span = sent
+                action[span, column] = rows[row, column]
+            action[span, KIND] = _SEND_F if rows[row, KIND] == _F else _SEND_B
+            start_s[span], end_s[span] = swept.start_s[num_rows + message], swept.end_s[num_rows + message]
+            in_order = in_order and (message == sent[rank] or start_s[span - 1] <= start_s[span])
+            span += 1
+        if not in_order:
+            part = np.argsort(start_s[first_sent[rank] : span], kind="mergesort")
+            start_s[first_sent[rank] : span] = start_s[first_sent[rank] : span][part]
+            end_s[first_sent[rank] : span] = end_s[first_sent[rank] : span][part]
+            action[first_sent[rank] : span] = action[first_sent[rank] : span][part]
+            if not len(order):
+                order = np.arange(len(swept.message_row))
+            order[sent[rank] + part] = np.arange(sent[rank], sent[rank + 1])
+        for place in range(first_span[rank], span):
+            rank_of[place] = rank
     path = np.empty(count if trace else 0, np.int32)
     length, node, rank = 0, last_node, 0
-    if trace:
-        if last_tail >= 0:
-            path[0], length = last_tail, 1
-        while node >= 0:
-            if node >= num_rows:
-                path[length] = span_of[node - num_rows]
-            else:
-                while node >= offset[rank + 1]:
-                    rank += 1
-                while node < offset[rank]:
-                    rank -= 1
-                path[length] = first_span[rank] + node - offset[rank]
-            length, node = length + 1, swept.before[node]
+    if trace and last_tail >= 0:
+        path[0], length = last_tail, 1
+    while trace and node >= 0:
+        bounds = offset if node < num_rows else sent
+        at = node if node < num_rows else node - num_rows
+        while at >= bounds[rank + 1]:
+            rank += 1
+        while at < bounds[rank]:
+            rank -= 1
+        if node < num_rows:
+            path[length] = first_span[rank] + at - offset[rank]
+        else:
+            path[length] = first_sent[rank] + (order[at] if len(order) else at) - sent[rank]
+        length, node = length + 1, swept.before[node]
     return rank_of, lane_of, action, start_s, end_s, path[:length][::-1].copy()
-
-
-@njit(cache=True)
-def _sent_by_rank(swept: Swept, num_rows: int, num_ranks: int) -> tuple[Ints, Ints]:
-    """Return the bounds of each rank's messages and the messages themselves, by start."""
-    bounds = np.zeros(num_ranks + 1, np.int32)
-    for message in range(swept.num_messages):
-        bounds[swept.message_rank[message] + 1] += 1
-    for rank in range(num_ranks):
-        bounds[rank + 1] += bounds[rank]
-    place = bounds[:-1].copy()
-    order = np.empty(swept.num_messages, np.int32)
-    for message in range(swept.num_messages):
-        rank = swept.message_rank[message]
-        order[place[rank]] = message
-        place[rank] += 1
-    for rank in range(num_ranks):  # nearly sorted: links of one rank overtake each other by a message or two
-        for index in range(bounds[rank] + 1, bounds[rank + 1]):
-            message, at = order[index], index
-            start = swept.start_s[num_rows + message]
-            while at > bounds[rank] and swept.start_s[num_rows + order[at - 1]] > start:
-                order[at] = order[at - 1]
-                at -= 1
-            order[at] = message
-    return bounds, order
 
 
 def graph_spans(schedule: Schedule, program: Program, solved: Solved, tail_s: Floats, *, trace: bool) -> Spans:

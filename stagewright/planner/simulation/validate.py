@@ -38,7 +38,7 @@ Ints = npt.NDArray[np.int32]
 _F, _B, _I, _W, _R = int(Kind.F), int(Kind.B), int(Kind.I), int(Kind.W), int(Kind.R)
 _OFFLOAD, _RELOAD, _EVICT, _LOAD = int(Kind.OFFLOAD), int(Kind.RELOAD), int(Kind.EVICT), int(Kind.LOAD)
 _FORWARD, _FULL, _INPUT, _WEIGHT = 1, 2, 4, 8  # what a key has had, as bits
-_GOOD, _WRONG_RANK, _TWICE, _EARLY, _AWAY, _SLICE_ORDER, _OTHER_REPLICA, _NO_MICROBATCH = range(8)
+_GOOD, _WRONG_RANK, _TWICE, _EARLY, _AWAY, _SLICE_ORDER, _OTHER_REPLICA = range(7)
 
 MEMORY_TOLERANCE = 1e-9
 
@@ -120,8 +120,6 @@ def _check_rows(
             moves = kind in (_OFFLOAD, _RELOAD, _EVICT, _LOAD)
             if kind > _R and not moves:
                 continue
-            if microbatch < 0:
-                return _found(_NO_MICROBATCH, index, -1), replica_of, done
             if kind == _F and replica_of[microbatch] < 0:
                 replica_of[microbatch] = replica
             if replica_of[microbatch] >= 0 and replica_of[microbatch] != replica:
@@ -209,7 +207,6 @@ def _refusal(schedule: Schedule, program: Program, finding: _Finding) -> Invalid
             f"microbatch {action.microbatch} runs on replica {finding.other}, this is replica {action.replica}",
             "a microbatch passes all stages of one replica",
         ),
-        _NO_MICROBATCH: ("it names no microbatch", f"write it as {action}0, with the microbatch's number"),
     }[finding.problem]
     grid = draw_order(schedule, rank, index)
     return InvalidSchedule(f"rank {rank}, step {index}: {action}: {reason}\n{grid}", hint=hint)
