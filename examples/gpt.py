@@ -4,7 +4,8 @@
 
 Nothing here knows of pipelines. `build()` returns the module: its forward takes what `data()` yields and returns the
 loss. The repeated blocks stand in one `nn.ModuleList`, so the layers are found without help: the embedding, each block,
-the norm, the head and the loss. About 20 million parameters; each character of the text is a token.
+the norm, the head and the loss. Heads lie together in the fused projection (heads, 3, size), so that tensor parallelism
+can split it; `positions` lets a sequence be run in parts. About 20 million parameters; each byte of the text is a token.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_size = width // num_heads
         self.queries_keys_values = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        batch, length, width = hidden.shape
-        parts = self.queries_keys_values(hidden).view(batch, length, 3, self.num_heads, -1)
-        queries, keys, values = parts.permute(2, 0, 3, 1, 4)
+        batch, length, _ = hidden.shape
+        parts = self.queries_keys_values(hidden).view(batch, length, -1, 3, self.head_size)
+        queries, keys, values = parts.permute(3, 0, 2, 1, 4)
         mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, width))
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
 class Block(nn.Module):
@@ -76,13 +77,25 @@ class GPT(nn.Module):
         if tied:
             self.head.weight = self.token.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
         hidden = self.dropout(self.token(tokens) + self.position(positions))
         for block in self.blocks:
             hidden = block(hidden)
         logits = self.head(self.norm(hidden))
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def stagewright_tensor_plan(self) -> dict[str, str]:
+        """Say how tensor parallelism splits the model; only needed for that."""
+        return {
+            "token": "vocabulary",
+            "head": "vocabulary",
+            "blocks.*.attention.queries_keys_values": "column",
+            "blocks.*.attention.output": "row",
+            "blocks.*.feed_forward.0": "column",
+            "blocks.*.feed_forward.2": "row",
+        }
 
 
 def _initialise(module: nn.Module) -> None:

@@ -86,7 +86,7 @@ class OwnForward:
         self._layers = layers
         self._frame: _Frame | None = None
         self._keys: dict[int, tuple[int | str, ...]] = {}
-        self._installed = False
+        self._wrapped: dict[str, Callable[..., object]] = {}
 
     def run(
         self,
@@ -125,19 +125,23 @@ class OwnForward:
         return {end - 1: (loss,)}
 
     def _install(self) -> None:
-        """Hook the entrances once; a model without a running frame behaves as before."""
-        if self._installed:
-            return
-        self._installed = True
+        """Take over the layers' modules; a model without a running frame behaves as before.
+
+        A module whose forward was replaced since the last run is taken over again.
+        """
         for index, layer in enumerate(self._layers):
             for path in layer.modules:
                 module = self._model.get_submodule(path)
-                module.forward = partial(self._forward, index, module, module.forward)
-                if index:
-                    module.register_forward_pre_hook(partial(self._entrance, index), prepend=True, with_kwargs=True)
-        if self._layers[-1].kind == "loss" and len(self._layers) > 1:
-            last = self._model.get_submodule(self._layers[-2].modules[-1])
-            last.register_forward_hook(self._after_last)
+                if path not in self._wrapped:
+                    self._hook(index, module)
+                if path not in self._wrapped or module.forward is not self._wrapped[path]:
+                    self._wrapped[path] = module.forward = partial(self._forward, index, module, module.forward)
+
+    def _hook(self, index: int, module: nn.Module) -> None:
+        if index:
+            module.register_forward_pre_hook(partial(self._entrance, index), prepend=True, with_kwargs=True)
+        if index == len(self._layers) - 2 and self._layers[-1].kind == "loss":
+            module.register_forward_hook(self._after_last)
 
     def _entrance(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         frame = self._frame

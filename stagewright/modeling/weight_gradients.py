@@ -69,14 +69,22 @@ def run_queue(queue: Queue) -> None:
 
 
 def defer_weight_gradients(model: nn.Module, sink: WeightGradientSink) -> int:
-    """Give the model's linear, convolution and layer-norm modules deferrable forwards; returns how many there are."""
+    """Give the model's linear, convolution and layer-norm modules deferrable forwards; returns how many there are.
+
+    A module that was given a forward of its own before is left as it is.
+    """
     count = 0
     for module in model.modules():
         make = _FORWARDS.get(type(module)) or (_conv1d if type(module).__name__ == "Conv1D" else None)
-        if make is not None and next(module.parameters(recurse=False), None) is not None:
+        if make is not None and module._parameters and "forward" not in module.__dict__:
             module.forward = partial(make, module, sink)
             count += 1
     return count
+
+
+def linear_map(inputs: Tensor, weight: Tensor, bias: Tensor | None, sink: WeightGradientSink) -> Tensor:
+    """Return x A^T + b with weight gradients that the sink may defer."""
+    return _Linear.apply(inputs, weight, bias, sink, False)
 
 
 def _linear(module: nn.Linear, sink: WeightGradientSink, inputs: Tensor) -> Tensor:

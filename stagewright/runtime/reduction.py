@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stagewright.runtime.torch_adapter import local_part, local_tensor, whole_tensor
+from stagewright.modeling.tensor_parallel import TensorShards
 
 BUFFER_BYTES = 25 * 2**20
 
@@ -137,6 +137,7 @@ class ReplicatedBucket:
     group : the ranks that sum; None when this rank alone holds them.
     holders : (replica, stage) of this rank's stages that use the parameters.
     traffic : counts what a ring all-reduce sends from each rank, 2 (n - 1) / n of the buffer.
+    shards : how tensor parallelism has split the parameters.
     """
 
     purpose: str
@@ -144,11 +145,13 @@ class ReplicatedBucket:
     group: dist.ProcessGroup | None
     holders: frozenset[StageKey]
     traffic: Traffic
+    shards: TensorShards = field(default_factory=TensorShards)
     buffer_bytes: int = BUFFER_BYTES
     _flights: list[tuple[dist.Work, Tensor, list[nn.Parameter]]] = field(default_factory=list)
 
     def start(self) -> None:
         """Start the all-reduce of all gradients, in buffers of at most `buffer_bytes`."""
+        sum_partial(self.optimized(), self.shards)
         if self.group is None:
             return
         members = self.group.size()
@@ -190,18 +193,24 @@ class ReplicatedBucket:
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients by name."""
         return {
-            name: whole_tensor(_with_gradient(value)) for name, value in self.parameters.items() if value.requires_grad
+            name: self.shards.whole(local_gradient(value), value)
+            for name, value in self.parameters.items()
+            if value.requires_grad
         }
 
     def values(self) -> dict[str, Tensor]:
         """Return copies of the trainable parameters by name."""
-        return {name: whole_tensor(value).clone() for name, value in self.parameters.items() if value.requires_grad}
+        return {
+            name: self.shards.whole(value.detach(), value).clone()
+            for name, value in self.parameters.items()
+            if value.requires_grad
+        }
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Set the trainable parameters."""
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
-                local_tensor(parameter).copy_(local_part(values[name], parameter))
+                parameter.data.copy_(self.shards.part(values[name], parameter))
 
     def clear(self) -> None:
         """Forget the gradients."""
@@ -210,14 +219,23 @@ class ReplicatedBucket:
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor:
-    """Return this rank's part of a gradient; one that no backward has touched becomes zeros."""
-    return local_tensor(_with_gradient(parameter))
-
-
-def _with_gradient(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's gradient; one that no backward has touched becomes zeros."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def sum_partial(parameters: Iterable[nn.Parameter], shards: TensorShards) -> None:
+    """Sum, over the tensor-parallel group, the gradients of parameters that see only a part of the sequence."""
+    chosen = [parameter for parameter in parameters if id(parameter) in shards.partial]
+    if shards.group is None or not chosen:
+        return
+    flat = shards.group.all_reduce(torch.cat([local_gradient(parameter).reshape(-1) for parameter in chosen]))
+    offset = 0
+    for parameter in chosen:
+        gradient = local_gradient(parameter)
+        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+        offset += gradient.numel()
 
 
 def _filled(parameters: Iterable[nn.Parameter], buffer_bytes: int) -> list[list[nn.Parameter]]:
@@ -225,7 +243,7 @@ def _filled(parameters: Iterable[nn.Parameter], buffer_bytes: int) -> list[list[
     result: list[list[nn.Parameter]] = []
     size = 0
     for parameter in parameters:
-        num_bytes = local_tensor(parameter).numel() * parameter.element_size()
+        num_bytes = parameter.numel() * parameter.element_size()
         if not result or size + num_bytes > buffer_bytes or result[-1][0].dtype != parameter.dtype:
             result.append([])
             size = 0

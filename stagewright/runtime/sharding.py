@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stagewright.runtime.reduction import StageKey, Traffic, local_gradient
-from stagewright.runtime.torch_adapter import local_part, local_tensor, set_local_tensor, whole_tensor, with_local_part
+from stagewright.modeling.tensor_parallel import TensorShards
+from stagewright.runtime.reduction import StageKey, Traffic, local_gradient, sum_partial
 
 
 class ShardedBucket:
@@ -36,6 +36,7 @@ class ShardedBucket:
     holders : (replica, stage) of this rank's stages that use the parameters.
     level : ZeRO stage.
     traffic : counts bytes sent by ring algorithms.
+    shards : how tensor parallelism has split the parameters.
     purpose : `dp` or `tied`, in the names of the traffic.
     """
 
@@ -49,6 +50,7 @@ class ShardedBucket:
         traffic: Traffic,
         *,
         purpose: str,
+        shards: TensorShards | None = None,
     ) -> None:
         self.holders = holders
         self._parameters = dict(parameters)
@@ -59,14 +61,14 @@ class ShardedBucket:
         self._traffic = traffic
         self._purpose = purpose
         self._by_microbatch = level >= 2
+        self._shards = shards or TensorShards()
         self._count = 1 if group is None else group.size()
         self._index = index = 0 if group is None else dist.get_group_rank(group, dist.get_rank())
-        locals_ = [local_tensor(parameter) for parameter in self._trained]
-        total = sum(value.numel() for value in locals_)
+        total = sum(parameter.numel() for parameter in self._trained)
         self._length = -(-total // self._count)
-        self._flat = locals_[0].new_zeros(self._length * self._count)
+        self._flat = self._trained[0].data.new_zeros(self._length * self._count)
         self._bytes = self._flat.numel() * self._flat.element_size()
-        self._point_into_flat(locals_)
+        self._point_into_flat()
         own = self._flat[index * self._length : (index + 1) * self._length]
         master = torch.float32 if own.element_size() < 4 else own.dtype
         self._shard = nn.Parameter(own.detach().to(master, copy=True))
@@ -132,7 +134,7 @@ class ShardedBucket:
         """Set the trainable parameters."""
         flat = self._flat.new_zeros(self._length * self._count, dtype=self._shard.dtype)
         for (name, parameter), view in zip(self._names(), self._views(flat), strict=True):
-            view.copy_(local_part(values[name], parameter))
+            view.copy_(self._shards.part(values[name], parameter))
         with torch.no_grad():
             self._shard.copy_(flat[self._index * self._length : (self._index + 1) * self._length])
             if self._is_whole:
@@ -151,28 +153,28 @@ class ShardedBucket:
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the parts of a flat buffer by name, whole where tensor parallelism has split them."""
         return {
-            name: whole_tensor(with_local_part(view, parameter)).clone()
+            name: self._shards.whole(view, parameter).clone()
             for (name, parameter), view in zip(self._names(), self._views(flat), strict=True)
         }
 
-    def _point_into_flat(self, values: list[Tensor]) -> None:
-        for parameter, value, view in zip(self._trained, values, self._views(self._flat), strict=True):
-            view.copy_(value)
-            set_local_tensor(parameter, view)
+    def _point_into_flat(self) -> None:
+        for parameter, view in zip(self._trained, self._views(self._flat), strict=True):
+            view.copy_(parameter.data)
+            parameter.data = view
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         """Return the parts of a flat buffer in the shapes of the parameters."""
         views, offset = [], 0
         for parameter in self._trained:
-            shape = local_tensor(parameter).shape
-            views.append(flat[offset : offset + shape.numel()].view(shape))
-            offset += shape.numel()
+            views.append(flat[offset : offset + parameter.numel()].view(parameter.shape))
+            offset += parameter.numel()
         return views
 
     def _scatter(self) -> None:
         """Start the reduce-scatter of the gradients that the parameters hold, and take them away."""
         self._land()
-        flat = self._flat.new_zeros(self._length * self._count)
+        sum_partial(self._trained, self._shards)
+        flat = torch.zeros(self._length * self._count, dtype=self._flat.dtype, device=self._flat.device)
         for parameter, view in zip(self._trained, self._views(flat), strict=True):
             if parameter.grad is not None:
                 view.copy_(local_gradient(parameter))

@@ -7,7 +7,8 @@ backward consumes both. An input gradient leaves the weight gradients in a queue
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -41,14 +42,24 @@ class Stage:
     segment : the layers and how they run.
     index, replica : which virtual stage this is, and of which model replica.
     sink : where deferred weight gradients go.
+    loss_context : surrounds the forward and the backward of the loss.
     """
 
-    def __init__(self, segment: Segment, index: int, replica: int, sink: WeightGradientSink) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        index: int,
+        replica: int,
+        sink: WeightGradientSink,
+        *,
+        loss_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self.segment = segment
         self.index = index
         self.replica = replica
         self.losses: dict[Unit, Tensor] = {}
         self._sink = sink
+        self._loss_context = loss_context if segment.is_last else nullcontext
         self._live: dict[Unit, _Live] = {}
         self._queues: dict[Unit, Queue] = {}
         self._caches: dict[int, KeyValueCache] = {}
@@ -62,13 +73,8 @@ class Stage:
         """Return the values that other stages need, without graph; keeps what the backward will want."""
         leaves = {layer: tuple(_leaf(value) for value in values) for layer, values in received.items()}
         live = _Live(leaves)
-        if unit[1] < 0:
-            produced = self.segment(batch, leaves, seed=seed)
-        else:
-            live.cache = self._caches.setdefault(unit[0], KeyValueCache())
-            with SlicedAttention(live.cache, unit[1], keep=True) as attention:
-                produced = self.segment(batch, leaves, seed=seed)
-            self._check_calls(attention.num_calls)
+        with self._loss_context():
+            produced = self._run(unit, batch, live, seed)
         for layer, values in produced.items():
             live.roots[layer] = tuple(get_gradient_edge(value) if value.requires_grad else None for value in values)
         self._live[unit] = live
@@ -83,19 +89,25 @@ class Stage:
         """Return the gradients of what the stage received; with `split`, weight gradients wait for `weight_gradients`."""
         live = self._live.pop(unit)
         roots, seeds = self._roots(live, unit, gradients, loss_weight)
-        if roots and split:
-            with self._sink.collect() as queue:
+        with self._loss_context(), self._sink.collect() if split else nullcontext([]) as queue:
+            if roots:
                 torch.autograd.backward(roots, seeds)
-            self._queues[unit] = queue
-        elif roots:
-            torch.autograd.backward(roots, seeds)
         if split:
-            self._queues.setdefault(unit, [])
+            self._queues[unit] = queue
         return {layer: tuple(_gradient(leaf) for leaf in leaves) for layer, leaves in live.leaves.items()}
 
     def weight_gradients(self, unit: Unit) -> None:
         """Add the weight gradients that the unit's input gradient left."""
         run_queue(self._queues.pop(unit))
+
+    def _run(self, unit: Unit, batch: Batch, live: _Live, seed: int | None) -> Values:
+        if unit[1] < 0:
+            return self.segment(batch, live.leaves, seed=seed)
+        live.cache = self._caches.setdefault(unit[0], KeyValueCache())
+        with SlicedAttention(live.cache, unit[1], keep=True) as attention:
+            produced = self.segment(batch, live.leaves, seed=seed)
+        self._check_calls(attention.num_calls)
+        return produced
 
     def _check_calls(self, num_calls: int) -> None:
         blocks = [layer.name for layer in self.segment.layers if layer.kind == "block"]

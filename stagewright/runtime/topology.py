@@ -68,6 +68,13 @@ class Topology:
         return coordinates_of(self._place[1], self.degrees)
 
     @property
+    def tensor_ranks(self) -> tuple[int, ...]:
+        """Global ranks that split this rank's tensors with it."""
+        ranks = self.plan.mapping.pipeline_ranks[self.pipeline_rank]
+        first = self._place[1] - self.coordinates.tp
+        return tuple(ranks[first : first + self.degrees.tp])
+
+    @property
     def num_microbatches(self) -> int:
         """Microbatches of one iteration and data-parallel replica."""
         return self.plan.schedule.num_microbatches

@@ -7,11 +7,13 @@ layer chain, in a process group that exists. It drops the parameters of the laye
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import loss_parallel
 
 from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
 from stagewright.modeling.chain import LayerChain
@@ -19,6 +21,8 @@ from stagewright.modeling.keep import keep_layers, move_to
 from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.seeding import microbatch_seed
 from stagewright.modeling.slicing import divide_sequence, equal_lengths, sequence_length
+from stagewright.modeling.tensor_collectives import TensorGroup
+from stagewright.modeling.tensor_parallel import TensorShards, parallelize
 from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import Recompute
@@ -59,6 +63,7 @@ class Worker:
     plan, schedule : the plan and its schedule, lowered to sends, receives, reductions and optimizer steps.
     chain : the whole model; what this rank does not hold is dropped from it.
     store : where ranks publish shapes.
+    groups : process groups to use and add to, so that several workers in turn share them.
     at_action : told the position of each action in the rank's list before it runs.
     """
 
@@ -70,6 +75,7 @@ class Worker:
         settings: WorkerSettings,
         *,
         store: dist.Store,
+        groups: Groups | None = None,
         at_action: Callable[[int], None] = lambda position: None,
     ) -> None:
         self.plan = plan
@@ -78,15 +84,20 @@ class Worker:
         self.settings = settings
         self.recorder = Recorder()
         self.steps = tuple(schedule.actions(self.topology.pipeline_rank))
-        self.groups = Groups()
+        self.groups = groups or Groups()
+        self._owns_groups = groups is None
         self._at_action = at_action
         self._optimizers: dict[StageKey, torch.optim.Optimizer] = {}
         held = frozenset(i for _, s in self.topology.stages for i in plan.stages[s].layer_indices)
         keep_layers(chain, held)
         move_to(chain.model, settings.device)
+        self._traffic: dict[str, float] = {}
+        self._sink = WeightGradientSink()
+        self._shards = self._split_tensors(held)
+        if any(action.kind is Kind.I for action in self.actions):
+            defer_weight_gradients(chain.model, self._sink)
         recompute_layers(chain, self._recompute_levels())
         self.stages = self._make_stages()
-        self._traffic: dict[str, float] = {}
         self.buckets = BucketSet(self._make_buckets())
         everyone = range(dist.get_world_size())
         upward, downward = self.groups.make("upward", everyone), self.groups.make("downward", everyone)
@@ -154,7 +165,7 @@ class Worker:
         ]
         for stage in self.stages.values():
             stage.losses.clear()
-        return sum(losses) if losses else None
+        return sum(losses) if losses and self.topology.coordinates.tp == 0 else None
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -171,8 +182,9 @@ class Worker:
             bucket.clear()
 
     def close(self) -> None:
-        """Destroy this worker's process groups."""
-        self.groups.close()
+        """Destroy the process groups that this worker made for itself."""
+        if self._owns_groups:
+            self.groups.close()
 
     def _iteration(self, batch: Batch, step: int) -> Iteration:
         """Return this rank's units: its replica's microbatches, whole or in slices of their sequence."""
@@ -230,13 +242,33 @@ class Worker:
                 bucket.clear()
 
     def _make_stages(self) -> dict[StageKey, Stage]:
-        sink = WeightGradientSink()
-        if any(action.kind is Kind.I for action in self.actions):
-            defer_weight_gradients(self.chain.model, sink)
+        context = loss_parallel if self._shards.group and self.topology.degrees.vocab_parallel else nullcontext
         return {
-            (replica, stage): Stage(self.chain.segment_of(self.plan.stages[stage].layer_indices), stage, replica, sink)
+            (replica, stage): Stage(
+                self.chain.segment_of(self.plan.stages[stage].layer_indices),
+                stage,
+                replica,
+                self._sink,
+                loss_context=context,
+            )
             for replica, stage in self.topology.stages
         }
+
+    def _split_tensors(self, held: frozenset[int]) -> TensorShards:
+        """Split this rank's layers over its tensor-parallel group, where it has one."""
+        sets = {Topology(self.plan, rank).tensor_ranks for rank in range(dist.get_world_size())}
+        group = self.groups.make_all("tensor", sets)
+        if group is None:
+            return TensorShards()
+        degrees = self.topology.degrees
+        return parallelize(
+            self.chain,
+            sorted(held),
+            TensorGroup(group, self._traffic),
+            self._sink,
+            sequence_parallel=degrees.sp,
+            vocabulary_parallel=degrees.vocab_parallel,
+        )
 
     def _recompute_levels(self) -> dict[int, Recompute]:
         return {
@@ -291,14 +323,20 @@ class Worker:
         narrow = any(value.element_size() < 4 for value in parameters.values())
         purpose = "tied" if len(shared) > 1 else "dp"
         if (zero == 0 or group is None) and not narrow:
-            return ReplicatedBucket(f"all-reduce/{purpose}", parameters, group, holders, self._traffic)
+            return ReplicatedBucket(f"all-reduce/{purpose}", parameters, group, holders, self._traffic, self._shards)
         if zero == 0:
-            return ShardedBucket(parameters, None, group, holders, 0, self._traffic, purpose=purpose)
+            return ShardedBucket(
+                parameters, None, group, holders, 0, self._traffic, purpose=purpose, shards=self._shards
+            )
         if len(shared) > 1:
             # The ranks of different stages come by at different times, so they can meet only once an iteration.
-            return ShardedBucket(parameters, group, None, holders, 1, self._traffic, purpose=purpose)
+            return ShardedBucket(
+                parameters, group, None, holders, 1, self._traffic, purpose=purpose, shards=self._shards
+            )
         inside, across = self._sharding_groups(min(shared))
-        return ShardedBucket(parameters, inside, across, holders, zero, self._traffic, purpose=purpose)
+        return ShardedBucket(
+            parameters, inside, across, holders, zero, self._traffic, purpose=purpose, shards=self._shards
+        )
 
     def _gradient_group(self, stages: frozenset[int]) -> dist.ProcessGroup | None:
         """Make the groups of all tensor-parallel coordinates; returns this rank's."""

@@ -18,12 +18,14 @@ from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.simulation.nccl import check_nccl
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
+from stagewright.runtime.groups import Groups
 from stagewright.runtime.optimizers import OptimizerChoice
 from stagewright.runtime.reference import run_reference
 from stagewright.runtime.torch_adapter import default_store
 from stagewright.runtime.worker import Worker, WorkerSettings
 
 CPU = torch.device("cpu")
+GROUPS = Groups()
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     chunks = case.num_chunks or (2 * case.num_waves if case.num_waves else 2)
     model = make_model(case, case.num_ranks * chunks)
     batches = batches_of(plan, case.num_steps)
-    optimizer = OptimizerChoice("sgd-momentum", 0.05)
+    optimizer = OptimizerChoice("sgd-momentum", 0.5)
     reference = None
     if dist.get_rank() == 0:
         whole = split(copy.deepcopy(model))
@@ -133,7 +135,7 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     chain = split(model)
     shapes = reference_shapes(chain)
     store = dist.PrefixStore(f"case/{prepared.number}", default_store())
-    worker = Worker(plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store)
+    worker = Worker(plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS)
     loss = worker.run(batches[0], 0)
     sent = worker.traffic()
     gradients = compare(worker, worker.gradients(), None if reference is None else reference.gradients, shapes)

@@ -8,25 +8,33 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-VOCABULARY, LENGTH = 37, 8
+VOCABULARY, LENGTH = 36, 8
+
+
+class TinyAttention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, hidden):
+        batch, length, _ = hidden.shape
+        parts = self.inputs(hidden).view(batch, length, -1, 3, 4).permute(3, 0, 2, 1, 4)
+        mixed = functional.scaled_dot_product_attention(*parts, is_causal=True)
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
 class TinyBlock(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.attention = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
-        self.inner = nn.Linear(width, 2 * width)
-        self.outer = nn.Linear(2 * width, width)
+        self.attention = TinyAttention(width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden):
-        batch, length, width = hidden.shape
-        parts = self.attention(self.norm(hidden)).view(batch, length, 3, 2, -1).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(*parts, is_causal=True)
-        hidden = hidden + self.dropout(self.output(mixed.transpose(1, 2).reshape(batch, length, width)))
-        return hidden + self.dropout(self.outer(functional.gelu(self.inner(hidden))))
+        hidden = hidden + self.dropout(self.attention(self.norm(hidden)))
+        return hidden + self.dropout(self.feed_forward(hidden))
 
 
 class TinyModel(nn.Module):
@@ -37,6 +45,8 @@ class TinyModel(nn.Module):
         self.blocks = nn.ModuleList([TinyBlock(width, dropout) for _ in range(num_blocks)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
+        nn.init.normal_(self.token.weight, std=0.1)
+        nn.init.normal_(self.position.weight, std=0.1)
         if tied:
             self.head.weight = self.token.weight
 
@@ -47,6 +57,16 @@ class TinyModel(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return functional.cross_entropy(self.head(self.norm(hidden)).flatten(0, 1), targets.flatten())
+
+    def stagewright_tensor_plan(self):
+        return {
+            "token": "vocabulary",
+            "head": "vocabulary",
+            "blocks.*.attention.inputs": "column",
+            "blocks.*.attention.output": "row",
+            "blocks.*.feed_forward.0": "column",
+            "blocks.*.feed_forward.2": "row",
+        }
 
 
 class BrokenBlock(TinyBlock):

@@ -16,7 +16,7 @@ def assert_equal_to_one_process(pools, case: Case) -> None:
     results = pool.run("gradients_and_weights", prepare(case, pool.next_number()))
     for result in results:
         assert result.gradients.max_relative_error <= limit, result
-        assert result.weights.max_relative_error <= limit, result
+        assert result.weights.max_relative_error <= limit, result.weights
         assert result.num_live == 0
     assert sum(result.loss or 0.0 for result in results) == pytest.approx(results[0].reference_loss, rel=1e-5)
 
@@ -83,3 +83,15 @@ def test_sharded_states_step_as_whole_ones(rank_pools, zero):
     assert_equal_to_one_process(rank_pools, Case("gpipe", 1, 4, degrees={"dp": 4, "zero": zero}, dtype="float64"))
     assert_equal_to_one_process(rank_pools, Case("dualpipe-v", 2, 4, degrees=degrees, recompute=("full",)))
     assert_equal_to_one_process(rank_pools, Case("gems", 2, 4, degrees=degrees, tied=False))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sp": True}, {"vocab_parallel": True}, {"sp": True, "vocab_parallel": True}], ids=str
+)
+def test_tensor_parallelism_equals_one_process(rank_pools, options):
+    degrees = {"tp": 2, **options}
+    assert_equal_to_one_process(rank_pools, Case("gpipe", 1, 2, degrees=degrees, dropout=0.0))
+    assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 3, degrees=degrees, dropout=0.0))
+    assert_equal_to_one_process(
+        rank_pools, Case("zb-h1", 2, 3, degrees=degrees, dropout=0.0, dtype="float64", tied=False, recompute=("full",))
+    )

@@ -1,0 +1,269 @@
+"""Megatron-LM's tensor parallelism, with or without sequence parallelism, on any model with a tensor plan.
+
+Column layers keep 1/t of their outputs, row layers 1/t of their inputs; between the two lies whatever works on heads or
+hidden units one by one. For each layer pair the group communicates twice in the forward and twice in the backward: at
+the entrance of the column layers (once for those that share their input) and behind the row layer. With sequence
+parallelism the tensors between blocks are split along the sequence too: all-reduces become all-gathers and
+reduce-scatters, and parameters used between (norms, biases of row layers) have gradients that are sums over the group.
+
+With a split vocabulary the embedding looks up what it holds and sums; the head's logits stay split, and the loss is
+computed on them as they are (torch's `loss_parallel`).
+
+Papers: Shoeybi et al., Megatron-LM, 2019; Korthikanti et al., MLSys 2023.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional
+
+from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.tensor_collectives import TensorGroup, copy, gather, join, reduce, scatter, split
+from stagewright.modeling.tensor_plan import Role, tensor_plan
+from stagewright.modeling.weight_gradients import WeightGradientSink, linear_map
+from stagewright.planner.errors import InvalidArgument
+
+
+@dataclass
+class TensorShards:
+    """How this rank's parameters are split over the tensor-parallel group.
+
+    Parameters
+    ----------
+    group : the group; None when nothing is split.
+    dimensions : split dimension of each split parameter, by its id.
+    partial : ids of parameters whose gradients are sums over the group, because each rank sees a part of the sequence.
+    """
+
+    group: TensorGroup | None = None
+    dimensions: dict[int, int] = field(default_factory=dict)
+    partial: set[int] = field(default_factory=set)
+
+    def whole(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """Return a parameter-shaped value whole; every rank of the group calls this."""
+        dimension = self.dimensions.get(id(parameter))
+        if self.group is None or dimension is None:
+            return value
+        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(self.group.size)]
+        dist.all_gather(parts, value.contiguous(), group=self.group.group)
+        return torch.cat(parts, dim=dimension)
+
+    def part(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """Return this rank's part of a whole value."""
+        dimension = self.dimensions.get(id(parameter))
+        if self.group is None or dimension is None:
+            return value
+        return value.chunk(self.group.size, dim=dimension)[self.group.index]
+
+
+def parallelize(
+    chain: LayerChain,
+    indices: Iterable[int],
+    group: TensorGroup,
+    sink: WeightGradientSink,
+    *,
+    sequence_parallel: bool,
+    vocabulary_parallel: bool,
+) -> TensorShards:
+    """Split the layers' modules over the group, in place; what the other layers hold is left alone.
+
+    Raises
+    ------
+    InvalidArgument : when the model has no tensor plan, or a size does not divide by the group's.
+    """
+    held = [chain.layers[index] for index in indices]
+    inside = tuple(path for layer in held for path in layer.modules)
+    plan = {
+        path: role
+        for path, role in tensor_plan(chain.model).items()
+        if any(path == part or path.startswith(f"{part}.") for part in inside)
+        and (vocabulary_parallel or role != "vocabulary")
+    }
+    _check_heads(chain.model, group.size)
+    splitter = _Splitter(chain.model, group, sink, sequence_parallel)
+    for path, role in plan.items():
+        splitter.split_module(path, role)
+    splitter.hook_entrances([path for path, role in plan.items() if role == "column"], inside)
+    if sequence_parallel:
+        _hook_region(chain, set(indices), group)
+        splitter.mark_partial([layer.name for layer in held if layer.kind == "block"])
+    return splitter.shards
+
+
+class _Splitter:
+    """Splits modules one by one and keeps the record."""
+
+    def __init__(self, model: nn.Module, group: TensorGroup, sink: WeightGradientSink, sequence_parallel: bool) -> None:
+        self.shards = TensorShards(group)
+        self._model = model
+        self._group = group
+        self._sink = sink
+        self._sequence_parallel = sequence_parallel
+        self._split: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # by the old one's id: old, new
+
+    def split_module(self, path: str, role: Role) -> None:
+        """Split one module's parameters and give it the forward of its role."""
+        module = self._model.get_submodule(path)
+        if role == "vocabulary" and isinstance(module, nn.Embedding):
+            self._split_parameter(path, module, "weight", 0)
+            module.forward = partial(_embed, module, self._group)
+            return
+        if not isinstance(module, nn.Linear):
+            raise InvalidArgument(
+                f"{path!r} is {type(module).__name__}, tensor parallelism splits nn.Linear", field="degrees.tp"
+            )
+        self._split_parameter(path, module, "weight", 1 if role == "row" else 0)
+        if role == "row":
+            leave = scatter if self._sequence_parallel else reduce
+            module.forward = partial(_row, module, self._group, self._sink, leave)
+            return
+        self._split_parameter(path, module, "bias", 0)
+        forward: Callable[[Tensor], Tensor] = partial(_column, module, self._sink)
+        module.forward = forward
+        if role == "vocabulary":
+            device = module.weight.device.type
+            mesh = DeviceMesh.from_group(self._group.group, device)
+            module.forward = partial(_head, forward, self._group, mesh)
+
+    def hook_entrances(self, columns: list[str], layers: Iterable[str]) -> None:
+        """Let column layers communicate at their entrance, those that share an input once.
+
+        With sequence parallelism the whole sequence has to be there where shapes are read from it: at the entrance of
+        the module that holds the column layers.
+        """
+        if not self._sequence_parallel:
+            entrance = _Entrance(copy, self._group)
+            for path in columns:
+                self._model.get_submodule(path).register_forward_pre_hook(entrance)
+            return
+        holders = dict.fromkeys(column.rpartition(".")[0] for column in columns)
+        for path in holders:
+            if path in layers:
+                raise InvalidArgument(
+                    f"sequence parallelism needs the column layers of {path!r} in a module of their own",
+                    field="degrees.sp",
+                    hint="put attention and feed-forward network into modules, or take sp off",
+                )
+            module = self._model.get_submodule(path)
+            module.register_forward_pre_hook(partial(_enter, gather, self._group), with_kwargs=True)
+
+    def mark_partial(self, blocks: list[str]) -> None:
+        """Take note of the parameters that are used on a part of the sequence: all in blocks that are not split."""
+        for path in blocks:
+            for parameter in self._model.get_submodule(path).parameters():
+                if id(parameter) not in self.shards.dimensions:
+                    self.shards.partial.add(id(parameter))
+
+    def _split_parameter(self, path: str, module: nn.Module, name: str, dimension: int) -> None:
+        parameter = module._parameters.get(name)
+        if parameter is None or parameter.is_meta:
+            return
+        if id(parameter) in self._split:  # tied
+            module._parameters[name] = self._split[id(parameter)][1]
+            return
+        if id(parameter) in self.shards.dimensions:
+            return
+        size = parameter.shape[dimension]
+        if size % self._group.size:
+            raise InvalidArgument(
+                f"{path}.{name} has {size} in dimension {dimension}, which {self._group.size} ranks do not divide",
+                field="degrees.tp",
+                hint="take a degree that divides it, or pad it",
+            )
+        own = parameter.detach().chunk(self._group.size, dim=dimension)[self._group.index].clone()
+        made = nn.Parameter(own, requires_grad=parameter.requires_grad)
+        self._split[id(parameter)] = (parameter, made)
+        self.shards.dimensions[id(made)] = dimension
+        module._parameters[name] = made
+
+
+class _Entrance:
+    """What happens to the input of column layers; layers that are called with one tensor in turn share the result."""
+
+    def __init__(self, enter: Callable[[Tensor, TensorGroup], Tensor], group: TensorGroup) -> None:
+        self._enter = enter
+        self._group = group
+        self._last: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self._last is not None and self._last[0]() is args[0]:
+            known = self._last[1]()
+            if known is not None:
+                return (known, *args[1:])
+        entered = self._enter(args[0], self._group)
+        self._last = (weakref.ref(args[0]), weakref.ref(entered))
+        return (entered, *args[1:])
+
+
+def _check_heads(model: nn.Module, size: int) -> None:
+    config = getattr(model, "config", None)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if isinstance(heads, int) and heads % size:
+            raise InvalidArgument(
+                f"the model has {heads} {name}, which tp = {size} does not divide", field="degrees.tp"
+            )
+
+
+def _column(module: nn.Linear, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
+    return linear_map(inputs, module.weight, module.bias, sink)
+
+
+def _row(
+    module: nn.Linear,
+    group: TensorGroup,
+    sink: WeightGradientSink,
+    leave: Callable[[Tensor, TensorGroup], Tensor],
+    inputs: Tensor,
+) -> Tensor:
+    output = leave(linear_map(inputs, module.weight, None, sink), group)
+    return output if module.bias is None else output + module.bias
+
+
+def _head(forward: Callable[[Tensor], Tensor], group: TensorGroup, mesh: DeviceMesh, inputs: Tensor) -> Tensor:
+    """Return logits split by the vocabulary, as a distributed tensor."""
+    local = forward(copy(inputs, group))
+    return DTensor.from_local(local, mesh, [Shard(local.dim() - 1)], run_check=False)
+
+
+def _embed(module: nn.Embedding, group: TensorGroup, tokens: Tensor) -> Tensor:
+    first = group.index * module.weight.shape[0]
+    local = tokens - first
+    absent = (local < 0) | (local >= module.weight.shape[0])
+    found = functional.embedding(local.masked_fill(absent, 0), module.weight)
+    return reduce(found.masked_fill(absent[..., None], 0.0), group)
+
+
+def _enter(
+    enter: Callable[[Tensor, TensorGroup], Tensor],
+    group: TensorGroup,
+    module: nn.Module,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Change the first tensor among a module's arguments."""
+    if args and isinstance(args[0], Tensor):
+        return (enter(args[0], group), *args[1:]), kwargs
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return args, {**kwargs, name: enter(value, group)}
+    return args, kwargs
+
+
+def _hook_region(chain: LayerChain, held: set[int], group: TensorGroup) -> None:
+    """Split the sequence at the entrance of the first block, join it at the entrance of what follows the last."""
+    blocks = [index for index, layer in enumerate(chain.layers) if layer.kind == "block"]
+    first, after = blocks[0], blocks[-1] + 1
+    for index, change in ((first, split), (after, join)):
+        if index in held and chain.layers[index].modules:
+            module = chain.model.get_submodule(chain.layers[index].modules[0])
+            module.register_forward_pre_hook(partial(_enter, change, group), with_kwargs=True)
