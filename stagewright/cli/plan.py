@@ -57,6 +57,10 @@ def plan(
     from stagewright.cli.inputs import load_cluster, load_model
     from stagewright.planner.planning import make_plan
 
+    if output is not None and not output.parent.is_dir():
+        raise InvalidArgument(
+            f"{output.parent} is not a folder", field="output", hint="give a path in a folder that exists"
+        )
     with progress_bar(quiet=json) as report:
         profile = load_model(model)
         machines = load_cluster(cluster, report)
