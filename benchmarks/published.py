@@ -7,6 +7,8 @@ al. (and their table 4) only, so every other row is a prediction of runs the mod
 
     python benchmarks/published.py            prints the table and writes benchmarks/results/published.json
     python benchmarks/published.py --json     prints one JSON document and writes nothing
+    python benchmarks/published.py --fit      fits the A100's efficiencies anew on the rows marked (fitted), with the
+                                              error of each row when its model was held out
 """
 
 from __future__ import annotations
@@ -22,18 +24,16 @@ from machine import machine
 
 from stagewright.planner.catalog import resolve_cluster, resolve_model
 from stagewright.planner.cost import LEVELS, CostModel
+from stagewright.planner.cost.even_plan import even_plan
+from stagewright.planner.cost.fit import MeasuredRun, fit_runs
+from stagewright.planner.cost.step_time import Choice, Family
 from stagewright.planner.documents import (
     Cluster,
     Degrees,
     ModelProfile,
     Optimizer,
     Plan,
-    Prediction,
-    RankMapping,
     Recompute,
-    RecomputeRun,
-    ScheduleSpec,
-    StagePlan,
     TrainingJob,
 )
 from stagewright.planner.prediction import OPTIONS, evaluate
@@ -44,12 +44,6 @@ RESULT = Path(__file__).parent / "results" / "published.json"
 GIB = 2.0**30
 # Megatron's mixed precision: fp16 weights, gradients accumulated in fp32, Adam with fp32 master weights.
 MEGATRON = Optimizer(name="adam", parameter_bytes=2, gradient_bytes=4, state_bytes=12)
-
-
-# A plan needs a prediction; the scorer ignores it and makes its own.
-UNPRICED = Prediction.model_construct(
-    step_time_s=0.0, tokens_per_s=0.0, samples_per_s=0.0, bubble_over_total=0.0, peak_memory_bytes=(), memory=()
-)
 
 
 @dataclass(frozen=True)
@@ -136,50 +130,9 @@ def published_plan(run: Run, profile: ModelProfile, cluster: Cluster, job: Train
     """Return the plan of a run: equal blocks on every virtual stage, embedding on the first, norm, head, loss on the last."""
     assert run.microbatch is not None
     assert run.chunks is not None
-    num_microbatches = job.global_batch // (run.dp * run.microbatch)
-    name = "1f1b" if run.chunks == 1 else "interleaved"
-    schedule = generate(name, ScheduleRequest(run.pp, num_microbatches, num_chunks=run.chunks))
-    stages = []
-    for first, end in stage_ranges(profile, run.pp * run.chunks):
-        levels = [
-            RecomputeRun(level=run.recompute if is_block else Recompute.NONE, count=1)
-            for is_block in (profile.classes[name].kind == "block" for name in profile.layer_classes[first:end])
-        ]
-        stages.append(StagePlan(layers=(first, end), degrees=run.degrees, recompute=tuple(levels)))
-    width = run.degrees.num_devices
-    return Plan(
-        model=profile.name,
-        profile_digest=profile.digest,
-        layer_digest=profile.layer_digest,
-        num_layers=profile.num_layers,
-        cluster=cluster,
-        job=job,
-        planner="published",
-        stages=tuple(stages),
-        mapping=RankMapping(
-            pipeline_ranks=tuple(tuple(range(rank * width, (rank + 1) * width)) for rank in range(run.pp))
-        ),
-        schedule=ScheduleSpec(
-            name=name,
-            num_ranks=run.pp,
-            num_microbatches=num_microbatches,
-            microbatch=run.microbatch,
-            num_chunks=run.chunks,
-            placement=tuple(tuple(row) for row in schedule.placement.tolist()),
-        ),
-        prediction=UNPRICED,
-    )
-
-
-def stage_ranges(profile: ModelProfile, num_stages: int) -> Iterator[tuple[int, int]]:
-    """Return layer ranges with the blocks dealt out evenly; what stands round the blocks goes to the two ends."""
-    blocks = [index for index, name in enumerate(profile.layer_classes) if profile.classes[name].kind == "block"]
-    start = 0
-    for stage in range(num_stages):
-        last = (stage + 1) * len(blocks) // num_stages
-        end = profile.num_layers if stage == num_stages - 1 else blocks[last]
-        yield start, end
-        start = end
+    family: Family = "1f1b" if run.chunks == 1 else "interleaved"
+    choice = Choice(run.degrees, run.pp, run.chunks, run.microbatch, family, run.recompute)
+    return even_plan(profile, cluster, job, choice, planner="published")
 
 
 def predict(run: Run) -> tuple[Run, float]:
@@ -402,11 +355,29 @@ def show(rows: Sequence[Comparison]) -> None:
         print(f"{name:<44}{group['rows']:>5}{100 * group['mean']:>7.2f}%{100 * group['worst']:>7.2f}%")
 
 
+def fit_again() -> dict[str, object]:
+    """Return what `cost fit` finds on the rows that were used for fitting: factors on the catalogue's efficiencies."""
+    runs = []
+    for model, *_, full_s, selective_s, fitted in KORTHIKANTI_TIMES:
+        for full, published in ((True, full_s), (False, selective_s)):
+            if fitted:
+                run, profile = korthikanti_run(model, full=full), resolve_model(model)
+                plan = published_plan(run, profile, run.cluster(), run.job())
+                runs.append(
+                    MeasuredRun(f"{model} {'full' if full else 'SP+selective'}", plan, profile, published, model)
+                )
+    return fit_runs(runs).to_json()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison; return the exit code."""
     parser = argparse.ArgumentParser(description="Predicted against published training runs.")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--fit", action="store_true", help="fit anew, with cross-validated errors")
     options = parser.parse_args(arguments)
+    if options.fit:
+        print(json.dumps(fit_again(), indent=1))
+        return 0
     rows = comparisons()
     if options.json:
         print(json.dumps(document(rows), indent=1))
