@@ -20,8 +20,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from stagewright.modeling.attention_mode import AttentionMode, active_attention
 from stagewright.modeling.chain import LayerChain
-from stagewright.modeling.sliced_attention import SlicedAttention
 from stagewright.planner.documents.profile import Recompute
 
 
@@ -41,7 +41,7 @@ def recompute_module(module: nn.Module, level: Recompute) -> None:
 
 
 def _full(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=_contexts(SlicedAttention.active()), **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=_contexts(active_attention()), **kwargs)
 
 
 def _selective(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
@@ -61,7 +61,7 @@ class _CheckpointedAttention(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if function is functional.scaled_dot_product_attention:
-            contexts = _contexts(SlicedAttention.active())
+            contexts = _contexts(active_attention())
             return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
         return function(*args, **kwargs)
 
@@ -69,7 +69,7 @@ class _CheckpointedAttention(TorchFunctionMode):
 Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
 
 
-def _contexts(attention: SlicedAttention | None) -> Callable[[], Contexts]:
+def _contexts(attention: AttentionMode | None) -> Callable[[], Contexts]:
     """Return the contexts of the first run and of the second, which sees the same slices."""
     if attention is None:
         return lambda: (nullcontext(), nullcontext())

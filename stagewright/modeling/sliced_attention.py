@@ -18,18 +18,15 @@ Papers: Li et al., TeraPipe, ICML 2021; Sun et al., Seq1F1B, NAACL 2025.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar, Token
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
+from stagewright.modeling.attention_mode import AttentionMode
 from stagewright.planner.errors import InvalidArgument
 
 
@@ -59,7 +56,7 @@ class KeyValueCache:
         return edges, gradients
 
 
-class SlicedAttention(TorchFunctionMode):
+class SlicedAttention(AttentionMode):
     """While active, attention calls see the earlier slices of the cache; the calls of this slice are added to it.
 
     Parameters
@@ -75,60 +72,21 @@ class SlicedAttention(TorchFunctionMode):
         self._keep = keep
         self._first = first
         self._done: list[_Call] = []
-        self._token: Token[SlicedAttention | None] | None = None
-
-    @staticmethod
-    def active() -> SlicedAttention | None:
-        """Return the innermost one that is active."""
-        return _ACTIVE.get()
-
-    def again(self) -> SlicedAttention:
-        """Return what a second run of the coming calls sees."""
-        return SlicedAttention(self._cache, self._slice, keep=False, first=self.num_calls)
-
-    def __enter__(self) -> Self:
-        self._token = _ACTIVE.set(self)
-        super().__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        assert self._token is not None
-        _ACTIVE.reset(self._token)
 
     @property
     def num_calls(self) -> int:
         """Attention calls so far."""
         return self._first + len(self._done)
 
-    def __torch_function__(
-        self,
-        function: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        if function is functional.scaled_dot_product_attention:
-            return self._attend(*args, **kwargs)  # type: ignore[arg-type]
-        return function(*args, **kwargs)
+    def again(self) -> SlicedAttention:
+        """Return what a second run of the coming calls sees."""
+        return SlicedAttention(self._cache, self._slice, keep=False, first=self.num_calls)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if attn_mask is not None or not (is_causal or query.shape[-2] == 1):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, **options: object) -> Tensor:
+        """Return the attention of this slice's queries over this slice and those before."""
+        if not causal and query.shape[-2] > 1:
             raise InvalidArgument(
-                "a schedule with sequence slices needs causal attention without another mask",
+                "a schedule with sequence slices needs causal attention",
                 field="schedule.num_slices",
                 hint="take a schedule without slices for this model",
             )
@@ -143,12 +101,8 @@ class SlicedAttention(TorchFunctionMode):
         values = torch.cat([*(call.values for call in before), value], dim=-2)
         length, total = query.shape[-2], keys.shape[-2]
         mask = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)
-        return functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
-        )
-
-
-_ACTIVE: ContextVar[SlicedAttention | None] = ContextVar("sliced_attention", default=None)
+        attend: Callable[..., Tensor] = functional.scaled_dot_product_attention
+        return attend(query, keys, values, attn_mask=mask, **options)
 
 
 def _kept(key: Tensor, value: Tensor) -> _Call:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from stagewright.modeling.attention_mode import AttentionMode
 from stagewright.modeling.batch import Batch
 from stagewright.modeling.chain import Segment
 from stagewright.modeling.sliced_attention import KeyValueCache, SlicedAttention
@@ -43,6 +44,7 @@ class Stage:
     index, replica : which virtual stage this is, and of which model replica.
     sink : where deferred weight gradients go.
     loss_context : surrounds the forward and the backward of the loss.
+    context : makes the attention over a sequence that is divided over ranks; None when it is not.
     """
 
     def __init__(
@@ -53,12 +55,14 @@ class Stage:
         sink: WeightGradientSink,
         *,
         loss_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        context: Callable[[], AttentionMode] | None = None,
     ) -> None:
         self.segment = segment
         self.index = index
         self.replica = replica
         self.losses: dict[Unit, Tensor] = {}
         self._sink = sink
+        self._context = context
         self._loss_context = loss_context if segment.is_last else nullcontext
         self._live: dict[Unit, _Live] = {}
         self._queues: dict[Unit, Queue] = {}
@@ -101,6 +105,11 @@ class Stage:
         run_queue(self._queues.pop(unit))
 
     def _run(self, unit: Unit, batch: Batch, live: _Live, seed: int | None) -> Values:
+        if self._context is not None:
+            with self._context() as attention:
+                produced = self.segment(batch, live.leaves, seed=seed)
+            self._check_calls(attention.num_calls)
+            return produced
         if unit[1] < 0:
             return self.segment(batch, live.leaves, seed=seed)
         live.cache = self._caches.setdefault(unit[0], KeyValueCache())
@@ -113,9 +122,8 @@ class Stage:
         blocks = [layer.name for layer in self.segment.layers if layer.kind == "block"]
         if blocks and not num_calls:
             raise InvalidArgument(
-                f"layer {blocks[0]!r} calls no scaled_dot_product_attention, which sequence slices need",
-                field="schedule.num_slices",
-                hint="take a schedule without slices for this model",
+                f"layer {blocks[0]!r} calls no scaled_dot_product_attention, which a divided sequence needs",
+                hint="take a plan without sequence slices and context parallelism for this model",
             )
 
     def _roots(

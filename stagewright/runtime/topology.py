@@ -75,6 +75,26 @@ class Topology:
         return tuple(ranks[first : first + self.degrees.tp])
 
     @property
+    def context_ranks(self) -> tuple[int, ...]:
+        """Global ranks that divide this rank's sequences with it, in the order of their parts."""
+        ranks = self.plan.mapping.pipeline_ranks[self.pipeline_rank]
+        first = self._place[1] - self.coordinates.cp * self.degrees.tp
+        return tuple(ranks[first + part * self.degrees.tp] for part in range(self.degrees.cp))
+
+    @property
+    def ulysses_ranks(self) -> tuple[int, ...]:
+        """Those of `context_ranks` that exchange heads with this rank: neighbours."""
+        size = self.degrees.ulysses
+        first = self.coordinates.cp // size * size
+        return self.context_ranks[first : first + size]
+
+    @property
+    def ring_ranks(self) -> tuple[int, ...]:
+        """Those of `context_ranks` that form this rank's ring."""
+        size = self.degrees.ulysses
+        return self.context_ranks[self.coordinates.cp % size :: size]
+
+    @property
     def num_microbatches(self) -> int:
         """Microbatches of one iteration and data-parallel replica."""
         return self.plan.schedule.num_microbatches

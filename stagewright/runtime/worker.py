@@ -17,10 +17,11 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
 from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.context_attention import ContextAttention, ContextGroups, positions_of
 from stagewright.modeling.keep import keep_layers, move_to
 from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.seeding import microbatch_seed
-from stagewright.modeling.slicing import divide_sequence, equal_lengths, sequence_length
+from stagewright.modeling.slicing import divide_sequence, equal_lengths, select_sequence, sequence_length
 from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards, parallelize
 from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
@@ -203,6 +204,11 @@ class Worker:
         for index in sorted(used):
             part = to_device(slice_batch(batch, (first + index) * size, size), self.settings.device)
             seed = microbatch_seed(self.settings.seed, step, first + index)
+            if self.topology.degrees.cp > 1:
+                mine = self._positions(self.topology.coordinates.cp)
+                piece = select_sequence(part, self.chain.model, mine, self.plan.job.sequence_length)
+                units[index, -1] = UnitInput(piece.batch, piece.loss_weight / (count * replicas), seed)
+                continue
             if not self._is_sliced:
                 units[index, -1] = UnitInput(part, 1.0 / (count * replicas), seed)
                 continue
@@ -242,17 +248,44 @@ class Worker:
                 bucket.clear()
 
     def _make_stages(self) -> dict[StageKey, Stage]:
-        context = loss_parallel if self._shards.group and self.topology.degrees.vocab_parallel else nullcontext
+        loss_context = loss_parallel if self._shards.group and self.topology.degrees.vocab_parallel else nullcontext
+        context = self._context_attention()
         return {
             (replica, stage): Stage(
                 self.chain.segment_of(self.plan.stages[stage].layer_indices),
                 stage,
                 replica,
                 self._sink,
-                loss_context=context,
+                loss_context=loss_context,
+                context=context,
             )
             for replica, stage in self.topology.stages
         }
+
+    def _context_attention(self) -> Callable[[], ContextAttention] | None:
+        """Return what makes the attention over this rank's context-parallel group, where it has one."""
+        views = [Topology(self.plan, rank) for rank in range(dist.get_world_size())]
+        heads = self.groups.make_all("heads", {view.ulysses_ranks for view in views})
+        ring = self.groups.make_all("ring", {view.ring_ranks for view in views})
+        degrees = self.topology.degrees
+        if degrees.cp == 1:
+            return None
+        groups = ContextGroups(heads, ring, self._traffic)
+        parts = [self._positions(index) for index in range(degrees.cp)]
+        size = degrees.ulysses
+        positions = [torch.cat(parts[first : first + size]) for first in range(0, degrees.cp, size)]
+        return lambda: ContextAttention(groups, positions)
+
+    def _positions(self, index: int) -> Tensor:
+        """Return the positions of one context-parallel part; the layout is the plan's `context_layout`."""
+        layout = str(self.plan.schedule.parameters.get("context_layout", "contiguous"))
+        if layout not in ("contiguous", "striped", "zigzag"):
+            raise InvalidArgument(
+                f"there is no context layout {layout!r}",
+                field="schedule.parameters.context_layout",
+                hint="contiguous, striped or zigzag",
+            )
+        return positions_of(index, self.topology.degrees.cp, self.plan.job.sequence_length, layout)
 
     def _split_tensors(self, held: frozenset[int]) -> TensorShards:
         """Split this rank's layers over its tensor-parallel group, where it has one."""

@@ -46,6 +46,7 @@ class Case:
     recompute: tuple[str, ...] = ()
     degrees: dict[str, int] = field(default_factory=dict)
     num_blocks: int = 0
+    parameters: dict[str, str] = field(default_factory=dict)
 
     @property
     def world(self) -> int:
@@ -98,6 +99,7 @@ def prepare(case: Case, number: int) -> PreparedCase:
         num_waves=case.num_waves,
         precision={"float32": "fp32", "float64": "fp64"}[case.dtype],
         recompute=case.recompute,
+        parameters=case.parameters,
     )
     schedule = lower(
         schedule_of(plan.schedule),

@@ -88,6 +88,7 @@ def plan_of(
     optimizer: str = "adamw",
     recompute: tuple[object, ...] = (),
     cluster: Document | None = None,
+    parameters: dict[str, int | float | str] | None = None,
 ) -> Plan:
     """Layers spread evenly over the stages, pipeline ranks of neighbouring global ranks."""
     degrees = degrees or Degrees()
@@ -131,6 +132,7 @@ def plan_of(
             num_slices=num_slices,
             num_waves=num_waves,
             placement=tuple(tuple(row) for row in made.placement.tolist()),
+            parameters=parameters or {},
         ),
         prediction=Prediction(
             step_time_s=1.0,

@@ -95,3 +95,22 @@ def test_tensor_parallelism_equals_one_process(rank_pools, options):
     assert_equal_to_one_process(
         rank_pools, Case("zb-h1", 2, 3, degrees=degrees, dropout=0.0, dtype="float64", tied=False, recompute=("full",))
     )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "striped", "zigzag"])
+def test_ring_attention_equals_one_process(rank_pools, layout):
+    parameters = {"context_layout": layout}
+    degrees = {"cp": 2}
+    assert_equal_to_one_process(rank_pools, Case("gpipe", 1, 2, degrees=degrees, dropout=0.0, parameters=parameters))
+    assert_equal_to_one_process(
+        rank_pools, Case("1f1b", 2, 3, degrees=degrees, dropout=0.0, parameters=parameters, dtype="float64")
+    )
+
+
+@pytest.mark.parametrize("ulysses", [2, 4])
+def test_ulysses_and_its_product_with_the_ring_equal_one_process(rank_pools, ulysses):
+    degrees = {"cp": 4, "ulysses": ulysses}
+    assert_equal_to_one_process(rank_pools, Case("gpipe", 1, 2, degrees=degrees, dropout=0.0))
+    assert_equal_to_one_process(
+        rank_pools, Case("gpipe", 1, 2, degrees=degrees, dropout=0.0, dtype="float64", recompute=("full", "selective"))
+    )
