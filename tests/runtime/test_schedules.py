@@ -114,3 +114,18 @@ def test_ulysses_and_its_product_with_the_ring_equal_one_process(rank_pools, uly
     assert_equal_to_one_process(
         rank_pools, Case("gpipe", 1, 2, degrees=degrees, dropout=0.0, dtype="float64", recompute=("full", "selective"))
     )
+
+
+PRODUCTS = [
+    {"dp": 2, "tp": 2},
+    {"dp": 2, "tp": 2, "sp": True, "zero": 1},
+    {"dp": 2, "tp": 2, "vocab_parallel": True, "zero": 2},
+    {"tp": 2, "cp": 2},
+    {"dp": 2, "cp": 2, "zero": 3},
+    {"dp": 2, "tp": 2, "sp": True, "zero": 3},
+]
+
+
+@pytest.mark.parametrize("degrees", PRODUCTS, ids=str)
+def test_products_of_degrees_in_a_pipeline_equal_one_process(rank_pools, degrees):
+    assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 3, degrees=degrees, dropout=0.0))
