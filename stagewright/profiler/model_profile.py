@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,15 +23,16 @@ from torch import nn
 from stagewright.modeling import LayerChain
 from stagewright.planner.documents import ConfigurationCost, LayerClass, ModelProfile, Pedigree, Source
 from stagewright.planner.errors import InvalidArgument
-from stagewright.profiler.journal import EntryCache, Journal
+from stagewright.profiler.journal import Journal
 from stagewright.profiler.measured_layers import ConfigurationNumbers
 from stagewright.profiler.model_bench import Configuration, ModelBench, OptimizerName
+from stagewright.profiler.model_shapes import MeasuredChain, ModelShapes, expert_parameters, replicated_parameters
 from stagewright.profiler.model_source import ModelSource
+from stagewright.profiler.profile_cache import Costs, Overheads, ProfileCache
 from stagewright.profiler.profile_document import check_ownership, class_costs, edges_of, layer_runs, ties_of
 from stagewright.profiler.ranks import ReportsProgress
 from stagewright.profiler.session import Session, busy_siblings
 from stagewright.profiler.settings import DTypeName, ProfileSettings, device_of, grid
-from stagewright.profiler.structure import layer_structures
 from stagewright.profiler.surroundings import DeviceState, device_name, device_state, disturbances, versions
 
 WIDE_SPREAD = 0.25
@@ -111,20 +112,11 @@ def profile_model(
 
 
 @dataclass(frozen=True)
-class _Overheads:
-    """What a configuration costs beside its layers; cached like a layer."""
-
-    action_s: float
-    step_s: float
-
-
-@dataclass(frozen=True)
 class _Parts:
     """What a profile is assembled from."""
 
     chain: LayerChain
-    costs: Mapping[Configuration, Mapping[str, ConfigurationCost]]
-    overheads: tuple[_Overheads, ...]
+    costs: Costs
     states: tuple[DeviceState, DeviceState]
     warnings: tuple[str, ...]
 
@@ -138,112 +130,72 @@ def _profile_parts(
     refresh: bool,
     report: ReportsProgress,
 ) -> _Parts:
-    device = settings.torch_device
     report("model", 0, 1)
-    chain = source.split(source.build(device=device, dtype=settings.torch_dtype))
-    check_ownership(chain)
-    keys = _keys(chain, settings)
-    if settings.compiled:
-        _compile(chain)
+    shapes = ModelShapes(source, settings)
+    check_ownership(shapes.whole)
     report("model", 1, 1)
-    folder = None if cache is None else Path(cache)
-    entries = EntryCache(None if folder is None else folder / "layers")
-    costs: dict[Configuration, dict[str, ConfigurationCost]] = {item: {} for item in settings.configurations}
-    overheads: dict[Configuration, _Overheads] = {}
-    if not refresh:
-        _read_cache(entries, keys, costs, overheads)
-    missing = [
-        item for item in settings.configurations if len(costs[item]) < len(keys.classes) or item not in overheads
-    ]
-    warnings = [f"the cache entry {name} was damaged and is measured again" for name in entries.damaged]
-    before = device_state(device)
+    store = ProfileCache(None if cache is None else Path(cache), settings, shapes.whole, shapes.structures)
+    costs = Costs() if refresh else store.read(settings.configurations)
+    missing = costs.missing(settings.configurations, len(shapes.structures))
+    warnings = [f"the cache entry {name} was damaged and is measured again" for name in store.damaged]
+    if shapes.num_layers is not None:
+        warnings.append(f"the model does not fit the device; it was measured shortened to {shapes.num_layers} layers")
+    before = device_state(settings.torch_device)
     if missing:
-        journal = Journal(None if folder is None else folder / "journals", keys.journal, resume=resume)
+        journal = store.journal(resume=resume)
         if journal.num_damaged:
             warnings.append(f"{journal.num_damaged} lines of the journal were damaged and are measured again")
-        bench = ModelBench(source, chain, device, settings.optimizer, own_time=not settings.oversubscribed)
-        with busy_siblings(source, settings, missing, report):
-            numbers = Session(settings, bench, journal, report).measure(missing)
-        for configuration, value in numbers.items():
-            measured = class_costs(configuration, chain.layers, value.layers, _sources(settings))
-            costs[configuration] = {**measured, **costs[configuration]}
-            overheads.setdefault(configuration, _overheads(value))
-        _write_cache(entries, keys, {item: costs[item] for item in missing}, overheads)
+        for degree in sorted({item.tensor_degree for item in missing}):
+            group = [item for item in missing if item.tensor_degree == degree]
+            share = settings.budget_s * len(group) / len(missing)
+            measured = shapes.measured(degree)
+            numbers = _measure(source, replace(settings, budget_s=share), shapes, measured, group, journal, report)
+            _add(costs, settings, measured, numbers)
+            warnings += _judgement(numbers, measured, (before, device_state(settings.torch_device)))
+        store.write(costs, missing)
         journal.close()
-        warnings += _judgement(numbers, chain, (before, device_state(device)))
     for warning in warnings:
         _log.warning("%s", warning)
-    ordered = tuple(overheads[item] for item in settings.configurations)
-    return _Parts(chain, costs, ordered, (before, device_state(device)), tuple(warnings))
+    states = (before, device_state(settings.torch_device))
+    return _Parts(shapes.whole, costs, states, tuple(dict.fromkeys(warnings)))
 
 
-@dataclass(frozen=True)
-class _Keys:
-    """Cache keys: of each class, of the model's overheads, of the journal."""
-
-    classes: Mapping[str, Mapping[str, object]]
-    model: Mapping[str, object]
-    journal: Mapping[str, object]
-
-
-def _keys(chain: LayerChain, settings: ProfileSettings) -> _Keys:
-    device = settings.torch_device
-    common: dict[str, object] = {
-        "device": device_name(device),
-        "versions": versions(device),
-        "dtype": settings.dtype,
-        "load": [settings.num_busy_ranks, settings.num_threads],
-        "optimizer": settings.optimizer,
-        "compiled": settings.compiled,
-    }
-    structures = layer_structures(chain)
-    layers = [[layer.name, structures[layer.layer_class]] for layer in chain.layers]
-    shapes = [_shape(item) for item in settings.configurations]
-    return _Keys(
-        classes={name: {**common, "layer": structure} for name, structure in structures.items()},
-        model={**common, "layers": layers},
-        journal={**common, "layers": layers, "shapes": shapes},
-    )
+def _measure(
+    source: ModelSource,
+    settings: ProfileSettings,
+    shapes: ModelShapes,
+    measured: MeasuredChain,
+    configurations: Sequence[Configuration],
+    journal: Journal,
+    report: ReportsProgress,
+) -> dict[Configuration, ConfigurationNumbers]:
+    if settings.compiled:
+        _compile(measured.chain)
+    own_time = not settings.oversubscribed
+    bench = ModelBench(source, measured.chain, settings.torch_device, settings.optimizer, own_time=own_time)
+    with busy_siblings(source, settings, configurations, report, num_layers=shapes.num_layers):
+        return Session(settings, bench, journal, report).measure(configurations)
 
 
-def _shape(configuration: Configuration) -> list[int]:
-    return [configuration.microbatch, configuration.sequence_length, configuration.tensor_degree]
-
-
-def _read_cache(
-    entries: EntryCache,
-    keys: _Keys,
-    costs: dict[Configuration, dict[str, ConfigurationCost]],
-    overheads: dict[Configuration, _Overheads],
+def _add(
+    costs: Costs,
+    settings: ProfileSettings,
+    measured: MeasuredChain,
+    numbers: Mapping[Configuration, ConfigurationNumbers],
 ) -> None:
-    for configuration, found in costs.items():
-        shape = {"shape": _shape(configuration)}
-        for name, key in keys.classes.items():
-            entry = entries.get({**key, **shape})
-            if entry is not None:
-                found[name] = ConfigurationCost.model_validate(entry)
-        entry = entries.get({**keys.model, **shape})
-        if entry is not None:
-            overheads[configuration] = _Overheads(float(str(entry["action_s"])), float(str(entry["step_s"])))
+    """Put what was measured with what the cache held; cached classes stay as they were."""
+    sizes = dict(zip(measured.class_names, (layer.num_parameters for layer in measured.chain.layers), strict=True))
+    for item, value in numbers.items():
+        collectives = measured.collectives(item, value.layers) if item.tensor_degree > 1 else {}
+        found = class_costs(item, measured.class_names, value.layers, _sources(settings), collectives)
+        costs.classes[item] = {**found, **costs.classes.get(item, {})}
+        costs.overheads.setdefault(item, _overheads(value, sizes))
 
 
-def _write_cache(
-    entries: EntryCache,
-    keys: _Keys,
-    costs: Mapping[Configuration, Mapping[str, ConfigurationCost]],
-    overheads: Mapping[Configuration, _Overheads],
-) -> None:
-    for configuration, values in costs.items():
-        shape = {"shape": _shape(configuration)}
-        for name, cost in values.items():
-            entries.put({**keys.classes[name], **shape}, cost.model_dump(mode="json"))
-        value = overheads[configuration]
-        entries.put({**keys.model, **shape}, {"action_s": value.action_s, "step_s": value.step_s})
-
-
-def _overheads(numbers: ConfigurationNumbers) -> _Overheads:
+def _overheads(numbers: ConfigurationNumbers, sizes: Mapping[str, int]) -> Overheads:
     """A microbatch is two actions; what one takes beside its layers, and what a step takes beside its microbatches."""
-    return _Overheads((numbers.outside_s + numbers.entrance_s) / 2, numbers.first_extra_s + numbers.clearing_s)
+    action_s = (numbers.outside_s + numbers.entrance_s) / 2
+    return Overheads(action_s, numbers.first_extra_s + numbers.clearing_s, sizes)
 
 
 def _sources(settings: ProfileSettings) -> dict[str, Source]:
@@ -252,7 +204,9 @@ def _sources(settings: ProfileSettings) -> dict[str, Source]:
 
 
 def _judgement(
-    numbers: Mapping[Configuration, ConfigurationNumbers], chain: LayerChain, states: tuple[DeviceState, DeviceState]
+    numbers: Mapping[Configuration, ConfigurationNumbers],
+    measured: MeasuredChain,
+    states: tuple[DeviceState, DeviceState],
 ) -> list[str]:
     """Return what a planner should know before it trusts the numbers."""
     shares = [share for value in numbers.values() for share in value.busy_shares]
@@ -261,8 +215,8 @@ def _judgement(
     for configuration, value in numbers.items():
         whole = sum(layer.forward_s + layer.input_grad_s + layer.weight_grad_s for layer in value.layers)
         wide = {
-            layer.layer_class
-            for layer, row in zip(chain.layers, value.layers, strict=True)
+            name
+            for name, row in zip(measured.class_names, value.layers, strict=True)
             if row.forward_s > _SIGNIFICANT * whole
             and row.forward_spread_s[1] - row.forward_spread_s[0] > WIDE_SPREAD * row.forward_s
         }
@@ -284,14 +238,18 @@ def _document(
 ) -> ModelProfile:
     chain, device = parts.chain, settings.torch_device
     first = {layer.layer_class: layer for layer in reversed(chain.layers)}
+    costs = parts.costs
     classes = {
         class_name: LayerClass(
             kind=layer.kind,
             parameters=layer.num_parameters,
-            costs=tuple(parts.costs[item][class_name] for item in settings.configurations),
+            replicated_parameters=_replicated(costs, settings, class_name, layer.num_parameters),
+            expert_parameters=expert_parameters(chain, layer),
+            costs=_with_whole_flops([costs.classes[item][class_name] for item in settings.configurations]),
         )
         for class_name, layer in first.items()
     }
+    overheads = [costs.overheads[item] for item in settings.configurations]
     pedigree = Pedigree(
         device=device_name(device),
         num_busy_ranks=settings.num_busy_ranks,
@@ -314,10 +272,27 @@ def _document(
         tied=ties_of(chain),
         framework_bytes=_framework_bytes(device),
         framework_bytes_source=Source.MEASURED,
-        step_overhead_s=statistics.median(item.step_s for item in parts.overheads),
-        action_overhead_s=statistics.median(item.action_s for item in parts.overheads),
+        step_overhead_s=statistics.median(item.step_s for item in overheads),
+        action_overhead_s=statistics.median(item.action_s for item in overheads),
         pedigree=pedigree,
     )
+
+
+def _with_whole_flops(costs: Sequence[ConfigurationCost]) -> tuple[ConfigurationCost, ...]:
+    """Return the entries with the FLOP of the whole layer where it was measured, not of shards times their degree."""
+    whole = {cost.key[:2]: cost.forward_flops for cost in costs if cost.tensor_degree == 1}
+    return tuple(
+        cost.model_copy(update={"forward_flops": whole.get(cost.key[:2], cost.forward_flops)}) for cost in costs
+    )
+
+
+def _replicated(costs: Costs, settings: ProfileSettings, name: str, whole: int) -> int:
+    """Return what tensor parallelism does not split, seen in the smallest shard; 0 when none was measured."""
+    sharded = [item for item in settings.configurations if item.tensor_degree > 1]
+    if not sharded:
+        return 0
+    item = max(sharded, key=lambda item: item.tensor_degree)
+    return replicated_parameters(whole, costs.overheads[item].parameters.get(name, whole), item.tensor_degree)
 
 
 def _framework_bytes(device: torch.device) -> float:

@@ -8,7 +8,7 @@ the Hugging Face configuration, or the shape of the model's first layer.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stagewright.modeling import Batch, LayerChain, load_object, split
 from stagewright.modeling.batch import batch_size, slice_batch, to_device
 from stagewright.planner.errors import InvalidArgument
+from stagewright.profiler.tensor_shard import shard_model
 
 _NUM_CLASSES = 2
 _MAX_TOKEN = 32_000
@@ -52,28 +53,40 @@ class ModelSource:
         place, _, factory = self.reference.rpartition(":")
         return f"{Path(place).stem}:{factory}"
 
-    def build(self, *, device: torch.device, dtype: torch.dtype, num_layers: int | None = None) -> nn.Module:
-        """Return the model in training mode; `num_layers` shortens a Hugging Face configuration.
+    def build(
+        self, *, device: torch.device, dtype: torch.dtype, num_layers: int | None = None, tensor_degree: int = 1
+    ) -> nn.Module:
+        """Return the model in training mode.
+
+        Parameters
+        ----------
+        num_layers : shorten the model: a Hugging Face configuration, or a factory that takes `num_layers`.
+        tensor_degree : build one shard: by the model's tensor-parallel plan, or a factory that takes `tensor_degree`.
 
         Raises
         ------
-        InvalidArgument : when the reference names nothing that is a module.
+        InvalidArgument : when the reference names nothing that is a module, or it cannot be shortened or cut.
         """
         if self.module is not None:
+            _refuse_changes(num_layers, tensor_degree)
             return self.module.to(device=device, dtype=dtype).train()
         assert self.reference is not None
         if is_huggingface(self.reference):
             with torch.device(device):
-                return huggingface_model(self.reference, num_layers=num_layers).to(dtype=dtype).train()
-        factory = load_object(self.reference)
-        if not callable(factory):
-            raise InvalidArgument(f"{self.reference!r} is no function that returns a model", field="model")
-        with torch.device(device):
-            model = factory()
-        if not isinstance(model, nn.Module):
-            raise InvalidArgument(
-                f"{self.reference!r} returned {type(model).__name__}, not a torch module", field="model"
-            )
+                model = huggingface_model(self.reference, num_layers=num_layers)
+        else:
+            factory = load_object(self.reference)
+            if not callable(factory):
+                raise InvalidArgument(f"{self.reference!r} is no function that returns a model", field="model")
+            told = _told(factory, num_layers, tensor_degree)
+            with torch.device(device):
+                model = factory(**told)
+            if not isinstance(model, nn.Module):
+                raise InvalidArgument(
+                    f"{self.reference!r} returned {type(model).__name__}, not a torch module", field="model"
+                )
+            tensor_degree = 1 if "tensor_degree" in told else tensor_degree
+        shard_model(model, tensor_degree)
         return model.to(dtype=dtype).train()
 
     def split(self, model: nn.Module) -> LayerChain:
@@ -105,6 +118,32 @@ class ModelSource:
             return load_object(f"{self.reference.rpartition(':')[0]}:data")
         except InvalidArgument:
             return None
+
+
+def _told(factory: Callable[..., object], num_layers: int | None, tensor_degree: int) -> dict[str, int]:
+    """Return the arguments for a factory: the sizes that are asked for and that it takes."""
+    known = inspect.signature(factory).parameters
+    told = {}
+    if num_layers is not None:
+        if "num_layers" not in known:
+            raise InvalidArgument(
+                f"the model is to be shortened to {num_layers} layers, its factory takes no num_layers",
+                field="model",
+                hint="let the factory take num_layers, or measure on a device that holds the whole model",
+            )
+        told["num_layers"] = num_layers
+    if tensor_degree > 1 and "tensor_degree" in known:
+        told["tensor_degree"] = tensor_degree
+    return told
+
+
+def _refuse_changes(num_layers: int | None, tensor_degree: int) -> None:
+    if num_layers is not None or tensor_degree > 1:
+        raise InvalidArgument(
+            "a module at hand is measured as it is, neither shortened nor cut",
+            field="model",
+            hint="name the model as module:factory",
+        )
 
 
 def is_huggingface(reference: str) -> bool:

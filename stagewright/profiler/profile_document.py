@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from stagewright.modeling import Layer, LayerChain
 from stagewright.planner.documents import (
+    Collective,
     ConfigurationCost,
     Edge,
     LayerRun,
@@ -71,15 +72,23 @@ def ties_of(chain: LayerChain) -> tuple[TiedWeight, ...]:
 
 def class_costs(
     configuration: Configuration,
-    layers: Sequence[Layer],
+    class_names: Sequence[str],
     numbers: Sequence[LayerNumbers],
     sources: Mapping[str, Source],
+    collectives: Mapping[str, tuple[Collective, ...]],
 ) -> dict[str, ConfigurationCost]:
-    """Return the cost entry of each class in one configuration; `sources` names fields that were not measured."""
+    """Return the cost entry of each class in one configuration.
+
+    Parameters
+    ----------
+    class_names : of each measured layer.
+    sources : fields that were not measured, and where they come from.
+    collectives : what the shards of each class exchange.
+    """
     members: dict[str, list[LayerNumbers]] = {}
-    for layer, value in zip(layers, numbers, strict=True):
-        members.setdefault(layer.layer_class, []).append(value)
-    return {name: _cost(configuration, values, sources) for name, values in members.items()}
+    for name, value in zip(class_names, numbers, strict=True):
+        members.setdefault(name, []).append(value)
+    return {name: _cost(configuration, values, sources, collectives.get(name, ())) for name, values in members.items()}
 
 
 def _longest_run(layers: Sequence[Layer], position: int) -> tuple[str, int, int]:
@@ -103,7 +112,10 @@ def _longest_run(layers: Sequence[Layer], position: int) -> tuple[str, int, int]
 
 
 def _cost(
-    configuration: Configuration, values: Sequence[LayerNumbers], sources: Mapping[str, Source]
+    configuration: Configuration,
+    values: Sequence[LayerNumbers],
+    sources: Mapping[str, Source],
+    collectives: tuple[Collective, ...],
 ) -> ConfigurationCost:
     def mean(name: str) -> float:
         return sum(float(getattr(value, name)) for value in values) / len(values)
@@ -136,8 +148,9 @@ def _cost(
         freed_at_input_grad={Recompute.NONE: freed} if freed > 0 else {},
         workspace_bytes=max(max(value.workspace_bytes for value in values), 0.0),
         output_bytes=mean("output_bytes"),
-        forward_flops=mean("forward_flops"),
+        forward_flops=mean("forward_flops") * configuration.tensor_degree,
         optimizer_s=mean("optimizer_s"),
+        collectives=collectives,
         source=Source.MEASURED,
         sources=dict(sources),
         spread={

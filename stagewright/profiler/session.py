@@ -106,7 +106,12 @@ class Session:
 
 @contextmanager
 def busy_siblings(
-    source: ModelSource, settings: ProfileSettings, configurations: Sequence[Configuration], report: ReportsProgress
+    source: ModelSource,
+    settings: ProfileSettings,
+    configurations: Sequence[Configuration],
+    report: ReportsProgress,
+    *,
+    num_layers: int | None = None,
 ) -> Iterator[None]:
     """Keep as many other ranks busy with the same work as the run will have; return once all of them are."""
     count = settings.num_busy_ranks - 1 if settings.torch_device.type == "cpu" else 0
@@ -117,6 +122,7 @@ def busy_siblings(
         "model": source.reference,
         "data": source.data,
         "layers": source.layers,
+        "num_layers": num_layers,
         "dtype": settings.dtype,
         "num_threads": settings.num_threads,
         "configurations": [_key(configuration) for configuration in configurations],
@@ -135,6 +141,7 @@ def busy_rank(
     model: str,
     data: str | None,
     layers: str | None,
+    num_layers: int | None,
     dtype: str,
     num_threads: int,
     configurations: Sequence[Sequence[int]],
@@ -143,9 +150,14 @@ def busy_rank(
     torch.set_num_threads(num_threads)
     settings = ProfileSettings((), dtype=dtype)  # type: ignore[arg-type]
     source = ModelSource(model, None, data, layers)
-    chain = source.split(source.build(device=torch.device("cpu"), dtype=settings.torch_dtype))
-    bench = ModelBench(source, chain, torch.device("cpu"))
     wanted = [Configuration(*values) for values in configurations]
+    model_shard = source.build(
+        device=torch.device("cpu"),
+        dtype=settings.torch_dtype,
+        num_layers=num_layers,
+        tensor_degree=wanted[0].tensor_degree,
+    )
+    bench = ModelBench(source, source.split(model_shard), torch.device("cpu"))
     bench.warm_up(wanted[0])
     context.report("busy", 1, 1)
     while not context.stopped.is_set():

@@ -1,0 +1,111 @@
+"""Class costs and overheads in the cache: which keys they have, what is missing, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stagewright.modeling import LayerChain
+from stagewright.planner.documents import ConfigurationCost
+from stagewright.profiler.journal import EntryCache, Journal
+from stagewright.profiler.model_bench import Configuration
+from stagewright.profiler.settings import ProfileSettings
+from stagewright.profiler.surroundings import device_name, versions
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """What a configuration costs beside its layers: for each action, and for each step; `parameters` by class of a shard."""
+
+    action_s: float
+    step_s: float
+    parameters: Mapping[str, int]
+
+
+@dataclass
+class Costs:
+    """Everything a profile needs, by configuration."""
+
+    classes: dict[Configuration, dict[str, ConfigurationCost]] = field(default_factory=dict)
+    overheads: dict[Configuration, Overheads] = field(default_factory=dict)
+
+    def missing(self, configurations: Sequence[Configuration], num_classes: int) -> list[Configuration]:
+        """Return the configurations that are not complete."""
+        return [
+            item
+            for item in configurations
+            if len(self.classes.get(item, {})) < num_classes or item not in self.overheads
+        ]
+
+
+class ProfileCache:
+    """Reads and writes what one model's profile needs; without a folder it holds nothing."""
+
+    def __init__(
+        self, folder: Path | None, settings: ProfileSettings, chain: LayerChain, structures: Mapping[str, str]
+    ) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._entries = EntryCache(None if folder is None else folder / "layers")
+        device = settings.torch_device
+        self._common: dict[str, object] = {
+            "device": device_name(device),
+            "versions": versions(device),
+            "dtype": settings.dtype,
+            "load": [settings.num_busy_ranks, settings.num_threads],
+            "optimizer": settings.optimizer,
+            "compiled": settings.compiled,
+        }
+        self._structures = structures
+        self._layers = [[layer.name, structures[layer.layer_class]] for layer in chain.layers]
+
+    @property
+    def damaged(self) -> list[str]:
+        """Names of entries that could not be believed."""
+        return self._entries.damaged
+
+    def journal(self, *, resume: bool) -> Journal:
+        """Open the journal of this model and these settings."""
+        shapes = [_shape(item) for item in self._settings.configurations]
+        key = {**self._common, "layers": self._layers, "shapes": shapes}
+        return Journal(None if self._folder is None else self._folder / "journals", key, resume=resume)
+
+    def read(self, configurations: Sequence[Configuration]) -> Costs:
+        """Return what the cache holds of some configurations."""
+        costs = Costs()
+        for item in configurations:
+            found = costs.classes.setdefault(item, {})
+            for name in self._structures:
+                entry = self._entries.get(self._class_key(name, item))
+                if entry is not None:
+                    found[name] = ConfigurationCost.model_validate(entry)
+            entry = self._entries.get(self._model_key(item))
+            if entry is not None:
+                costs.overheads[item] = Overheads(
+                    float(str(entry["action_s"])), float(str(entry["step_s"])), _counts(entry["parameters"])
+                )
+        return costs
+
+    def write(self, costs: Costs, configurations: Sequence[Configuration]) -> None:
+        """Keep what was measured of some configurations."""
+        for item in configurations:
+            for name, cost in costs.classes[item].items():
+                self._entries.put(self._class_key(name, item), cost.model_dump(mode="json"))
+            value = costs.overheads[item]
+            entry = {"action_s": value.action_s, "step_s": value.step_s, "parameters": dict(value.parameters)}
+            self._entries.put(self._model_key(item), entry)
+
+    def _class_key(self, name: str, item: Configuration) -> dict[str, object]:
+        return {**self._common, "layer": self._structures[name], "shape": _shape(item)}
+
+    def _model_key(self, item: Configuration) -> dict[str, object]:
+        return {**self._common, "layers": self._layers, "shape": _shape(item)}
+
+
+def _shape(item: Configuration) -> list[int]:
+    return [item.microbatch, item.sequence_length, item.tensor_degree]
+
+
+def _counts(value: object) -> dict[str, int]:
+    return {str(name): int(count) for name, count in value.items()} if isinstance(value, Mapping) else {}
