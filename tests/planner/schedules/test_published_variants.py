@@ -217,3 +217,12 @@ def test_equal_work_lengths_decrease_with_attention_and_are_equal_without():
     work = [lengths[k] + 0.001 * (prefix[k + 1] ** 2 - prefix[k] ** 2) / 2 for k in range(4)]
     assert max(work) / min(work) < 1.01
     assert equal_work_slices(4096, 4, 1.0, 0.0) == (1024,) * 4
+
+
+def test_skipping_recomputation_on_the_last_stage_shortens_1f1b():
+    """Merak: the last stage's forward is directly followed by its backward, so there is nothing to recompute for."""
+    ones = [1.0] * 4
+    schedule = generate("1f1b", ScheduleRequest(4, 8))
+    everywhere = simulate(schedule, StageCosts.of(ones, ones, ones, recompute_s=ones))
+    not_last = simulate(schedule, StageCosts.of(ones, ones, ones, recompute_s=[1.0, 1.0, 1.0, 0.0]))
+    assert not_last.makespan_s < everywhere.makespan_s
