@@ -1,0 +1,113 @@
+"""Layers are timed inside the running model: under a clock that counts marks, every layer gets its own."""
+
+import pytest
+import torch
+
+from stagewright.modeling import load_object, split
+from stagewright.profiler.layer_timer import LayerTimer
+from stagewright.profiler.measured_layers import configuration_numbers
+from stagewright.profiler.model_bench import Configuration, ModelBench
+from stagewright.profiler.model_source import ModelSource
+from stagewright.profiler.timing import is_stable, spread_of
+
+
+class CountingClock:
+    """Each mark is one second after the one before."""
+
+    def __init__(self):
+        self.now = 0
+
+    def mark(self):
+        self.now += 1
+        return self.now
+
+    def seconds(self, first, second):
+        return float(second - first)
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def chain(tiny_model_file):
+    return split(load_object(f"{tiny_model_file}:build")())
+
+
+@pytest.fixture
+def batch():
+    tokens = torch.randint(32, (2, 8))
+    return (tokens, tokens)
+
+
+def test_every_layer_is_marked_once_in_forward_and_once_in_backward(chain, batch):
+    timer = LayerTimer(chain, CountingClock())
+    with timer.hooks:
+        times = timer.full(batch)
+    assert times.forward_s == (1.0,) * chain.num_layers
+    assert times.backward_s == (1.0,) * chain.num_layers
+
+
+def test_input_gradients_leave_no_gradient_in_any_parameter(chain, batch):
+    timer = LayerTimer(chain, CountingClock())
+    with timer.hooks:
+        timer.input_gradients(batch)
+    assert all(parameter.grad is None for parameter in chain.model.parameters())
+
+
+def test_timing_changes_no_gradient(chain, batch):
+    timer = LayerTimer(chain, CountingClock())
+    with timer.hooks:
+        timer.full(batch)
+    timed = [parameter.grad.clone() for parameter in chain.model.parameters()]
+    chain.model.zero_grad()
+    chain.model(*batch).backward()
+    assert all(torch.equal(a, b.grad) for a, b in zip(timed, chain.model.parameters(), strict=True))
+
+
+def test_hooks_are_gone_afterwards(chain, batch):
+    timer = LayerTimer(chain, CountingClock())
+    with timer.hooks:
+        timer.full(batch)
+    assert all(not module._forward_hooks for module in chain.model.modules() if module is not chain.model.head)
+    clock = timer._clock.now
+    chain.model(*batch).backward()
+    assert timer._clock.now == clock
+
+
+def test_deferred_weight_gradients_are_bit_equal_to_fused_ones(tiny_model_file):
+    source = ModelSource(f"{tiny_model_file}:build")
+    chain = source.split(source.build(device=torch.device("cpu"), dtype=torch.float32))
+    bench = ModelBench(source, chain, torch.device("cpu"))
+    configuration = Configuration(2, 16)
+    chain.segment(0, chain.num_layers)(bench.batch(configuration))[chain.num_layers - 1][0].backward()
+    fused = [parameter.grad.clone() for parameter in chain.model.parameters()]
+    chain.model.zero_grad()
+    bench.measure(configuration, "split")
+    assert all(torch.equal(a, b.grad) for a, b in zip(fused, chain.model.parameters(), strict=True))
+
+
+def test_medians_of_layers_are_scaled_to_the_median_of_their_sum():
+    """Two layers disturbed in turn: medians of parts are 1 + 1, the median of the whole is 3."""
+    steps = [
+        {
+            "forward_s": forward, "backward_s": [0.0, 0.0], "optimizer_s": [0.0, 0.0], "outside_s": 0.0,
+            "entrance_s": 0.0, "allocating_s": 3.0, "clearing_s": 0.0, "busy_share": 1.0,
+        }
+        for forward in ([1.0, 2.0], [2.0, 1.0], [1.0, 1.0], [1.0, 2.0], [2.0, 1.0])
+    ]  # fmt: skip
+    zeros = [0.0, 0.0]
+    names = ("saved_bytes", "output_bytes", "workspace_bytes", "selective_bytes", "full_bytes", "forward_flops")
+    numbers = configuration_numbers({"step": steps, "memory": [dict.fromkeys(names, zeros)]})
+    assert sum(layer.forward_s for layer in numbers.layers) == pytest.approx(3.0)
+
+
+def test_samples_are_stable_when_their_halves_agree():
+    assert is_stable([9.0, 5.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert not is_stable([2.0, 2.0, 2.0, 1.0, 1.0, 1.0])
+    assert not is_stable([1.0, 1.0])
+
+
+def test_a_spread_holds_median_and_percentiles():
+    spread = spread_of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert (spread.median_s, spread.p20_s, spread.p80_s, spread.num_samples) == (3.5, 2.0, 5.0, 6)
+    assert spread.relative_width == pytest.approx(3.0 / 3.5)
