@@ -16,6 +16,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
@@ -97,10 +98,15 @@ def _alembic() -> Config:
 def _reachable(engine: sa.Engine) -> Iterator[None]:
     try:
         yield
-    except sa.exc.OperationalError as error:
+    except sa.exc.DatabaseError as error:
         where = engine.url.render_as_string(hide_password=True)
         raise InvalidArgument(
-            f"{where}: {error.orig}", field="database_url", hint="is the server up, and the path writable?"
+            f"{where}: {error.orig}", field="database_url", hint="is the server up, and the path a writable database?"
+        ) from error
+    except CommandError as error:
+        where = engine.url.render_as_string(hide_password=True)
+        raise InvalidArgument(
+            f"{where}: {error}", field="database_url", hint="a newer version has migrated it: use that one"
         ) from error
 
 

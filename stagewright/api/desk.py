@@ -14,6 +14,7 @@ from stagewright.api.tasks import Answer, Refusal, Task, TaskFunction
 _LOG = logging.getLogger(__name__)
 
 _START_S = 120.0
+_MAX_WAITING = 8
 
 
 class Desk:
@@ -24,6 +25,7 @@ class Desk:
         self._memory_bytes = memory_bytes
         self._modules = tuple(modules)
         self._turn = threading.Lock()
+        self._places = threading.BoundedSemaphore(_MAX_WAITING)
         self._process: SolverProcess | None = None
 
     def warm_up(self) -> None:
@@ -41,15 +43,15 @@ class Desk:
 
         A process that dies is replaced once: it may have died before this task came. Its start is not counted.
         """
-        if not self._turn.acquire(timeout=self._timeout_s):
-            raise Problem("not-ready", "too many simulations at once", headers={"Retry-After": "1"})
+        if not self._places.acquire(blocking=False):
+            raise Problem("not-ready", f"{_MAX_WAITING} simulations wait already", headers={"Retry-After": "2"})
         try:
-            reply = self._reply_of_two(Task(function, argument, self._timeout_s))
+            with self._turn:
+                reply = self._reply_of_two(Task(function, argument, self._timeout_s))
         except ProcessDied as error:
-            self._drop()
             raise Problem("internal", f"the simulation's process died: {error}") from error
         finally:
-            self._turn.release()
+            self._places.release()
         if isinstance(reply, Answer):
             return reply.text
         if reply.traceback:
@@ -61,7 +63,11 @@ class Desk:
             return self._reply(task)
         except ProcessDied:
             self._drop()
+        try:
             return self._reply(task)
+        except ProcessDied:
+            self._drop()
+            raise
 
     def _reply(self, task: Task) -> Answer | Refusal:
         process = self._open()

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar, Self, TypeVar
 
 from pydantic import Field, model_validator
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from stagewright.api.problems import Problem, problem_of
@@ -65,14 +66,7 @@ async def read_object(request: Request, *, empty_is: Mapping[str, object] | None
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise Problem("unsupported-media-type", f"the body is {media_type or 'of no declared type'}")
-    try:
-        value = json.loads(body, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise Problem("malformed-json", f"the body is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise Problem("malformed-json", f"the body is a JSON {type(value).__name__}, an object is wanted")
-    _check_depth(value)
-    return value
+    return await run_in_threadpool(_parse, body)
 
 
 def plan_request(value: Mapping[str, object], *, prefix: str = "") -> PlanRequest:
@@ -138,6 +132,17 @@ def _with_documents(value: Mapping[str, object], prefix: str) -> dict[str, objec
 
 
 D = TypeVar("D", bound=Document)
+
+
+def _parse(body: bytes) -> Mapping[str, object]:
+    try:
+        value = json.loads(body, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise Problem("malformed-json", f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Problem("malformed-json", f"the body is a JSON {type(value).__name__}, an object is wanted")
+    _check_depth(value)
+    return value
 
 
 def _document(kind: type[D], value: object, prefix: str) -> D:

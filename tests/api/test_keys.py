@@ -46,6 +46,7 @@ def stagewright(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--port", "-1"], "port"),
         (["--database", "mysql://x"], "database_url"),
         (["--database", "sqlite:////no/such/folder/x.db"], "database_url"),
+        (["--database", "sqlite:////dev/null"], "database_url"),
         (["--workers", "0"], "workers"),
     ],
 )

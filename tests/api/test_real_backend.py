@@ -119,14 +119,15 @@ def test_a_validation_of_a_plan_names_the_rules_it_breaks(real: Server, planned:
     small = json.loads(json.dumps(plan))
     for group in small["cluster"]["groups"]:
         group["device"]["memory_bytes"] = 1e9
-    small["job"]["global_batch"] = 17
-    codes = [
-        item["code"]
-        for item in real.http.post("/v1/validations", json={"plan": small, "model": "gpt2"}).json()["violations"]
-    ]
-    assert {"batch", "memory"} <= set(codes)
-    broken = plan | {"stages": []}
-    assert real.http.post("/v1/validations", json={"plan": broken, "model": "gpt2"}).json()["violations"]
+    cases = {
+        "memory": small,
+        "batch": plan | {"job": plan["job"] | {"global_batch": 17}},
+        "invalid-document": plan | {"stages": []},
+    }
+    for code, broken in cases.items():
+        report = real.http.post("/v1/validations", json={"plan": broken, "model": "gpt2"}).json()
+        assert not report["valid"]
+        assert code in [item["code"] for item in report["violations"]], report
 
 
 def test_the_catalogue_offers_what_a_request_may_name(real: Server) -> None:
@@ -145,6 +146,17 @@ def test_the_openapi_document_describes_requests_and_answers(real: Server) -> No
     references = {part.split('"')[0] for part in json.dumps(document).split("#/components/schemas/")[1:]}
     assert references <= set(schemas)
     assert {"/v1/plans", "/v1/plans/{plan_id}/cancel", "/v1/simulations", "/livez"} <= set(document["paths"])
+
+
+def test_the_routes_are_those_that_are_written_down(real: Server) -> None:
+    paths = real.http.get("/openapi.json").json()["paths"]
+    lines = []
+    for path, methods in sorted(paths.items()):
+        for method, operation in sorted(methods.items()):
+            parameters = " ".join(sorted(item["name"] for item in operation.get("parameters", [])))
+            lines.append(f"{method.upper()} {path} ({parameters}) {' '.join(sorted(operation['responses']))}")
+    written = Path(__file__).with_name("routes.txt").read_text().splitlines()
+    assert lines == written, "\n".join(lines)
 
 
 def test_no_process_of_the_service_loads_torch(real: Server, planned: dict[str, object]) -> None:
