@@ -146,7 +146,7 @@ def best_of_blocks(chains: Chains, blocks: list[Block], cap: Floats, goal: Goal,
             spent += 8.0 * len(whole.letters)
             if value_s < best_s:
                 best, best_s = words, value_s
-            if spent > 0.3 * budget:
+            if words is not whole and spent > 0.3 * budget:
                 break
     return improve(chains, best, cap, goal, budget=budget - spent)
 

@@ -1,11 +1,17 @@
 """Chimera: f pairs of model replicas in opposite directions share the ranks, so that one fills the bubbles of the other.
 
 Pair i runs its down replica from rank i D / f on and its up replica the other way round; microbatch m belongs to
-replica m mod 2 f. A replica's stage s has at most min(D / (2 f), D - s) microbatches in flight (or D - s, and D on a rank, where the costs make
-that shorter), and each rank merges the 2 f orders by time (`1:` marks the up replica):
+replica m mod 2 f. A replica's stage s has at most min(D / (2 f), D - s) microbatches in flight, or D - s where that is
+shorter for the costs, a rank at most D, and each rank merges the 2 f orders by time (`1:` marks the up replica):
+
+    rank 0  0F0   0F2         1:3F1 1:3B1 1:3F3 1:3B3 0B0         0B2
+    rank 1        1F0   1:2F1 1F2   1:2F3 1:2B1 1B0   1:2B3 1B2
+    rank 2        1:1F1 2F0   1:1F3 2F2   2B0   1:1B1 2B2   1:1B3
+    rank 3  1:0F1 1:0F3       3F0   3B0   3F2   3B2   1:0B1       1:0B3
 
 For T a multiple of D and B = F the merge has no conflict: idle over total is (D/f - 2) / (2 T + D/f - 2), for one pair
-(D - 2) / (2 T + D - 2). A rank holds D/2 + 1 activations at the ends and D in the middle (f = 1), and 2 f stages' weights.
+(D - 2) / (2 T + D - 2). A rank holds D/2 + 1 activations at the ends and D in the middle (f = 1), and the weights of
+2 f stages.
 When B = 2 F and T > D, forwards leave holes between the basic units; three ways to go on, `parameters["variant"]`:
 
 - concatenation: the units follow each other directly and the list scheduler merges them;

@@ -2,11 +2,11 @@
 
 DAPPLE starts backwards early and then alternates strictly. Policy P_A, K_d = min(D - d, M), is 1F1B. P_B keeps almost
 twice as many microbatches in flight, so that a hop between ranks as long as a fraction of the compute is hidden: with
-D = 3 and one free slot for each hop,
+D = 3, T = 7 and a hop as long as an action,
 
-    rank 0  F0 F1 F2 F3 F4                   B0 F5 ...
-    rank 1        F0 F1 F2 F3       B0 F4 ...
-    rank 2              F0 B0 F1 B1 F2 B2 ...
+    rank 0  F0 F1 F2 F3 F4             B0 F5 B1 F6 B2    B3    B4    B5    B6
+    rank 1        F0 F1 F2       B0 F3 B1 F4 B2 F5 B3 F6 B4    B5    B6
+    rank 2              F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 F6 B6
 
 M is the number of microbatches the memory cap admits on the rank, all T without a cap. Rank d holds min(K_d, T).
 
@@ -15,7 +15,7 @@ Paper: Fan et al., DAPPLE: A Pipelined Data Parallel Approach for Training Large
 
 from __future__ import annotations
 
-import math
+import numpy as np
 
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.orders import alternate, one_stage_passes
@@ -28,14 +28,15 @@ def dapple_pb(request: ScheduleRequest) -> Schedule:
     sizes = sizes_of(request, "dapple-pb")
     placement = loop_placement(sizes.num_ranks)
     check_placement(request, placement, "dapple-pb")
-    activation = costs_of(request, sizes).activation
-    orders = []
-    for rank in range(sizes.num_ranks):
-        warmup = 2 * (sizes.num_ranks - rank) - 1
-        if request.memory_cap is not None and activation[rank] > 0:
-            warmup = min(warmup, math.floor(request.memory_cap / activation[rank] + 1e-9))
-        orders.append(alternate(*one_stage_passes(rank, sizes.num_microbatches), warmup))
-    return Schedule("dapple-pb", sizes.num_microbatches, placement, tuple(orders))
+    warmups = 2 * np.arange(sizes.num_ranks, 0, -1) - 1
+    if request.memory_cap is not None:
+        fitting = request.memory_cap / np.maximum(costs_of(request, sizes).activation, 1e-300) + 1e-9
+        # A rank that forwards more than the one before it would wait for it forever.
+        warmups = np.minimum.accumulate(np.minimum(warmups, fitting)).astype(np.int64)
+    orders = tuple(
+        alternate(*one_stage_passes(rank, sizes.num_microbatches), int(warmup)) for rank, warmup in enumerate(warmups)
+    )
+    return Schedule("dapple-pb", sizes.num_microbatches, placement, orders)
 
 
 FAMILY = ScheduleFamily(

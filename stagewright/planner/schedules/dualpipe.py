@@ -17,6 +17,11 @@ With a fused pair of duration F&B the idle time of a rank is (D/2 - 1) (F&B + F_
 and a rank holds D + 1 activations; each rank holds two stages' parameters. Executed as separate actions the same order
 idles (D/2 - 1) (F + I - W). `parameters["fused"] = 0` leaves the pairs unfused.
 
+With D = 2, T = 4 and every action in its own slot (a full backward and a fused pair take more):
+
+    rank 0  0F0   1:1F1 0F2   1:1B1       1:1F3 0B0         1:1B3       0I2   0W2
+    rank 1  1:0F1 1F0   1:0F3 1B0         1F2   1:0B1       1B2         1:0I3 1:0W3
+
 Paper: DeepSeek-AI, DeepSeek-V3 Technical Report, 2024, section 3.2.1.
 """
 

@@ -6,6 +6,11 @@ chunk, (D - 1) (F&B + F_B - 3 W) with fused pairs and (D - 1) (F + I - W) with s
 activations and the parameters of two chunks, half of DualPipe's. The pairs are
 separate actions unless `parameters["fused"] = 1`: without a table of overlapped durations, fusing only delays results.
 
+With D = 2, T = 4:
+
+    rank 0  0F0 0F1 0F2 3F0 3I0 3W0 3F1 0F3 3B1     3F2 0B0     3B2     3F3     0B1     3B3     0I2 0W2 0I3 0W3
+    rank 1      1F0 2F0 1F1 2F1 1F2 2B0     2F2 1B0     1F3 2B1     2F3 1B1     2B2     1B2     2I3 1I3 2W3 1W3
+
 Papers: Qi et al., "Cut-in-half", Sea AI Lab, 2025; DeepSeek-AI, DualPipe, 2025.
 """
 

@@ -4,8 +4,9 @@ Replica 0 runs stage s on rank s, replica 1 on rank D - 1 - s. The forward of th
 follows the backward of the one before through the ranks, so each rank alternates F and B and holds one activation
 (`1:` marks replica 1):
 
-    rank 0  0F0         0B0 1:2F1 1:2B1
-    rank 1      1F0 1B0 ...
+    rank 0  0F0                           0B0   1:2F1 1:2B1 0F2                           0B2
+    rank 1        1F0               1B0   1:1F1             1:1B1 1F2               1B2
+    rank 2              2F0   2B0   1:0F1                         1:0B1 2F2   2B2
 
 In the steady state the idle share tends to (D - 1) / (D + 1/2) for B = 2 F and to (D - 1) / (D + 1) for B = F; both
 replicas hold all weights and reduce their gradients together.

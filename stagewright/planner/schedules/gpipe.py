@@ -1,7 +1,7 @@
 """GPipe: all forwards, then all backwards, then one update.
 
-    rank 0  F0 F1 F2 F3          B0 B1 B2 B3
-    rank 1     F0 F1 F2 F3    B0 B1 B2 B3
+    rank 0  F0 F1 F2 F3             B0 B1 B2 B3
+    rank 1     F0 F1 F2 F3       B0 B1 B2 B3
     rank 2        F0 F1 F2 F3 B0 B1 B2 B3
 
 Makespan = sum of (F + B) + (T - 1) (max F + max B); with equal stages idle over total is (D - 1) / (T + D - 1) for any

@@ -3,8 +3,8 @@
 A rank runs the microbatches of one group through chunk 0, then through chunk 1, and so on, then the next group;
 backwards take the chunks in reverse. With D = T = 2, v = 2 (stages 0 and 2 on rank 0, stages 1 and 3 on rank 1):
 
-    rank 0  0F0 0F1 2F0 2F1     2B0     2B1 0B0     0B1
-    rank 1      1F0 1F1 3F0 3B0 3F1 3B1 1B0     1B1
+    rank 0  0F0 0F1 2F0 2F1     2B0     2B1 0B0 0B1
+    rank 1      1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1
 
 Rank r forwards 2 (D - r - 1) + (v - 1) D + 1 units before its first backward. With equal costs idle over ideal is
 (D - 1) / (v T), so idle over total is (D - 1) / (v T + D - 1); rank 0 holds min(T, D + (D - 1) / v) activations.

@@ -1,7 +1,10 @@
 """Interleaved zero bubble: the interleaved order with the backward split and the warm-up of ZB-H1.
 
 Stage s is on rank s mod D. Units go through the chunks as in `interleaved`, but rank r forwards only
-(v - 1) D + D - r of them before its first I, and its W are delayed as in ZB-H1, under a cap of D activations (v D chunks):
+(v - 1) D + D - r of them before its first I, and its W are delayed as in ZB-H1, under a cap of D activations:
+
+    rank 0  0F0 0F1 2F0 2F1     2I0 2W0 2I1 2W1 0I0 0W0 0I1 0W1
+    rank 1      1F0 1F1 3F0 3I0 3F1 3I1 3W0 1I0 1W0 1I1 1W1 3W1
 
 With equal times the bubble is (D - 1) / v of a forward, a third of interleaved 1F1B's, and the peak is D activations on
 every rank, less than its D + (D - 1) / v. T must be a multiple of D, as for `interleaved`, with the same `parameters`.

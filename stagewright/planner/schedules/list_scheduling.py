@@ -23,6 +23,7 @@ Complexity: O(N (D + v)) for N actions, about 5 million actions a second. Optima
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -382,6 +383,15 @@ def word_offsets(chains: Chains) -> Ints:
     for position in range(len(chains.rank)):
         offset[chains.rank[position] + 1] += chains.units[position] * (1 + (kinds - 1) * chains.fan)
     return np.cumsum(offset)
+
+
+def peak_held(chains: Chains, words: Words) -> Floats:
+    """Return the most that each rank holds, in the unit of `held`, [D]."""
+    kind, position = np.divmod(words.letters, len(chains.rank))
+    freed = WEIGHT if chains.is_split else BACKWARD
+    sign = np.where(kind == FORWARD, 1.0, np.where(kind == freed, -1.0 / chains.fan, 0.0))
+    change = sign * chains.held[position]
+    return np.array([np.cumsum(change[low:high]).max(initial=0.0) for low, high in itertools.pairwise(words.offset)])
 
 
 def ideal_s(chains: Chains) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """Naive pipeline: one microbatch at a time, the stages run strictly in turn.
 
-    rank 0  F0          B0 F1          B1
-    rank 1     F0    B0       F1    B1
-    rank 2        F0 B0          F1 B1
+    rank 0  F0             B0 F1             B1
+    rank 1     F0       B0       F1       B1
+    rank 2        F0 B0             F1 B1
 
 One rank works at any time: idle over total is (D - 1) / D for every T, and one activation is live. With T = 1 it is
 GPipe with one microbatch. Paper: the baseline of every pipeline paper (inter-layer model parallelism).

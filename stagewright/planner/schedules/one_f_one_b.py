@@ -1,8 +1,8 @@
 """1F1B: rank d forwards D - d microbatches, then alternates one backward and one forward.
 
-    rank 0  F0 F1 F2       B0 F3    B1 F4    B2      B3      B4
-    rank 1     F0 F1    B0 F2    B1 F3    B2 F4   B3      B4
-    rank 2        F0 B0 F1    B1 F2    B2 F3   B3 F4   B4
+    rank 0  F0 F1 F2       B0 F3 B1 F4 B2    B3    B4
+    rank 1     F0 F1    B0 F2 B1 F3 B2 F4 B3    B4
+    rank 2        F0 B0 F1 B1 F2 B2 F3 B3 F4 B4
 
 With equal stages the makespan is GPipe's, (T + D - 1) (F + B), and rank d holds min(T, D - d) activations instead of T.
 PipeDream-Flush, DAPPLE's policy P_A and Megatron-LM's non-interleaved schedule are this order.

@@ -10,6 +10,11 @@ The least total of moves and turn gaps is the shortest life of a microbatch on t
 makes a peak of about 3 D / 4 activations. One offset for all ranks, as V-Half has, cannot do better than D here. The
 best blocks are repeated, shifted left and improved for the costs (`building_block`).
 
+With D = 2, T = 3 and B = F:
+
+    rank 0  0F0 0F1 0F2 3F0 3B0 3F1 3B1 0B0     3F2 3B2 0B1     0B2
+    rank 1      1F0 2F0 1F1 2F1 2B0 1B0 1F2 2F2 2B1 1B1 2B2 1B2
+
 Paper: Qi et al., Pipeline Parallelism with Controllable Memory, NeurIPS 2024 (the schedule v1f1b of its code).
 """
 
@@ -27,12 +32,12 @@ from stagewright.planner.schedules.list_scheduling import (
     BACKWARD,
     FORWARD,
     Chains,
-    Floats,
     Ints,
     Words,
     chains_of,
     measure,
     orders_of,
+    peak_held,
 )
 from stagewright.planner.schedules.schedule import Schedule, wave_placement
 from stagewright.planner.schedules.sizes import check_placement, costs_of, effort_of, sizes_of
@@ -83,7 +88,7 @@ def _best_block(
         if best is not None and spent > budget:
             break
         words = repeat(chains, slots, num_microbatches, 2)
-        value = _peak(words, len(chains.rank)), goal.value_s(measure(chains, words))
+        value = float(peak_held(chains, words).max()), goal.value_s(measure(chains, words))
         spent += 4.0 * len(words.letters)
         if best is None or value < best[0]:
             best = value, words
@@ -150,12 +155,6 @@ def _slots(walk: _Walk) -> Ints:
     for rank in range(ranks - 2, -1, -1):
         slots[BACKWARD, rank] = slots[BACKWARD, rank + 1] + walk.moves[rank][3]
     return slots
-
-
-def _peak(words: Words, num_positions: int) -> float:
-    """Return the most chunks that a rank holds."""
-    change: Floats = np.where(words.letters < num_positions, 1.0, -1.0)
-    return float(max(np.cumsum(change[low:high]).max() for low, high in itertools.pairwise(words.offset)))
 
 
 FAMILY = ScheduleFamily(

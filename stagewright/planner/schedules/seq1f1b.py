@@ -3,8 +3,8 @@
 Rank d forwards D - d + K - 1 slices, then alternates one backward and one forward; the backwards of a microbatch take
 its slices in reverse (a partially ordered queue). With D = 2, T = 2, K = 2:
 
-    rank 0  0F0.0 0F0.1 0F1.0 0B0.1 0F1.1 0B0.0       0B1.1       0B1.0
-    rank 1        1F0.0 1F0.1 1B0.1 1F1.0 1B0.0 1F1.1 1B1.1 1B1.0
+    rank 0  F0.0 F0.1 F1.0      B0.1 F1.1 B0.0      B1.1 B1.0
+    rank 1       F0.0 F0.1 B0.1 F1.0 B0.0 F1.1 B1.1 B1.0
 
 With equal slices idle over total is (D - 1) / (K T + D - 1) and rank d holds (D - d + K - 1) / K activations, where
 1F1B holds D - d.

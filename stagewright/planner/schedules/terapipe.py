@@ -2,8 +2,8 @@
 
 A causal model lets slice j start when the slices before it are done on the same stage. With D = 2, T = 1, K = 3:
 
-    rank 0  0F0.0 0F0.1 0F0.2             0B0.2 0B0.1 0B0.0
-    rank 1        1F0.0 1F0.1 1F0.2 1B0.2 1B0.1 1B0.0
+    rank 0  F0.0 F0.1 F0.2           B0.2 B0.1 B0.0
+    rank 1       F0.0 F0.1 F0.2 B0.2 B0.1 B0.0
 
 All forwards come before all backwards; the backward of a microbatch takes its slices in reverse, because the gradients
 of keys and values of a slice sum over all later ones. With equal slices idle over total is (D - 1) / (K T + D - 1), and

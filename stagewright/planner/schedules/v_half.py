@@ -5,6 +5,12 @@ slots on every rank, so the peak is (D + 2) // 2 activations, the same everywher
 longest span has a bubble of about D / (2 T); the W, the warm-up and the cool-down are then placed by cost, which takes
 about half of that away and keeps the peak.
 
+With D = T = 3:
+
+    rank 0  0F0 0F1 0F2         5F0 5I0 5W0 5F1 5I1 5W1 0I0 0W0         5F2 5I2 0I1 0W1 5W2     0I2 0W2
+    rank 1      1F0 1F1     4F0     4F1 4I0 4W0 1F2 1I0 1W0 4I1 4W1 4F2     1I1 4I2 1W1 4W2 1I2 1W2
+    rank 2          2F0 3F0 2F1 3F1         3I0 2I0 3W0 2F2 2W0 3F2 3I1 2I1 2W1 3W1 3I2 2I2 2W2 3W2
+
 Paper: Qi et al., Pipeline Parallelism with Controllable Memory, NeurIPS 2024.
 """
 

@@ -3,9 +3,13 @@
 Stage s runs down the ranks, turns around on the last one without a hop, runs up, turns on the first one, and so on: the
 two directions of Chimera without its second replica. Backwards go first, forwards fill; microbatches keep their order.
 
-For T = D and B = F idle over total is (D - 1) / (2 W T + D - 1), and a rank holds at most min(T, D) activations; for B = 2 F
-the same rule gives 0.333 / 0.213 / 0.119 for 1, 2 and 4 waves on 4 ranks. A wave has 2 W (D - 1) messages of a microbatch
-in each direction, where a loop over as many chunks has 2 W D - 1.
+    rank 0  0F0 0F1 0F2         5F0 5B0 5F1 5B1 5F2 5B2 0B0     0B1     0B2
+    rank 1      1F0 1F1 1F2 4F0     4F1 4B0 4F2 4B1 1B0 4B2 1B1     1B2
+    rank 2          2F0 3F0 2F1 3F1 2F2 3F2 3B0 2B0 3B1 2B1 3B2 2B2
+
+For T a multiple of D and B = F idle over total is (D - 1) / (2 W T + D - 1), and a rank holds at most min(T, D)
+activations; for B = 2 F the same rule gives 0.333 / 0.213 / 0.119 for 1, 2 and 4 waves on 4 ranks with 4 microbatches. A
+microbatch sends 2 W (D - 1) messages each way, where a loop over as many chunks sends 2 W D - 1.
 
 Paper: Liu et al., Hanayo: Harnessing Wave-like Pipeline Parallelism for Enhanced Large Model Training Efficiency, SC 2023.
 """

@@ -8,10 +8,15 @@ The heuristic runs the list scheduler over its flags and keeps the best order:
 - how far, in W, a waiting W may delay the forward and the input gradient that come next.
 
 So a W runs where it fills a gap or where the cap of activations, freed at the end of W, leaves nothing else. At a cap of D
-activations the order is at least as good as ZB-H1, at 2 D as ZB-H2, which are points of the search. On tiny sizes an
+activations the order is at least as good as ZB-H1, at 2 D - 1 as ZB-H2, since those are tried as they are. On tiny sizes an
 integer programme over the order (`zb_order_ilp`) then proves or improves it, see `parameters`:
 
 - ilp: 1 to solve it whatever the size, 0 never; by default up to 30 actions, where it takes a fraction of a second.
+
+With D = 2, T = 3, I = 2 F = 2 W and a cap of 2 activations (a slot is one F):
+
+    rank 0  F0 F1       I0    W0 F2 I1    W1 I2    W2
+    rank 1     F0 I0    W0 F1 I1    F2 I2    W1 W2
 
 Without a cap a rank may hold all T activations. Complexity of the heuristic: one list schedule for each of at most 250
 flags, fewer where `effort` says so; no guarantee, though it met the proved bound in all published one-chunk rows.
@@ -30,6 +35,7 @@ from stagewright.planner.schedules.descent import Goal, descend
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.list_scheduling import (
     BACKWARD,
+    EPSILON,
     FORWARD,
     WEIGHT,
     Chains,
@@ -43,9 +49,11 @@ from stagewright.planner.schedules.list_scheduling import (
     loose_rule,
     measure,
     orders_of,
+    peak_held,
 )
 from stagewright.planner.schedules.schedule import Schedule, loop_placement
-from stagewright.planner.schedules.sizes import check_placement, costs_of, effort_of, require, sizes_of
+from stagewright.planner.schedules.sizes import Sizes, check_placement, costs_of, effort_of, require, sizes_of
+from stagewright.planner.schedules.zb_h1 import one_chunk_words
 from stagewright.planner.schedules.zb_order_ilp import solve_order
 
 _SHARES = (0.0, 0.5, 0.25, 0.75, 1.0)  # of W
@@ -68,13 +76,26 @@ def zb_auto(request: ScheduleRequest) -> Schedule:
         field="memory_cap",
         hint=f"give a cap of at least {largest:g}",
     )
-    words = _best_of_flags(chains, cap, budget=effort_of(request))
+    words = _best_of_flags(chains, cap, _handcrafted(request, sizes, chains, cap), budget=effort_of(request))
     words = _refined(request, chains, words, cap)
     return Schedule("zb-auto", sizes.num_microbatches, placement, orders_of(chains, words, 1))
 
 
-def _best_of_flags(chains: Chains, cap: Floats, *, budget: float) -> Words:
+def _handcrafted(request: ScheduleRequest, sizes: Sizes, chains: Chains, cap: Floats) -> list[Words]:
+    """Return ZB-H1's and ZB-H2's words, those that keep the cap."""
+    ranks = sizes.num_ranks
+    from_end = np.arange(ranks, 0, -1)
+    known = [one_chunk_words(request, sizes, from_end, ranks)[1]]
+    if sizes.num_microbatches >= 2 * ranks - 1:
+        known.append(one_chunk_words(request, sizes, 2 * from_end - 1, 2 * ranks - 1)[1])
+    return [words for words in known if (peak_held(chains, words) <= cap + EPSILON).all()]
+
+
+def _best_of_flags(chains: Chains, cap: Floats, known: list[Words], *, budget: float) -> Words:
     best, best_s = Words(np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)), np.inf
+    for words in known:
+        if _GOAL.value_s(measure(chains, words)) < best_s:
+            best, best_s = words, _GOAL.value_s(measure(chains, words))
     makespan_s, span_s = ideal_s(chains)
     least_s = _GOAL.makespan_weight * makespan_s + _GOAL.span_weight * span_s
     left = budget

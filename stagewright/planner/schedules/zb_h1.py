@@ -3,9 +3,13 @@
 Rank d forwards D - d microbatches and then alternates I and F as 1F1B does; its first d W wait until the cap of D
 activations forces them, so the last rank sends gradients up without stopping for W:
 
-The bubble is (D - 1) (F + I - W) for T >= D, a third of 1F1B's with equal times: makespan 3 T + D - 1 for F = I = W = 1. Every
-rank holds min(T, D) activations, the peak of 1F1B's first rank. The places of the W follow the costs and the latency
-(`weight_placement`); the order of F and I is fixed.
+    rank 0  F0 F1 F2       I0 W0 F3 I1 W1 I2 W2 I3 W3
+    rank 1     F0 F1    I0 W0 F2 I1 F3 I2 W1 I3 W2 W3
+    rank 2        F0 I0 W0 F1 I1 F2 I2 F3 I3 W1 W2 W3
+
+The bubble is (D - 1) (F + I - W) for T >= D, a third of 1F1B's with equal times: makespan 3 T + D - 1 for
+F = I = W = 1. No rank holds more than min(T, D) activations, the peak of 1F1B's first rank. The places of the W follow
+the costs and the latency (`weight_placement`); the order of F and I is fixed.
 
 Paper: Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024, section 2.2.
 """
@@ -16,7 +20,7 @@ import numpy as np
 
 from stagewright.planner.schedules.descent import Goal
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
-from stagewright.planner.schedules.list_scheduling import Ints, chains_of, orders_of
+from stagewright.planner.schedules.list_scheduling import Chains, Ints, Words, chains_of, orders_of
 from stagewright.planner.schedules.schedule import Schedule, loop_placement
 from stagewright.planner.schedules.sizes import Sizes, check_placement, costs_of, effort_of, sizes_of
 from stagewright.planner.schedules.weight_placement import alternating_skeleton, place_by_cost
@@ -32,8 +36,14 @@ def one_chunk(request: ScheduleRequest, sizes: Sizes, name: str, warmups: Ints, 
     """Return the split order with these warm-up forwards on the ranks and at most `cap` activations on each."""
     placement = loop_placement(sizes.num_ranks)
     check_placement(request, placement, name)
+    chains, words = one_chunk_words(request, sizes, warmups, cap)
+    return Schedule(name, sizes.num_microbatches, placement, orders_of(chains, words, 1))
+
+
+def one_chunk_words(request: ScheduleRequest, sizes: Sizes, warmups: Ints, cap: int) -> tuple[Chains, Words]:
+    """Return the words of `one_chunk` and the chains they are over, where every activation counts 1."""
     chains = chains_of(
-        placement,
+        loop_placement(sizes.num_ranks),
         costs_of(request, sizes),
         sizes.num_microbatches,
         latency_s=request.latency_s,
@@ -48,7 +58,7 @@ def one_chunk(request: ScheduleRequest, sizes: Sizes, name: str, warmups: Ints, 
         budget=effort_of(request),
     )
     assert words is not None, "the W right after its I keeps the cap"
-    return Schedule(name, sizes.num_microbatches, placement, orders_of(chains, words, 1))
+    return chains, words
 
 
 FAMILY = ScheduleFamily(

@@ -2,6 +2,10 @@
 
 Rank d forwards 2 (D - d) - 1 microbatches before its first I and holds up to 2 D - 1 activations:
 
+    rank 0  F0 F1 F2 F3 F4 I0 W0 I1 W1 I2 W2 I3 W3 I4 W4
+    rank 1     F0 F1 F2 I0 F3 I1 F4 I2 W0 I3 W1 I4 W2 W3 W4
+    rank 2        F0 I0 F1 I1 F2 I2 F3 I3 F4 I4 W0 W1 W2 W3 W4
+
 The longest rank span has a bubble of (D - 1) (F + I - 2 W), none with equal times; the makespan keeps the skew of D - 1
 forwards, which the optimizer hides only when it steps rank by rank. T must be at least 2 D - 1 to fill the warm-up.
 The places of the W follow the costs and the latency (`weight_placement`); the order of F and I is fixed.

@@ -11,8 +11,14 @@ Rank d runs, with `f`, `i`, `w` on the way down and capitals on the way up:
     D - d          x  i w
     the remaining W
 
-With F = I = W no rank idles inside its span and each holds D activations; the makespan adds the skew (D - 1) F / 2 of the
-last rank's first forward. The places of the W follow the costs and the latency (`weight_placement`); the order of F and I is fixed.
+With D = 2, T = 4:
+
+    rank 0  0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0F3 0I0 0W0 3F2 3I2 3W2 0I1 0W1 3F3 3I3 0I2 3W3 0I3 0W2 0W3
+    rank 1      1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 2W1 1F3 1I1 1W1 2F3 2I2 1I2 2I3 1I3 2W2 1W2 2W3 1W3
+
+With F = I = W and T >= 2 D no rank idles inside its span and each holds D activations; the makespan adds the skew
+(D - 1) F / 2 of the last rank's first forward. The places of the W follow the costs and the latency
+(`weight_placement`); the order of F and I is fixed.
 
 Paper: Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024, section 6 (ZB-V); V-ZB of Qi et al., Pipeline Parallelism
 with Controllable Memory, NeurIPS 2024, is the same schedule up to left-shifting.
