@@ -223,6 +223,42 @@ def moves_experts(
     return remote_experts * weights < exchange_elements(tokens, hidden, top_k=top_k, degree=degree)
 
 
+def fastest_expert_layout(
+    tokens: float,
+    hidden: float,
+    expert_parameters: float,
+    *,
+    top_k: int,
+    capacity_factor: float,
+    degree: int,
+    copies: int,
+) -> str:
+    """Return Tutel's cheaper layout of experts that `copies` devices share: "data" gathers the sharded weights on each
+    copy, "tensor" repeats the tokens on every copy; both hold the same shards, so switching moves nothing.
+
+    Elements a device receives: 2 weights (copies-1)/copies against (copies-1) 2 k cf bsh (e-1)/e.
+    """
+    weights = 2 * expert_parameters * (copies - 1) / copies
+    repeated = (copies - 1) * exchange_elements(
+        tokens, hidden, top_k=top_k, degree=degree, capacity_factor=capacity_factor
+    )
+    return "data" if weights < repeated else "tensor"
+
+
+def kept_rows(
+    tokens: float, *, top_k: int, loads: Sequence[int] = (), padded: bool = False, block: int = BLOCK_TOKENS
+) -> float:
+    """Return the rows of hidden size an expert layer keeps for its backward around its products.
+
+    Sorted and padded copies of input and output (2 a routed row, MegaBlocks), or none beside the tokens themselves where
+    the products scatter and gather on their own (ScatterMoE, Tan et al. 2024).
+    """
+    if not padded:
+        return tokens
+    rows = padded_tokens(loads, block=block) if loads else top_k * tokens
+    return tokens + 2 * rows
+
+
 def topology_aware_counts(tokens: float, bandwidths: Floats) -> Floats:
     """Return TA-MoE's target dispatch: each device sends in proportion to its bandwidth to each other one.
 

@@ -49,6 +49,17 @@ class ChosenActions:
     exposed_s: float
 
 
+def recompute_action(
+    input_bytes: float, forward_s: float, *, saved_bytes: float = 0.0, saved_s: float = 0.0
+) -> LayerAction:
+    """Return the action of running a layer's forward again from its input.
+
+    `saved_bytes` more may stay to spare `saved_s` of it: with attention's output kept, its forward is not run twice
+    (DistFlashAttn's rematerialisation-aware checkpointing; LoongTrain's selective checkpointing).
+    """
+    return LayerAction(ActionKind.RECOMPUTE, input_bytes + saved_bytes, compute_s=forward_s - saved_s)
+
+
 def offload_action(kept_bytes: float, input_bytes: float, host_bytes_per_s: float) -> LayerAction:
     """Return the action of copying a layer's activations out and back; only its input may stay (`input_bytes`)."""
     moved = kept_bytes - input_bytes
@@ -63,7 +74,9 @@ def peer_swap_action(kept_bytes: float, link_bytes_per_s: Sequence[float]) -> La
 def choose_actions(
     layers: Sequence[Sequence[LayerAction]], *, cap_bytes: float, num_live: int = 1, hidden_copy_s: float = 0.0
 ) -> ChosenActions:
-    """Return the actions with the fewest exposed seconds that fit; raises Infeasible with the least bytes possible.
+    """Return the actions with the fewest exposed seconds that fit, the least copying among equals.
+
+    Raises Infeasible with the least bytes possible when nothing fits.
 
     Parameters
     ----------
@@ -91,7 +104,7 @@ def choose_actions(
         ]
         frontier = _non_dominated(grown)
     kept, compute, copy, chosen = min(
-        frontier, key=lambda state: (state[1] + max(0.0, state[2] - hidden_copy_s), state[0], state[3])
+        frontier, key=lambda state: (state[1] + max(0.0, state[2] - hidden_copy_s), state[2], state[0], state[3])
     )
     return ChosenActions(
         tuple(actions[position] for actions, position in zip(layers, chosen, strict=True)),

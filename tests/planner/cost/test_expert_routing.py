@@ -144,3 +144,20 @@ def test_experts_that_do_not_divide_are_refused_with_both_numbers():
         moe.home_placement(10, 4)
     with pytest.raises(InvalidArgument, match="10 experts do not divide by 4 devices"):
         moe.balanced_placement([1.0] * 10, 4)
+
+
+def test_the_layout_of_shared_experts_follows_the_capacity():
+    chosen = [
+        moe.fastest_expert_layout(2048, 1024, 8 * 1024**2, top_k=2, capacity_factor=factor, degree=8, copies=4)
+        for factor in (0.5, 1.0, 4.0, 16.0)
+    ]
+    assert chosen[0] == "tensor"
+    assert chosen[-1] == "data"
+    assert chosen == sorted(chosen, reverse=True), "once weights are cheaper they stay so"
+
+
+def test_scattered_products_keep_no_padded_copies():
+    loads = [100, 300, 50, 62]
+    padded = moe.kept_rows(256, top_k=2, loads=loads, padded=True)
+    assert padded == 256 + 2 * moe.padded_tokens(loads)
+    assert moe.kept_rows(256, top_k=2) == 256

@@ -113,3 +113,25 @@ def test_an_optimizer_on_the_host_moves_gradients_down_and_weights_up():
     assert mem.optimizer_offload_s(
         10.0, host_bytes_per_s=2.0, gradient_bytes=2.0, parameter_bytes=2.0, host_step_s=1.0
     ) == pytest.approx(21.0)
+
+
+def test_keeping_attentions_output_spares_one_attention_forward():
+    plain = mem.recompute_action(16.0, 5.0)
+    spared = mem.recompute_action(16.0, 5.0, saved_bytes=16.0, saved_s=2.0)
+    assert spared.compute_s == plain.compute_s - 2.0
+    assert spared.kept_bytes == plain.kept_bytes + 16.0
+    layers = [[LayerAction(ActionKind.KEEP, 100.0), plain, spared]] * 4
+    assert mem.choose_actions(layers, cap_bytes=4 * 32.0).exposed_s == 4 * 3.0
+    assert mem.choose_actions(layers, cap_bytes=4 * 16.0).exposed_s == 4 * 5.0
+
+
+def test_stashed_activations_of_an_asynchronous_pipeline_go_to_the_host():
+    # PipeDream: stage d of 4 holds 4 - d minibatches; offload serves the early stages first.
+    layers = [options(10.0, 5.0, 2.0) for _ in range(4)]
+    moved = []
+    for stage in range(4):
+        found = mem.choose_actions(layers, cap_bytes=80.0, num_live=4 - stage, hidden_copy_s=8.0)
+        moved.append(sum(action.kind is ActionKind.OFFLOAD for action in found.actions))
+        assert found.exposed_s == 0.0
+    assert moved == sorted(moved, reverse=True)
+    assert moved[0] > moved[-1] == 0
