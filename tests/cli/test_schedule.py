@@ -235,3 +235,40 @@ def test_an_unwritable_path_is_refused(call, tmp_path):
     code, document = call("1f1b", "--ranks", 2, "--microbatches", 4, "--svg", tmp_path / "none" / "x.svg")
     assert code == 2
     assert "cannot be written" in document["error"]["message"]
+
+
+def registered():
+    from stagewright.planner.schedules.registry import families
+
+    searches = {"tessel"}  # for seconds
+    return [pytest.param(row.name, marks=[pytest.mark.soak] if row.name in searches else []) for row in families()]
+
+
+@pytest.mark.parametrize("name", registered())
+def test_every_registered_schedule_prints_its_document(call, name):
+    code, document = call(name, "--ranks", 4, "--microbatches", 8)
+    assert code == 0
+    assert (document["num_ranks"], document["num_microbatches"]) == (4, 8)
+    assert len(document["peak_activations"]) == len(document["weight_versions"]) == 4
+    assert 0 < document["ideal_s"] <= document["longest_span_s"] <= document["makespan_s"]
+    assert document["bound_s"] <= document["makespan_s"]
+
+
+def test_weights_of_asynchronous_schedules_count_versions_and_replicas(call):
+    versions = {
+        name: call(name, "--ranks", 4, "--microbatches", 8)[1]["weight_versions"]
+        for name in ("pipedream", "2bw", "wpipe", "ampnet", "avgpipe", "chimera")
+    }
+    assert versions == {
+        "pipedream": [4, 3, 2, 1],
+        "2bw": [2] * 4,
+        "wpipe": [1.5] * 4,
+        "ampnet": [1] * 4,
+        "avgpipe": [2] * 4,
+        "chimera": [2] * 4,
+    }
+
+
+def test_peer_swaps_level_the_peaks(call):
+    _, document = call("bpipe", "--ranks", 8, "--microbatches", 16)
+    assert max(document["peak_activations"]) == 5

@@ -17,7 +17,7 @@ from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.registry import families
-from stagewright.planner.schedules.schedule import Schedule, WeightPolicy, encode
+from stagewright.planner.schedules.schedule import FUSED, Schedule, WeightPolicy, encode
 from stagewright.planner.simulation.nccl import check_nccl
 from tests.planner.simulation.random_schedules import one_f_one_b, schedules
 
@@ -30,8 +30,9 @@ def named(name, ranks=4, microbatches=8, **parameters):
 def expressible():
     found = []
     for family in families():
+        ranks = 2 if family.name == "tessel" else 4  # it searches for seconds beyond
         try:
-            schedule = family.generate(ScheduleRequest(4, 8))
+            schedule = family.generate(ScheduleRequest(ranks, 2 * ranks))
             torch_csv(schedule)
         except (NotExpressible, InvalidArgument):
             continue
@@ -71,6 +72,8 @@ def test_torchs_simulator_runs_every_lowered_schedule(schedule):
     pytest.importorskip("torch")
     from torch.distributed.pipelining.schedules import _simulate_comms_compute
 
+    if any(order[:, FUSED].any() for order in schedule.orders):
+        pytest.skip("torch's simulator does not know its own fused pairs")
     lowered = lower(schedule, StageCosts.uniform(schedule.num_stages), data_parallel=True, merge="none")
     orders = torch_orders(torch_csv(lowered, csv_format="compute_comms"))
     compute = {rank: [a for a in steps if a.computation_type.name != "REDUCE_GRAD"] for rank, steps in orders.items()}

@@ -17,12 +17,13 @@ from stagewright.planner.schedules.auto import (
     search,
 )
 from stagewright.planner.schedules.auto.request import DEFAULT_CHUNKS
+from stagewright.planner.schedules.autopipe import unit_factors
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.schedule import Schedule, chain_edges, loop_placement, wave_placement
 from stagewright.planner.simulation.bound import work_bound
-from stagewright.planner.simulation.network import Links
+from stagewright.planner.simulation.network import Links, Shares
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.summary import summary
 from stagewright.planner.simulation.timeline import Timeline
@@ -40,6 +41,7 @@ class ScheduleReport:
     schedule, costs : the orders and the virtual stages they run.
     timeline : one simulated iteration, activations in rank-microbatches.
     bound_s : no order of this work on these ranks (for `auto`: on any placement tried) ends sooner.
+    num_microbatches : as asked for; the schedule may run more units (halves, several updates).
     auto : what the search found, None for a named schedule.
     """
 
@@ -47,11 +49,13 @@ class ScheduleReport:
     costs: StageCosts
     timeline: Timeline
     bound_s: float
+    num_microbatches: int
     auto: AutoResult | None = None
 
     def document(self) -> dict[str, object]:
         """Return the document of the `schedule` command."""
         found = summary(self.schedule, self.timeline, bound_s=self.bound_s)
+        found["num_microbatches"] = self.num_microbatches
         if self.auto is None:
             return found
         gain = self.auto.gain
@@ -89,8 +93,21 @@ def report(
         schedule = generate(name, _with_placement(request, placement))
         costs = request.costs or _equal_costs(schedule)
         bound_s = _bound(schedule, costs, request)
-    timeline = simulate(schedule, costs, links=Links(latency_s=request.latency_s))
-    return ScheduleReport(schedule, costs, timeline, min(bound_s, timeline.makespan_s), result)
+    timeline = simulate(schedule, costs, links=Links(latency_s=request.latency_s), shares=shares_of(schedule))
+    assert bound_s <= timeline.makespan_s * (1 + 1e-9), f"bound {bound_s} above the makespan {timeline.makespan_s}"
+    bound_s = min(bound_s, timeline.makespan_s)  # the two are sums in different orders
+    return ScheduleReport(schedule, costs, timeline, bound_s, request.num_microbatches, result)
+
+
+def shares_of(schedule: Schedule) -> Shares:
+    """Return what a named schedule's own parameters say about its units: halved microbatches, seconds of fillers."""
+    parameters = schedule.parameters
+    if "halved" in parameters:
+        factors = unit_factors(schedule.num_microbatches, int(parameters["halved"]))
+        return Shares(microbatch_time=factors, microbatch_activation=factors)
+    if "fill_s" in parameters:
+        return Shares(fill_s=np.full(int(parameters["items"]), float(parameters["fill_s"])))
+    return Shares()
 
 
 def infeasible_document(name: str, request: ScheduleRequest, error: Infeasible) -> dict[str, object]:
@@ -156,9 +173,11 @@ def _with_placement(request: ScheduleRequest, choice: PlacementChoice) -> Schedu
 
 
 def _bound(schedule: Schedule, costs: StageCosts, request: ScheduleRequest) -> float:
-    bound_s = work_bound(schedule, costs, latency_s=request.latency_s)
+    factors = shares_of(schedule).microbatch_time
+    bound_s = work_bound(schedule, costs, latency_s=request.latency_s, microbatch_time=factors)
     chain = schedule.edges == chain_edges(schedule.num_stages)
-    if schedule.num_replicas > 1 or schedule.num_slices > 1 or not chain or schedule.num_actions > MOST_BOUNDED_ACTIONS:
+    special = schedule.num_replicas > 1 or schedule.num_slices > 1 or not chain or factors is not None
+    if special or schedule.num_actions > MOST_BOUNDED_ACTIONS:
         return bound_s
     any_order_s = any_order_bound(
         costs,

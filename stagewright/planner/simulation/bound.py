@@ -20,29 +20,35 @@ import numpy.typing as npt
 
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
-from stagewright.planner.schedules.schedule import KIND, REPLICA, SLICE, STAGE, Schedule
+from stagewright.planner.schedules.schedule import KIND, MICROBATCH, REPLICA, SLICE, STAGE, Schedule
 
 Floats = npt.NDArray[np.float64]
 
 
-def work_bound(schedule: Schedule, costs: StageCosts, *, latency_s: float = 0.0) -> float:
-    """Return seconds below which no order of the same actions on the same ranks ends."""
-    heads, tails = _heads_and_tails(schedule, costs, latency_s)
+def work_bound(
+    schedule: Schedule, costs: StageCosts, *, latency_s: float = 0.0, microbatch_time: Floats | None = None
+) -> float:
+    """Return seconds below which no order of the same actions on the same ranks ends.
+
+    `microbatch_time`, [num_microbatches], are factors on the seconds of each microbatch, 1 unless given.
+    """
+    factor = np.ones(schedule.num_microbatches) if microbatch_time is None else microbatch_time
+    share = float(factor.min(initial=1.0)) / schedule.num_slices  # of the shortest piece that may lead the way
+    heads, tails = _heads_and_tails(schedule, costs, latency_s, share)
     step = np.stack((costs.forward_s, costs.input_grad_s + costs.recompute_s, costs.weight_grad_s))
-    microbatches = _microbatches(schedule)
+    microbatches = _microbatches(schedule, factor)
     work = step[:, None, :] * microbatches[None, :, :]
-    best = float((heads + step[:, None, :] / schedule.num_slices + tails)[:, microbatches > 0].max(initial=0.0))
+    best = float((heads + step[:, None, :] * share + tails)[:, microbatches > 0].max(initial=0.0))
     for rank in range(schedule.num_ranks):
         held = np.broadcast_to((schedule.placement == rank) & (microbatches > 0), heads.shape)
         best = max(best, _one_machine(heads[held], work[held], tails[held]))
     return best
 
 
-def _heads_and_tails(schedule: Schedule, costs: StageCosts, latency_s: float) -> tuple[Floats, Floats]:
+def _heads_and_tails(schedule: Schedule, costs: StageCosts, latency_s: float, share: float) -> tuple[Floats, Floats]:
     """Return heads and tails of F, I and W, [3, num_replicas, num_stages]; stages of an edge are in ascending order."""
     shape = (3, schedule.num_replicas, schedule.num_stages)
     heads, tails = np.zeros(shape), np.zeros(shape)
-    share = 1.0 / schedule.num_slices
     forward, backward = costs.forward_s * share, (costs.input_grad_s + costs.recompute_s) * share
     weight = costs.weight_grad_s * share
     hop = {
@@ -94,14 +100,13 @@ def _topological(schedule: Schedule) -> list[int]:
     return order
 
 
-def _microbatches(schedule: Schedule) -> Floats:
+def _microbatches(schedule: Schedule, factor: Floats) -> Floats:
     """Return how many whole microbatches pass each stage of each replica."""
     passed = np.zeros(schedule.placement.shape)
     for order in schedule.orders:
         rows = order[order[:, KIND] == Kind.F]
-        np.add.at(
-            passed, (rows[:, REPLICA], rows[:, STAGE]), np.where(rows[:, SLICE] < 0, 1.0, 1 / schedule.num_slices)
-        )
+        amount = np.where(rows[:, SLICE] < 0, 1.0, 1 / schedule.num_slices) * factor[rows[:, MICROBATCH]]
+        np.add.at(passed, (rows[:, REPLICA], rows[:, STAGE]), amount)
     return passed
 
 
