@@ -70,6 +70,13 @@ def discover_local(
     return _discover_cpu(count, measure_network, budget_s, progress)
 
 
+def describe_local(device: DeviceChoice = "auto") -> tuple[str, int]:
+    """Return the name and number of the devices `discover_local` would use, without measuring anything."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(0), torch.cuda.device_count()
+    return cpu_name(), num_cores()
+
+
 def num_cores() -> int:
     """Return the cores this process may use."""
     if hasattr(os, "sched_getaffinity"):

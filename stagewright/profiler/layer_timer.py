@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stagewright.modeling import Batch, LayerChain
 from stagewright.profiler.layer_hooks import LayerHooks
-from stagewright.profiler.timing import Clock
+from stagewright.profiler.timing import Clock, CpuClock
 
 _SEED = 1  # a run seeds every layer of every microbatch, and that takes time too
 
@@ -25,6 +25,11 @@ class LayerTimes:
     backward_s: tuple[float, ...]
     outside_s: float
     busy_share: float
+
+
+def busy_share(clock: Clock, busy_s: float, wall_s: float) -> float:
+    """Return CPU over wall time, where the CPU is what computes; 1 where it only launches work."""
+    return busy_s / wall_s if isinstance(clock, CpuClock) and wall_s > 0 else 1.0
 
 
 class LayerTimer:
@@ -89,7 +94,7 @@ class LayerTimer:
         forward_s = self._between([*self._forward, turn])
         backward_s = self._backward_seconds(turn, end)
         outside_s = clock.seconds(first, last) - sum(forward_s) - sum(backward_s)
-        return LayerTimes(forward_s, backward_s, max(outside_s, 0.0), busy / wall)
+        return LayerTimes(forward_s, backward_s, max(outside_s, 0.0), busy_share(clock, busy, wall))
 
     def _backward_seconds(self, turn: object, end: object) -> tuple[float, ...]:
         """A layer whose output had no gradient is done when the backward is."""

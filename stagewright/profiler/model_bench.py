@@ -33,7 +33,7 @@ from stagewright.modeling.weight_gradients import (
 )
 from stagewright.planner.documents import Recompute
 from stagewright.profiler.layer_hooks import LayerHooks
-from stagewright.profiler.layer_timer import LayerTimer, LayerTimes
+from stagewright.profiler.layer_timer import LayerTimer, LayerTimes, busy_share
 from stagewright.profiler.memory_trace import layer_growth_bytes, layer_workspace_bytes
 from stagewright.profiler.model_source import ModelSource
 from stagewright.profiler.saved_bytes import layer_bytes, storage_bytes, storage_key
@@ -92,6 +92,13 @@ class ModelBench:
             self._timer.full(self.batch(configuration))
         self._step()
 
+    def forget(self, configuration: Configuration) -> None:
+        """Give back what a configuration that does not fit has left behind."""
+        self._batches.pop((configuration.microbatch, configuration.sequence_length), None)
+        self.chain.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def measure(self, configuration: Configuration, kind: Kind) -> Numbers:
         """Return the numbers of one measurement; lists hold one number for each layer."""
         measures: dict[Kind, Callable[[Batch], Numbers]] = {
@@ -145,7 +152,7 @@ class ModelBench:
         return {
             "input_grad_s": list(times.backward_s),
             "weight_grad_s": weight_s,
-            "busy_share": min(times.busy_share, busy / wall),
+            "busy_share": min(times.busy_share, busy_share(self._clock, busy, wall)),
             "held_bytes": held,
         }
 

@@ -151,9 +151,17 @@ def _profile_parts(
             measured = shapes.measured(degree)
             numbers = _measure(source, replace(settings, budget_s=share), shapes, measured, group, journal, report)
             _add(costs, settings, measured, numbers)
+            warnings += [
+                f"{item.text} does not fit the device and was not measured" for item in group if item not in numbers
+            ]
             warnings += _judgement(numbers, measured, (before, device_state(settings.torch_device)))
-        store.write(costs, missing)
+        costs.drop_incomplete(len(shapes.structures))
+        store.write(costs, [item for item in missing if item in costs.overheads])
         journal.close()
+    if not costs.overheads:
+        raise InvalidArgument(
+            "no configuration fits the device", field="microbatches", hint="measure smaller microbatches or sequences"
+        )
     for warning in warnings:
         _log.warning("%s", warning)
     states = (before, device_state(settings.torch_device))
@@ -210,7 +218,7 @@ def _judgement(
 ) -> list[str]:
     """Return what a planner should know before it trusts the numbers."""
     shares = [share for value in numbers.values() for share in value.busy_shares]
-    drift = statistics.median(value.drift for value in numbers.values())
+    drift = statistics.median([value.drift for value in numbers.values()] or [0.0])
     warnings = list(disturbances(*states, shares, drift))
     for configuration, value in numbers.items():
         whole = sum(layer.forward_s + layer.input_grad_s + layer.weight_grad_s for layer in value.layers)
@@ -239,17 +247,18 @@ def _document(
     chain, device = parts.chain, settings.torch_device
     first = {layer.layer_class: layer for layer in reversed(chain.layers)}
     costs = parts.costs
+    configurations = [item for item in settings.configurations if item in costs.overheads]
     classes = {
         class_name: LayerClass(
             kind=layer.kind,
             parameters=layer.num_parameters,
-            replicated_parameters=_replicated(costs, settings, class_name, layer.num_parameters),
+            replicated_parameters=_replicated(costs, configurations, class_name, layer.num_parameters),
             expert_parameters=expert_parameters(chain, layer),
-            costs=_with_whole_flops([costs.classes[item][class_name] for item in settings.configurations]),
+            costs=_with_whole_flops([costs.classes[item][class_name] for item in configurations]),
         )
         for class_name, layer in first.items()
     }
-    overheads = [costs.overheads[item] for item in settings.configurations]
+    overheads = [costs.overheads[item] for item in configurations]
     pedigree = Pedigree(
         device=device_name(device),
         num_busy_ranks=settings.num_busy_ranks,
@@ -286,9 +295,9 @@ def _with_whole_flops(costs: Sequence[ConfigurationCost]) -> tuple[Configuration
     )
 
 
-def _replicated(costs: Costs, settings: ProfileSettings, name: str, whole: int) -> int:
+def _replicated(costs: Costs, configurations: Sequence[Configuration], name: str, whole: int) -> int:
     """Return what tensor parallelism does not split, seen in the smallest shard; 0 when none was measured."""
-    sharded = [item for item in settings.configurations if item.tensor_degree > 1]
+    sharded = [item for item in configurations if item.tensor_degree > 1]
     if not sharded:
         return 0
     item = max(sharded, key=lambda item: item.tensor_degree)

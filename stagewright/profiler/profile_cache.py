@@ -30,6 +30,12 @@ class Costs:
     classes: dict[Configuration, dict[str, ConfigurationCost]] = field(default_factory=dict)
     overheads: dict[Configuration, Overheads] = field(default_factory=dict)
 
+    def drop_incomplete(self, num_classes: int) -> None:
+        """Leave out what is known in part only: the configurations that did not fit."""
+        for item in self.missing(list(self.classes), num_classes):
+            self.classes.pop(item, None)
+            self.overheads.pop(item, None)
+
     def missing(self, configurations: Sequence[Configuration], num_classes: int) -> list[Configuration]:
         """Return the configurations that are not complete."""
         return [

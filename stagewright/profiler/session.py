@@ -55,10 +55,9 @@ class Session:
         self._now_s = now_s
 
     def measure(self, configurations: Sequence[Configuration]) -> dict[Configuration, ConfigurationNumbers]:
-        """Return the numbers of each configuration, measuring what the journal does not hold."""
+        """Return the numbers of each configuration that fits the device, measuring what the journal does not hold."""
+        configurations = [configuration for configuration in configurations if self._fits(configuration)]
         pairs = [(configuration, kind) for kind in self._settings.kinds for configuration in configurations]
-        for configuration in configurations:
-            self._bench.warm_up(configuration)
         end_s = self._now_s() + self._settings.budget_s
         total = sum(WANTED[kind] for _, kind in pairs)
         forwards = True
@@ -76,6 +75,15 @@ class Session:
             forwards = not forwards
         self._report("profile", total, total)
         return {configuration: self._numbers(configuration) for configuration in configurations}
+
+    def _fits(self, configuration: Configuration) -> bool:
+        """Warm a configuration up; False when the device's memory does not suffice for it."""
+        try:
+            self._bench.warm_up(configuration)
+        except torch.OutOfMemoryError:
+            self._bench.forget(configuration)
+            return False
+        return True
 
     def _count(self, configuration: Configuration, kind: Kind) -> int:
         return len(self._journal.of(_key(configuration), kind))

@@ -128,3 +128,22 @@ def test_a_parameter_outside_all_layers_is_refused_by_name():
 def test_settings_that_make_no_sense_are_refused(tiny_model_file, settings, message):
     with pytest.raises(InvalidArgument, match=message):
         profile_model(f"{tiny_model_file}:build", **{"device": "cpu", **settings})
+
+
+def test_a_configuration_that_does_not_fit_is_left_out_and_said(tiny_model_file, monkeypatch):
+    from stagewright.profiler.model_bench import ModelBench
+
+    warm_up = ModelBench.warm_up
+
+    def refuse_large(self, configuration):
+        if configuration.microbatch == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        warm_up(self, configuration)
+
+    monkeypatch.setattr(ModelBench, "warm_up", refuse_large)
+    settings = {"sequence_length": 16, "budget_s": 0.1, "device": "cpu"}
+    profile = profile_model(f"{tiny_model_file}:build", microbatches=(1, 2), **settings)
+    assert {entry.microbatch for value in profile.classes.values() for entry in value.costs} == {1}
+    assert "microbatch 2, sequence 16 does not fit the device and was not measured" in profile.pedigree.warnings
+    with pytest.raises(InvalidArgument, match="no configuration fits the device"):
+        profile_model(f"{tiny_model_file}:build", microbatches=(2,), **settings)
