@@ -28,6 +28,7 @@ from stagewright.planner.cost.groups import GroupShape
 from stagewright.planner.cost.layer_table import LEVELS
 from stagewright.planner.cost.measured_cost import worst_source
 from stagewright.planner.cost.options import CostOptions
+from stagewright.planner.cost.trust import expected_error
 from stagewright.planner.documents.cluster import Cluster, Device
 from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.plan import Degrees, MemoryItems, Plan, Prediction, ScheduleSpec, StagePlan
@@ -257,6 +258,8 @@ def _prediction(
     peak = _peak_flops(plan)
     busy = timeline.busy_s()
     price = _price_per_s(plan)
+    source = worst_source([row.table.source for row in layers])
+    logits = _logits(layout, bounds, levels, layers)
     return Prediction(
         step_time_s=step_s,
         tokens_per_s=tokens / step_s,
@@ -265,26 +268,50 @@ def _prediction(
         hfu=(3 * model_flops + extra_flops) * batches / (step_s * peak) if peak and model_flops else None,
         bubble_over_total=float(np.clip(1.0 - busy.mean() / timeline.makespan_s, 0.0, 1.0)),
         peak_memory_bytes=tuple(pipeline.peak_bytes.tolist()),
-        memory=tuple(_items(pipeline, rank) for rank in range(layout.num_ranks)),
+        memory=tuple(_items(pipeline, rank, logits[rank]) for rank in range(layout.num_ranks)),
         stage_time_s=tuple(pipeline.costs.sum(axis=0).tolist()),
         exposed_communication_s=float((pipeline.tail_s - _rank_sum(layout, pipeline.optimizer_s)).max()),
         optimizer_s=float(_rank_sum(layout, pipeline.optimizer_s).max()),
         link_bytes=_link_bytes(plan, layout, bounds, layers),
         tokens_per_dollar=None if price is None else tokens / step_s / price,
-        source=worst_source([row.table.source for row in layers]),
+        source=source,
+        expected_error=max(expected_error(source, device_of(plan.cluster, stage.group)) for stage in plan.stages),
     )
 
 
-def _items(pipeline: PipelineCosts, rank: int) -> MemoryItems:
+def _items(pipeline: PipelineCosts, rank: int, logits: float) -> MemoryItems:
     parameters, gradients, optimizer = pipeline.static_bytes[:, rank].tolist()
     return MemoryItems(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
-        activations=float(pipeline.activation_bytes[rank]),
+        activations=float(pipeline.activation_bytes[rank]) - logits,
+        logits=logits,
         workspace=float(pipeline.workspace_bytes[rank]),
         framework=pipeline.base_bytes,
     )
+
+
+def _logits(layout: Layout, bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]) -> list[float]:
+    """Return the bytes of logits among each rank's activations at their peak."""
+    level = np.asarray(levels, dtype=np.int64)
+    kept, freed, logits = (np.zeros(len(bounds) - 1) for _ in range(3))
+    for stage, row in enumerate(layers):
+        chosen = np.arange(bounds[stage], bounds[stage + 1])
+        at = (level[chosen], chosen)
+        kept[stage] = row.kept_bytes[at].sum()
+        freed[stage] = (row.kept_bytes[at] * row.freed_share[at]).sum()
+        logits[stage] = row.table.logits_bytes[chosen].sum() if len(row.table.logits_bytes) else 0.0
+    found = []
+    for rank, slots in enumerate(layout.slots):
+        held = [slot.stage for slot in slots]
+        live = layout.live[rank]
+        if not len(live):
+            found.append(0.0)
+            continue
+        fullest = int(np.argmax(live[:, 0] @ kept[held] + live[:, 1] @ (kept[held] - freed[held])))
+        found.append(float((live[fullest, 0] + live[fullest, 1]) @ logits[held]))
+    return found
 
 
 def _rank_sum(layout: Layout, by_stage: Floats) -> Floats:
