@@ -147,3 +147,46 @@ def test_a_configuration_that_does_not_fit_is_left_out_and_said(tiny_model_file,
     assert "microbatch 2, sequence 16 does not fit the device and was not measured" in profile.pedigree.warnings
     with pytest.raises(InvalidArgument, match="no configuration fits the device"):
         profile_model(f"{tiny_model_file}:build", microbatches=(2,), **settings)
+
+
+class Branches(nn.Module):
+    """A stem whose output two branches take, and a join: a graph that is no chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.join = Join()
+
+    def stagewright_layers(self):
+        return {"stem": self.stem, "left": self.left, "right": self.right, "join": self.join}
+
+    def stagewright_edges(self):
+        return [("stem", "left"), ("stem", "right"), ("left", "join"), ("right", "join")]
+
+    def forward(self, inputs):
+        hidden = self.stem(inputs)
+        return self.join(self.left(hidden), self.right(hidden))
+
+
+class Join(nn.Module):
+    def forward(self, left, right):
+        return (left * right).square().mean()
+
+
+def test_a_graph_is_profiled_with_its_edges(monkeypatch):
+    monkeypatch.setattr(
+        "stagewright.profiler.model_source.guessed_batch",
+        lambda model, size, length: (torch.randn(size, 8), torch.zeros(1)),
+    )
+    profile = profile_model(Branches(), microbatches=(1,), sequence_length=1, device="cpu", budget_s=0.1)
+    assert profile.edge_indices == ((0, 1), (0, 2), (1, 3), (2, 3))
+    assert not profile.is_chain
+    assert cost(profile, "stem").output_bytes == 8 * 4
+    assert cost(profile, "left").forward_s > 0
+    assert cost(profile, "join").input_grad_s + cost(profile, "join").weight_grad_s > 0
+
+
+def test_the_profiles_layers_are_those_a_run_will_find(profile, tiny_model_file):
+    from stagewright.modeling import load_object, split
+
+    assert split(load_object(f"{tiny_model_file}:build")()).layer_digest == profile.layer_digest
