@@ -28,7 +28,7 @@ export function countParts(count) {
   for (const [limit, word] of /** @type {[number, string][]} */ ([[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])) {
     if (Math.abs(count) >= limit) return [digits(count / limit, 3), word];
   }
-  return [digits(count, 3), ""];
+  return [Number.isInteger(count) ? String(count) : digits(count, 3), ""];
 }
 
 /** @param {number | null | undefined} count */

@@ -210,6 +210,7 @@ function spansTable(timeline) {
 /** @param {any} plan */
 function stagesCard(plan) {
   const { stages, schedule } = plan;
+  const times = plan.prediction.stage_time_s; // of each stage, or of each rank
   const ranks = schedule.num_ranks;
   const layers = (/** @type {any} */ stage) => (stage.nodes ? stage.nodes.length : stage.layers[1] - stage.layers[0]);
   const rankOf = (/** @type {number} */ index) => schedule.placement.map((/** @type {number[]} */ row) => row[index]);
@@ -226,11 +227,11 @@ function stagesCard(plan) {
       h("td", {}, stage.nodes ? `${stage.nodes.length} nodes` : `${stage.layers[0]}–${stage.layers[1] - 1}`),
       h("td", { class: "num" }, String(layers(stage))),
       h("td", { class: "mono" }, `${degrees.dp} × ${degrees.tp}${degrees.cp > 1 ? ` × ${degrees.cp}` : ""}`),
-      h("td", {}, levels),
-      h("td", { class: "num" }, plan.prediction.stage_time_s.length === stages.length ? format.seconds(plan.prediction.stage_time_s[index]) : plan.prediction.stage_time_s[rankOf(index)[0]] !== undefined ? format.seconds(plan.prediction.stage_time_s[rankOf(index)[0]]) : "–"));
+      h("td", { class: "num" }, format.seconds(times[times.length === stages.length ? index : rankOf(index)[0]])),
+      h("td", {}, levels));
   });
   const anyContext = stages.some((/** @type {any} */ stage) => stage.degrees.cp > 1);
-  const heads = [["stage", 1], ["rank", 1], ["layers", 0], ["count", 1], [anyContext ? "dp × tp × cp" : "dp × tp", 0], ["recompute", 0], ["time", 1]];
+  const heads = [["stage", 1], ["rank", 1], ["layers", 0], ["count", 1], [anyContext ? "dp × tp × cp" : "dp × tp", 0], ["time", 1], ["recompute", 0]];
   return h("div", { class: "card", id: "stages" }, h("h3", {}, "Stages"), strip,
     h("p", { class: "strip-caption" }, h("span", {}, `${plan.num_layers} layers in model order`), h("span", {}, "coloured by rank")),
     h("div", { class: "scroll" }, h("table", {},
