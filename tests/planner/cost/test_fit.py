@@ -48,11 +48,11 @@ def measured_with(runs, factors):
 
 
 def test_factors_that_made_the_measurements_are_found_again(runs):
-    truth = {"matmul": 0.8, "memory": 0.9, "link:nvlink": 0.7}
-    loose = [Unknown(name, spread=3.0) for name in truth]
+    truth = {"memory": 0.8, "link:nvlink": 0.7}
+    loose = [Unknown(name, spread=10.0) for name in truth]
     found = fit_runs(measured_with(runs, truth), loose)
     for name, value in truth.items():
-        assert found.factors[name] == pytest.approx(value, rel=0.1)
+        assert found.factors[name] == pytest.approx(value, rel=0.03)
     assert found.error("fitted")[1] < 0.002
     assert found.error("before")[0] > 0.05
 
