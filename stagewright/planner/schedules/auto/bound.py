@@ -89,7 +89,13 @@ def lower_bound(instance: Instance) -> float:
     head_s, tail_s = heads_and_tails(instance)
     chain_s = float((head_s + tail_s + instance.tables.duration_s[:, None]).max())
     machines_s = max(_machine_bound(instance, head_s, tail_s, rank) for rank in range(instance.num_ranks))
-    return max(chain_s, machines_s, _area_bound(instance, head_s, tail_s))
+    return round_up(instance, max(chain_s, machines_s, _area_bound(instance, head_s, tail_s)))
+
+
+def round_up(instance: Instance, bound_s: float) -> float:
+    """Return the least possible makespan at or above a bound, when all makespans are multiples of one tick."""
+    measure_s = instance.measure_s
+    return bound_s if measure_s is None else measure_s * float(np.ceil(bound_s / measure_s - 1e-6))
 
 
 def heads_and_tails(instance: Instance) -> tuple[Floats, Floats]:

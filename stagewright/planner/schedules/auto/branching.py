@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from stagewright.planner.schedules.auto.bound import heads_and_tails, precedence_graph
+from stagewright.planner.schedules.auto.bound import heads_and_tails, precedence_graph, round_up
 from stagewright.planner.schedules.auto.decoder import empty_words
 from stagewright.planner.schedules.auto.instance import Floats, Instance, Ints, Tables
 
@@ -67,10 +67,32 @@ def improve_exactly(instance: Instance, makespan_s: float, *, nodes: int) -> Ver
     if depth < 2:
         return Verdict(makespan_s, None, False, 0)
     words = empty_words(instance)
-    best_s, proved, used = _branch(
-        instance.tables, layout, root, makespan_s, instance.tick_s, nodes, depth, words
-    )
+    best_s, proved, used = _branch(instance.tables, layout, root, makespan_s, instance.tick_s, nodes, depth, words)
     return Verdict(float(best_s), words if best_s < makespan_s else None, bool(proved), int(used))
+
+
+def raise_bound(instance: Instance, bound_s: float, makespan_s: float, *, probes: int) -> float:
+    """Return the largest bound that tightening alone proves, by bisection below a known makespan; at least `bound_s`."""
+    layout = _layout(instance)
+    root = root_node(instance, layout)
+    tick_s = instance.tick_s
+
+    def is_refuted(limit_s: float) -> bool:
+        node = Node(root.order.copy(), root.head_s.copy(), root.tail_s.copy())
+        return not tighten(instance.tables, layout, node, limit_s)
+
+    if is_refuted(makespan_s - tick_s):
+        return makespan_s
+    low_s, high_s = bound_s, makespan_s
+    for _ in range(probes - 1):
+        if high_s - low_s < max(tick_s, 1e-4 * makespan_s):
+            break
+        middle_s = (low_s + high_s) / 2
+        if is_refuted(middle_s):
+            low_s = middle_s
+        else:
+            high_s = middle_s
+    return round_up(instance, low_s)
 
 
 def root_node(instance: Instance, layout: Layout) -> Node:
@@ -182,8 +204,12 @@ def tighten(tables: Tables, layout: Layout, node: Node, limit_s: float) -> bool:
                 length = tables.lengths[rank]
                 _sort(by_head[rank], layout.action[rank], node.head_s, length)
                 _sort(by_tail[rank], layout.action[rank], node.tail_s, length)
-                moved |= _rank_paths(tables, layout.action[rank], node.order[rank], node.head_s, by_head[rank], length, AFTER)
-                moved |= _rank_paths(tables, layout.action[rank], node.order[rank], node.tail_s, by_tail[rank], length, BEFORE)
+                moved |= _rank_paths(
+                    tables, layout.action[rank], node.order[rank], node.head_s, by_head[rank], length, AFTER
+                )
+                moved |= _rank_paths(
+                    tables, layout.action[rank], node.order[rank], node.tail_s, by_tail[rank], length, BEFORE
+                )
         for action in range(len(node.head_s)):
             duration_s = tables.duration_s[action // tables.num_microbatches]
             if node.head_s[action] + duration_s + node.tail_s[action] > limit_s:
@@ -306,7 +332,9 @@ def _fix_pairs(tables: Tables, actions: Ints, node: Node, rank: int, length: int
             if order[first, second] != OPEN:
                 continue
             two = actions[second]
-            both_s = tables.duration_s[one // tables.num_microbatches] + tables.duration_s[two // tables.num_microbatches]
+            both_s = (
+                tables.duration_s[one // tables.num_microbatches] + tables.duration_s[two // tables.num_microbatches]
+            )
             if node.head_s[one] + both_s + node.tail_s[two] > limit_s:
                 fixed += 1
                 if not _fix(order, second, first):
@@ -367,9 +395,7 @@ def _fix_memory(tables: Tables, layout: Layout, order: Order, rank: int, length:
 
 
 @njit(cache=True)
-def _fix_sets(
-    tables: Tables, actions: Ints, node: Node, rank: int, by_head: Ints, length: int, limit_s: float
-) -> int:
+def _fix_sets(tables: Tables, actions: Ints, node: Node, rank: int, by_head: Ints, length: int, limit_s: float) -> int:
     """Return how many pairs edge finding fixed, -1 when a set of actions does not fit its window."""
     order = node.order[rank]
     microbatches = tables.num_microbatches
@@ -403,7 +429,15 @@ def _fix_sets(
 
 @njit(cache=True)
 def _fix_all(
-    node: Node, order: Order, actions: Ints, row: int, by_head: Ints, at: int, length: int, least_tail_s: float, after: bool
+    node: Node,
+    order: Order,
+    actions: Ints,
+    row: int,
+    by_head: Ints,
+    at: int,
+    length: int,
+    least_tail_s: float,
+    after: bool,
 ) -> int:
     """Put `row` behind, or in front of, all of the set; return how many pairs that fixed, far below 0 on a contradiction."""
     fixed = 0

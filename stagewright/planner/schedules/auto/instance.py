@@ -127,8 +127,8 @@ class Instance:
         return 1e-9 * float(self.work_s.max())
 
     @cached_property
-    def tick_s(self) -> float:
-        """Two different makespans differ at least by this: the durations' common measure, or the rounding slack without one."""
+    def measure_s(self) -> float | None:
+        """The greatest common measure of durations and latency: every makespan is a multiple. None without one."""
         tables = self.tables
         values_s = np.unique(np.concatenate((tables.duration_s, tables.delay_s)))
         values_s = values_s[values_s > 0.0]
@@ -137,7 +137,12 @@ class Instance:
             measure_s = _common_measure(measure_s, value_s, 1e-9 * float(values_s[-1]))
         ticks = values_s / measure_s
         is_exact = ticks.max() < MOST_TICKS and np.abs(ticks - np.round(ticks)).max() * self.num_actions < 1e-6
-        return measure_s * (1.0 - 1e-3) if is_exact else self.time_slack_s
+        return measure_s if is_exact else None
+
+    @property
+    def tick_s(self) -> float:
+        """Two different makespans differ by more than this."""
+        return self.time_slack_s if self.measure_s is None else self.measure_s * (1.0 - 1e-3)
 
 
 def _common_measure(first: float, second: float, slack: float) -> float:

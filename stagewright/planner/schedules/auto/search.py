@@ -2,13 +2,16 @@
 
 1. Every named order that fits the caps is split and becomes a starting order on its own placement, so the result is never
    worse than a named schedule.
-2. Each placement gets its lower bound. Placements are visited in the order of their bounds; one whose bound is not
-   below the best makespan cannot win and is skipped. A makespan that meets the least bound is optimal and ends the search.
-3. The first half of the budget goes evenly to the placements: repeating blocks, list-decoder climbing, annealing. The
-   second half anneals the placements that lead.
+2. Each placement gets its lower bound; one whose bound is not below the best makespan cannot win and is skipped. A
+   makespan that meets the least bound is optimal and ends the search.
+3. A first share of the budget goes evenly to the placements: repeating blocks, list-decoder climbing, annealing.
+4. Small placements are then searched exactly, within a number of nodes; most instances with at most 12 actions on a rank
+   are closed in one.
+5. Most of the budget anneals the placements that lead, from the best orders found so far.
+6. What is left raises the bounds of the placements that still could have a shorter order.
 
 The budget is counted in evaluations, so equal requests give equal bytes; a deadline only stops earlier and is then named
-in the result. No optimality beyond what the bound or the exact search of small instances proves.
+in the result. No optimality beyond what the bounds and the exact search prove.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import numpy as np
 from stagewright.planner.schedules.auto.annealing import anneal
 from stagewright.planner.schedules.auto.block import search_blocks
 from stagewright.planner.schedules.auto.bound import lower_bound
+from stagewright.planner.schedules.auto.branching import improve_exactly, raise_bound
 from stagewright.planner.schedules.auto.climbing import climb_targets
 from stagewright.planner.schedules.auto.instance import Instance
 from stagewright.planner.schedules.auto.pool import Pool
@@ -33,9 +37,14 @@ from stagewright.planner.schedules.auto.word import schedule_of
 Progress = Callable[[float, float], None]
 
 TEMPERATURES = (0.1, 0.03, 0.2, 0.01)  # first temperatures in shares of the mean action
-FIRST_SHARE = 0.5  # of the budget, spent evenly over placements
+FIRST_SHARE, EXACT_SHARE, BOUND_SHARE = 0.35, 0.1, 0.05  # of the budget; leaders anneal with the rest
 BLOCK_SHARE, CLIMB_SHARE = 0.25, 0.1  # of a placement's first visit
-LEADERS = 2  # placements that get the rest of the budget
+LEADERS = 2
+ROUNDS = 4  # annealing runs of each leader
+EXACT_ACTIONS = 12  # on a rank; up to this size the exact search goes on until it ends
+MOST_EXACT_NODES = 200_000  # of an instance of that size
+LEAST_NODES = 20  # fewer are not worth a start
+PROBE_NODES = 4  # nodes that cost as much as one probe of the bound, which starts from nothing
 
 
 @dataclass(eq=False)
@@ -65,7 +74,9 @@ class _Search:
         self.request = request
         self.progress = progress
         self.ends_at = None if deadline_s is None else time.monotonic() + deadline_s
-        self.visits = [_open(site) for site in sites(request)]
+        allowed = sites(request)
+        named = seeds(allowed, is_late=self.is_late)
+        self.visits = [_open(site, site_seeds) for site, site_seeds in zip(allowed, named, strict=True)]
         self.visits.sort(key=lambda visit: (visit.bound_s, visit.pool.best_s))
 
     @property
@@ -81,42 +92,42 @@ class _Search:
         best = self.best
         return best.pool.best_s <= self.bound_s + best.instance.time_slack_s
 
-    @property
-    def late(self) -> bool:
+    def is_late(self) -> bool:
         return self.ends_at is not None and time.monotonic() >= self.ends_at
 
-    def open_visits(self) -> list[_Visit]:
-        """Return the placements that could still win, best bound first."""
+    def is_open(self, visit: _Visit) -> bool:
+        """Return whether the placement could still have a shorter order than the best one."""
         best = self.best
-        limit_s = best.pool.best_s - best.instance.time_slack_s
-        return [visit for visit in self.visits if not visit.solved and visit.bound_s < limit_s]
+        return not visit.solved and visit.bound_s < best.pool.best_s - best.instance.time_slack_s
 
     def run(self) -> Stop:
         """Spend the budget and return why it ended."""
-        first = int(self.request.budget * FIRST_SHARE)
-        visits = self.open_visits()
-        for visit in visits:
-            if visit in self.open_visits():
-                self._first_visit(visit, first // len(visits))
-        rest = self.request.budget - first
-        rounds = len(TEMPERATURES)
-        for _ in range(rounds):
-            leaders = sorted(self.open_visits(), key=lambda visit: visit.pool.best_s)[:LEADERS]
+        budget = self.request.budget
+        candidates = [visit for visit in self.visits if self.is_open(visit)]
+        for visit in candidates:
+            if self.is_open(visit):
+                self._first_visit(visit, int(budget * FIRST_SHARE) // len(candidates))
+        for visit in self.visits:
+            self._solve_exactly(visit, int(budget * EXACT_SHARE) // len(self.visits))
+        rest = int(budget * (1.0 - FIRST_SHARE - EXACT_SHARE - BOUND_SHARE))
+        for _ in range(ROUNDS):
+            leaders = sorted((v for v in self.visits if self.is_open(v)), key=lambda visit: visit.pool.best_s)[:LEADERS]
             for visit in leaders:
-                self._anneal(visit, rest // (rounds * len(leaders)))
+                self._anneal(visit, rest // (ROUNDS * len(leaders)))
+        self._raise_bounds(int(budget * BOUND_SHARE))
         if self.solved:
             return Stop.OPTIMAL
-        return Stop.DEADLINE if self.late else Stop.BUDGET
+        return Stop.DEADLINE if self.is_late() else Stop.BUDGET
 
     def _first_visit(self, visit: _Visit, budget: int) -> None:
         instance = visit.instance
         seed = self.request.seed
-        if not self.late:
-            blocks = int(budget * BLOCK_SHARE) // _moves_per_order(instance, 80)
+        blocks = int(budget * BLOCK_SHARE) // _moves_per_order(instance, 80)
+        if blocks and not self.is_late():
             visit.pool.add(*search_blocks(instance, evaluations=blocks, seed=seed))
             visit.evaluations += blocks
-        if not self.late:
-            climbs = int(budget * CLIMB_SHARE) // _moves_per_order(instance, 8)
+        climbs = int(budget * CLIMB_SHARE) // _moves_per_order(instance, 8)
+        if climbs and not self.is_late():
             visit.pool.add(*climb_targets(instance, evaluations=climbs, seed=seed))
             visit.evaluations += climbs
         rest = budget - int(budget * BLOCK_SHARE) - int(budget * CLIMB_SHARE)
@@ -125,7 +136,7 @@ class _Search:
 
     def _anneal(self, visit: _Visit, moves: int) -> None:
         """Anneal from an order of the pool, the temperatures in turn."""
-        if self.late or visit.solved or not visit.pool.orders:
+        if self.is_late() or not self.is_open(visit):
             return
         instance = visit.instance
         start = visit.runs // len(TEMPERATURES) % len(visit.pool.orders)
@@ -141,6 +152,37 @@ class _Search:
         visit.runs += 1
         visit.evaluations += made
         visit.pool.add(makespan_s, words)
+        self._report()
+
+    def _solve_exactly(self, visit: _Visit, budget: int) -> None:
+        """Look for an order below the best of all placements; when there is none, this placement is closed."""
+        if self.is_late() or not self.is_open(visit):
+            return
+        nodes = budget // _moves_per_node(visit.instance)
+        if int(visit.instance.tables.lengths.max()) <= EXACT_ACTIONS:
+            nodes = MOST_EXACT_NODES
+        if nodes < LEAST_NODES:
+            return
+        limit_s = self.best.pool.best_s
+        verdict = improve_exactly(visit.instance, limit_s, nodes=nodes)
+        visit.evaluations += verdict.nodes
+        if verdict.words is not None:
+            visit.pool.add(verdict.makespan_s, verdict.words)
+        if verdict.proved:
+            visit.bound_s = max(visit.bound_s, verdict.makespan_s)
+        self._report()
+
+    def _raise_bounds(self, budget: int) -> None:
+        """Raise the bounds of the open placements, the lowest first."""
+        for visit in sorted(self.visits, key=lambda visit: visit.bound_s):
+            if self.is_late() or not self.is_open(visit):
+                continue
+            probes = budget // (len(self.visits) * PROBE_NODES * _moves_per_node(visit.instance))
+            if probes:
+                visit.bound_s = raise_bound(visit.instance, visit.bound_s, self.best.pool.best_s, probes=probes)
+                self._report()
+
+    def _report(self) -> None:
         if self.progress is not None:
             self.progress(self.best.pool.best_s, self.bound_s)
 
@@ -174,9 +216,9 @@ def search(request: AutoRequest, *, progress: Progress | None = None, deadline_s
     )
 
 
-def _open(site: Site) -> _Visit:
-    visit = _Visit(site, lower_bound(site.instance), seeds(site))
-    for seed in visit.seeds:
+def _open(site: Site, found: list[Seed]) -> _Visit:
+    visit = _Visit(site, lower_bound(site.instance), found)
+    for seed in found:
         visit.pool.add(seed.split_s, seed.words)
     if not visit.pool.orders:
         visit.pool.add(*climb_targets(site.instance, evaluations=2, seed=0))
@@ -193,3 +235,8 @@ def _gain(found: list[Seed], found_s: float) -> Gain | None:
 def _moves_per_order(instance: Instance, actions_per_move: int) -> int:
     """Return how many annealing moves cost as much as one order made by a slower method."""
     return max(1, int(np.ceil(instance.num_actions / actions_per_move)))
+
+
+def _moves_per_node(instance: Instance) -> int:
+    """Return how many annealing moves cost as much as one node of the exact search, cubic in a rank's actions."""
+    return max(1, int(instance.num_ranks * float(instance.tables.lengths.max()) ** 3 / 100))

@@ -1,8 +1,12 @@
-"""The named schedules on a placement, as starting orders: what the search returns is never worse than any of them."""
+"""The named schedules as starting orders: what the search returns is never worse than any of them.
+
+Each family is generated once for each number of chunks, with the cap when it can use one, and its orders start the search on the
+placement that they assume. Tessel is left out: its generator is itself a search over periods, slower than this one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +21,8 @@ from stagewright.planner.schedules.auto.word import fits, fused_makespan, words_
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.schedule import KIND, STAGE, Schedule
 
+SEARCHES = frozenset({"tessel"})  # families that are searches themselves
+
 
 @dataclass(frozen=True, eq=False)
 class Seed:
@@ -28,40 +34,55 @@ class Seed:
     words: Ints
 
 
-def seeds(site: Site) -> list[Seed]:
-    """Return every named order of the site's placement that keeps the caps, best split makespan first."""
-    found = [
-        seed
+def seeds(sites: list[Site], *, is_late: Callable[[], bool]) -> list[list[Seed]]:
+    """Return, for each site, every named order of its placement that keeps the caps, best split makespan first.
+
+    `is_late` is asked before each family; once it says so, what was found so far is returned.
+    """
+    found: list[list[Seed]] = [[] for _ in sites]
+    families = [
+        family
         for family in registry.families()
-        if family.synchronous and family.num_replicas == 1
-        for schedule in _schedules(family, site)
-        if (seed := _seed(family.name, schedule, site.instance)) is not None
+        if family.synchronous and family.num_replicas == 1 and family.name not in SEARCHES
     ]
-    return sorted(found, key=lambda seed: (seed.split_s, seed.named_s, seed.name))
+    for chunks in sorted({site.num_chunks for site in sites}):
+        same = [(index, site) for index, site in enumerate(sites) if site.num_chunks == chunks]
+        for family in families:
+            if is_late():
+                break
+            for schedule in _schedules(family, same[0][1]):
+                for index, site in same:
+                    seed = _seed(family.name, schedule, site.instance)
+                    if seed is not None:
+                        found[index].append(seed)
+    return [sorted(site_seeds, key=lambda seed: (seed.split_s, seed.named_s)) for site_seeds in found]
 
 
 def _schedules(family: ScheduleFamily, site: Site) -> Iterator[Schedule]:
-    """Yield the family's schedules without a cap and, where there is one, with the tightest rank's cap."""
+    """Yield the family's schedule of this size: under the tightest cap where the family can meet it, else without."""
     instance = site.instance
     caps: list[float | None] = [None]
-    if np.isfinite(instance.cap).any():
-        caps.append(float((instance.cap / np.maximum(instance.microbatch_memory, 1e-300)).min()))
-    for cap in caps:
-        for waves in {None, site.num_chunks // 2 or None}:
+    held = instance.microbatch_memory
+    if np.isfinite(instance.cap).any() and (held > 0.0).all():
+        caps.insert(0, float((instance.cap / held).min()))
+    given = instance.placement[None, :] if site.name == "given" else None
+    for placement in (given, None) if given is not None else (None,):
+        for cap in caps:
             request = ScheduleRequest(
                 num_ranks=instance.num_ranks,
                 num_microbatches=instance.num_microbatches,
                 num_chunks=site.num_chunks,
-                num_waves=waves,
                 costs=instance.costs,
                 latency_s=instance.latency_s,
                 memory_cap=cap,
+                placement=placement,
             )
             try:
                 yield family.generate(request)
             except StagewrightError:
-                # These sizes or this cap are not the family's.
+                # These sizes, this placement or this cap are not the family's.
                 continue
+            break
 
 
 def _seed(name: str, schedule: Schedule, instance: Instance) -> Seed | None:
