@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
 
 from stagewright.modeling.batch import Batch
 from stagewright.planner.errors import InvalidSchedule
@@ -17,7 +20,7 @@ from stagewright.planner.simulation.timeline import COLLECTIVE_LANE, COMPUTE_LAN
 from stagewright.runtime.mailbox import Mailbox
 from stagewright.runtime.recorder import Recorder, now_s
 from stagewright.runtime.reduction import BucketSet
-from stagewright.runtime.stage import Stage, Unit
+from stagewright.runtime.stage import Unit, Values
 
 StageKey = tuple[int, int]  # (replica, stage)
 
@@ -41,6 +44,24 @@ class UnitInput:
 Iteration = Mapping[Unit, UnitInput]
 
 
+class RunnableStage(Protocol):
+    """What the interpreter asks of a stage; `stage.Stage` computes, `emulation.EmulatedStage` waits."""
+
+    def forward(self, unit: Unit, batch: Batch, received: Mapping[int, tuple[Tensor, ...]], seed: int | None) -> Values:
+        """Return the values that other stages need."""
+        ...
+
+    def backward(
+        self, unit: Unit, gradients: Mapping[int, tuple[Tensor, ...]], *, loss_weight: float, split: bool
+    ) -> Values:
+        """Return the gradients of what the stage received."""
+        ...
+
+    def weight_gradients(self, unit: Unit) -> None:
+        """Add the weight gradients of a unit."""
+        ...
+
+
 class Interpreter:
     """Runs one rank's actions.
 
@@ -55,7 +76,7 @@ class Interpreter:
 
     def __init__(
         self,
-        stages: Mapping[StageKey, Stage],
+        stages: Mapping[StageKey, RunnableStage],
         mailbox: Mailbox,
         buckets: BucketSet,
         *,

@@ -48,7 +48,7 @@ def _run(job: RunJob, rank: int, world: int, status: StatusFile) -> None:
 
     torch.set_num_threads(job.num_threads)
     plan, profile = Plan.load(job.path / "plan.json"), ModelProfile.load(job.path / "profile.json")
-    schedule, _ = program_of(plan, profile)
+    schedule, evaluation = program_of(plan, profile)
     liveness = Liveness(
         rank,
         world,
@@ -63,7 +63,7 @@ def _run(job: RunJob, rank: int, world: int, status: StatusFile) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device if device.type == "cuda" else None)
     os.chdir(job.working_directory)
-    Session(job, plan, profile, schedule, device, status).run()
+    Session(job, plan, profile, schedule, evaluation, device, status).run()
     liveness.stop()
     dist.barrier()
     dist.destroy_process_group()

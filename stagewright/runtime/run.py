@@ -44,6 +44,7 @@ def run_plan(
     steps : timed training steps, after the checks and a warm-up.
     checks : what to check besides time: any of CHECKS.
     emulate : actions wait their planned time instead of computing; communication is real.
+    replay : not built yet; anything but None is refused.
     progress : told (phase, done, total).
     directory : where the ranks' logs and raw results stay; a temporary one, removed on success, unless given.
 
@@ -55,6 +56,14 @@ def run_plan(
     unknown = sorted(set(checks) - set(CHECKS))
     if unknown:
         raise InvalidArgument(f"there is no check {unknown[0]!r}", field="check", hint=f"one of {', '.join(CHECKS)}")
+    if replay is not None:
+        raise InvalidArgument(
+            "the runtime cannot replay single ranks yet",
+            field="replay",
+            hint="run the plan, or emulate it with --emulate",
+        )
+    if emulate:
+        checks = tuple(check for check in checks if check in ("traffic", "time"))
     if steps < 1:
         raise InvalidArgument(f"steps is {steps}, it must be at least 1", field="steps")
     schedule, evaluation = program_of(plan, profile)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, repeat
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,10 @@ from stagewright.modeling.split import split
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument, InvalidDocument
+from stagewright.planner.prediction import Evaluation
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.runtime.data import open_data
+from stagewright.runtime.emulation import EmulatedWorker
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
 from stagewright.runtime.job import RunJob
 from stagewright.runtime.measurement import Measurement
@@ -47,6 +49,7 @@ class Session:
         plan: Plan,
         profile: ModelProfile,
         schedule: Schedule,
+        evaluation: Evaluation,
         device: torch.device,
         status: StatusFile,
     ) -> None:
@@ -54,6 +57,7 @@ class Session:
         self._plan = plan
         self._profile = profile
         self._schedule = schedule
+        self._evaluation = evaluation
         self._device = device
         self._status = status
         self._rank = dist.get_rank()
@@ -61,6 +65,9 @@ class Session:
 
     def run(self) -> None:
         """Run all phases; rank 0 writes the measurement."""
+        if self._job.emulate:
+            self._emulate()
+            return
         model = self._build()
         chain = self._split(model)
         self._samples = self._plan.job.global_batch
@@ -106,6 +113,28 @@ class Session:
             )
         )
         worker.close()
+
+    def _emulate(self) -> None:
+        worker = EmulatedWorker(
+            self._plan,
+            self._profile,
+            self._schedule,
+            self._evaluation,
+            store=dist.PrefixStore("worker", default_store()),
+            at_action=lambda position: self._status.at(self._rank, self._step, position),
+        )
+        self._enter("warming up")
+        self._run(worker, None, 0)
+        times, losses, rows, sent = self._timed(worker, repeat(None))
+        self._write(
+            Measurement(
+                step_times_s=times,
+                losses=losses,
+                sent_bytes=sent,
+                rows=rows,
+                versions={"torch": torch.__version__, "python": platform.python_version()},
+            )
+        )
 
     def _build(self) -> nn.Module:
         self._enter("building")
@@ -183,7 +212,7 @@ class Session:
         return everyone
 
     def _timed(
-        self, worker: Worker, batches: Iterator[Batch]
+        self, worker: Worker | EmulatedWorker, batches: Iterator[Batch | None]
     ) -> tuple[list[float], list[float], list[list[float]], dict[str, float]]:
         """Run the timed steps; returns times, losses, the spans of the median step, and bytes sent in one step."""
         self._enter("training")
@@ -198,7 +227,7 @@ class Session:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             span = (begin, now_s())
-            sent = {name: value - before[name] for name, value in worker.traffic().items()}
+            sent = {name: value - before.get(name, 0.0) for name, value in worker.traffic().items()}
             everyone: list[tuple[tuple[float, float], float | None]] = [(span, loss)] * dist.get_world_size()
             dist.all_gather_object(everyone, (span, loss))
             times.append(max(end for (_, end), _ in everyone) - min(start for (start, _), _ in everyone))
@@ -210,10 +239,11 @@ class Session:
         median = sorted(range(len(times)), key=times.__getitem__)[len(times) // 2]
         gathered: list[tuple[list[list[float]], dict[str, float]]] = [(kept[median], sent)] * dist.get_world_size()
         dist.all_gather_object(gathered, (kept[median], sent))
-        total = {name: sum(each[name] for _, each in gathered) for name in sent}
+        names = sorted({name for _, each in gathered for name in each})
+        total = {name: sum(each.get(name, 0.0) for _, each in gathered) for name in names}
         return times, losses, [row for rows, _ in gathered for row in rows], total
 
-    def _run(self, worker: Worker, batch: Batch, step: int) -> float | None:
+    def _run(self, worker: Worker | EmulatedWorker, batch: Batch | None, step: int) -> float | None:
         loss = worker.run(batch, step)
         self._step += 1
         return loss

@@ -1,0 +1,33 @@
+"""An emulated run keeps the simulated order and sends the predicted bytes, whatever the model costs."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+from runtime_documents import plan_of, profile_of
+from runtime_models import TinyModel
+
+from stagewright.modeling import split
+from stagewright.planner.errors import InvalidArgument
+from stagewright.runtime.run import run_plan
+
+pytestmark = pytest.mark.ranks
+
+
+def test_an_emulated_run_takes_at_least_the_simulated_time_and_sends_the_predicted_bytes():
+    chain = split(TinyModel(6, tied=False))
+    profile = profile_of(chain)
+    plan = plan_of(chain, profile, "1f1b", 2, 4)
+    report = run_plan(plan, profile, model="nothing:imported", steps=2, emulate=True)
+    simulated, measured = report.predicted_timeline.makespan_s, report.timeline.makespan_s
+    assert simulated * 0.999 <= measured <= 5 * simulated + 0.5
+    assert report.checks["traffic"]["passed"], report.checks["traffic"]
+    assert set(report.checks) == {"traffic", "time"}
+
+
+def test_a_replay_is_refused_and_not_ignored():
+    chain = split(TinyModel(3))
+    profile = profile_of(chain)
+    with pytest.raises(InvalidArgument, match="cannot replay"):
+        run_plan(plan_of(chain, profile, "1f1b", 2, 4), profile, model="m:f", replay="0")
