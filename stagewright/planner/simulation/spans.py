@@ -45,7 +45,8 @@ def chain_spans(schedule: Schedule, program: Program, swept: Swept, tail_s: Floa
         end_s = swept.end_s[:num_rows]
         path = _row_path(swept.before, int(np.argmax(end_s))) if trace and num_rows else np.zeros(0, np.int32)
         return Spans(rank, np.zeros(num_rows, np.int32), program.rows, swept.start_s[:num_rows], end_s, path)
-    return Spans(*_chain_spans(program, swept, tail_s, tails, trace))
+    packed = np.ascontiguousarray(program.rows).view(np.int64)  # a row of six columns in three words
+    return Spans(*_chain_spans(program, packed, swept, tail_s, tails, trace))
 
 
 def _tail_actions(schedule: Schedule) -> Ints:
@@ -72,12 +73,14 @@ def _row_path(before: Ints, node: int) -> Ints:
 
 @njit(cache=True)
 def _chain_spans(
-    program: Program, swept: Swept, tail_s: Floats, tails: Ints, trace: bool
+    program: Program, packed: npt.NDArray[np.int64], swept: Swept, tail_s: Floats, tails: Ints, trace: bool
 ) -> tuple[Ints, Ints, Ints, Floats, Floats, Ints]:
     rows, offset, sent = program.rows, program.offset, swept.message_first
     num_rows, num_ranks = len(rows), len(offset) - 1
     count = num_rows + len(swept.message_row) + np.count_nonzero(tail_s)
-    rank_of, lane_of, action = np.empty(count, np.int32), np.empty(count, np.int32), np.empty((count, 6), np.int32)
+    rank_of, lane_of = np.empty(count, np.int32), np.empty(count, np.int32)
+    words = np.empty((count, 3), np.int64)
+    action = words.view(np.int32)
     start_s, end_s = np.empty(count), np.empty(count)
     first_span, first_sent = np.empty(num_ranks + 1, np.int32), np.empty(num_ranks, np.int32)
     order = np.empty(0, np.int64)  # messages by start, where a rank's links overtake each other
@@ -86,8 +89,8 @@ def _chain_spans(
         first_span[rank] = span
         for row in range(offset[rank], offset[rank + 1]):
             lane_of[span] = COMPUTE_LANE
-            for column in range(6):
-                action[span, column] = rows[row, column]
+            for word in range(3):
+                words[span, word] = packed[row, word]
             start_s[span], end_s[span] = swept.start_s[row], swept.end_s[row]
             span += 1
         ended = end_s[span - 1] if offset[rank + 1] > offset[rank] else 0.0
@@ -103,8 +106,8 @@ def _chain_spans(
         for message in range(sent[rank], sent[rank + 1]):
             row = swept.message_row[message]
             lane_of[span] = SEND_LANE
-            for column in range(6):
-                action[span, column] = rows[row, column]
+            for word in range(3):
+                words[span, word] = packed[row, word]
             action[span, KIND] = _SEND_F if rows[row, KIND] == _F else _SEND_B
             start_s[span], end_s[span] = swept.start_s[num_rows + message], swept.end_s[num_rows + message]
             in_order = in_order and (message == sent[rank] or start_s[span - 1] <= start_s[span])
