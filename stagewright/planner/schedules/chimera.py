@@ -215,7 +215,7 @@ def _expand(order: Orders, replicas: int, *, is_doubling: bool) -> Orders:
 def _fits(schedule: Schedule, request: ScheduleRequest, costs: StageCosts) -> bool:
     if request.memory_cap is None:
         return True
-    return bool((peak_activations(schedule, costs) <= request.memory_cap + 1e-9).all())
+    return bool((peak_activations(schedule, costs) <= request.memory_cap * (1.0 + 1e-9)).all())
 
 
 FAMILY = ScheduleFamily(

@@ -124,7 +124,7 @@ def _check_cap(schedule: Schedule, request: ScheduleRequest) -> None:
     assert request.memory_cap is not None
     peaks = peak_activations(schedule, request.costs)
     rank = int(np.argmax(peaks))
-    if peaks[rank] > request.memory_cap + 1e-9:
+    if peaks[rank] > request.memory_cap * (1.0 + 1e-9):
         raise InvalidArgument(
             f"{schedule.name} holds {peaks[rank]:g} activations on rank {rank}, the cap is {request.memory_cap:g}",
             field="memory_cap",

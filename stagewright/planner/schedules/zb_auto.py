@@ -67,15 +67,20 @@ def zb_auto(request: ScheduleRequest) -> Schedule:
     sizes = sizes_of(request, "zb-auto")
     placement = loop_placement(sizes.num_ranks)
     check_placement(request, placement, "zb-auto")
-    chains = chains_of(placement, costs_of(request, sizes), sizes.num_microbatches, latency_s=request.latency_s)
-    cap = np.full(sizes.num_ranks, np.inf if request.memory_cap is None else request.memory_cap)
-    largest = float(chains.held.max())
+    costs = costs_of(request, sizes)
+    largest = float(costs.activation.max())
+    cap_held = np.inf if request.memory_cap is None else request.memory_cap
     require(
-        bool(cap[0] >= largest - 1e-9),
-        f"the memory cap is {cap[0]:g}, one microbatch on one rank holds {largest:g}",
+        cap_held >= largest * (1.0 - EPSILON),
+        f"the memory cap is {cap_held:g}, one microbatch on one rank holds {largest:g}",
         field="memory_cap",
         hint=f"give a cap of at least {largest:g}",
     )
+    unit = max(largest, 1e-300)  # so that EPSILON is small against what is held, in whatever unit
+    chains = chains_of(
+        placement, costs, sizes.num_microbatches, latency_s=request.latency_s, held=costs.activation / unit
+    )
+    cap = np.full(sizes.num_ranks, cap_held / unit)
     words = _best_of_flags(chains, cap, _handcrafted(request, sizes, chains, cap), budget=effort_of(request))
     words = _refined(request, chains, words, cap)
     return Schedule("zb-auto", sizes.num_microbatches, placement, orders_of(chains, words, 1))
