@@ -1,0 +1,71 @@
+"""The allocator's trace agrees with the accounting of saved tensors: one layer more costs what the layer keeps."""
+
+import pytest
+import torch
+
+from stagewright.modeling import load_object, split
+from stagewright.profiler.memory_trace import layer_workspace_bytes, peak_above_start, trace_spans
+from stagewright.profiler.saved_bytes import layer_bytes
+
+CPU = torch.device("cpu")
+
+
+def model_and_batch(tiny_model_file, num_blocks):
+    model = load_object(f"{tiny_model_file}:Tiny")(num_blocks=num_blocks)
+    tokens = torch.randint(32, (4, 16))
+    model(tokens, tokens).backward()
+    return model, (tokens, tokens)
+
+
+def test_a_second_and_a_third_layer_add_what_a_layer_keeps(tiny_model_file):
+    """The difference method: fixed costs cancel between runs of n and n + 1 layers."""
+    peaks = []
+    for num_blocks in (1, 2, 3):
+        model, batch = model_and_batch(tiny_model_file, num_blocks)
+        peaks.append(peak_above_start(lambda model=model, batch=batch: model(*batch).backward(), CPU))
+    kept = layer_bytes(split(model), batch).saved
+    assert peaks[1] - peaks[0] == peaks[2] - peaks[1] == kept[1]
+
+
+def test_kept_prefix_plus_workspace_is_the_peak(tiny_model_file):
+    model, batch = model_and_batch(tiny_model_file, 3)
+    chain = split(model)
+    kept = layer_bytes(chain, batch).saved
+    workspace = layer_workspace_bytes(chain, batch, kept, CPU)
+    peak = peak_above_start(lambda: model(*batch).backward(), CPU)
+    assert max(sum(kept[: index + 1]) + extra for index, extra in enumerate(workspace)) == peak
+
+
+def test_spans_hold_what_is_allocated_between_marks():
+    def work(mark):
+        mark()
+        first = torch.empty(1000)
+        mark()
+        second = torch.empty(500)
+        del second
+        mark()
+        del first
+        mark()
+
+    growth = [
+        (span.end_bytes - span.begin_bytes, span.peak_bytes - span.begin_bytes) for span in trace_spans(work, CPU)
+    ]
+    assert growth == [(4000.0, 4000.0), (0.0, 2000.0), (-4000.0, 0.0)]
+
+
+def test_parameters_and_batches_are_not_counted_as_kept(tiny_model_file):
+    model, batch = model_and_batch(tiny_model_file, 2)
+    saved = layer_bytes(split(model), batch).saved
+    assert saved[0] == 0.0, "an embedding keeps its indices, which are the batch's"
+
+
+@pytest.mark.parametrize("level", ["99", None])
+def test_the_users_log_level_is_left_as_it_was(monkeypatch, level):
+    import os
+
+    if level is None:
+        monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
+    else:
+        monkeypatch.setenv("KINETO_LOG_LEVEL", level)
+    trace_spans(lambda mark: (mark(), mark()), CPU)
+    assert os.environ.get("KINETO_LOG_LEVEL") == level
