@@ -7,7 +7,7 @@ entry of the exact configuration, an interpolation between measured ones, the op
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -228,7 +228,9 @@ class CostModel:
             return traffic.tail_s
         gradient_bytes = (dense_parameters + expert_parameters) * self.job.optimizer.gradient_bytes
         last = min(1.0, self.options.bucket_bytes / gradient_bytes) if gradient_bytes else 0.0
-        return max(traffic.tail_s * last, traffic.tail_s - backward_s)
+        exposed_s = max(traffic.tail_s * last, traffic.tail_s - backward_s)
+        slowdown = max((level.overlap_slowdown for level in self.node_group(group).links), default=1.0)
+        return exposed_s + (traffic.tail_s - exposed_s) * (slowdown - 1)
 
     def replica_table(
         self, degrees: Degrees, microbatch: int, *, group: str | None = None, num_pipeline_ranks: int = 1
@@ -267,10 +269,6 @@ class CostModel:
             )
             total += collective_s("all-reduce", size, GroupShape((Tier(2, link),))) if link else 0.0
         return total
-
-    def collective_s(self, operation: str, size_bytes: float, shape: GroupShape) -> float:
-        """Return the seconds of a collective over a group of this cluster."""
-        return collective_s(operation, size_bytes, shape)  # type: ignore[arg-type]
 
     def _traffic(self, parameters: float, shape: GroupShape, degrees: Degrees) -> ReplicaTraffic:
         optimizer, options = self.job.optimizer, self.options
@@ -415,12 +413,6 @@ def optimizer_traffic(optimizer: Optimizer, precision: str) -> float:
     passes = 5 if precision == "fp16" else 3
     weights = 1 if optimizer.parameter_bytes < MASTER_BYTES else 2
     return 2 * optimizer.state_bytes + passes * optimizer.gradient_bytes + weights * optimizer.parameter_bytes
-
-
-def with_options(model: CostModel, **changes: object) -> CostModel:
-    """Return the same model with some options changed."""
-    options = replace(model.options, **changes)  # type: ignore[arg-type]
-    return CostModel(model.profile, model.cluster, model.job, options, model.order)
 
 
 def _seen_degrees(layer: LayerClass, degrees: Degrees) -> tuple[object, ...]:

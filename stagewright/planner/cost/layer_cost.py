@@ -14,11 +14,11 @@ Full recomputation runs the whole forward again, its collectives too; selective 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stagewright.planner.cost.communication import Operation, collective_s, sent_bytes
 from stagewright.planner.cost.groups import GroupShape
-from stagewright.planner.cost.operator_cost import Setting, phase_seconds, positions, work
+from stagewright.planner.cost.operator_cost import Setting, phase_seconds, work
 from stagewright.planner.cost.options import CostOptions
 from stagewright.planner.cost.rank_groups import RankGroups
 from stagewright.planner.cost.roofline import Roofline
@@ -71,10 +71,14 @@ def analytic_cost(
     forward_s = input_s = weight_s = selective_s = 0.0
     kept_none = kept_selective = workspace = 0.0
     output_bytes = dense = expert = flops = 0.0
+    routed_forward_s = routed_backward_s = 0.0
     exchanges: list[Exchange] = []
     for operator in layer.operators:
         size = work(operator, setting)
         seconds = phase_seconds(operator, size, roofline)
+        if "ep" in operator.split and operator.kind != "dispatch":
+            routed_forward_s += seconds.forward
+            routed_backward_s += seconds.input_grad + seconds.weight_grad
         forward_s += seconds.forward
         input_s += seconds.input_grad
         weight_s += seconds.weight_grad
@@ -91,6 +95,14 @@ def analytic_cost(
         expert += expert_part
         flops += whole_flops(operator, setting)
         exchanges += operator_exchanges(operator, setting, options, seconds.forward, seconds.input_grad)
+    # Tokens in r chunks: all but the first chunk's dispatch and the last one's combine run beside experts.
+    hidden = 1 - 1 / options.expert_chunks
+    exchanges = [
+        replace(item, hidden_under_s=hidden * (routed_forward_s if item.forward else routed_backward_s))
+        if item.group_name == "ep"
+        else item
+        for item in exchanges
+    ]
     forward_comm_s, backward_comm_s, link_bytes = price(exchanges, groups)
     forward_s += forward_comm_s
     return LayerCost(
@@ -140,7 +152,10 @@ def operator_exchanges(
 
 
 def price(exchanges: Sequence[Exchange], groups: RankGroups) -> tuple[float, float, dict[str, float]]:
-    """Return exposed forward and backward seconds, and the bytes one device sends by "operation/group"."""
+    """Return exposed forward and backward seconds, and the bytes one device sends by "operation/group".
+
+    What hides under compute slows it down by the link's `overlap_slowdown`, and that counts as exposed.
+    """
     shapes: dict[str, Callable[[], GroupShape]] = {
         "tp": lambda: groups.tp,
         "ulysses": lambda: groups.ulysses,
@@ -157,7 +172,9 @@ def price(exchanges: Sequence[Exchange], groups: RankGroups) -> tuple[float, flo
         if shape.size == 1:
             continue
         seconds = exchange.count * collective_s(exchange.operation, exchange.payload_bytes, shape)
-        exposed[0 if exchange.forward else 1] += max(0.0, seconds - exchange.hidden_under_s)
+        slowdown = max(tier.link.overlap_slowdown for tier in shape.tiers)
+        slowed_s = min(seconds, exchange.hidden_under_s) * (slowdown - 1)
+        exposed[0 if exchange.forward else 1] += max(0.0, seconds - exchange.hidden_under_s) + slowed_s
         name = f"{exchange.operation}/{_LINK_NAMES.get(exchange.group_name, exchange.group_name)}"
         sent = exchange.count * sent_bytes(exchange.operation, exchange.payload_bytes, shape.size)
         link_bytes[name] = link_bytes.get(name, 0.0) + sent
@@ -236,8 +253,3 @@ def routed_bytes(operator: Operator, setting: Setting, options: CostOptions) -> 
     tokens = setting.tokens(operator) / setting.degrees.tp
     copies = max(setting.architecture.experts_per_token, 1) * (options.expert_capacity or setting.expert_imbalance)
     return tokens * copies * operator.output_features * setting.product_bytes
-
-
-def attended_positions(operator: Operator, setting: Setting) -> float:
-    """Return the positions a token attends to at the setting's length."""
-    return positions(operator, setting.length(operator))

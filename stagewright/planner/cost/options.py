@@ -25,7 +25,7 @@ class CostOptions:
     scatter_gather : a boundary tensor crosses nodes once for the tensor-parallel group and is gathered inside.
     expert_capacity : capacity factor; None is dropless, where the imbalance takes its place.
     sharding_group : devices over which ZeRO shards (HSDP, MiCS); None is all replicas.
-    fragmentation : share of the activations that the allocator loses.
+    expert_chunks : chunks of tokens whose exchange runs beside the experts of the other chunks; 1 is no overlap.
     """
 
     tensor_overlap: float = 0.0
@@ -38,7 +38,7 @@ class CostOptions:
     scatter_gather: bool = True
     expert_capacity: float | None = None
     sharding_group: int | None = None
-    fragmentation: float = 0.0
+    expert_chunks: int = 1
 
 
 DEFAULT_OPTIONS = CostOptions()

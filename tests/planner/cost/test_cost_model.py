@@ -275,3 +275,25 @@ def test_a_weight_shared_by_two_pipeline_ranks_is_summed_between_them():
     gpt = model(resolve_model("gpt2"), 1024)
     assert gpt.tied_sync_s(Degrees(tp=8), 0, 1) > 0
     assert llama().tied_sync_s(Degrees(), 0, 1) == 0.0
+
+
+def test_chunks_of_tokens_hide_the_exchange_behind_the_experts():
+    def forward(chunks):
+        options = CostOptions(expert_chunks=chunks)
+        table = model(resolve_model("mixtral-8x7b"), 4096, "h100-sxm:8x4", options).table(Degrees(dp=8, ep=8), 1)
+        return float(table.forward_s[1]), float(table.link_bytes["all-to-all/ep"][1])
+
+    (one, sent), (two, same), (eight, _) = forward(1), forward(2), forward(8)
+    assert one > two >= eight
+    assert sent == same
+
+
+def test_compute_slows_down_while_a_hidden_collective_runs():
+    base = llama("llama3.1-8b", length=32768)
+    group = base.cluster.groups[0]
+    links = tuple(level.model_copy(update={"overlap_slowdown": 1.2}) for level in group.links)
+    slow = base.cluster.model_copy(update={"groups": (group.model_copy(update={"links": links}),)})
+    degrees = Degrees(cp=4)
+    plain, slowed = base.table(degrees, 1), CostModel(base.profile, slow, base.job).table(degrees, 1)
+    assert slowed.forward_s[1] > plain.forward_s[1]
+    assert slowed.forward_s[0] == plain.forward_s[0]
