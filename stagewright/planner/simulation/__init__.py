@@ -1,1 +1,1 @@
-"""TODO"""
+"""Checks and times schedules: validator, NCCL checker, simulators, makespan kernel, bounds."""
