@@ -121,7 +121,7 @@ class EmulatedWorker:
             self._stages,
             self._mailbox,
             self._buckets,
-            optimize=lambda key: _wait(self._optimizer_s),
+            optimize=lambda key, microbatch: _wait(self._optimizer_s),
             recorder=self.recorder,
             at_action=self._at_action,
         )

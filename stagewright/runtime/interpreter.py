@@ -80,7 +80,7 @@ class Interpreter:
         mailbox: Mailbox,
         buckets: BucketSet,
         *,
-        optimize: Callable[[StageKey], None] | None,
+        optimize: Callable[[StageKey, int], None] | None,
         recorder: Recorder,
         at_action: Callable[[int], None],
     ) -> None:
@@ -138,6 +138,7 @@ class Interpreter:
     def _forward(self, action: Action) -> None:
         stage = self._stages[action.replica, action.stage]
         received = self._mailbox.take_values(action)
+        self._buckets.before_forward((action.replica, action.stage), action.microbatch)
         given = self._iteration[_unit(action)]
         start = now_s()
         values = stage.forward(_unit(action), given.batch, received, given.seed)
@@ -183,7 +184,7 @@ class Interpreter:
         start = now_s()
         self._buckets.wait(key)
         if self._optimize is not None:
-            self._optimize(key)
+            self._optimize(key, action.microbatch)
         self._recorder.add(COMPUTE_LANE, action, start, now_s())
 
 

@@ -35,6 +35,14 @@ class Bucket(Protocol):
 
     holders: frozenset[StageKey]
 
+    def before_forward(self, microbatch: int) -> None:
+        """Take note of the weights that a microbatch's forward uses."""
+        ...
+
+    def before_step(self, microbatch: int) -> None:
+        """Bring the gradients to what the optimizer steps on; `microbatch` is -1 for all of the iteration."""
+        ...
+
     def start(self) -> None:
         """Start to reduce the gradients of the whole iteration."""
         ...
@@ -90,6 +98,11 @@ class BucketSet:
     def of(self, stage: StageKey) -> tuple[Bucket, ...]:
         """Return the buckets a stage uses."""
         return tuple(bucket for bucket in self.buckets if stage in bucket.holders)
+
+    def before_forward(self, stage: StageKey, microbatch: int) -> None:
+        """Take note of the weights that a microbatch's forward uses."""
+        for bucket in self.of(stage):
+            bucket.before_forward(microbatch)
 
     def after_microbatch(self, stage: StageKey) -> None:
         """Take note that the weight gradients of one unit of a stage are complete."""
@@ -148,6 +161,12 @@ class ReplicatedBucket:
     shards: TensorShards = field(default_factory=TensorShards)
     buffer_bytes: int = BUFFER_BYTES
     _flights: list[tuple[dist.Work, Tensor, list[nn.Parameter]]] = field(default_factory=list)
+
+    def before_forward(self, microbatch: int) -> None:
+        """Do nothing: one version of the weights serves the whole iteration."""
+
+    def before_step(self, microbatch: int) -> None:
+        """Do nothing: the gradients are where the optimizer looks."""
 
     def start(self) -> None:
         """Start the all-reduce of all gradients, in buffers of at most `buffer_bytes`."""

@@ -77,6 +77,12 @@ class ShardedBucket:
         if level >= 3:
             self.reshard()
 
+    def before_forward(self, microbatch: int) -> None:
+        """Do nothing: one version of the weights serves the whole iteration."""
+
+    def before_step(self, microbatch: int) -> None:
+        """Do nothing: the gradients are where the optimizer looks."""
+
     def start(self) -> None:
         """Start to reduce what is left to reduce, and sum over the groups."""
         if not self._by_microbatch:

@@ -29,7 +29,7 @@ from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import Recompute
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.schedules.action import Action, Kind
-from stagewright.planner.schedules.schedule import Schedule
+from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
 from stagewright.runtime.communication import PointToPoint, ShapeBook
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput
@@ -40,6 +40,7 @@ from stagewright.runtime.reduction import Bucket, BucketSet, ReplicatedBucket
 from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.stage import Stage, Unit
 from stagewright.runtime.topology import StageKey, Topology, stage_edges
+from stagewright.runtime.weight_versions import VersionedBucket
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Worker:
         self.groups = groups or Groups()
         self._owns_groups = groups is None
         self._at_action = at_action
+        self._policy = schedule.weight_policy
         self._optimizers: dict[StageKey, torch.optim.Optimizer] = {}
         held = frozenset(i for _, s in self.topology.stages for i in plan.stages[s].layer_indices)
         keep_layers(chain, held)
@@ -128,7 +130,7 @@ class Worker:
         if choice is None:
             return
         order = [(action.replica, action.stage) for action in self.actions if action.kind is Kind.OPT]
-        for key in order:
+        for key in dict.fromkeys(order):
             mine = [value for bucket in self._stepped(key) for value in bucket.optimized()]
             if mine:
                 self._optimizers[key] = make_optimizer(choice, mine)
@@ -198,6 +200,7 @@ class Worker:
                 f"{replicas} replicas = {total}",
                 field="data",
             )
+        updates = count if self._updates_by_microbatch else 1
         first = self.topology.coordinates.dp * count
         used = {action.microbatch for action in self.actions if action.kind is Kind.F}
         units: dict[Unit, UnitInput] = {}
@@ -207,14 +210,19 @@ class Worker:
             if self.topology.degrees.cp > 1:
                 mine = self._positions(self.topology.coordinates.cp)
                 piece = select_sequence(part, self.chain.model, mine, self.plan.job.sequence_length)
-                units[index, -1] = UnitInput(piece.batch, piece.loss_weight / (count * replicas), seed)
+                units[index, -1] = UnitInput(piece.batch, piece.loss_weight * updates / (count * replicas), seed)
                 continue
             if not self._is_sliced:
-                units[index, -1] = UnitInput(part, 1.0 / (count * replicas), seed)
+                units[index, -1] = UnitInput(part, updates / (count * replicas), seed)
                 continue
             for position, piece in enumerate(divide_sequence(part, self.chain.model, self._slice_lengths(part))):
-                units[index, position] = UnitInput(piece.batch, piece.loss_weight / (count * replicas), seed)
+                units[index, position] = UnitInput(piece.batch, piece.loss_weight * updates / (count * replicas), seed)
         return units
+
+    @property
+    def _updates_by_microbatch(self) -> bool:
+        """Whether each microbatch ends with an update, and so is a minibatch of its own."""
+        return any(action.kind is Kind.OPT and action.microbatch >= 0 for action in self.actions)
 
     @property
     def _is_sliced(self) -> bool:
@@ -239,9 +247,11 @@ class Worker:
         order = [(action.replica, action.stage) for action in self.actions if action.kind is Kind.OPT]
         return [bucket for bucket in self.buckets.of(key) if max(bucket.holders, key=order.index) == key]
 
-    def _optimize(self, key: StageKey) -> None:
+    def _optimize(self, key: StageKey, microbatch: int) -> None:
         optimizer = self._optimizers.get(key)
         if optimizer is not None:
+            for bucket in self._stepped(key):
+                bucket.before_step(microbatch)
             optimizer.step()
             for bucket in self._stepped(key):
                 bucket.after_step()
@@ -352,6 +362,14 @@ class Worker:
         holders: frozenset[StageKey],
         shared: frozenset[int],
     ) -> Bucket:
+        if self._policy is not WeightPolicy.FLUSH:
+            if group is not None or len(shared) > 1:
+                raise InvalidArgument(
+                    f"{self.plan.schedule.name} has no replicas and no weights that stages share",
+                    field="schedule.name",
+                    hint="take dp = 1 and an untied head, or a synchronous schedule",
+                )
+            return VersionedBucket(self.chain.model, parameters, holders, self._policy)
         zero = self.plan.stages[min(shared)].degrees.zero
         narrow = any(value.element_size() < 4 for value in parameters.values())
         purpose = "tied" if len(shared) > 1 else "dp"

@@ -8,18 +8,19 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from runtime_documents import plan_of, profile_of
-from runtime_models import LENGTH, VOCABULARY, TinyModel
+from runtime_models import LENGTH, VOCABULARY, TinyModel, hugging_face
 
 from stagewright.modeling import split
 from stagewright.planner.documents import Degrees, Plan
 from stagewright.planner.prediction import schedule_of
+from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.simulation.nccl import check_nccl
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
 from stagewright.runtime.groups import Groups
-from stagewright.runtime.optimizers import OptimizerChoice
+from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
 from stagewright.runtime.reference import run_reference
 from stagewright.runtime.torch_adapter import default_store
 from stagewright.runtime.worker import Worker, WorkerSettings
@@ -47,6 +48,7 @@ class Case:
     degrees: dict[str, int] = field(default_factory=dict)
     num_blocks: int = 0
     parameters: dict[str, str] = field(default_factory=dict)
+    hugging_face: str = ""
 
     @property
     def world(self) -> int:
@@ -76,6 +78,8 @@ class CaseResult:
 
 
 def make_model(case: Case, num_stages: int) -> torch.nn.Module:
+    if case.hugging_face:
+        return hugging_face(case.hugging_face)[0].to(getattr(torch, case.dtype))
     torch.manual_seed(5)
     num_blocks = case.num_blocks or max(3, num_stages - 2)
     return TinyModel(num_blocks, tied=case.tied, dropout=case.dropout).to(getattr(torch, case.dtype))
@@ -129,6 +133,8 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     chunks = case.num_chunks or (2 * case.num_waves if case.num_waves else 2)
     model = make_model(case, case.num_ranks * chunks)
     batches = batches_of(plan, case.num_steps)
+    if case.hugging_face:
+        batches = [_in_dtype(hugging_face(case.hugging_face)[1], case.dtype)] * case.num_steps
     optimizer = OptimizerChoice("sgd-momentum", 0.5)
     reference = None
     if dist.get_rank() == 0:
@@ -151,3 +157,79 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     live = sum(stage.num_live for stage in worker.stages.values())
     worker.close()
     return CaseResult(gradients, weights, loss, None if reference is None else reference.losses[0], live, sent)
+
+
+def delayed_weights(prepared: PreparedCase) -> float:
+    """Return the largest error of an asynchronous schedule's weights against the recurrence in one process."""
+    case, plan = prepared.case, prepared.plan
+    chunks = case.num_chunks or 2
+    model = make_model(case, case.num_ranks * chunks)
+    batches = batches_of(plan, case.num_steps)
+    optimizer = OptimizerChoice("sgd-momentum", 0.1)
+    expected = _recurrence(prepared, copy.deepcopy(model), batches, optimizer) if dist.get_rank() == 0 else None
+    chain = split(model)
+    shapes = reference_shapes(chain)
+    store = dist.PrefixStore(f"case/{prepared.number}", default_store())
+    worker = Worker(plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS)
+    before = worker.weights()
+    worker.use_optimizer(optimizer)
+    for step, batch in enumerate(batches):
+        worker.run(batch, step)
+    changes = {name: value - before[name] for name, value in worker.weights().items()}
+    return compare(worker, changes, expected, shapes).max_relative_error
+
+
+def _recurrence(prepared, model, batches, choice) -> dict[str, torch.Tensor]:
+    """The delayed update, written down without stages: each stage's weights have a history of versions.
+
+    Under stash, microbatch m sees on a stage as many updates as that stage's list holds before its forward. Under 2bw a
+    step sees the weights of one update ago.
+    """
+    case, plan = prepared.case, prepared.plan
+    chain = split(model)
+    whole = chain.segment(0, chain.num_layers)
+    names = [list(chain.segment_of(stage.layer_indices).named_parameters()) for stage in plan.stages]
+    parameters = dict(model.named_parameters())
+    start = {name: value.detach().clone() for name, value in parameters.items()}
+    masters = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
+    steppers = [make_optimizer(choice, [masters[name] for name in group]) for group in names]
+    history = [[{name: start[name] for name in group}] for group in names]
+    by_microbatch = plan.schedule.name == "pipedream"
+    seen = [_updates_before_forward(prepared.schedule, stage) for stage in range(len(names))]
+    for batch in batches:
+        model.zero_grad()
+        base = [len(versions) - 1 for versions in history]
+        count = plan.schedule.num_microbatches
+        for index in range(count):
+            for stage, versions in enumerate(history):
+                at = base[stage] + seen[stage][index] if by_microbatch else max(base[stage] - 1, 0)
+                for name, value in versions[at].items():
+                    parameters[name].data.copy_(value)
+            part = tuple(value[index * case.microbatch : (index + 1) * case.microbatch] for value in batch)
+            (loss,) = whole.run(part)
+            (loss if by_microbatch else loss / count).backward()
+            if by_microbatch or index + 1 == count:
+                for stage, stepper in enumerate(steppers):
+                    for name in names[stage]:
+                        masters[name].grad = parameters[name].grad.clone()
+                    stepper.step()
+                    history[stage].append({name: masters[name].detach().clone() for name in names[stage]})
+                model.zero_grad()
+    return {name: masters[name].detach() - start[name] for name in start}
+
+
+def _updates_before_forward(schedule: Schedule, stage: int) -> dict[int, int]:
+    """How many updates of its stage stand before each microbatch's forward in the list of its rank."""
+    updates, result = 0, {}
+    for step in schedule.actions(int(schedule.placement[0, stage])):
+        for action in step:
+            if action.stage == stage and action.kind is Kind.OPT:
+                updates += 1
+            if action.stage == stage and action.kind is Kind.F:
+                result[action.microbatch] = updates
+    return result
+
+
+def _in_dtype(batch: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    wanted = getattr(torch, dtype)
+    return {name: value.to(wanted) if value.is_floating_point() else value for name, value in batch.items()}

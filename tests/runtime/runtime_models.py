@@ -93,3 +93,30 @@ def data(batch_size: int, sequence_length: int) -> Iterator[tuple[torch.Tensor, 
     while True:
         tokens = torch.randint(VOCABULARY, (batch_size, sequence_length + 1), generator=generator)
         yield tokens[:, :-1], tokens[:, 1:]
+
+
+def hugging_face(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A tiny Hugging Face model with random weights, and eight samples for it."""
+    import transformers
+
+    torch.manual_seed(7)
+    generator = torch.Generator().manual_seed(9)
+    tokens = torch.randint(VOCABULARY, (8, LENGTH), generator=generator)
+    text = {"input_ids": tokens, "labels": tokens}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    words = {**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": 16}
+    if name == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**words, num_key_value_heads=2)), text
+    if name == "mixtral":
+        config = transformers.MixtralConfig(**words, num_key_value_heads=2, num_local_experts=4)
+        return transformers.MixtralForCausalLM(config), text
+    if name == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=16, n_layer=4, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
+        )
+        return transformers.GPT2LMHeadModel(config), text
+    if name == "bert":
+        return transformers.BertForMaskedLM(transformers.BertConfig(**words)), text
+    images = torch.randn(8, 3, 16, 16, generator=generator)
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
+    return transformers.ViTForImageClassification(config), {"pixel_values": images, "labels": torch.arange(8) % 2}

@@ -129,3 +129,28 @@ PRODUCTS = [
 @pytest.mark.parametrize("degrees", PRODUCTS, ids=str)
 def test_products_of_degrees_in_a_pipeline_equal_one_process(rank_pools, degrees):
     assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 3, degrees=degrees, dropout=0.0))
+
+
+@pytest.mark.parametrize("schedule", ["pipedream", "2bw"])
+def test_asynchronous_weights_follow_the_delayed_recurrence(rank_pools, schedule):
+    for ranks, microbatches in ((2, 4), (4, 6)):
+        pool = rank_pools(ranks)
+        case = Case(schedule, ranks, microbatches, tied=False, dropout=0.0, dtype="float64")
+        for error in pool.run("delayed_weights", prepare(case, pool.next_number())):
+            assert error <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "vit"])
+def test_hugging_face_models_run_unchanged(rank_pools, name):
+    pytest.importorskip("transformers")
+    assert_equal_to_one_process(
+        rank_pools, Case("zb-h1", 2, 4, hugging_face=name, dropout=0.0, dtype="float64", num_steps=2)
+    )
+
+
+def test_a_hugging_face_llama_runs_in_every_dimension(rank_pools):
+    pytest.importorskip("transformers")
+    sizes = {"hugging_face": "llama", "dropout": 0.0, "dtype": "float64", "num_steps": 2}
+    assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 4, degrees={"tp": 2, "sp": True}, **sizes))
+    assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 4, degrees={"cp": 2}, **sizes))
+    assert_equal_to_one_process(rank_pools, Case("seq1f1b", 2, 4, num_slices=2, **sizes))
