@@ -134,7 +134,7 @@ class ModelBench:
         lengths: dict[int, int] = {}
         queue: list[DeferredGradient] = []
         timer = self._timer
-        with _deferring(self.chain.model) as sink:
+        with _deferring(self.chain) as sink:
             counter = LayerHooks(self.chain, left=lambda index: lengths.setdefault(index, len(queue)))
             with counter, timer.hooks, sink.collect() as queue:
                 counter.begin()
@@ -221,10 +221,18 @@ def recomputed(chain: LayerChain, level: Recompute) -> Iterator[None]:
 
 
 @contextmanager
-def _deferring(model: nn.Module) -> Iterator[WeightGradientSink]:
-    before = _forwards(list(model.modules()))
+def _deferring(chain: LayerChain) -> Iterator[WeightGradientSink]:
+    """Defer weight gradients within the block, those of layers that are linear themselves too.
+
+    Such a layer's forward may have been given the entrance of the chain's executor, which a run of the whole chain does
+    not need; it would keep the deferral out.
+    """
+    before = _forwards(list(chain.model.modules()))
+    for module, forward in before:
+        if isinstance(forward, partial) and getattr(forward.func, "__self__", None) is chain.executor:
+            module.__dict__.pop("forward")
     sink = WeightGradientSink()
-    defer_weight_gradients(model, sink)
+    defer_weight_gradients(chain.model, sink)
     try:
         yield sink
     finally:

@@ -86,6 +86,17 @@ def test_deferred_weight_gradients_are_bit_equal_to_fused_ones(tiny_model_file):
     assert all(torch.equal(a, b.grad) for a, b in zip(fused, chain.model.parameters(), strict=True))
 
 
+def test_a_layer_that_is_linear_itself_defers_its_weight_gradient_too(tiny_model_file):
+    source = ModelSource(f"{tiny_model_file}:build")
+    chain = source.split(source.build(device=torch.device("cpu"), dtype=torch.float32))
+    bench = ModelBench(source, chain, torch.device("cpu"))
+    bench.warm_up(Configuration(2, 16))
+    held = dict(zip(chain.layer_names, bench.measure(Configuration(2, 16), "split")["held_bytes"], strict=True))
+    inputs, gradients = 2 * 16 * 64 * 4, 2 * 16 * 32 * 4
+    assert held["head"] == inputs + gradients
+    assert held["embedding"] == held["loss"] == 0.0
+
+
 def test_medians_of_layers_are_scaled_to_the_median_of_their_sum():
     """Two layers disturbed in turn: medians of parts are 1 + 1, the median of the whole is 3."""
     steps = [
