@@ -397,18 +397,18 @@ def _add_collectives(costed: Costed, layout: _Layout, edges: _Edges) -> None:
 
 def _latest(layout: _Layout, made: Longs, using: Longs) -> Longs:
     """Return, for each using row, the last `made` row before it of the same rank, replica and stage, or -1."""
-    place = {}
-    latest = np.full(len(using), -1, dtype=np.int64)
-    merged = np.sort(np.concatenate((made, using)))
-    is_made = np.isin(merged, made)
-    index_of = {int(row): index for index, row in enumerate(using)}
-    for row, makes in zip(merged.tolist(), is_made.tolist(), strict=True):
-        cell = (int(layout.rank[row]), int(layout.rows[row, REPLICA]), int(layout.rows[row, STAGE]))
-        if makes:
-            place[cell] = row
-        else:
-            latest[index_of[row]] = place.get(cell, -1)
-    return latest
+    rows = np.concatenate((made, using))
+    columns = (layout.rank[rows], layout.rows[rows, REPLICA], layout.rows[rows, STAGE])
+    order = np.lexsort((rows, *columns))
+    starts = np.ones(len(order), dtype=np.bool_)
+    starts[1:] = np.any([column[order][1:] != column[order][:-1] for column in columns], axis=0)
+    place = np.arange(len(order))
+    last_made = np.maximum.accumulate(np.where(order < len(made), place, -1))
+    begin = np.maximum.accumulate(np.where(starts, place, 0))
+    found = np.where(last_made >= begin, rows[order[last_made]], -1)
+    latest = np.empty(len(order), dtype=np.int64)
+    latest[order] = found
+    return latest[len(made) :]
 
 
 def _durations(costed: Costed, layout: _Layout, messages: _Messages, num_row_nodes: int) -> Floats:
