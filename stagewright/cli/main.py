@@ -42,7 +42,6 @@ COMMANDS: dict[str, Command] = {
     "catalog": Command("catalog", "List known devices, models and clusters."),
     "plan": Command("plan", "Find the best parallel training plan, with a proven bound."),
     "simulate": Command("simulate", "Simulate a plan again."),
-    "explain": Command("explain", "Say what binds a plan, and why not another."),
     "validate": Command("validate", "Check a plan against a cluster."),
     "compare": Command("compare", "Put plans or planners side by side under the common simulator."),
     "run": Command("run", "Run a plan with torch and compare prediction and measurement."),

@@ -1,0 +1,55 @@
+"""What is wrong with a plan on a cluster: a list of violations, each with both numbers. Nothing is raised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stagewright.planner.documents.cluster import Cluster
+from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.errors import StagewrightError
+from stagewright.planner.prediction import evaluate
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class PlanViolation:
+    """One broken rule: a stable code, the plan's field, and the message."""
+
+    code: str
+    field: str
+    message: str
+
+
+def plan_violations(plan: Plan, profile: ModelProfile, cluster: Cluster | None = None) -> list[PlanViolation]:
+    """Return the rules that a plan breaks when it trains this model on `cluster` (its own unless told)."""
+    found: list[PlanViolation] = []
+    if cluster is not None:
+        plan = plan.model_copy(update={"cluster": cluster})
+    ranks = plan.mapping.num_ranks
+    if ranks > plan.cluster.num_devices:
+        message = f"the plan has {ranks} ranks, cluster {plan.cluster.name} has {plan.cluster.num_devices} devices"
+        return [PlanViolation("devices", "mapping.pipeline_ranks", message)]
+    spec, dp = plan.schedule, plan.stages[0].degrees.dp
+    samples = spec.num_microbatches * spec.microbatch * dp
+    if samples != plan.job.global_batch and not plan.stages[0].batch_shares:
+        message = (
+            f"{spec.num_microbatches} microbatches x {spec.microbatch} samples x dp {dp} = {samples}, the job's "
+            f"global_batch is {plan.job.global_batch}"
+        )
+        found.append(PlanViolation("batch", "schedule.num_microbatches", message))
+    try:
+        peaks = evaluate(plan, profile).prediction.peak_memory_bytes
+    except StagewrightError as error:
+        return [*found, PlanViolation(error.kind, error.field or "plan", error.message)]
+    headroom = plan.job.space.memory_headroom
+    for rank, (peak, devices) in enumerate(zip(peaks, plan.mapping.pipeline_ranks, strict=True)):
+        limit = min(plan.cluster.group_of(device).device.memory_bytes for device in devices) * (1 - headroom)
+        if peak > limit:
+            message = (
+                f"pipeline rank {rank} needs {peak / GIB:.2f} GiB, its device has {limit / GIB:.2f} GiB after "
+                f"{headroom:.0%} headroom"
+            )
+            found.append(PlanViolation("memory", "stages", message))
+    return found
