@@ -143,8 +143,9 @@ def test_asynchronous_weights_follow_the_delayed_recurrence(rank_pools, schedule
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "vit"])
 def test_hugging_face_models_run_unchanged(rank_pools, name):
     pytest.importorskip("transformers")
+    dtype = "float32" if name == "mixtral" else "float64"  # its grouped products have no fp64
     assert_equal_to_one_process(
-        rank_pools, Case("zb-h1", 2, 4, hugging_face=name, dropout=0.0, dtype="float64", num_steps=2)
+        rank_pools, Case("zb-h1", 2, 4, hugging_face=name, dropout=0.0, dtype=dtype, num_steps=2)
     )
 
 
