@@ -24,7 +24,7 @@ class Backend:
     check : in the server, raises StagewrightError for a request whose names mean nothing; must be quick.
     review : in the server, all that is wrong with a request as parsed JSON; must be quick.
     catalog : by name (gpus, models, clusters, schedules), the entries that pickers show.
-    modules : what a process imports before its first task.
+    prepare : in each process before its first task, so that no plan's deadline pays for imports and compilation.
     versions : what an answer depends on besides the request; part of the cache's key.
     """
 
@@ -34,5 +34,5 @@ class Backend:
     check: Callable[[PlanRequest], None]
     review: Callable[[object], ValidationReport]
     catalog: Mapping[str, Callable[[], Sequence[CatalogEntry]]]
-    modules: Sequence[str] = ()
+    prepare: Callable[[], None] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -25,7 +25,7 @@ def default_backend(*, max_devices: int) -> Backend:
         check=partial(check_request, max_devices=max_devices),
         review=partial(request_report, max_devices=max_devices),
         catalog={"gpus": _gpus, "models": _models, "clusters": _clusters, "schedules": _schedules},
-        modules=planning_tasks.HEAVY_MODULES,
+        prepare=planning_tasks.prepare,
         versions={"stagewright": __version__},
     )
 

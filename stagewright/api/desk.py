@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from stagewright.api.problems import KINDS, Problem, pointer_of
 from stagewright.api.solver_process import ProcessDied, SolverProcess
@@ -13,17 +13,17 @@ from stagewright.api.tasks import Answer, Refusal, Task, TaskFunction
 
 _LOG = logging.getLogger(__name__)
 
-_START_S = 120.0
+_START_S = 600.0
 _MAX_WAITING = 8
 
 
 class Desk:
     """One process, one task at a time, those who wait in turn."""
 
-    def __init__(self, *, timeout_s: float, memory_bytes: int | None, modules: Sequence[str]) -> None:
+    def __init__(self, *, timeout_s: float, memory_bytes: int | None, prepare: Callable[[], None] | None) -> None:
         self._timeout_s = timeout_s
         self._memory_bytes = memory_bytes
-        self._modules = tuple(modules)
+        self._prepare = prepare
         self._turn = threading.Lock()
         self._places = threading.BoundedSemaphore(_MAX_WAITING)
         self._process: SolverProcess | None = None
@@ -85,7 +85,7 @@ class Desk:
 
     def _open(self) -> SolverProcess:
         if self._process is None:
-            self._process = SolverProcess(modules=self._modules, memory_bytes=self._memory_bytes)
+            self._process = SolverProcess(prepare=self._prepare, memory_bytes=self._memory_bytes)
         return self._process
 
     def _drop(self) -> None:

@@ -12,7 +12,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ _IDLE_S = 0.5
 _POLL_S = 0.05
 _LOOK_S = 0.5
 _WATCH_S = 0.25
-_START_S = 120.0
+_START_S = 600.0
 _RESTART_PAUSE_S = 0.3
 
 
@@ -42,7 +42,7 @@ class DispatcherPolicy:
     max_attempts: int
     lease_s: float
     memory_bytes: int | None = None
-    modules: Sequence[str] = ()
+    prepare: Callable[[], None] | None = None
 
 
 class Dispatcher:
@@ -108,7 +108,7 @@ class Dispatcher:
         while not self._stopping.is_set():
             process: SolverProcess | None = None
             try:
-                process = SolverProcess(modules=self._policy.modules, memory_bytes=self._policy.memory_bytes)
+                process = SolverProcess(prepare=self._policy.prepare, memory_bytes=self._policy.memory_bytes)
                 if self._wait_ready(process):
                     self._serve(process)
             except ProcessDied as error:

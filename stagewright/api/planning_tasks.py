@@ -21,7 +21,27 @@ if TYPE_CHECKING:
 MAX_SPANS = 400_000
 """A longer timeline is not sent: it would be tens of megabytes of JSON."""
 
-HEAVY_MODULES = ("stagewright.planner.planning", "stagewright.planner.prediction", "stagewright.planner.catalog")
+_SMALL_QUESTION = {
+    "model": "gpt2",
+    "cluster": "a100-sxm-80g:2x1",
+    "job": {
+        "global_batch": 2,
+        "sequence_length": 128,
+        "space": {"pins": {"pp": 2, "microbatch": 1, "schedule": "1f1b", "recompute": "none", "zero": 0}},
+    },
+}
+
+
+def prepare() -> None:
+    """Plan and simulate a small question, so that compiled code is loaded, or made on a machine's first start."""
+    from stagewright.planner.planning import make_plan
+    from stagewright.planner.prediction import evaluate
+
+    request = PlanRequest.from_object(_SMALL_QUESTION)
+    profile = profile_of(request.model)
+    outcome = make_plan(profile, cluster_of(request.cluster), request.job, top=0)
+    if outcome.plan is not None:
+        evaluate(outcome.plan, profile)
 
 
 def solve(argument: str, context: TaskContext) -> str:

@@ -77,10 +77,10 @@ def open_service(settings: Settings, backend: Backend) -> Service:
         max_attempts=settings.max_attempts,
         lease_s=settings.lease_s,
         memory_bytes=settings.solver_memory_bytes,
-        modules=backend.modules,
+        prepare=backend.prepare,
     )
     dispatcher = Dispatcher(store, backend.solve, policy, on_change=changes.note)
-    desk = Desk(timeout_s=settings.task_timeout_s, memory_bytes=settings.solver_memory_bytes, modules=backend.modules)
+    desk = Desk(timeout_s=settings.task_timeout_s, memory_bytes=settings.solver_memory_bytes, prepare=backend.prepare)
     service = Service(settings, backend, engine, store, presence, dispatcher, desk, changes)
     dispatcher.start(is_alone=presence.is_alone)
     threading.Thread(target=desk.warm_up, name="desk-warm-up", daemon=True).start()

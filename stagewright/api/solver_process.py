@@ -8,7 +8,7 @@ process with threads is a trap.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 
 from stagewright.api.solver_worker import work
@@ -25,12 +25,12 @@ class ProcessDied(Exception):
 class SolverProcess:
     """One spawned process that runs one task at a time."""
 
-    def __init__(self, *, modules: Sequence[str] = (), memory_bytes: int | None = None) -> None:
+    def __init__(self, *, prepare: Callable[[], None] | None = None, memory_bytes: int | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe: Connection[Task | Stop, Reply]
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=work, args=(theirs, tuple(modules), memory_bytes), name="stagewright-solver", daemon=True
+            target=work, args=(theirs, prepare, memory_bytes), name="stagewright-solver", daemon=True
         )
         self._process.start()
         theirs.close()
@@ -43,7 +43,7 @@ class SolverProcess:
         return pid
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Return whether the process has imported what it needs; raises ProcessDied."""
+        """Return whether the process is prepared for a task; raises ProcessDied."""
         if not self._is_ready:
             reply = self._receive(timeout_s)
             assert reply is None or isinstance(reply, Ready), reply

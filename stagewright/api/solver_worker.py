@@ -5,7 +5,7 @@ Torch is never imported here, so that a killed process is replaced in about a se
 
 from __future__ import annotations
 
-import importlib
+import logging
 import math
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
@@ -22,22 +22,29 @@ from stagewright.api.tasks import Answer, Ready, Refusal, Reply, Stop, Task
 from stagewright.planner.documents.outcome import Progress
 from stagewright.planner.errors import StagewrightError
 
+_LOG = logging.getLogger(__name__)
+
 # Each process has one solve and one thread: as many processes as cores, and no more threads than cores.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 _POLL_INTERVAL_S = 0.005
 _REPORT_INTERVAL_S = 0.1
 
 
-def work(connection: Connection[Reply, Task | Stop], modules: Sequence[str], memory_bytes: int | None) -> None:
-    """Answer tasks until the pipe closes; `modules` are imported before the first."""
+def work(
+    connection: Connection[Reply, Task | Stop], prepare: Callable[[], None] | None, memory_bytes: int | None
+) -> None:
+    """Call `prepare`, then answer tasks until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
     if memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     for variable in _THREAD_VARIABLES:
         os.environ.setdefault(variable, "1")
-    for module in modules:
-        importlib.import_module(module)
+    if prepare is not None:
+        try:
+            prepare()
+        except Exception:
+            _LOG.exception("a solver process could not be prepared; its first task will take longer, or fail")
     try:
         connection.send(Ready())
         while True:

@@ -49,7 +49,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Ready:
-    """From the process: imports are done."""
+    """From the process: it is prepared."""
 
 
 @dataclass(frozen=True)

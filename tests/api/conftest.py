@@ -116,7 +116,8 @@ def _serve(command: list[str], folder: Path, variables: dict[str, str]) -> Itera
 
 
 def _wait_ready(server: Server) -> None:
-    end = time.monotonic() + 60
+    # Long, because on a machine's first start the solver processes compile the planner's kernels.
+    end = time.monotonic() + 400
     while time.monotonic() < end:
         try:
             if server.http.get("/readyz").status_code == 200:

@@ -18,7 +18,7 @@ def main() -> None:
     settings = load_settings(database_url=sys.argv[1], **overrides)
     listener = socket.create_server(("127.0.0.1", 0))
     print(json.dumps({"url": f"http://127.0.0.1:{listener.getsockname()[1]}"}), flush=True)
-    config = uvicorn.Config(create_app(settings, fakes.FAKES), timeout_graceful_shutdown=1)
+    config = uvicorn.Config(create_app(settings, fakes.FAKES), timeout_graceful_shutdown=1, access_log=False)
     uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -28,7 +28,7 @@ FORM = {
     "sequence_length": "512",
     "pin-pp": "4",
     "pin-schedule": "1f1b",
-    "deadline_s": "45",
+    "deadline_s": "400",
 }
 
 
@@ -56,7 +56,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     browser.quit()
 
 
-def wait_for(browser: Chrome, *phases: str, timeout_s: float = 70) -> str:
+def wait_for(browser: Chrome, *phases: str, timeout_s: float = 420) -> str:
     end = time.monotonic() + timeout_s
     phase = ""
     while time.monotonic() < end:
