@@ -84,7 +84,7 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
         ties=ties_of(profile, plan.stages[0].degrees, plan.job),
         action_overhead_s=profile.action_overhead_s,
     )
-    costs = _stage_costs(pipeline, bounds, levels, layers)
+    costs = stage_costs(pipeline, bounds, levels, layers)
     links = links_of(layout, bounds, layers, wiring)
     timeline = simulate(schedule, costs, links=links, tail_s=pipeline.tail_s)
     prediction = _prediction(plan, profile, layout, pipeline, timeline, layers, levels, bounds)
@@ -215,7 +215,7 @@ def _layers_by_stage(plan: Plan, profile: ModelProfile) -> list[LayerCosts]:
     return [known[stage.degrees, stage.group] for stage in plan.stages]
 
 
-def _stage_costs(
+def stage_costs(
     pipeline: PipelineCosts, bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]
 ) -> StageCosts:
     """Return the simulator's costs; recomputation is told apart from the input gradient."""

@@ -1,8 +1,8 @@
-"""The default planner: the joint search with a certificate (`search.joint_search`)."""
+"""The default planner: the joint search with a certificate (`search.exact`)."""
 
 from __future__ import annotations
 
 from stagewright.planner.planners.registry import NamedPlanner
-from stagewright.planner.search.joint_search import solve
+from stagewright.planner.search.exact import solve
 
 PLANNER = NamedPlanner("exact", "Stagewright: joint search over cuts from simulated critical paths", solve)

@@ -42,7 +42,7 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
             break
     outcome = candidates_outcome(problem, limits, choices, PLANNER.name, num_candidates=len(candidates))
     if outcome.plan is None and limits.reached() is None:
-        return outcome.model_copy(update={"status": "infeasible", "diagnosis": diagnose(problem, candidates)})
+        return outcome.model_copy(update={"status": "infeasible", "diagnosis": diagnose(problem)})
     return outcome
 
 

@@ -29,9 +29,10 @@ def candidates_outcome(
 
     A planner that finds nothing says `no_solution`: only a planner that searched everything may say infeasible.
     """
+    limit_bytes = problem.capacity_bytes * (1 + 1e-12)
     fitting = []
     for candidate, partition in choices:
-        if (problem.pipeline(candidate, partition).peak_bytes <= problem.capacity_bytes).all():
+        if problem.takes(candidate) and (problem.pipeline(candidate, partition).peak_bytes <= limit_bytes).all():
             fitting.append((problem.step_s(candidate, partition), candidate, partition))
     fitting.sort(key=lambda item: item[0])
     plans = [(item, scored(problem, item[1], item[2], planner)) for item in fitting[: limits.top + 1]]

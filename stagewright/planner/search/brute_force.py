@@ -1,7 +1,8 @@
 """Every partition and every recomputation of a candidate, simulated: the oracle of all other solvers.
 
-C(L - 1, S - 1) partitions (more where the first or the last stage may be empty) times K^L levels: for at most about 8
-layers. Shares only the cost arrays and the simulator with the solvers it checks.
+C(L - 1, S - 1) partitions times K^L levels, layer by layer: for at most about 8 layers. Completions of a partition are
+simulated with links that never wait, then, from the fastest on, with links that do, until none left can be faster. It
+shares with the solvers it checks only the layer costs, the wiring and the simulators; nothing is bounded or merged.
 """
 
 from __future__ import annotations
@@ -9,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.search.layer_costs import LayerCosts
+from stagewright.planner.search.order import Order
+from stagewright.planner.search.pipeline_costs import hop_seconds, replica_seconds, tie_seconds
 from stagewright.planner.search.problem import Candidate, Partition, Problem
+
+Floats = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
 
 
 def all_partitions(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]]:
@@ -18,9 +28,9 @@ def all_partitions(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]
         yield (0, *inner, num_layers)
 
 
-def all_levels(num_layers: int, levels: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Yield every assignment of recomputation levels to layers."""
-    yield from product(levels, repeat=num_layers)
+def all_levels(num_layers: int, levels: Sequence[int]) -> Longs:
+    """Return every assignment of recomputation levels to layers, [K^L, L]."""
+    return np.array(list(product(levels, repeat=num_layers)), dtype=np.int64)
 
 
 def best_of_all(problem: Problem, candidates: Sequence[Candidate]) -> tuple[float, Candidate, Partition] | None:
@@ -35,14 +45,69 @@ def best_of_all(problem: Problem, candidates: Sequence[Candidate]) -> tuple[floa
 
 def best_completion(problem: Problem, candidate: Candidate) -> tuple[float, Partition] | None:
     """Return the least simulated step of a candidate over all partitions and levels; None when none fits."""
+    if not problem.takes(candidate):
+        return None
+    order, costs = problem.order(candidate), problem.costs(candidate.configuration)
+    levels = all_levels(costs.num_layers, problem.levels)
+    room = problem.capacity_bytes * (1 + 1e-12) - problem.base_bytes
     best: tuple[float, Partition] | None = None
-    order = problem.order(candidate)
-    for bounds in all_partitions(problem.profile.num_layers, order.num_stages):
-        for levels in all_levels(problem.profile.num_layers, problem.levels):
-            partition = Partition(bounds, levels)
-            if (problem.pipeline(candidate, partition).peak_bytes > problem.capacity_bytes).any():
-                continue
-            step_s = problem.step_s(candidate, partition)
+    for bounds in all_partitions(costs.num_layers, order.num_stages):
+        fits = np.flatnonzero((_peaks(order, costs, bounds, levels) <= room).all(axis=1))
+        if not len(fits):
+            continue
+        steps = _steps(problem, candidate, bounds, levels[fits])
+        for place in np.argsort(steps, kind="stable").tolist():
+            if best is not None and steps[place] >= best[0]:
+                break
+            partition = Partition(bounds, tuple(levels[fits[place]].tolist()))
+            step_s = problem.judged_step_s(candidate, partition)
             if best is None or step_s < best[0]:
                 best = (step_s, partition)
     return best
+
+
+def _chosen(rows: Floats, levels: Longs) -> Floats:
+    """Return rows[level of layer, layer] for every assignment, [n, L]."""
+    return np.asarray(rows[levels, np.arange(levels.shape[1])[None, :]])
+
+
+def _peaks(order: Order, costs: LayerCosts, bounds: Sequence[int], levels: Longs) -> Floats:
+    """Return the peak of each rank under every assignment of levels, [n, D]."""
+    kept, workspace = _chosen(costs.kept_bytes, levels), _chosen(costs.workspace_bytes, levels)
+    late = kept * (1.0 - _chosen(costs.freed_share, levels))
+    peaks = np.zeros((len(levels), order.num_ranks))
+    for rank, slots in enumerate(order.slots):
+        live = order.live[rank]
+        vectors = np.zeros((len(levels), len(live)))
+        most = np.zeros(len(levels))
+        for place, slot in enumerate(slots):
+            inside = slice(bounds[slot.stage], bounds[slot.stage + 1])
+            vectors += np.outer(kept[:, inside].sum(axis=1), live[:, 0, place])
+            vectors += np.outer(late[:, inside].sum(axis=1), live[:, 1, place])
+            most = np.maximum(most, workspace[:, inside].max(axis=1))
+            peaks[:, rank] += costs.static_bytes[inside].sum()
+        peaks[:, rank] += vectors.max(axis=1) + most
+    return peaks
+
+
+def _steps(problem: Problem, candidate: Candidate, bounds: Sequence[int], levels: Longs) -> Floats:
+    """Return the simulated step under every assignment of levels, [n]."""
+    order, costs = problem.order(candidate), problem.costs(candidate.configuration)
+    overhead_s = problem.profile.action_overhead_s
+    recompute = _chosen(costs.recompute_s, levels)
+    times = np.zeros((len(levels), 3, order.num_stages))
+    tail = np.zeros(order.num_ranks)
+    for stage in range(order.num_stages):
+        inside = slice(bounds[stage], bounds[stage + 1])
+        times[:, 0, stage] = costs.forward_s[inside].sum() + overhead_s
+        times[:, 1, stage] = costs.input_grad_s[inside].sum() + recompute[:, inside].sum(axis=1) + overhead_s
+        times[:, 2, stage] = costs.weight_grad_s[inside].sum() + (overhead_s if order.split else 0.0)
+        for row in order.placement:
+            tail[row[stage]] += costs.step_s[inside].sum() + costs.stage_latency_s
+    wiring = problem.wiring(candidate.configuration)
+    stages = [costs] * order.num_stages
+    tail += tie_seconds(order, bounds, wiring, problem.ties(candidate.configuration))
+    tail += replica_seconds(order, bounds, stages, wiring)
+    hops = hop_seconds(order, bounds, stages, wiring)
+    steps = order.makespans(times, np.tile(hops, (len(levels), 1)), np.tile(tail, (len(levels), 1)))
+    return np.asarray(steps + problem.profile.step_overhead_s)

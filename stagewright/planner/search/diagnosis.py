@@ -8,15 +8,20 @@ import numpy as np
 
 from stagewright.planner.documents.outcome import Diagnosis, Relaxation, Shortfall
 from stagewright.planner.documents.plan import Plan
+from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.prediction import evaluate
+from stagewright.planner.search.pricing import PP
 from stagewright.planner.search.problem import Candidate, Partition, Problem
-from stagewright.planner.search.space import PIPELINE_OUTSIDE
 
 _GIB = 2.0**30
 
 
-def diagnose(problem: Problem, candidates: Sequence[Candidate]) -> Diagnosis:
+MOST_TRIED = 400
+
+
+def diagnose(problem: Problem) -> Diagnosis:
     """Return the diagnosis of a problem without a plan."""
+    candidates = _promising(problem)
     nearest = _nearest(problem, candidates)
     if nearest is None:
         return _empty_space(problem)
@@ -28,7 +33,7 @@ def diagnose(problem: Problem, candidates: Sequence[Candidate]) -> Diagnosis:
     worst = max(shortfalls, key=lambda item: item.short_bytes)
     return Diagnosis(
         message=(
-            f"of {len(candidates)} candidates the nearest ({candidate.summary}) needs {worst.needed_bytes / _GIB:.2f} GiB on "
+            f"the nearest plan ({candidate.summary}) needs {worst.needed_bytes / _GIB:.2f} GiB on "
             f"pipeline rank {worst.pipeline_rank}, a device has {problem.capacity_bytes / _GIB:.2f} GiB after "
             f"{problem.job.space.memory_headroom:.0%} headroom: short of {worst.short_bytes / _GIB:.2f} GiB"
         ),
@@ -37,6 +42,24 @@ def diagnose(problem: Problem, candidates: Sequence[Candidate]) -> Diagnosis:
         shortfalls=shortfalls,
         relaxations=_relaxations(problem, excess),
     )
+
+
+def _promising(problem: Problem) -> list[Candidate]:
+    """Return at most MOST_TRIED candidates that need least: states and one microbatch over all ranks, 1F1B or the like."""
+    priced = problem.price_list.without_limit().price(problem.shapes)
+    if not len(priced):
+        return []
+    numbers = problem.classes.counts
+    kept = priced.kept_bytes[:, list(problem.levels)].min(axis=1)
+    each = (priced.state_bytes + kept) @ numbers / priced.shape[:, PP]
+    workspace = priced.workspace_bytes[:, list(problem.levels)].min(axis=1).max(axis=1)
+    order = np.argsort(each + workspace, kind="stable")
+    found: list[Candidate] = []
+    for row in order.tolist():
+        found += problem.candidates(priced.shape[row : row + 1])
+        if len(found) >= MOST_TRIED:
+            break
+    return found
 
 
 def _shortfalls(plan: Plan, capacity_bytes: float) -> tuple[Shortfall, ...]:
@@ -59,7 +82,10 @@ def _nearest(problem: Problem, candidates: Sequence[Candidate]) -> tuple[float, 
     """Return the completion whose fullest rank exceeds the capacity by least, over single-chunk candidates first."""
     best: tuple[float, Candidate, Partition] | None = None
     for candidate in candidates:
-        found = _least_peak(problem, candidate)
+        try:
+            found = _least_peak(problem, candidate)
+        except (InvalidArgument, InvalidSchedule):
+            continue
         if found is not None and (best is None or found[0] < best[0]):
             best = (found[0], candidate, found[1])
     if best is None:
@@ -114,7 +140,6 @@ def _relaxations(problem: Problem, excess_bytes: float) -> tuple[Relaxation, ...
 
 def _empty_space(problem: Problem) -> Diagnosis:
     """Return why the space holds no candidate at all: the first rule that refuses the trivial degrees."""
-    model = problem.model(PIPELINE_OUTSIDE)
-    reasons = sorted({reason for reason in problem.refusals(model) if reason})
+    reasons = sorted(set(problem.refusals()))
     text = "; ".join(reasons[:3]) if reasons else "pins and forbids leave nothing"
     return Diagnosis(message=f"no combination of degrees, microbatch and schedule is allowed: {text}", binding="space")

@@ -1,211 +1,509 @@
-"""The joint search: every candidate bounded, the promising ones solved in order of bound, the best one certified."""
+"""The joint search: the whole space bounded, the promising candidates solved in order of bound, the best one certified.
+
+    1  price      every configuration, by class of layers; states and one microbatch must fit; bound any order
+    2  cross      with schedules and chunks; bound by the family's closed form
+    3  incumbent  complete and simulate the most promising candidates, improve the best
+    4  close      with target X = incumbent / (1 + gap), in order of bound: caps, then cuts in a linear program without
+                  and with memory, then integers (`closing`)
+
+A candidate that is closed has no completion below X. The proved bound is the least of X (or the incumbent, at gap 0) and
+the bounds of what was left open. Everything that is enumerated here is the declared space of the certificate.
+"""
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import comb
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from stagewright.planner.documents.outcome import Alternative, PlanOutcome, Status
-from stagewright.planner.documents.plan import Certificate, Plan
-from stagewright.planner.prediction import evaluate
-from stagewright.planner.search.brute_force import all_partitions
-from stagewright.planner.search.diagnosis import diagnose
-from stagewright.planner.search.interval_dp import Ranges, solve_intervals
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.errors import InvalidArgument, InvalidSchedule
+from stagewright.planner.search.bounds import (
+    KINDS,
+    LIVE,
+    family_bounds,
+    memory_possible,
+    reaches,
+    refine,
+    work_bounds,
+)
+from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots, RunCosts
+from stagewright.planner.search.closing import Closer
+from stagewright.planner.search.incumbent import Completion, improve, start
 from stagewright.planner.search.limits import Limits, Termination
-from stagewright.planner.search.problem import Candidate, Partition, Problem
+from stagewright.planner.search.order import Order, OrderKey
+from stagewright.planner.search.pricing import (
+    AXES,
+    CP,
+    DP,
+    NUM_MICROBATCHES,
+    PP,
+    SP,
+    TP,
+    Priced,
+    configuration_of,
+)
+from stagewright.planner.search.problem import Candidate, Partition, Problem, pipeline_ranks
+from stagewright.planner.search.space import FamilyRule, schedule_sizes
 
-OPTIMAL_GAP = 1e-6
-_MOST_PARTITIONS = 3000
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+
+NUM_REFINED = 600
+NUM_FIRST = 12
+NUM_STARTS = 60
+NUM_IMPROVED = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
-    """A completed candidate and its simulated step."""
+    """A completed candidate by index."""
 
-    step_s: float
-    candidate: Candidate
-    partition: Partition
+    index: int
+    completion: Completion
 
 
 @dataclass(eq=False)
-class Search:
-    """The state of one search: incumbents by candidate, bounds, counts."""
+class JointSearch:
+    """The state of one search."""
 
     problem: Problem
     limits: Limits
-    solutions: list[Solution] = field(default_factory=list)
+    best: Solution | None = None
+    found: dict[int, Completion] = field(default_factory=dict)
     pruned: dict[str, int] = field(default_factory=dict)
     evaluated: int = 0
     simulated: int = 0
-    closed_bound_s: float = float("inf")
+    open_bound_s: float = float("inf")
+    _costs: dict[int, CandidateCosts] = field(default_factory=dict)
+    _slots: dict[OrderKey, RankSlots] = field(default_factory=dict)
+    _closers: dict[OrderKey, list[object]] = field(default_factory=dict)
+    _lines: dict[tuple[object, ...], tuple[Floats, Floats]] = field(default_factory=dict)
+
+    # ---- the space -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def levels(self) -> npt.NDArray[np.bool_]:
+        """Which recomputation levels are allowed, [3]."""
+        allowed = np.zeros(3, dtype=np.bool_)
+        allowed[list(self.problem.levels)] = True
+        return allowed
+
+    @cached_property
+    def room_bytes(self) -> float:
+        """Bytes of a device for what depends on the plan."""
+        return self.problem.capacity_bytes - self.problem.base_bytes
+
+    @cached_property
+    def priced(self) -> Priced:
+        """Configurations that might fit."""
+        priced = self.problem.priced
+        possible = memory_possible(priced, self.problem.classes, self.room_bytes, self.levels)
+        self.count("memory", int((~possible).sum()))
+        return priced.take(np.flatnonzero(possible))
+
+    @cached_property
+    def work_s(self) -> Floats:
+        profile = self.problem.profile
+        return work_bounds(self.priced, self.problem.classes, profile.action_overhead_s, profile.step_overhead_s)
+
+    @cached_property
+    def crossed(self) -> tuple[Longs, Longs, Longs]:
+        """Row, rule and chunks of each candidate."""
+        shape = self.priced.shape
+        pairs, where = np.unique(shape[:, [PP, NUM_MICROBATCHES]], axis=0, return_inverse=True)
+        rules = self.problem.rules
+        sizes = [
+            [
+                (rules.index(rule), chunks)
+                for rule, chunks in schedule_sizes(
+                    rules, self.problem.job.space, ranks, count, self.problem.profile.num_layers
+                )
+            ]
+            for ranks, count in pairs.tolist()
+        ]
+        where = np.ravel(where)
+        repeats = np.array([len(size) for size in sizes], dtype=np.int64)
+        rows = np.repeat(np.arange(len(shape)), repeats[where])
+        starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(repeats)))
+        within = np.arange(len(rows)) - np.repeat(np.cumsum(repeats[where]) - repeats[where], repeats[where])
+        table = np.array([pair for size in sizes for pair in size], dtype=np.int64).reshape(-1, 2)
+        chosen = table[starts[where[rows]] + within]
+        return rows, chosen[:, 0], chosen[:, 1]
+
+    @cached_property
+    def bound_s(self) -> Floats:
+        """Bound of each candidate; raised as candidates are worked on."""
+        rows, rules, _ = self.crossed
+        kinds = np.array([KINDS[rule.bound] for rule in self.problem.rules], dtype=np.int64)[rules]
+        profile = self.problem.profile
+        return family_bounds(
+            self.priced,
+            self.problem.classes,
+            rows,
+            kinds,
+            work_s=self.work_s,
+            overhead_s=profile.action_overhead_s,
+            step_overhead_s=profile.step_overhead_s,
+        )
+
+    @property
+    def num_candidates(self) -> int:
+        return len(self.crossed[0])
+
+    def count(self, reason: str, number: int = 1) -> None:
+        """Count candidates (or configurations) that left for a reason."""
+        if number:
+            self.pruned[reason] = self.pruned.get(reason, 0) + number
+
+    # ---- one candidate ---------------------------------------------------------------------------------------------
+
+    def rule(self, index: int) -> FamilyRule:
+        """Return a candidate's family."""
+        return self.problem.rules[int(self.crossed[1][index])]
+
+    def candidate(self, index: int) -> Candidate:
+        """Return a candidate as a record."""
+        row = self.priced.shape[int(self.crossed[0][index])]
+        return Candidate(configuration_of(row), self.rule(index), int(self.crossed[2][index]))
+
+    def key(self, index: int) -> OrderKey:
+        """Return the key of a candidate's order."""
+        row = self.priced.shape[int(self.crossed[0][index])]
+        return OrderKey(self.rule(index).name, int(row[PP]), int(row[NUM_MICROBATCHES]), int(self.crossed[2][index]))
+
+    def costs(self, index: int) -> CandidateCosts | None:
+        """Return a candidate's costs; None when the family refuses its sizes."""
+        if index not in self._costs:
+            try:
+                order = self.problem.order_of(self.key(index), self.rule(index))
+            except (InvalidArgument, InvalidSchedule):
+                self.count("schedule")
+                self.bound_s[index] = np.inf
+                return None
+            self._costs[index] = self._make_costs(index, order)
+        return self._costs[index]
+
+    def _make_costs(self, index: int, order: Order) -> CandidateCosts:
+        row = int(self.crossed[0][index])
+        priced, classes, profile = self.priced, self.problem.classes, self.problem.profile
+        of_run = classes.run_class
+        kept = priced.kept_bytes[row][:, of_run]
+        cuts = np.append(priced.cut_bytes[row][classes.of_layer], 0.0)
+        latency, per_byte = self._hop_lines(priced.shape[row], order, float(cuts.max()))
+        key = self.key(index)
+        if key not in self._slots:
+            self._slots[key] = RankSlots.of(order)
+        return CandidateCosts(
+            order=order,
+            slots=self._slots[key],
+            classes=classes,
+            runs=RunCosts(
+                length=classes.run_length.astype(np.int64),
+                forward_s=priced.forward_s[row][of_run],
+                input_grad_s=priced.input_grad_s[row][of_run],
+                weight_grad_s=priced.weight_grad_s[row][of_run],
+                recompute_s=np.ascontiguousarray(priced.recompute_s[row][:, of_run]),
+                kept_bytes=np.ascontiguousarray(kept),
+                late_bytes=np.ascontiguousarray(kept * (1.0 - priced.freed_share[row][:, of_run])),
+                workspace_bytes=np.ascontiguousarray(priced.workspace_bytes[row][:, of_run]),
+                state_bytes=priced.state_bytes[row][of_run],
+                step_s=priced.step_s[row][of_run],
+            ),
+            hop_latency_s=latency,
+            hop_s_per_byte=per_byte,
+            cut_bytes=cuts,
+            stage_latency_s=float(priced.latency_s[row]),
+            overhead_s=profile.action_overhead_s,
+            constant_tail_s=np.zeros(order.num_ranks),
+            ties=self.problem.tie_seconds(configuration_of(priced.shape[row])),
+            **self._replica_terms(index, order),
+            capacity_bytes=self.room_bytes,
+            levels=self.levels,
+            step_overhead_s=profile.step_overhead_s,
+        )
+
+    def _replica_terms(self, index: int, order: Order) -> dict[str, Floats]:
+        if order.num_replicas == 1:
+            return {"replica_s": np.zeros(0), "replica_latency_s": np.zeros(0)}
+        return self.problem.replica_terms(configuration_of(self.priced.shape[int(self.crossed[0][index])]), order)
+
+    def _hop_lines(self, shape: Ints, order: Order, reference_bytes: float) -> tuple[Floats, Floats]:
+        key = (
+            int(shape[TP]),
+            int(shape[SP]),
+            int(shape[AXES]),
+            int(shape[CP]),
+            int(shape[DP]),
+            int(shape[PP]),
+            reference_bytes,
+            order.placement.shape,
+            order.placement.tobytes(),
+        )
+        if key not in self._lines:
+            wiring = self.problem.wiring_for(configuration_of(shape), reference_bytes)
+            lines = [wiring.line(a, b) for a, b in order.hop_pairs.tolist()]
+            self._lines[key] = (
+                np.array([line.latency_s for line in lines]),
+                np.array([1.0 / line.bytes_per_s for line in lines]),
+            )
+        return self._lines[key]
+
+    # ---- the run ---------------------------------------------------------------------------------------------------
 
     @property
     def incumbent_s(self) -> float:
-        return min((solution.step_s for solution in self.solutions), default=float("inf"))
+        return self.best.completion.step_s if self.best is not None else float("inf")
 
-    def run(self, candidates: Sequence[Candidate]) -> tuple[float, Termination]:
-        """Solve candidates in order of bound; return the proved bound and why the search ended."""
-        queue = [(self.first_bound(candidate), index) for index, candidate in enumerate(candidates)]
-        heapq.heapify(queue)
-        total = len(queue)
-        while queue:
-            bound_s, index = queue[0]
-            target_s = self.incumbent_s / (1.0 + self.limits.gap)
-            if bound_s >= target_s:
-                self.pruned["area"] = self.pruned.get("area", 0) + len(queue)
+    @property
+    def target_s(self) -> float:
+        """A candidate that cannot get below this is closed."""
+        return self.incumbent_s / (1.0 + self.limits.gap)
+
+    def keep(self, index: int, completion: Completion) -> None:
+        """Note a completion; it may be the new incumbent."""
+        completion = self.judged(index, completion)
+        known = self.found.get(index)
+        if known is None or completion.step_s < known.step_s:
+            self.found[index] = completion
+        if completion.step_s < self.incumbent_s:
+            self.best = Solution(index, completion)
+
+    def judged(self, index: int, completion: Completion) -> Completion:
+        """Return the completion with its step on links that messages wait for, where they may wait."""
+        costs = self.costs(index)
+        assert costs is not None
+        if completion.judged or not costs.may_wait(completion.counts, completion.bounds):
+            return completion
+        partition = self.partition(index, completion)
+        step_s = max(completion.step_s, self.problem.judged_step_s(self.candidate(index), partition))
+        return replace(completion, step_s=step_s, judged=True)
+
+    def run(self) -> tuple[float, Termination]:
+        """Search; return the proved bound and why the search ended."""
+        if not self.num_candidates:
+            return float("inf"), "gap"
+        stopped = self._find_incumbents()
+        if stopped is not None:
+            return float(min(self.bound_s.min(), self.incumbent_s)), stopped
+        return self._close_all()
+
+    def _refine(self, chosen: Longs, high_s: float, steps: int) -> None:
+        """Raise the bounds of some candidates to what their caps show; infinite where `high_s` is out of reach."""
+        if not len(chosen):
+            return
+        rows, rules, chunks = self.crossed
+        priced, classes, profile = self.priced, self.problem.classes, self.problem.profile
+        kinds = np.array([KINDS[rule.bound] for rule in self.problem.rules], dtype=np.int64)
+        codes = np.array([LIVE[rule.live] for rule in self.problem.rules], dtype=np.int64)
+        extra_s = profile.step_overhead_s
+        refined = refine(
+            self.bound_s[chosen] - extra_s,
+            high_s - extra_s,
+            steps,
+            rows[chosen],
+            kinds[rules[chosen]],
+            codes[rules[chosen]],
+            chunks[chosen],
+            np.array([rule.num_replicas for rule in self.problem.rules], dtype=np.int64)[rules[chosen]],
+            np.array([rule.split for rule in self.problem.rules], dtype=np.bool_)[rules[chosen]],
+            priced.shape,
+            classes.run_class,
+            classes.run_length,
+            priced.forward_s,
+            priced.input_grad_s,
+            priced.weight_grad_s,
+            priced.recompute_s,
+            priced.kept_bytes,
+            self._late_bytes,
+            priced.workspace_bytes,
+            priced.state_bytes,
+            priced.step_s,
+            priced.latency_s,
+            profile.action_overhead_s,
+            self.levels,
+            self.room_bytes * (1 + 1e-9),
+        )
+        self.bound_s[chosen] = np.where(
+            np.isfinite(refined),
+            np.maximum(self.bound_s[chosen], refined + extra_s),
+            np.maximum(self.bound_s[chosen], high_s),
+        )
+
+    @cached_property
+    def _late_bytes(self) -> Floats:
+        return self.priced.kept_bytes * (1.0 - self.priced.freed_share)
+
+    def _estimate(self, chosen: Longs) -> Floats:
+        """Return a guess of each candidate's step: the bound, and the idle time its family leaves."""
+        rows, rules, chunks = (column[chosen] for column in self.crossed)
+        shape = self.priced.shape[rows]
+        share = np.array([_IDLE.get(rule.name, 1.0) for rule in self.problem.rules])[rules]
+        idle = share * (shape[:, PP] - 1.0) / (chunks * np.maximum(shape[:, NUM_MICROBATCHES], 1.0))
+        return np.asarray(np.maximum(self.bound_s[chosen], self.work_s[rows] * (1.0 + idle)))
+
+    def _find_incumbents(self) -> Termination | None:
+        """Complete the most promising candidates: first where the caps are tight, then everywhere."""
+        bound_kinds = np.array([KINDS[rule.bound] for rule in self.problem.rules])[self.crossed[1]]
+        tight = np.flatnonzero((bound_kinds == KINDS["uniform"]) | (bound_kinds == KINDS["gpipe"]))
+        chosen = tight[np.argsort(self.bound_s[tight], kind="stable")][:NUM_REFINED]
+        self._refine(chosen, 4.0 * float(self.bound_s.min()), 10)
+        chosen = chosen[np.argsort(self.bound_s[chosen], kind="stable")]
+        stopped = self._begin(chosen[:NUM_FIRST])
+        if stopped is not None:
+            return stopped
+        high_s = self.incumbent_s if self.best is not None else 16.0 * float(self.bound_s.min())
+        left = np.flatnonzero(self.bound_s < self.target_s)
+        self._refine(left, high_s / (1.0 + self.limits.gap) if self.best is not None else high_s, 0)
+        left = np.flatnonzero(self.bound_s < self.target_s)
+        estimate = self._estimate(left)
+        stopped = self._begin(left[np.argsort(estimate, kind="stable")], NUM_STARTS)
+        return stopped
+
+    def _begin(self, chosen: Longs, most: int | None = None) -> Termination | None:
+        """Complete candidates until `most` were tried, and improve the best of them."""
+        begun: list[tuple[float, int]] = []
+        tried = 0
+        for index in chosen.tolist():
+            if most is not None and tried >= most and self.best is not None:
+                break
+            if self.bound_s[index] >= self.target_s:
+                continue
+            stopped = self.limits.reached() if tried % 8 == 0 else None
+            if stopped is not None:
+                return stopped
+            costs = self.costs(index)
+            if costs is None:
+                continue
+            tried += 1
+            self.simulated += 1
+            completion = start(costs)
+            if completion is not None:
+                self.keep(index, completion)
+                begun.append((completion.step_s, index))
+        self.limits.report("incumbents", tried, tried, self._known(), float(self.bound_s.min()))
+        for _, index in sorted(begun)[:NUM_IMPROVED]:
+            costs = self.costs(index)
+            assert costs is not None
+            self.keep(index, improve(costs, self.found[index]))
+        return self.limits.reached()
+
+    def _known(self) -> float | None:
+        return None if self.best is None else self.incumbent_s
+
+    def _close_all(self) -> tuple[float, Termination]:
+        """Close candidates in order of bound until none is left below the target."""
+        closer = Closer(self.limits)
+        open_bounds: list[float] = []
+        heap = np.argsort(self.bound_s, kind="stable").tolist()
+        for place, index in enumerate(heap):
+            if self.bound_s[index] >= self.target_s:
+                self.count("bound", len(heap) - place)
                 break
             stopped = self.limits.reached()
             if stopped is not None:
-                return min(self.closed_bound_s, bound_s), stopped
-            heapq.heappop(queue)
-            self.solve(candidates[index])
-            self.limits.report("solving", total - len(queue), total, self.incumbent_s, bound_s)
-        rest_s = queue[0][0] if queue else float("inf")
-        return min(self.closed_bound_s, rest_s, self.incumbent_s), "gap"
+                rest = float(self.bound_s[heap[place:]].min())
+                return min([rest, self.incumbent_s, *open_bounds]), stopped
+            bound = self._close(index, closer)
+            if bound < self.target_s:
+                open_bounds.append(bound)
+            if place % 8 == 0:
+                least = min([float(self.bound_s[index]), *open_bounds])
+                self.limits.report("closing", place, len(heap), self._known(), least)
+        open_bounds = [bound for bound in open_bounds if bound < self.target_s]
+        return min([self.target_s, *open_bounds]), "gap"
 
-    def first_bound(self, candidate: Candidate) -> float:
-        """Return a bound that every partition obeys: all work over all ranks, and the longest layer."""
-        costs = self.problem.costs(candidate.configuration)
-        overhead_s = 2.0 * self.problem.profile.action_overhead_s
-        ranks, count = candidate.configuration.num_ranks, candidate.configuration.num_microbatches
-        once = count * overhead_s + self.problem.profile.step_overhead_s + costs.stage_latency_s
-        mean = (count * costs.time_s + costs.step_s).sum() / ranks
-        return float(once + max(mean, (count * costs.time_s + costs.step_s).max()))
-
-    def solve(self, candidate: Candidate) -> None:
-        """Bound a candidate by the interval programme and simulate its partitions."""
-        problem = self.problem
+    def _close(self, index: int, closer: Closer) -> float:
+        """Return a bound of the candidate that is at least the target, or the best that was proved."""
+        if not self._caps_reach(index):
+            self.count("caps")
+            return self.target_s
+        costs = self.costs(index)
+        if costs is None:
+            return self.target_s
+        if self.rule(index).live == "one" and not self._caps_reach(index, costs.order):
+            self.count("caps")
+            return self.target_s
         self.evaluated += 1
-        order = problem.order(candidate)
-        ranges = Ranges(
-            problem.costs(candidate.configuration), order, problem.capacity_bytes - problem.base_bytes, problem.levels
+        closed = closer.close(
+            costs, self.target_s, self.incumbent_s, self.found.get(index), lambda found: self.judged(index, found)
         )
-        extra_s = problem.profile.step_overhead_s
-        found = solve_intervals(
-            ranges, problem.wiring(candidate.configuration), overhead_s=problem.profile.action_overhead_s
-        )
-        if found is None:
-            self.pruned["memory"] = self.pruned.get("memory", 0) + 1
-            return
-        count = problem.profile.num_layers
-        if comb(count - 1, order.num_stages - 1) <= _MOST_PARTITIONS:
-            self._simulate_all(candidate, ranges)
-            return
-        self.closed_bound_s = min(self.closed_bound_s, found.bound_s + extra_s)
-        self._improve(candidate, ranges, found.bounds)
+        self.simulated += closed.simulated
+        self.count(closed.reason)
+        if closed.completion is not None:
+            self.keep(index, closed.completion)
+        return closed.bound_s
 
-    def _simulate_all(self, candidate: Candidate, ranges: Ranges) -> None:
-        """Simulate every partition, each with the least recomputation, which no other choice can beat."""
-        best: Solution | None = None
-        for bounds in all_partitions(ranges.costs.num_layers, ranges.order.num_stages):
-            solution = self._complete(candidate, ranges, bounds)
-            if solution is not None and (best is None or solution.step_s < best.step_s):
-                best = solution
-        assert best is not None
-        self.solutions.append(best)
-        self.closed_bound_s = min(self.closed_bound_s, best.step_s)
-
-    def _improve(self, candidate: Candidate, ranges: Ranges, bounds: tuple[int, ...]) -> None:
-        """Move boundaries by one layer as long as the simulated step falls."""
-        best = self._complete(candidate, ranges, bounds)
-        assert best is not None
-        improved = True
-        while improved:
-            improved = False
-            for index in range(1, len(bounds) - 1):
-                for step in (-1, 1):
-                    moved = list(best.partition.bounds)
-                    moved[index] += step
-                    if not moved[index - 1] < moved[index] < moved[index + 1]:
-                        continue
-                    solution = self._complete(candidate, ranges, tuple(moved))
-                    if solution is not None and solution.step_s < best.step_s * (1 - 1e-12):
-                        best, improved = solution, True
-        self.solutions.append(best)
-
-    def _complete(self, candidate: Candidate, ranges: Ranges, bounds: tuple[int, ...]) -> Solution | None:
-        levels: list[int] = []
-        for rank in range(ranges.order.num_ranks):
-            found = ranges.least(rank, bounds[rank], bounds[rank + 1])
-            if found is None:
-                return None
-            levels += ranges.levels_of(found, bounds[rank], bounds[rank + 1])
-        partition = Partition(bounds, tuple(levels))
-        self.simulated += 1
-        return Solution(self.problem.step_s(candidate, partition), candidate, partition)
-
-
-def solve(problem: Problem, limits: Limits) -> PlanOutcome:
-    """Return the plan of least simulated step over the declared space, with its certificate."""
-    candidates = problem.candidates()
-    search = Search(problem, limits)
-    bound_s, termination = search.run(candidates)
-    if not search.solutions:
-        return _without_plan(problem, search, candidates, termination)
-    ranked = sorted(search.solutions, key=lambda solution: solution.step_s)
-    plans = [_scored(problem, solution) for solution in ranked[: limits.top + 1]]
-    plans.sort(key=lambda pair: pair[1].prediction.step_time_s)
-    best = plans[0][1]
-    objective_s = best.prediction.step_time_s
-    bound_s = min(bound_s, objective_s)
-    gap = max(0.0, objective_s / bound_s - 1.0)
-    status: Status = "optimal" if gap <= OPTIMAL_GAP else "within_gap" if gap <= limits.gap + 1e-12 else "feasible"
-    certificate = Certificate(
-        status="optimal" if gap <= OPTIMAL_GAP else "within_gap" if gap <= limits.gap + 1e-12 else "feasible",
-        objective_name="step_time_s",
-        space=problem.space_words(),
-        objective=objective_s,
-        bound=bound_s,
-        gap=gap,
-        candidates=len(candidates),
-        evaluated=search.evaluated,
-        simulated=search.simulated,
-        pruned=search.pruned,
-    )
-    return PlanOutcome(
-        status=status,
-        plan=best.model_copy(update={"certificate": certificate}),
-        objective_s=objective_s,
-        bound_s=bound_s,
-        gap=gap,
-        candidates=len(candidates),
-        evaluated=search.evaluated,
-        simulated=search.simulated,
-        wall_s=0.0,
-        termination="optimal" if gap <= OPTIMAL_GAP else termination,
-        alternatives=tuple(
-            Alternative(
-                summary=solution.candidate.summary,
-                step_time_s=plan.prediction.step_time_s,
-                peak_memory_bytes=max(plan.prediction.peak_memory_bytes),
-                plan=plan,
+    def _caps_reach(self, index: int, order: Order | None = None) -> bool:
+        row = int(self.crossed[0][index])
+        priced, classes = self.priced, self.problem.classes
+        shape, rule = priced.shape[row], self.rule(index)
+        ranks, count = int(shape[PP]), int(shape[NUM_MICROBATCHES])
+        live, late = rule.least_live(ranks, count), np.zeros(ranks)
+        if order is not None:
+            live, late = _least_live(order)
+        kept = priced.kept_bytes[row]
+        return bool(
+            reaches(
+                self.target_s - self.problem.profile.step_overhead_s,
+                KINDS[rule.bound],
+                ranks,
+                count,
+                int(self.crossed[2][index]),
+                classes.run_class,
+                classes.run_length,
+                priced.forward_s[row],
+                priced.input_grad_s[row],
+                priced.weight_grad_s[row],
+                priced.recompute_s[row],
+                kept,
+                kept * (1.0 - priced.freed_share[row]),
+                priced.workspace_bytes[row],
+                priced.state_bytes[row],
+                priced.step_s[row],
+                float(priced.latency_s[row]),
+                self.problem.profile.action_overhead_s,
+                np.zeros(max(ranks - 1, 0)),
+                live,
+                late,
+                self.levels,
+                self.room_bytes * (1 + 1e-9),
             )
-            for solution, plan in plans[1:]
-        ),
-    )
+        )
+
+    def partition(self, index: int, completion: Completion) -> Partition:
+        """Return a completion as bounds and levels."""
+        costs = self.costs(index)
+        assert costs is not None
+        return Partition(completion.bounds, costs.levels_of(completion.counts, completion.bounds))
 
 
-def _scored(problem: Problem, solution: Solution) -> tuple[Solution, Plan]:
-    plan = problem.plan(solution.candidate, solution.partition, "exact")
-    return solution, plan.model_copy(update={"prediction": evaluate(plan, problem.profile).prediction})
+_IDLE = {
+    "zb-h1": 0.4,
+    "zb-h2": 0.1,
+    "zb-v": 0.1,
+    "v-half": 1.0,
+    "dualpipe-v": 0.4,
+    "dualpipe": 0.4,
+    "interleaved-zb": 0.3,
+}
 
 
-def _without_plan(
-    problem: Problem, search: Search, candidates: Sequence[Candidate], termination: Termination
-) -> PlanOutcome:
-    stopped = termination in ("time_limit", "cancelled")
-    return PlanOutcome(
-        status="no_solution" if stopped else "infeasible",
-        plan=None,
-        objective_s=None,
-        bound_s=None,
-        gap=None,
-        candidates=len(candidates),
-        evaluated=search.evaluated,
-        simulated=search.simulated,
-        wall_s=0.0,
-        termination=termination if stopped else None,
-        diagnosis=None if stopped else diagnose(problem, candidates),
-    )
+def _least_live(order: Order) -> tuple[Floats, Floats]:
+    """Return the pair of multiplicities that every slot of a rank has at one time, the heaviest such pair, [D], [D]."""
+    live, late = np.ones(order.num_ranks), np.zeros(order.num_ranks)
+    for rank, vectors in enumerate(order.live):
+        if not vectors.size:
+            continue
+        first, second = vectors[:, 0].min(axis=1), vectors[:, 1].min(axis=1)
+        best = int(np.argmax(first + second))
+        live[rank], late[rank] = max(float(first[best]), 0.0), float(second[best])
+    return live, late
+
+
+def ranks_of(candidate: Candidate) -> Sequence[Sequence[int]]:
+    """Return the global ranks of a candidate's pipeline ranks."""
+    return pipeline_ranks(candidate.configuration)

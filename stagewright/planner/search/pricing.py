@@ -18,10 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.cost.cost_model import CostModel
-from stagewright.planner.cost.groups import AxisOrder
+from stagewright.planner.cost.data_parallel import ReplicaTraffic, replica_traffic
+from stagewright.planner.cost.groups import AxisOrder, GroupShape, Tier
 from stagewright.planner.cost.layer_table import LayerTable
+from stagewright.planner.cost.memory import ParameterBytes, state_bytes
+from stagewright.planner.documents.cluster import NodeGroup
 from stagewright.planner.documents.plan import Degrees
-from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.documents.profile import LayerRun, ModelProfile
 from stagewright.planner.search.layer_costs import Configuration, cut_bytes
 from stagewright.planner.search.space import PIPELINE_INSIDE, PIPELINE_OUTSIDE
 
@@ -102,6 +105,23 @@ def classes_of(profile: ModelProfile) -> LayerClasses:
     return LayerClasses(of_layer, first, of_layer[starts], lengths)
 
 
+def one_of_each(profile: ModelProfile, classes: LayerClasses) -> ModelProfile:
+    """Return the chain with one layer of each run, which prices like the whole; the profile itself when it is a graph."""
+    if profile.edges is not None and not (profile.is_chain and all(e.bytes_per_sample is None for e in profile.edges)):
+        return profile
+    runs = tuple(
+        LayerRun(name=f"run.{index}", layer_class=profile.layer_classes[start])
+        for index, start in enumerate(classes.run_start[:-1].tolist())
+    )
+    return ModelProfile(
+        name=profile.name,
+        dtype=profile.dtype,
+        layers=runs,
+        classes=profile.classes,
+        architecture=profile.architecture,
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class ClassTable:
     """A cost table by class: [C], or [3, C] with the recomputation level first. `cut_bytes` is before a layer."""
@@ -119,9 +139,8 @@ class ClassTable:
     optimizer_s: Floats
 
 
-def class_table(table: LayerTable, classes: LayerClasses, cut: Floats) -> ClassTable:
-    """Return the columns of one layer of each class."""
-    at = classes.first
+def class_table(table: LayerTable, at: Ints, cut: Floats) -> ClassTable:
+    """Return the columns of the layers `at`, one of each class."""
     return ClassTable(
         table.forward_s[at],
         table.input_grad_s[at],
@@ -200,122 +219,183 @@ def configuration_of(row: Sequence[int] | Ints) -> Configuration:
 
 @dataclass(eq=False)
 class PriceList:
-    """What configurations are made of, computed once: tables by inner shape, traffic and states by replica group."""
+    """What configurations are made of, computed once: tables by inner shape, traffic and states by replica group.
 
-    models: Sequence[CostModel]
-    classes: LayerClasses
+    Parameters
+    ----------
+    model : cost model of the profile that `one_of_each` returns.
+    at : the layer of each class there, [C].
+    most_bytes : a shape where one layer alone needs more is left out, and so are larger microbatches of it.
+    """
+
+    model: CostModel
+    at: Ints
+    most_bytes: float
     _tables: dict[tuple[int, ...], ClassTable | None] = field(default_factory=dict)
-    _traffic: dict[tuple[int, ...], tuple[float, ...]] = field(default_factory=dict)
-    _cuts: dict[int, Floats] = field(default_factory=dict)
+    _groups: dict[tuple[int, ...], tuple[float, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: CostModel, classes: LayerClasses, most_bytes: float) -> PriceList:
+        """Return the empty list for a model."""
+        small = one_of_each(model.profile, classes)
+        at = classes.first
+        if small is not model.profile:
+            at = (np.searchsorted(classes.run_start, classes.first, side="right") - 1).astype(np.int32)
+        return cls(CostModel(small, model.cluster, model.job, model.options, model.order), at, most_bytes)
+
+    def without_limit(self) -> PriceList:
+        """Return the list with the shapes that one layer overfills."""
+        return PriceList(self.model, self.at, float("inf"), {}, self._groups)
 
     def price(self, shapes: Ints) -> Priced:
         """Return the rows of all shapes that the cost model admits."""
         keys, table_of = np.unique(_table_keys(shapes), axis=0, return_inverse=True)
-        tables = [self.table(tuple(key)) for key in keys.tolist()]
+        tables = self._all_tables(keys.tolist())
         legal = np.array([table is not None for table in tables], dtype=bool)[np.ravel(table_of)]
         shapes, table_of = shapes[legal], np.ravel(table_of)[legal]
-        found = list(tables)
-        empty = next((table for table in found if table is not None), None)
-        if empty is None or not len(shapes):
-            return _no_rows(self.classes.num_classes)
+        some = next((table for table in tables if table is not None), None)
+        if some is None or not len(shapes):
+            return _no_rows(len(self.at))
         stacked = {
-            name: np.stack([getattr(table if table is not None else empty, name) for table in found])[table_of]
+            name: np.stack([getattr(table if table is not None else some, name) for table in tables])[table_of]
             for name in ClassTable.__dataclass_fields__
         }
         dense = self._group_rows(shapes, expert=False)
         expert = self._group_rows(shapes, expert=True)
-        return _combine(shapes, stacked, dense, expert, self.models[0])
+        return _combine(shapes, stacked, dense, expert, self.model)
 
-    def table(self, key: tuple[int, ...]) -> ClassTable | None:
-        """Return the cost table of an inner shape by class; None when the cost model refuses it."""
-        if key not in self._tables:
-            self._tables[key] = self._make_table(key)
-        return self._tables[key]
+    def _all_tables(self, keys: Sequence[Sequence[int]]) -> list[ClassTable | None]:
+        """Return the tables of keys in ascending order of microbatch; None when refused, or when one layer never fits.
+
+        Without measured tables a larger microbatch never needs less, so the ones behind are not priced.
+        """
+        grows = not any(layer.costs for layer in self.model.profile.classes.values())
+        full: tuple[int, ...] | None = None
+        found: list[ClassTable | None] = []
+        for key in map(tuple, keys):
+            if grows and key[:-1] == full:
+                found.append(None)
+                continue
+            if key not in self._tables:
+                self._tables[key] = self._make_table(key)
+            table = self._tables[key]
+            if table is not None and _least_bytes(table) > self.most_bytes:
+                table, full = None, key[:-1]
+            found.append(table)
+        return found
 
     def _make_table(self, key: tuple[int, ...]) -> ClassTable | None:
-        tp, cp, dp, _pp, ep, etp, sp, vocabulary, microbatch, axes = key
+        tp, cp, dp, ep, etp, sp, vocabulary, microbatch = key
         degrees = Degrees(dp=dp, tp=tp, cp=cp, ep=ep, etp=etp, sp=bool(sp), vocab_parallel=bool(vocabulary))
-        model = self.models[axes]
-        if model.legality(degrees, microbatch) is not None:
+        if self.model.legality(degrees, microbatch) is not None:
             return None
-        table = model.table(degrees, microbatch)
-        return class_table(table, self.classes, cut_bytes(model.profile, table.output_bytes, microbatch))
+        table = self.model.table(degrees, microbatch)
+        return class_table(table, self.at, cut_bytes(self.model.profile, table.output_bytes, microbatch))
 
     def _group_rows(self, shapes: Ints, *, expert: bool) -> Floats:
-        """Return forward, backward, tail, latency, parameter, gradient, optimizer and divisor columns, [n, 8]."""
+        """Return forward, backward, tail, latency, states and divisor columns, [n, 6]."""
         keys, where = np.unique(_group_keys(shapes, expert=expert), axis=0, return_inverse=True)
-        rows = np.array([self._group(tuple(key), expert=expert) for key in keys.tolist()])
-        return rows[np.ravel(where)]
+        return np.array([self._group(tuple(key)) for key in keys.tolist()])[np.ravel(where)]
 
-    def _group(self, key: tuple[int, ...], *, expert: bool) -> tuple[float, ...]:
-        known = (int(expert), *key)
-        if known not in self._traffic:
-            tp, cp, dp, pp, ep, etp, zero, axes = key
-            degrees = Degrees(dp=dp, tp=tp, cp=cp, ep=ep, etp=etp, zero=zero)
-            self._traffic[known] = _group_costs(self.models[axes], degrees, pp, expert=expert)
-        return self._traffic[known]
+    def _group(self, key: tuple[int, ...]) -> tuple[float, ...]:
+        if key not in self._groups:
+            inner, count, outer_stride, outer_count, zero = key
+            group = self.model.cluster.groups[0]
+            shape = (
+                strided_shape(count, inner, group)
+                if outer_count == 1
+                else shape_of(
+                    (np.arange(count)[None, :] * inner + np.arange(outer_count)[:, None] * outer_stride).ravel(), group
+                )
+            )
+            self._groups[key] = _group_costs(self.model, shape, count * outer_count, zero)
+        return self._groups[key]
 
 
-def _group_costs(model: CostModel, degrees: Degrees, num_ranks: int, *, expert: bool) -> tuple[float, ...]:
-    def traffic(parameters: float) -> tuple[float, float, float]:
-        dense, routed = (0.0, parameters) if expert else (parameters, 0.0)
-        found = model.traffic(dense, routed, degrees, num_pipeline_ranks=num_ranks)
-        return found.forward_s, found.backward_s, found.tail_s
+def _least_bytes(table: ClassTable) -> float:
+    """Return what the largest layer needs for one microbatch at its best level."""
+    return float((table.kept_bytes + table.workspace_bytes).min(axis=0).max())
 
-    forward_s, backward_s, tail_s = traffic(UNIT)
-    latency_s = traffic(1.0)[2]
-    states = model.states(0.0, 1.0, degrees) if expert else model.states(1.0, 0.0, degrees)
-    replicas = degrees.num_devices // (degrees.ep * degrees.etp) if expert else degrees.dp * degrees.cp
-    shard = model.options.sharding_group
-    divisor = 1 if degrees.zero == 0 else replicas if shard is None else min(replicas, shard)
-    return (forward_s, backward_s, tail_s, latency_s, states.total, float(divisor))
+
+def _group_costs(model: CostModel, shape: GroupShape, num_replicas: int, zero: int) -> tuple[float, ...]:
+    """Return what one parameter's replicas cost: seconds for UNIT parameters, latency, bytes and divisor for one."""
+    optimizer, options = model.job.optimizer, model.options
+
+    def traffic(parameters: float) -> ReplicaTraffic:
+        return replica_traffic(
+            parameters * optimizer.gradient_bytes,
+            parameters * optimizer.parameter_bytes,
+            shape,
+            zero=zero,
+            shard_size=options.sharding_group,
+            accumulate=options.accumulate_sharded,
+            gather_once=options.gather_once,
+        )
+
+    whole = traffic(UNIT)
+    shards = num_replicas if options.sharding_group is None else min(num_replicas, options.sharding_group)
+    states = state_bytes(1.0, zero=zero, num_shards=shards, sizes=ParameterBytes.of(optimizer))
+    divisor = float(shards if zero else 1)
+    return (whole.forward_s, whole.backward_s, whole.tail_s, traffic(1.0).tail_s, states.total, divisor)
+
+
+def strided_shape(size: int, stride: int, group: NodeGroup) -> GroupShape:
+    """Return the shape of `size` devices at distance `stride`: `groups.strided_group` without listing them."""
+    tiers: list[Tier] = []
+    left, distance = size, stride
+    for level in group.links:
+        if distance >= level.num_devices or left == 1:
+            continue
+        if level.num_devices % distance:
+            return shape_of(np.arange(size) * stride, group)
+        inside = level.num_devices // distance
+        if min(left, inside) > 1:
+            tiers.append(Tier(min(left, inside), level))
+        left, distance = -(-left // inside), level.num_devices
+    return GroupShape(tuple(tiers))
+
+
+def shape_of(devices: npt.NDArray[np.int64], group: NodeGroup) -> GroupShape:
+    """Return the shape of any devices of a group: `groups.group_of_ranks` on arrays."""
+    tiers: list[Tier] = []
+    units = np.unique(devices)
+    for level in group.links:
+        instances, members = np.unique(units // level.num_devices, return_counts=True)
+        if members.max() > 1:
+            tiers.append(Tier(int(members.max()), level))
+        units = instances * level.num_devices
+        if len(units) == 1:
+            break
+    return GroupShape(tuple(tiers))
 
 
 def _table_keys(shapes: Ints) -> Ints:
-    """Return the columns a table depends on: dp is the least that the expert groups need, pp only where they cross it."""
-    tp, cp, dp, pp = shapes[:, TP], shapes[:, CP], shapes[:, DP], shapes[:, PP]
+    """Return the columns a table depends on; dp is the least that the expert groups need."""
+    inner = shapes[:, TP] * shapes[:, CP]
     experts = shapes[:, EP] * shapes[:, ETP]
-    inner = tp * cp
-    least = np.maximum(1, experts // np.gcd(experts, inner))
-    inside = (shapes[:, AXES] == 1) & (least > 1)
-    return np.stack(
-        [
-            tp,
-            cp,
-            np.minimum(least, dp),
-            np.where(inside, pp, 1),
-            shapes[:, EP],
-            shapes[:, ETP],
-            shapes[:, SP],
-            shapes[:, VOCAB],
-            shapes[:, MICROBATCH],
-            np.where(inside, 1, 0),
-        ],
-        axis=1,
-    )
+    least = np.minimum(shapes[:, DP], np.maximum(1, experts // np.gcd(experts, inner)))
+    columns = [shapes[:, TP], shapes[:, CP], least]
+    columns += [shapes[:, column] for column in (EP, ETP, SP, VOCAB, MICROBATCH)]
+    return np.stack(columns, axis=1)
 
 
 def _group_keys(shapes: Ints, *, expert: bool) -> Ints:
-    """Return the columns that replica groups depend on, brought to one form for equal groups."""
+    """Return (stride, size, outer stride, outer size, ZeRO stage) of the devices that share a weight.
+
+    Replicas of dense weights are the cp x dp devices at distance tp, of routed experts every (ep * etp)-th device. With
+    the pipeline inside, dp steps over whole pipelines: the group is then a grid.
+    """
     tp, cp, dp, pp = shapes[:, TP], shapes[:, CP], shapes[:, DP], shapes[:, PP]
-    inside = (shapes[:, AXES] == 1) & (pp > 1) & (dp > 1)
-    ranks = np.where(inside, pp, 1)
-    if expert:
-        columns = [tp, cp, dp, ranks, shapes[:, EP], shapes[:, ETP], shapes[:, ZERO], inside.astype(np.int32)]
-    else:
-        one = np.ones_like(tp)
-        joined = ~inside
-        columns = [
-            tp,
-            np.where(joined, 1, cp),
-            np.where(joined, cp * dp, dp),
-            ranks,
-            one,
-            one,
-            shapes[:, ZERO],
-            inside.astype(np.int32),
-        ]
-    return np.stack(columns, axis=1)
+    inner = shapes[:, EP] * shapes[:, ETP] if expert else tp
+    unit = tp * cp
+    grid = (shapes[:, AXES] == 1) & (pp > 1) & (dp > 1)
+    crosses = inner > unit  # experts that span several data-parallel members step over pipelines at once
+    ones = np.ones_like(tp)
+    stride = np.where(grid & crosses, inner * pp, inner)
+    size = np.where(grid, np.where(crosses, unit * dp // inner, unit // np.minimum(inner, unit)), unit * dp // inner)
+    outer_stride = np.where(grid & ~crosses, unit * pp, ones)
+    outer_size = np.where(grid & ~crosses, dp, ones)
+    return np.stack([stride, size, outer_stride, outer_size, shapes[:, ZERO]], axis=1)
 
 
 def _combine(shapes: Ints, table: dict[str, Floats], dense: Floats, expert: Floats, model: CostModel) -> Priced:

@@ -18,7 +18,6 @@ from stagewright.planner.cost.layer_table import LEVELS
 from stagewright.planner.documents.cluster import Cluster
 from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.plan import (
-    Degrees,
     Plan,
     Prediction,
     RankMapping,
@@ -27,22 +26,35 @@ from stagewright.planner.documents.plan import (
     StagePlan,
 )
 from stagewright.planner.documents.profile import ModelProfile, Source
-from stagewright.planner.prediction import OPTIONS, base_bytes, ties_of, wire
+from stagewright.planner.errors import InvalidArgument, InvalidSchedule
+from stagewright.planner.prediction import OPTIONS, base_bytes, links_of, stage_costs, ties_of, wire
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import generate
+from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
 from stagewright.planner.search.order import Order, OrderKey, compile_search_order
 from stagewright.planner.search.pipeline_costs import PipelineCosts, Tie, Wiring, pipeline_costs
+from stagewright.planner.search.pricing import (
+    AXIS_ORDERS,
+    LayerClasses,
+    Priced,
+    PriceList,
+    classes_of,
+    configuration_of,
+)
 from stagewright.planner.search.space import (
+    PIPELINE_OUTSIDE,
     FamilyRule,
     allowed_levels,
     allowed_rules,
-    allows,
-    degree_choices,
     device_counts,
-    divisors,
     schedule_sizes,
+    shapes,
 )
+from stagewright.planner.simulation.simulate import simulate
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,7 @@ class Problem:
     _costs: dict[Configuration, LayerCosts] = field(default_factory=dict)
     _wirings: dict[tuple[Configuration, int], Wiring] = field(default_factory=dict)
     _orders: dict[OrderKey, Order] = field(default_factory=dict)
+    _schedules: dict[OrderKey, Schedule] = field(default_factory=dict)
 
     @cached_property
     def capacity_bytes(self) -> float:
@@ -114,53 +127,73 @@ class Problem:
             self._models[axis_order] = CostModel(self.profile, self.cluster, self.job, OPTIONS, axis_order)
         return self._models[axis_order]
 
-    def candidates(self) -> list[Candidate]:
-        """Return every candidate of the declared space, in a fixed order."""
-        rules = allowed_rules(self.job.space)
-        found: list[Candidate] = []
-        for count in device_counts(self.num_devices, exact=self.job.objective == "min-max-memory"):
-            for degrees, ranks in degree_choices(self.profile, self.job, count):
-                for configuration in self._batches(degrees, ranks):
-                    found += [
-                        Candidate(configuration, rule, chunks)
-                        for rule, chunks in schedule_sizes(
-                            rules, self.job.space, ranks, configuration.num_microbatches, self.profile.num_layers
-                        )
-                    ]
-        return found
+    @cached_property
+    def classes(self) -> LayerClasses:
+        """Which layers are alike."""
+        return classes_of(self.profile)
 
-    def _batches(self, degrees: Degrees, ranks: int) -> list[Configuration]:
-        share = self.job.global_batch // degrees.dp
-        found = []
-        for microbatch in divisors(share):
-            if microbatch > self.job.space.max_microbatch or not allows(self.job.space, "microbatch", microbatch):
-                continue
-            configuration = Configuration(degrees, ranks, microbatch, share // microbatch)
-            if self.model(configuration.axis_order).legality(degrees, microbatch) is None:
-                found.append(configuration)
-        return found
+    @cached_property
+    def price_list(self) -> PriceList:
+        return PriceList.of(self.model(PIPELINE_OUTSIDE), self.classes, self.capacity_bytes - self.base_bytes)
 
-    def refusals(self, model: CostModel) -> list[str]:
+    @cached_property
+    def device_counts(self) -> list[int]:
+        """How many devices plans may use."""
+        return device_counts(self.num_devices)
+
+    @cached_property
+    def shapes(self) -> Ints:
+        """All configurations before the cost model's legality, int32 [n, 12]."""
+        per_node = max(group.devices_per_node for group in self.cluster.groups)
+        return np.concatenate([shapes(self.profile, self.job, count, per_node) for count in self.device_counts])
+
+    @cached_property
+    def priced(self) -> Priced:
+        """All legal configurations with their costs."""
+        return self.price_list.price(self.shapes)
+
+    @cached_property
+    def rules(self) -> list[FamilyRule]:
+        """Families the job allows."""
+        return allowed_rules(self.job.space)
+
+    def candidates(self, shapes: Ints | None = None) -> list[Candidate]:
+        """Return the candidates of some configurations, of all by default, in a fixed order."""
+        rows = self.priced.shape if shapes is None else shapes
+        return [
+            Candidate(configuration, rule, chunks)
+            for configuration in map(configuration_of, rows)
+            for rule, chunks in schedule_sizes(
+                self.rules,
+                self.job.space,
+                configuration.num_ranks,
+                configuration.num_microbatches,
+                self.profile.num_layers,
+            )
+        ]
+
+    def refusals(self) -> list[str]:
         """Return why the cost model refuses degrees that the shape would allow, one reason a choice."""
+        model = self.model(PIPELINE_OUTSIDE)
         reasons = []
-        for count in device_counts(self.num_devices, exact=False):
-            for degrees, _ in degree_choices(self.profile, self.job, count):
-                reason = model.legality(degrees, 1)
-                if reason is not None:
-                    reasons.append(reason)
+        for row in self.shapes:
+            configuration = configuration_of(row)
+            reason = model.legality(configuration.degrees, configuration.microbatch)
+            if reason is not None:
+                reasons.append(reason)
         return reasons
 
     def space_words(self) -> dict[str, str | int | float | list[str] | list[int]]:
         """Return the declared space in words and numbers."""
         space = self.job.space
         return {
-            "devices": device_counts(self.num_devices, exact=False),
-            "schedules": [rule.name for rule in allowed_rules(space)],
+            "devices": self.device_counts,
+            "schedules": [rule.name for rule in self.rules],
             "max_chunks": space.max_chunks,
             "max_microbatch": space.max_microbatch,
             "zero": list(space.zero),
             "recompute": [LEVELS[level].value for level in self.levels],
-            "axis_orders": ["tp,cp,dp,pp"],
+            "axis_orders": [",".join(axes) for axes in AXIS_ORDERS],
             "stages": "contiguous layer ranges of at least one layer, uneven",
             "degrees": "equal on all stages",
             "pins": [f"{name}={value}" for name, value in space.pins if value is not None],
@@ -180,7 +213,7 @@ class Problem:
             self._wirings[key] = wire(
                 self.model(configuration.axis_order),
                 configuration.degrees,
-                np.array(pipeline_ranks(configuration), dtype=np.int64),
+                device_grid(configuration),
                 float(self.costs(configuration).cut_bytes.max()),
                 configuration.group,
             )
@@ -188,16 +221,62 @@ class Problem:
 
     def order(self, candidate: Candidate) -> Order:
         """Return the compiled order of a candidate's schedule."""
-        key = candidate.key
+        return self.order_of(candidate.key, candidate.rule)
+
+    def order_of(self, key: OrderKey, rule: FamilyRule) -> Order:
+        """Return the compiled order of a family at some sizes; raises InvalidArgument when it refuses them."""
         if key not in self._orders:
             request = ScheduleRequest(
-                key.num_ranks,
-                key.num_microbatches,
-                num_chunks=key.num_chunks,
-                parameters=dict(candidate.rule.parameters),
+                key.num_ranks, key.num_microbatches, num_chunks=key.num_chunks, parameters=dict(rule.parameters)
             )
             self._orders[key] = compile_search_order(generate(key.family, request), key)
         return self._orders[key]
+
+    def takes(self, candidate: Candidate) -> bool:
+        """Tell whether the candidate's family takes its sizes."""
+        try:
+            self.order(candidate)
+        except (InvalidArgument, InvalidSchedule):
+            return False
+        return True
+
+    def wiring_for(self, configuration: Configuration, reference_bytes: float) -> Wiring:
+        """Return the links between a configuration's pipeline ranks, for boundaries of at most `reference_bytes`."""
+        return wire(
+            self.model(configuration.axis_order),
+            configuration.degrees,
+            device_grid(configuration),
+            reference_bytes,
+            configuration.group,
+        )
+
+    def tie_seconds(self, configuration: Configuration) -> tuple[tuple[int, int, Floats], ...]:
+        """Return the tied layers with the seconds of summing their gradient over any two ranks, [D, D]."""
+        ties = self.ties(configuration)
+        if not ties or configuration.num_ranks == 1:
+            return ()
+        wiring, ranks = self.wiring_for(configuration, 0.0), configuration.num_ranks
+        found = []
+        for tie in ties:
+            seconds = np.zeros((ranks, ranks))
+            for first in range(ranks):
+                for second in range(first + 1, ranks):
+                    seconds[first, second] = wiring.sum_s(first, second, tie.gradient_bytes)
+            found.append((tie.first_layer, tie.second_layer, seconds + seconds.T))
+        return tuple(found)
+
+    def replica_terms(self, configuration: Configuration, order: Order) -> dict[str, Floats]:
+        """Return what summing a stage's gradients over its two ranks costs: for one layer of each run, and once."""
+        wiring, costs = self.wiring_for(configuration, 0.0), self.costs(configuration)
+        at = self.classes.first[self.classes.run_class]
+        sizes = costs.gradient_bytes[at]
+        unit = float(max(costs.gradient_bytes.sum(), 1.0))
+        first, second = (int(rank) for rank in order.placement[:, 0][:2])
+        whole, latency = wiring.sum_s(first, second, unit), wiring.sum_s(first, second, 1.0)
+        return {
+            "replica_s": (whole - latency) * sizes / unit,
+            "replica_latency_s": np.full(order.num_stages, latency),
+        }
 
     def ties(self, configuration: Configuration) -> list[Tie]:
         """Return the weights that layers share."""
@@ -222,6 +301,27 @@ class Problem:
         pipeline = self.pipeline(candidate, partition)
         makespan = self.order(candidate).makespan(pipeline.costs, pipeline.hop_s, pipeline.tail_s)
         return makespan + self.profile.step_overhead_s
+
+    def judged_step_s(self, candidate: Candidate, partition: Partition) -> float:
+        """Return the step of the rich simulator, where a link carries one message at a time; what plans predict."""
+        key = candidate.key
+        if key not in self._schedules:
+            request = ScheduleRequest(
+                key.num_ranks,
+                key.num_microbatches,
+                num_chunks=key.num_chunks,
+                parameters=dict(candidate.rule.parameters),
+            )
+            self._schedules[key] = generate(key.family, request)
+        layers = [self.costs(candidate.configuration)] * self._schedules[key].num_stages
+        timeline = simulate(
+            self._schedules[key],
+            stage_costs(self.pipeline(candidate, partition), partition.bounds, partition.levels, layers),
+            links=links_of(self.order(candidate), partition.bounds, layers, self.wiring(candidate.configuration)),
+            tail_s=self.pipeline(candidate, partition).tail_s,
+            trace=False,
+        )
+        return timeline.makespan_s + self.profile.step_overhead_s
 
     def plan(self, candidate: Candidate, partition: Partition, planner: str) -> Plan:
         """Return the plan document of a completed candidate, its prediction still empty."""
@@ -269,14 +369,10 @@ _NO_PREDICTION = Prediction(
 )
 
 
-def pipeline_ranks(configuration: Configuration) -> tuple[tuple[int, ...], ...]:
-    """Return the global ranks of each pipeline rank, in (tp, cp, dp) order, under the configuration's axis order."""
-    sizes = {
-        "tp": configuration.degrees.tp,
-        "cp": configuration.degrees.cp,
-        "dp": configuration.degrees.dp,
-        "pp": configuration.num_ranks,
-    }
+def device_grid(configuration: Configuration) -> npt.NDArray[np.int64]:
+    """Return the global rank of each device, [D, tp * cp * dp] in (tp, cp, dp) order, under the axis order."""
+    degrees = configuration.degrees
+    sizes = {"tp": degrees.tp, "cp": degrees.cp, "dp": degrees.dp, "pp": configuration.num_ranks}
     stride: dict[str, int] = {}
     span = 1
     for axis in configuration.axis_order:
@@ -287,8 +383,12 @@ def pipeline_ranks(configuration: Configuration) -> tuple[tuple[int, ...], ...]:
         + np.arange(sizes["cp"])[None, :, None] * stride["cp"]
         + np.arange(sizes["tp"])[None, None, :] * stride["tp"]
     ).ravel()
-    ranks: npt.NDArray[np.int64] = np.arange(sizes["pp"])[:, None] * stride["pp"] + grid[None, :]
-    return tuple(tuple(row) for row in ranks.tolist())
+    return np.asarray(np.arange(sizes["pp"])[:, None] * stride["pp"] + grid[None, :], dtype=np.int64)
+
+
+def pipeline_ranks(configuration: Configuration) -> tuple[tuple[int, ...], ...]:
+    """Return the global ranks of each pipeline rank, as a plan holds them."""
+    return tuple(tuple(row) for row in device_grid(configuration).tolist())
 
 
 def _runs(levels: tuple[int, ...]) -> tuple[RecomputeRun, ...]:

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from stagewright.planner.cost.groups import AxisOrder
 from stagewright.planner.cost.layer_table import LEVELS
 from stagewright.planner.documents.job import SearchSpace, TrainingJob
-from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import ModelProfile, Recompute
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules.registry import families, family
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
 
 PIPELINE_OUTSIDE: AxisOrder = ("tp", "cp", "dp", "pp")
 PIPELINE_INSIDE: AxisOrder = ("tp", "cp", "pp", "dp")
@@ -24,20 +30,41 @@ PIPELINE_INSIDE: AxisOrder = ("tp", "cp", "pp", "dp")
 
 @dataclass(frozen=True)
 class FamilyRule:
-    """When the search may use a family.
+    """When the search may use a family, and which bound its orders obey.
 
     Parameters
     ----------
     chunks : chunk counts to try on a rank, given the most that the job allows.
     fits : whether D ranks, T microbatches and v chunks are sizes the family takes.
     parameters : what the generator is told so that the order has no fused pairs and no costs in it.
+    bound : which path bounds hold (see `bounds`): "uniform" for 1F1B, "gpipe", "fused" and "split" for one chunk a rank
+        with full or split backwards, "serial" where one rank works at a time, "both ways" for two replicas, "chunks"
+        for anything else.
+    live : how many microbatches each chunk of rank r holds at once at least: one, all T, D - r, 2 (D - r) - 1, or
+        min(D, 2 (D - r) - 1).
+    split : input and weight gradients may be apart.
     """
 
     name: str
     chunks: Callable[[int], Iterable[int]]
     fits: Callable[[int, int, int], bool]
     parameters: tuple[tuple[str, int | float | str], ...] = ()
+    bound: Literal["uniform", "gpipe", "fused", "split", "chunks", "serial", "both ways"] = "chunks"
+    live: Literal["one", "all", "depth", "double", "group"] = "one"
+    split: bool = False
     num_replicas: int = 1
+
+    def least_live(self, num_ranks: int, num_microbatches: int) -> Floats:
+        """Return how many microbatches every chunk of a rank holds at once, at least, [D]."""
+        left = num_ranks - np.arange(num_ranks, dtype=np.float64)
+        most = {
+            "one": np.ones(num_ranks),
+            "all": np.full(num_ranks, np.inf),
+            "depth": left,
+            "double": 2 * left - 1,
+            "group": np.minimum(num_ranks, 2 * left - 1),
+        }[self.live]
+        return np.asarray(np.minimum(most, num_microbatches))
 
 
 def _one(most: int) -> Iterable[int]:
@@ -52,6 +79,10 @@ def _several(most: int) -> Iterable[int]:
     return range(2, most + 1)
 
 
+def _even(most: int) -> Iterable[int]:
+    return range(2, most + 1, 2)
+
+
 def _always(ranks: int, microbatches: int, chunks: int) -> bool:
     return True
 
@@ -60,10 +91,43 @@ def _whole_groups(ranks: int, microbatches: int, chunks: int) -> bool:
     return microbatches % ranks == 0
 
 
+def _both_ways(ranks: int, microbatches: int, chunks: int) -> bool:
+    return ranks % 2 == 0 and microbatches % 2 == 0
+
+
+def _filled_both_ways(ranks: int, microbatches: int, chunks: int) -> bool:
+    return _both_ways(ranks, microbatches, chunks) and microbatches >= 2 * ranks
+
+
+def _twice_filled(ranks: int, microbatches: int, chunks: int) -> bool:
+    return microbatches >= 2 * ranks
+
+
+def _warmed_up(ranks: int, microbatches: int, chunks: int) -> bool:
+    return microbatches >= 2 * ranks - 1
+
+
 RULES: tuple[FamilyRule, ...] = (
-    FamilyRule("1f1b", _one, _always),
-    FamilyRule("gpipe", _one, _always),
-    FamilyRule("naive", _one, _always),
+    FamilyRule("1f1b", _one, _always, bound="uniform", live="depth"),
+    FamilyRule("gpipe", _one, _always, bound="gpipe", live="all"),
+    FamilyRule("naive", _one, _always, bound="serial"),
+    FamilyRule("dapple-pb", _one, _always, bound="fused", live="double"),
+    FamilyRule("zb-h1", _one, _always, bound="split", split=True),
+    FamilyRule("zb-h2", _one, _warmed_up, bound="split", split=True),
+    FamilyRule("interleaved", _several, _whole_groups, live="group"),
+    FamilyRule("interleaved-zb", _several, _whole_groups, split=True),
+    FamilyRule("breadth-first", _several, _always, live="all"),
+    FamilyRule("wave", _even, _always),
+    FamilyRule("1f1b-v", _two, _always),
+    FamilyRule("zb-v", _two, _always, split=True),
+    FamilyRule("v-half", _two, _always, split=True),
+    FamilyRule("v-min", _two, _always, split=True),
+    FamilyRule("dualpipe-v", _two, _twice_filled, parameters=(("fused", 0),), split=True),
+    FamilyRule(
+        "dualpipe", _one, _filled_both_ways, parameters=(("fused", 0),), split=True, bound="both ways", num_replicas=2
+    ),
+    FamilyRule("chimera", _one, _both_ways, bound="both ways", num_replicas=2),
+    FamilyRule("gems", _one, _both_ways, bound="both ways", num_replicas=2),
 )
 
 
@@ -148,61 +212,93 @@ def divisors(number: int) -> list[int]:
     return small + [number // value for value in reversed(small) if value * value != number]
 
 
-def device_counts(num_devices: int, *, exact: bool) -> list[int]:
+def device_counts(num_devices: int) -> list[int]:
     """Return how many devices plans may use: all of them, or on at most 16 any number up to them."""
-    if exact or num_devices > 16:
+    if num_devices > 16:
         return [num_devices]
     return list(range(num_devices, 0, -1))
 
 
-def degree_choices(profile: ModelProfile, job: TrainingJob, num_devices: int) -> Iterator[tuple[Degrees, int]]:
-    """Yield (degrees, pipeline ranks) whose product is `num_devices`, before the cost model's legality."""
+def shapes(profile: ModelProfile, job: TrainingJob, num_devices: int, per_node: int) -> Ints:
+    """Return the configurations that use exactly `num_devices`, int32 [n, 12] with the columns of `shape.SHAPE`.
+
+    Everything but the cost model's legality is applied: pins, forbids, divisibility of the batch, at most as many
+    pipeline ranks as layers, tensor groups of at most a node (or 8), context shards of at least 1,024 tokens (or half of
+    a shorter sequence), experts that drop the tensor split or keep it, a pipeline inside a node as second axis order.
+    """
     space = job.space
+    blocks: list[Ints] = []
     for tp in divisors(num_devices):
-        if not allows(space, "tp", tp) or not _shape_allows_tp(profile, tp):
+        if tp > max(per_node, 8) or not allows(space, "tp", tp) or not _shape_allows_tp(profile, tp):
             continue
+        variants = _variants(profile, job, tp)
         for cp in divisors(num_devices // tp):
             if not allows(space, "cp", cp) or not _shape_allows_cp(profile, job, cp):
                 continue
             for ranks in divisors(num_devices // (tp * cp)):
                 replicas = num_devices // (tp * cp * ranks)
-                if not allows(space, "pp", ranks) or not allows(space, "dp", replicas):
-                    continue
                 if ranks > profile.num_layers or job.global_batch % replicas:
                     continue
-                for degrees in _variants(profile, job, Degrees(dp=replicas, tp=tp, cp=cp)):
-                    yield degrees, ranks
-
-
-def _variants(profile: ModelProfile, job: TrainingJob, base: Degrees) -> Iterator[Degrees]:
-    """Yield the degrees with every expert folding, sequence parallelism, vocabulary split and ZeRO stage."""
-    space = job.space
-    for ep, etp in _expert_choices(profile, job, base):
-        for sp in (True, False) if base.tp > 1 and profile.architecture is not None else (False,):
-            if not allows(space, "sp", "on" if sp else "off"):
-                continue
-            for vocabulary in (True, False) if base.tp > 1 else (False,):
-                if not allows(space, "vocab_parallel", "on" if vocabulary else "off"):
+                if not allows(space, "pp", ranks) or not allows(space, "dp", replicas):
                     continue
-                for zero in sorted(set(space.zero)) if base.dp * base.cp > 1 else (0,):
-                    if allows(space, "zero", zero):
-                        yield base.model_copy(
-                            update={"ep": ep, "etp": etp, "sp": sp, "vocab_parallel": vocabulary, "zero": zero}
-                        )
+                blocks += _block(profile, job, (tp, cp, replicas, ranks), variants, per_node)
+    return np.concatenate(blocks) if blocks else np.zeros((0, 12), dtype=np.int32)
 
 
-def _expert_choices(profile: ModelProfile, job: TrainingJob, base: Degrees) -> Iterator[tuple[int, int]]:
+def _block(
+    profile: ModelProfile,
+    job: TrainingJob,
+    grid: tuple[int, int, int, int],
+    variants: Sequence[tuple[int, int]],
+    per_node: int,
+) -> list[Ints]:
+    """Return the rows of one (tp, cp, dp, pp): every folding, ZeRO stage, microbatch and axis order."""
+    tp, cp, replicas, ranks = grid
+    space = job.space
+    experts = _expert_choices(profile, job, tp, tp * cp * replicas)
+    zeros = [zero for zero in sorted(set(space.zero)) if allows(space, "zero", zero)]
+    if replicas * cp == 1 and all(tp * cp * replicas == ep * etp for ep, etp in experts):
+        zeros = zeros[:1]
+    share = job.global_batch // replicas
+    sizes = [size for size in divisors(share) if size <= space.max_microbatch and allows(space, "microbatch", size)]
+    axes = [0, 1] if ranks > 1 and replicas > 1 and tp * cp * ranks <= per_node else [0]
+    rows = [
+        (tp, cp, replicas, ranks, ep, etp, sp, vocabulary, zero, size, share // size, axis)
+        for ep, etp in experts
+        for sp, vocabulary in variants
+        for zero in zeros
+        for size in sizes
+        for axis in axes
+    ]
+    return [np.array(rows, dtype=np.int32)] if rows else []
+
+
+def _variants(profile: ModelProfile, job: TrainingJob, tp: int) -> list[tuple[int, int]]:
+    """Return the (sequence parallel, vocabulary parallel) choices of a tensor degree."""
+    analytic = any(layer.operators for layer in profile.classes.values())
+    sequence = [1, 0] if tp > 1 and analytic else [0]
+    vocabulary = [1, 0] if tp > 1 else [0]
+    return [
+        (sp, vocab)
+        for sp in sequence
+        for vocab in vocabulary
+        if allows(job.space, "sp", "on" if sp else "off")
+        and allows(job.space, "vocab_parallel", "on" if vocab else "off")
+    ]
+
+
+def _expert_choices(profile: ModelProfile, job: TrainingJob, tp: int, num_devices: int) -> list[tuple[int, int]]:
     experts = profile.architecture.num_experts if profile.architecture is not None else 0
     if not experts:
-        if allows(job.space, "ep", 1) and allows(job.space, "etp", 1):
-            yield 1, 1
-        return
-    for ep in divisors(experts):
-        if base.num_devices % ep or not allows(job.space, "ep", ep):
-            continue
-        for etp in divisors(base.num_devices // ep):
-            if etp <= max(base.tp, 1) and allows(job.space, "etp", etp):
-                yield ep, etp
+        trivial = allows(job.space, "ep", 1) and allows(job.space, "etp", 1)
+        return [(1, 1)] if trivial else []
+    return [
+        (ep, etp)
+        for ep in divisors(experts)
+        if num_devices % ep == 0 and allows(job.space, "ep", ep)
+        for etp in sorted({1, tp})
+        if num_devices % (ep * etp) == 0 and allows(job.space, "etp", etp)
+    ]
 
 
 def _shape_allows_tp(profile: ModelProfile, tp: int) -> bool:
@@ -219,7 +315,9 @@ def _shape_allows_cp(profile: ModelProfile, job: TrainingJob, cp: int) -> bool:
     if cp == 1:
         return True
     shape = profile.architecture
-    return shape is not None and bool(shape.num_heads) and job.sequence_length % (2 * cp) == 0
+    if shape is None or not shape.num_heads:
+        return False
+    return cp <= max(2, job.sequence_length // 1024) and job.sequence_length % (2 * cp) == 0
 
 
 def check_pins(profile: ModelProfile, job: TrainingJob, num_devices: int) -> None:

@@ -1,0 +1,296 @@
+"""One candidate as numbers: an order, the priced row of its configuration, its hops, and how a cut of it costs.
+
+A completion of a candidate is counts[S, K, 3]: how many layers of each run stand on each stage at each level. Stages
+are contiguous, so the counts of the runs, summed over levels, follow from the stage sizes. All costs but workspaces and
+hops are linear in the counts. `pipeline_costs` computes the same numbers for one plan; tests hold the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.search.memory_fit import fit_rank
+from stagewright.planner.search.order import Cut, Order
+from stagewright.planner.search.pricing import LayerClasses
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class RunCosts:
+    """Costs of one layer of each run, [K] or [3, K], in the terms of `layer_costs`."""
+
+    length: Longs
+    forward_s: Floats
+    input_grad_s: Floats
+    weight_grad_s: Floats
+    recompute_s: Floats
+    kept_bytes: Floats
+    late_bytes: Floats
+    workspace_bytes: Floats
+    state_bytes: Floats
+    step_s: Floats
+
+    @property
+    def num_runs(self) -> int:
+        return len(self.length)
+
+    @cached_property
+    def time_s(self) -> Floats:
+        """Seconds of one microbatch without recomputation, [K]."""
+        return self.forward_s + self.input_grad_s + self.weight_grad_s
+
+
+@dataclass(frozen=True, eq=False)
+class RankSlots:
+    """What ranks hold, padded to rectangles: V slots and N vectors a rank at most.
+
+    `stage` int [D, V] with -1 where there is none; `live` float [D, N, 2, V] with zeros there.
+    """
+
+    stage: Longs
+    live: Floats
+
+    @classmethod
+    def of(cls, order: Order) -> RankSlots:
+        """Return the slots of an order."""
+        width = max(len(slots) for slots in order.slots)
+        vectors = max(len(live) for live in order.live)
+        stage = np.full((order.num_ranks, width), -1, dtype=np.int64)
+        live = np.zeros((order.num_ranks, vectors, 2, width))
+        for rank, slots in enumerate(order.slots):
+            stage[rank, : len(slots)] = [slot.stage for slot in slots]
+            live[rank, : len(order.live[rank]), :, : len(slots)] = order.live[rank]
+        return cls(stage, live)
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateCosts:
+    """The costs of one candidate's completions.
+
+    Parameters
+    ----------
+    hop_latency_s, hop_s_per_byte : lines of the hops, [num_hops].
+    cut_bytes : what crosses a cut before each layer, [L + 1].
+    stage_latency_s : once a step and stage.
+    overhead_s : of every action.
+    constant_tail_s : tails that every partition pays: ties between the first and the last stage, [D].
+    replica_s : seconds of summing one layer of each run over the two ranks of a stage, [K]; empty for one replica.
+    replica_latency_s : once a stage with two replicas, [S].
+    capacity_bytes : of a device, less what is there before the first tensor.
+    levels : allowed levels, bool [3].
+    step_overhead_s : once a step.
+    """
+
+    order: Order
+    slots: RankSlots
+    classes: LayerClasses
+    runs: RunCosts
+    hop_latency_s: Floats
+    hop_s_per_byte: Floats
+    cut_bytes: Floats
+    stage_latency_s: float
+    overhead_s: float
+    constant_tail_s: Floats
+    ties: tuple[tuple[int, int, Floats], ...]
+    replica_s: Floats
+    replica_latency_s: Floats
+    capacity_bytes: float
+    levels: npt.NDArray[np.bool_]
+    step_overhead_s: float
+
+    @property
+    def num_stages(self) -> int:
+        return self.order.num_stages
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.classes.run_start[-1])
+
+    def layers_of(self, bounds: Sequence[int] | Longs) -> Longs:
+        """Return how many layers of each run stand on each stage, [S, K]."""
+        start = self.classes.run_start.astype(np.int64)
+        cuts = np.asarray(bounds, dtype=np.int64)
+        low = np.maximum(cuts[:-1, None], start[None, :-1])
+        high = np.minimum(cuts[1:, None], start[None, 1:])
+        return np.asarray(np.maximum(high - low, 0))
+
+    def stage_costs(self, counts: Longs) -> Floats:
+        """Return seconds of F, I and W of each stage, [3, S]; counts may be fractions."""
+        runs, layers = self.runs, counts.sum(axis=2)
+        recompute = np.einsum("skl,lk->s", counts, runs.recompute_s)
+        weight_overhead_s = self.overhead_s if self.order.split else 0.0
+        return np.stack(
+            [
+                layers @ runs.forward_s + self.overhead_s,
+                layers @ runs.input_grad_s + recompute + self.overhead_s,
+                layers @ runs.weight_grad_s + weight_overhead_s,
+            ]
+        )
+
+    def hop_seconds(self, bounds: Sequence[int] | Longs) -> Floats:
+        """Return the seconds of a message over each hop, [num_hops]."""
+        sizes = np.tile(self.cut_bytes[np.asarray(bounds, dtype=np.int64)[1:-1]], self.order.num_replicas)
+        return self.hop_latency_s + self.hop_s_per_byte * sizes
+
+    @cached_property
+    def least_hop_s(self) -> Floats:
+        """Least seconds of each hop over all cuts, [num_hops]."""
+        inner = self.cut_bytes[1:-1]
+        return self.hop_latency_s + self.hop_s_per_byte * (float(inner.min()) if len(inner) else 0.0)
+
+    def tails(self, layers: Longs, bounds: Sequence[int] | Longs) -> Floats:
+        """Return the seconds of each rank behind its last action, [D]."""
+        by_stage = layers @ self.runs.step_s + np.where(layers.sum(axis=1) > 0, self.stage_latency_s, 0.0)
+        if len(self.replica_s):
+            by_stage = by_stage + layers @ self.replica_s + self.replica_latency_s
+        held = np.where(self.slots.stage >= 0, by_stage[self.slots.stage], 0.0)
+        tail = self.constant_tail_s + held.sum(axis=1)
+        for first, second, seconds in self.ties:
+            tail = tail + self._tie(first, second, seconds, bounds)
+        return np.asarray(tail)
+
+    def _tie(self, first: int, second: int, seconds: Floats, bounds: Sequence[int] | Longs) -> Floats:
+        tail = np.zeros(self.order.num_ranks)
+        ends = [int(np.searchsorted(bounds, layer, side="right")) - 1 for layer in (first, second)]
+        for row in self.order.placement:
+            a, b = int(row[ends[0]]), int(row[ends[1]])
+            if a != b:
+                tail[a] += seconds[a, b]
+                tail[b] += seconds[a, b]
+        return tail
+
+    def peak_bytes(self, counts: Longs) -> Floats:
+        """Return the bytes of each rank above what is there before the first tensor, [D]."""
+        runs = self.runs
+        kept = np.einsum("skl,lk->s", counts, runs.kept_bytes)
+        late = np.einsum("skl,lk->s", counts, runs.late_bytes)
+        workspace = np.where(counts > 0, runs.workspace_bytes.T[None], 0.0).max(axis=(1, 2))
+        states = counts.sum(axis=2) @ runs.state_bytes
+        stage, here = self.slots.stage, self.slots.stage >= 0
+        kept, late = np.where(here, kept[stage], 0.0), np.where(here, late[stage], 0.0)
+        live = self.slots.live
+        active = (np.einsum("dnv,dv->dn", live[:, :, 0], kept) + np.einsum("dnv,dv->dn", live[:, :, 1], late)).max(
+            axis=1
+        )
+        fixed = np.where(here, states[stage], 0.0).sum(axis=1)
+        return np.asarray(fixed + active + np.where(here, workspace[stage], 0.0).max(axis=1))
+
+    def fits(self, counts: Longs) -> bool:
+        """Tell whether every rank fits its device."""
+        return bool((self.peak_bytes(counts) <= self.capacity_bytes * (1 + 1e-12)).all())
+
+    def fit(self, bounds: Sequence[int] | Longs, weight: Floats | None = None) -> Longs | None:
+        """Return counts [S, K, 3] with recomputation that fits, chosen greedily; None when none was found."""
+        layers = self.layers_of(bounds)
+        states = layers @ self.runs.state_bytes
+        weights = np.ones(self.num_stages) if weight is None else weight
+        if self.order.num_replicas > 1:
+            return self._fit_replicas(layers, weights)
+        counts = np.zeros((self.num_stages, self.runs.num_runs, 3), dtype=np.int64)
+        for rank, slots in enumerate(self.order.slots):
+            held = [slot.stage for slot in slots]
+            local = np.zeros((len(held), self.runs.num_runs, 3), dtype=np.int64)
+            rows = layers[held]
+            fitted = fit_rank(
+                rows,
+                self.runs.recompute_s,
+                self.runs.kept_bytes,
+                self.runs.late_bytes,
+                self.runs.workspace_bytes,
+                self.levels,
+                self.order.live[rank],
+                np.ascontiguousarray(weights[held]),
+                self.capacity_bytes - float(states[held].sum()),
+                local,
+            )
+            if not fitted:
+                return None
+            counts[held] = local
+        return counts
+
+    def _fit_replicas(self, layers: Longs, weights: Floats) -> Longs | None:
+        """Return counts for two replicas: both ranks of a stage use its levels, so the stronger need of both decides."""
+        counts = np.zeros((self.num_stages, self.runs.num_runs, 3), dtype=np.int64)
+        lowest = int(np.argmax(self.levels))
+        counts[:, :, lowest] = layers
+        for _ in range(2 * self.num_stages * int(layers.max()) + 2):
+            excess = self.peak_bytes(counts) - self.capacity_bytes
+            rank = int(np.argmax(excess))
+            if excess[rank] <= 0:
+                return counts
+            if not self._raise_one(counts, rank, weights):
+                return None
+        return None
+
+    def _raise_one(self, counts: Longs, rank: int, weights: Floats) -> bool:
+        """Raise the level of one layer on a rank where most bytes are saved for each second; False when none helps."""
+        best, chosen = 0.0, (-1, -1, -1, -1)
+        runs = self.runs
+        for index, slot in enumerate(self.order.slots[rank]):
+            live = self.order.live[rank][:, :, index].max(axis=0)
+            for run in range(runs.num_runs):
+                for low in range(3):
+                    for high in range(low + 1, 3):
+                        if counts[slot.stage, run, low] == 0 or not self.levels[high]:
+                            continue
+                        saved = live[0] * (runs.kept_bytes[low, run] - runs.kept_bytes[high, run])
+                        saved += live[1] * (runs.late_bytes[low, run] - runs.late_bytes[high, run])
+                        price = weights[slot.stage] * (runs.recompute_s[high, run] - runs.recompute_s[low, run])
+                        ratio = float(saved / max(price, 1e-15))
+                        if ratio > best:
+                            best, chosen = ratio, (slot.stage, run, low, high)
+        if best <= 0.0:
+            return False
+        stage, run, low, high = chosen
+        counts[stage, run, low] -= 1
+        counts[stage, run, high] += 1
+        return True
+
+    def may_wait(self, counts: Longs, bounds: Sequence[int] | Longs) -> bool:
+        """Tell whether a message could find its link busy, so that the simulated step may exceed `value`.
+
+        A rank issues messages to another at the ends of its own actions, so two of them are at least one such action
+        apart: where every transfer is shorter, none waits.
+        """
+        times, order = self.stage_costs(counts), self.order
+        backward = times[1] if order.split else times[1] + times[2]
+        sizes = np.tile(self.cut_bytes[np.asarray(bounds, dtype=np.int64)[1:-1]], order.num_replicas)
+        busy: dict[tuple[int, int], float] = {}
+        apart: dict[tuple[int, int], float] = {}
+        for hop, (first, second) in enumerate(order.hop_pairs.tolist()):
+            stage = hop % (order.num_stages - 1)
+            transfer = float(self.hop_s_per_byte[hop] * sizes[hop])
+            for pair, action in (((first, second), times[0][stage]), ((second, first), backward[stage + 1])):
+                busy[pair] = max(busy.get(pair, 0.0), transfer)
+                apart[pair] = min(apart.get(pair, np.inf), float(action))
+        return any(busy[pair] > apart[pair] for pair in busy if pair[0] != pair[1])
+
+    def value(self, counts: Longs, bounds: Sequence[int] | Longs) -> float:
+        """Return the simulated step of a completion, with links that never wait."""
+        tails = self.tails(counts.sum(axis=2), bounds)
+        return self.order.makespan(self.stage_costs(counts), self.hop_seconds(bounds), tails) + self.step_overhead_s
+
+    def trace(self, counts: Longs, bounds: Sequence[int] | Longs) -> tuple[float, Cut]:
+        """Return the simulated step and one longest path."""
+        tails = self.tails(counts.sum(axis=2), bounds)
+        value, cut = self.order.trace(self.stage_costs(counts), self.hop_seconds(bounds), tails)
+        return value + self.step_overhead_s, cut
+
+    def levels_of(self, counts: Longs, bounds: Sequence[int] | Longs) -> tuple[int, ...]:
+        """Return the level of each layer, the stronger ones first on every stage and run."""
+        levels: list[int] = []
+        layers = self.layers_of(bounds)
+        for stage in range(self.num_stages):
+            for run in range(self.runs.num_runs):
+                if layers[stage, run]:
+                    for level in (2, 1, 0):
+                        levels += [level] * int(counts[stage, run, level])
+        return tuple(levels)

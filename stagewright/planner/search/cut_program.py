@@ -1,0 +1,228 @@
+"""A candidate's linear program over cuts: stages as layer counts, critical paths as rows.
+
+    min  theta
+    s.t. theta >= path_j(F(n, e), I(n, e), W(n), hops, tails(n))      for every cut j of the order
+         sum_s n[s, k] = N_k                                          for every run k of equal layers
+         lo_r <= sum of n over the stages of rank r <= hi_r           caps at the target
+         1 <= sum_k n[s, k];  n[s, k] = 0 where run k cannot reach stage s
+         sum_l e[s, k, l] <= n[s, k]                                  layers raised above the weakest level
+         states + live vectors . bytes + workspace <= capacity        for every rank and vector
+
+n and e are real: a relaxation, so its optimum bounds every completion of the candidate from below. The light program has
+no e and no memory rows. F, I, W and the tails are linear in n and e; hops take the least tensor that may cross.
+
+Kelley's method (1960): solve, simulate at the solution, add its critical path as a row, until the bound passes the
+target or the simulated point falls below it. HiGHS keeps the basis between solves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import highspy
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.search.candidate_costs import CandidateCosts
+from stagewright.planner.search.order import Cut
+
+Floats = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A solution: bound in seconds, layers [S, K], raised layers [S, K, 3] (level 0 unused), whether it was solved."""
+
+    bound_s: float
+    layers: Floats
+    raised: Floats
+
+    @property
+    def counts(self) -> Floats:
+        """Layers by level, [S, K, 3], for the simulator."""
+        counts = self.raised.copy()
+        counts[:, :, 0] = self.layers - self.raised.sum(axis=2)
+        return counts
+
+
+class CutProgram:
+    """The program of one candidate, open for more cuts."""
+
+    def __init__(self, costs: CandidateCosts, *, memory: bool, rank_layers: tuple[Longs, Longs] | None = None) -> None:
+        self._costs = costs
+        self._memory = memory
+        self._scale = 1.0 / max(float(costs.runs.time_s @ costs.runs.length), 1e-12)
+        self._base = int(np.argmax(costs.levels))
+        self._raise = [level for level in range(self._base + 1, 3) if costs.levels[level]] if memory else []
+        self._solver = highspy.Highs()
+        for option, value in (("output_flag", False), ("presolve", "off"), ("threads", 1)):
+            self._solver.setOptionValue(option, value)
+        self._columns(rank_layers)
+        self._rows(rank_layers)
+        self.num_cuts = 0
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self._costs.num_stages, self._costs.runs.num_runs
+
+    def _index(self, stage: int, run: int) -> int:
+        return 1 + stage * self._shape[1] + run
+
+    def _raised(self, position: int, stage: int, run: int) -> int:
+        stages, runs = self._shape
+        return 1 + stages * runs * (1 + position) + stage * runs + run
+
+    def _columns(self, rank_layers: tuple[Longs, Longs] | None) -> None:
+        stages, runs = self._shape
+        reach = reachable(self._costs)
+        count = 1 + stages * runs * (1 + len(self._raise))
+        upper = np.full(count, np.inf)
+        most = np.where(reach, self._costs.runs.length[None, :].astype(np.float64), 0.0)
+        if rank_layers is not None:
+            most = np.minimum(most, np.maximum(rank_layers[1][self._costs.order.placement[0]], 1)[:, None])
+        upper[1:] = np.tile(most.ravel(), 1 + len(self._raise))
+        cost = np.zeros(count)
+        cost[0] = 1.0
+        self._solver.addVars(count, np.zeros(count), upper)
+        self._solver.changeColsCost(count, np.arange(count, dtype=np.int32), cost)
+        self._num_columns = count
+
+    def _add(
+        self, lower: float, upper: float, index: list[int] | npt.NDArray[np.int32], value: list[float] | Floats
+    ) -> None:
+        self._solver.addRow(
+            lower, upper, len(index), np.asarray(index, dtype=np.int32), np.asarray(value, dtype=np.float64)
+        )
+
+    def _rows(self, rank_layers: tuple[Longs, Longs] | None) -> None:
+        stages, runs = self._shape
+        for run in range(runs):
+            number = float(self._costs.runs.length[run])
+            self._add(number, number, [self._index(s, run) for s in range(stages)], [1.0] * stages)
+        for stage in range(stages):
+            self._add(1.0, np.inf, [self._index(stage, k) for k in range(runs)], [1.0] * runs)
+        if rank_layers is not None and self._costs.order.num_replicas == 1:
+            for rank, slots in enumerate(self._costs.order.slots):
+                index = [self._index(slot.stage, run) for slot in slots for run in range(runs)]
+                self._add(float(rank_layers[0][rank]), float(rank_layers[1][rank]), index, [1.0] * len(index))
+        if self._memory:
+            self._memory_rows()
+
+    def _memory_rows(self) -> None:
+        stages, runs = self._shape
+        if self._raise:
+            for stage in range(stages):
+                for run in range(runs):
+                    index = [self._raised(p, stage, run) for p in range(len(self._raise))]
+                    self._add(-np.inf, 0.0, [*index, self._index(stage, run)], [1.0] * len(index) + [-1.0])
+        costs = self._costs
+        workspace = costs.runs.workspace_bytes[costs.levels].min(axis=0)
+        scale = 1.0 / max(costs.capacity_bytes, 1.0)
+        for rank, slots in enumerate(costs.order.slots):
+            least = min(float(workspace.max()), self._least_workspace(rank, workspace))
+            for live in costs.order.live[rank]:
+                index, value = self._bytes_row(rank, live)
+                self._add(-np.inf, (costs.capacity_bytes - least) * scale, index, np.array(value) * scale)
+            del slots
+
+    def _least_workspace(self, rank: int, workspace: Floats) -> float:
+        """Return what the rank's workspace is at least: that of a run which must stand on one of its stages."""
+        reach = reachable(self._costs)
+        least = np.inf
+        for slot in self._costs.order.slots[rank]:
+            least = min(least, float(workspace[reach[slot.stage]].min()))
+        return float(least)
+
+    def _bytes_row(self, rank: int, live: Floats) -> tuple[list[int], list[float]]:
+        runs = self._costs.runs
+        index: list[int] = []
+        value: list[float] = []
+        for place, slot in enumerate(self._costs.order.slots[rank]):
+            each = live[0, place] * runs.kept_bytes + live[1, place] * runs.late_bytes
+            for run in range(runs.num_runs):
+                index.append(self._index(slot.stage, run))
+                value.append(float(runs.state_bytes[run] + each[self._base, run]))
+                for position, level in enumerate(self._raise):
+                    saved = float(each[level, run] - each[self._base, run])
+                    if saved != 0.0:
+                        index.append(self._raised(position, slot.stage, run))
+                        value.append(saved)
+        return _merged(index, value)
+
+    def add(self, cut: Cut) -> None:
+        """Add a critical path of the order as a row."""
+        coefficients, constant = self.row(cut)
+        index = np.flatnonzero(coefficients).astype(np.int32)
+        self._add(constant, np.inf, index, coefficients[index])
+        self.num_cuts += 1
+
+    def row(self, cut: Cut) -> tuple[Floats, float]:
+        """Return (coefficients, constant) with coefficients . columns >= constant, scaled: theta minus the path."""
+        costs, runs = self._costs, self._costs.runs
+        stages, kinds = self._shape
+        forward, input_grad, weight_grad = cut.counts.astype(np.float64)
+        each = forward[:, None] * runs.forward_s + input_grad[:, None] * runs.input_grad_s
+        each += weight_grad[:, None] * runs.weight_grad_s + input_grad[:, None] * runs.recompute_s[self._base]
+        constant = float(cut.hops @ costs.least_hop_s) + costs.step_overhead_s
+        overheads = forward.sum() + input_grad.sum() + (weight_grad.sum() if costs.order.split else 0.0)
+        constant += costs.overhead_s * float(overheads)
+        constant += float(costs.constant_tail_s[cut.end_rank])
+        for slot in costs.order.slots[cut.end_rank]:
+            each[slot.stage] += runs.step_s
+            constant += costs.stage_latency_s
+            if len(costs.replica_s):
+                each[slot.stage] += costs.replica_s
+                constant += float(costs.replica_latency_s[slot.stage])
+        row = np.zeros(self._num_columns)
+        row[0] = 1.0
+        row[1 : 1 + stages * kinds] = -each.ravel() * self._scale
+        for position, level in enumerate(self._raise):
+            extra = input_grad[:, None] * (runs.recompute_s[level] - runs.recompute_s[self._base])
+            first = 1 + stages * kinds * (1 + position)
+            row[first : first + stages * kinds] = -extra.ravel() * self._scale
+        return row, constant * self._scale
+
+    def solve(self) -> Point | None:
+        """Return the optimum; None when the program has no solution."""
+        self._solver.run()
+        status = self._solver.getModelStatus()
+        if status == highspy.HighsModelStatus.kInfeasible:
+            return None
+        if status != highspy.HighsModelStatus.kOptimal:
+            return self._give_up()
+        values = np.array(self._solver.getSolution().col_value)
+        stages, runs = self._shape
+        raised = np.zeros((stages, runs, 3))
+        for position, level in enumerate(self._raise):
+            first = 1 + stages * runs * (1 + position)
+            raised[:, :, level] = values[first : first + stages * runs].reshape(stages, runs)
+        layers = values[1 : 1 + stages * runs].reshape(stages, runs)
+        return Point(float(values[0]) / self._scale, np.maximum(layers, 0.0), np.maximum(raised, 0.0))
+
+    def _give_up(self) -> Point:
+        """Return a point without a bound, when the solver stopped for another reason."""
+        stages, runs = self._shape
+        even = np.tile(self._costs.runs.length / stages, (stages, 1))
+        return Point(-np.inf, even, np.zeros((stages, runs, 3)))
+
+    def duals(self) -> Floats:
+        """Return the multipliers of the cuts, clipped at zero, [num_cuts]."""
+        rows = np.array(self._solver.getSolution().row_dual)
+        return np.asarray(np.maximum(rows[len(rows) - self.num_cuts :], 0.0))
+
+
+def reachable(costs: CandidateCosts) -> npt.NDArray[np.bool_]:
+    """Return which runs can stand on which stages when every stage holds at least one layer, [S, K]."""
+    start = costs.classes.run_start.astype(np.int64)
+    stage = np.arange(costs.num_stages)[:, None]
+    layers, stages = costs.num_layers, costs.num_stages
+    return np.asarray((stage <= start[None, 1:] - 1) & (stage >= stages - layers + start[None, :-1]))
+
+
+def _merged(index: list[int], value: list[float]) -> tuple[list[int], list[float]]:
+    """Return the row with equal columns added up (a rank that holds a stage of both replicas)."""
+    total: dict[int, float] = {}
+    for column, number in zip(index, value, strict=True):
+        total[column] = total.get(column, 0.0) + number
+    return list(total), list(total.values())

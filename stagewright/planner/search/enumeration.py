@@ -1,0 +1,224 @@
+"""All completions of a small candidate, in order of bound: exact where there are few enough.
+
+Every partition is bounded by its simulation without recomputation (makespans never fall when a stage gets longer), and
+partitions are completed in that order until the bound passes the best found. What is left is to choose levels: ranks
+that share stages form a component, each component has a list of level choices that no other choice beats in the seconds
+of every stage, and a search over components, bounded by simulating the undecided ones at their least, finds the best
+product. With one stage to a component there is one choice and nothing to search.
+
+Exact, given that messages never wait. Complexity: C(L - 1, S - 1) simulations, then products of the choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, product
+from math import comb
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.search.candidate_costs import CandidateCosts
+from stagewright.planner.search.incumbent import Completion
+
+Floats = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
+
+Judge = Callable[[Completion], Completion]
+
+MOST_PARTITIONS = 4_000
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Levels of a component's stages: counts [stages, K, 3] and the seconds they add to each stage's backward."""
+
+    counts: Longs
+    seconds: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Enumeration:
+    """The enumeration of one candidate's completions."""
+
+    costs: CandidateCosts
+
+    @property
+    def is_small(self) -> bool:
+        """Tell whether there are few enough partitions and levels to enumerate."""
+        costs = self.costs
+        if comb(costs.num_layers - 1, costs.num_stages - 1) > MOST_PARTITIONS:
+            return False
+        return costs.num_layers <= 12 or int(costs.levels.sum()) == 1
+
+    @cached_property
+    def components(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        """Ranks that share stages, and their stages."""
+        groups: list[tuple[set[int], set[int]]] = []
+        for rank, slots in enumerate(self.costs.order.slots):
+            ranks, stages = {rank}, {slot.stage for slot in slots}
+            for other in [group for group in groups if group[1] & stages]:
+                groups.remove(other)
+                ranks |= other[0]
+                stages |= other[1]
+            groups.append((ranks, stages))
+        return tuple((tuple(sorted(ranks)), tuple(sorted(stages))) for ranks, stages in groups)
+
+    def best(self, below_s: float, judge: Judge) -> tuple[Completion | None, int]:
+        """Return the best completion of less than `below_s`, if any, and how many simulations it took.
+
+        `judge` returns a completion with its step on links that messages wait for; never less than before.
+        """
+        bounds, values = self._bounded()
+        simulated = len(values)
+        best: Completion | None = None
+        for place in np.argsort(values, kind="stable").tolist():
+            if values[place] >= below_s:
+                break
+            found, tries = self._best_levels(bounds[place], below_s, judge)
+            simulated += tries
+            if found is not None:
+                best, below_s = found, found.step_s
+        return best, simulated
+
+    def _bounded(self) -> tuple[list[tuple[int, ...]], Floats]:
+        """Return all partitions and the step of each at the weakest level."""
+        costs = self.costs
+        layers, stages = costs.num_layers, costs.num_stages
+        bounds = [(0, *inner, layers) for inner in combinations(range(1, layers), stages - 1)]
+        base = int(np.argmax(costs.levels))
+        times, hops, tails = [], [], []
+        for cut in bounds:
+            on_stage = costs.layers_of(cut)
+            counts = np.zeros((*on_stage.shape, 3), dtype=np.int64)
+            counts[:, :, base] = on_stage
+            times.append(costs.stage_costs(counts))
+            hops.append(costs.hop_seconds(cut))
+            tails.append(costs.tails(on_stage, cut))
+        values = costs.order.makespans(np.array(times), np.array(hops), np.array(tails))
+        return bounds, values + costs.step_overhead_s
+
+    def _best_levels(self, bounds: tuple[int, ...], below_s: float, judge: Judge) -> tuple[Completion | None, int]:
+        """Return the completion of a partition of least step, if below `below_s`, and the simulations."""
+        costs = self.costs
+        layers = costs.layers_of(bounds)
+        choices: list[list[Choice]] = []
+        for ranks, stages in self.components:
+            found = self._choices(ranks, stages, layers)
+            if not found:
+                return None, 0
+            choices.append(found)
+        hops, tails = costs.hop_seconds(bounds), costs.tails(layers, bounds)
+        base = costs.stage_costs(_at_level(layers, 0))
+        least = [np.min([choice.seconds for choice in found], axis=0) for found in choices]
+        open_places = [place for place, found in enumerate(choices) if len(found) > 1]
+        best: Completion | None = None
+        tries = 0
+
+        def simulated(seconds: list[Floats]) -> float:
+            times = base.copy()
+            for (_, stages), extra in zip(self.components, seconds, strict=True):
+                times[1, list(stages)] += extra
+            return costs.order.makespan(times, hops, tails) + costs.step_overhead_s
+
+        def descend(depth: int, seconds: list[Floats], picked: list[int]) -> None:
+            nonlocal best, tries
+            tries += 1
+            value = simulated(seconds)
+            if value >= (below_s if best is None else best.step_s):
+                return
+            if depth == len(open_places):
+                found = judge(self._completion(bounds, choices, picked))
+                if found.step_s < (below_s if best is None else best.step_s):
+                    best = found
+                return
+            place = open_places[depth]
+            for index, choice in enumerate(choices[place]):
+                picked[place] = index
+                descend(depth + 1, [*seconds[:place], choice.seconds, *seconds[place + 1 :]], picked)
+            picked[place] = 0
+
+        descend(0, least, [0] * len(choices))
+        return best, tries
+
+    def _completion(self, bounds: tuple[int, ...], choices: list[list[Choice]], picked: list[int]) -> Completion:
+        costs = self.costs
+        counts = np.zeros((costs.num_stages, costs.runs.num_runs, 3), dtype=np.int64)
+        for (_, stages), found, index in zip(self.components, choices, picked, strict=True):
+            counts[list(stages)] = found[index].counts
+        value, cut = costs.trace(counts, bounds)
+        return Completion(value, bounds, counts, cut)
+
+    def _choices(self, ranks: tuple[int, ...], stages: tuple[int, ...], layers: Longs) -> list[Choice]:
+        """Return the level choices of a component that fit and that no other one beats on every stage."""
+        costs, runs = self.costs, self.costs.runs
+        base = int(np.argmax(costs.levels))
+        weakest = np.zeros((len(stages), runs.num_runs, 3), dtype=np.int64)
+        weakest[:, :, base] = layers[list(stages)]
+        if self._fits(ranks, stages, weakest):
+            return [self._choice(weakest)]
+        found: list[Choice] = []
+        for counts in self._all_counts(stages, layers):
+            choice = self._choice(counts)
+            if any((other.seconds <= choice.seconds).all() for other in found):
+                continue
+            if self._fits(ranks, stages, counts):
+                found = [other for other in found if not (choice.seconds <= other.seconds).all()]
+                found.append(choice)
+        return found
+
+    def _all_counts(self, stages: tuple[int, ...], layers: Longs) -> Iterator[Longs]:
+        """Yield every assignment of levels to the layers of a component's stages."""
+        allowed = np.flatnonzero(self.costs.levels).tolist()
+        cells = [(place, run) for place, stage in enumerate(stages) for run in np.flatnonzero(layers[stage]).tolist()]
+        options = []
+        for place, run in cells:
+            if self._levels_alike(run):
+                options.append([_only(int(layers[stages[place], run]), allowed[0])])
+            else:
+                options.append(_splits(int(layers[stages[place], run]), allowed))
+        for chosen in product(*options):
+            counts = np.zeros((len(stages), layers.shape[1], 3), dtype=np.int64)
+            for (place, run), split in zip(cells, chosen, strict=True):
+                counts[place, run] = split
+            yield counts
+
+    def _levels_alike(self, run: int) -> bool:
+        runs = self.costs.runs
+        rows = (runs.recompute_s, runs.kept_bytes, runs.late_bytes, runs.workspace_bytes)
+        return all((row[:, run] == row[0, run]).all() for row in rows)
+
+    def _choice(self, counts: Longs) -> Choice:
+        return Choice(counts, np.einsum("skl,lk->s", counts, self.costs.runs.recompute_s))
+
+    def _fits(self, ranks: tuple[int, ...], stages: tuple[int, ...], counts: Longs) -> bool:
+        whole = np.zeros((self.costs.num_stages, self.costs.runs.num_runs, 3), dtype=np.int64)
+        whole[list(stages)] = counts
+        peaks = self.costs.peak_bytes(whole)[list(ranks)]
+        return bool((peaks <= self.costs.capacity_bytes * (1 + 1e-12)).all())
+
+
+def _at_level(layers: Longs, level: int) -> Longs:
+    """Return counts with nothing recomputed beyond `level`; seconds of recomputation come with the choices."""
+    counts = np.zeros((*layers.shape, 3), dtype=np.int64)
+    counts[:, :, level] = layers
+    return counts
+
+
+def _only(number: int, level: int) -> tuple[int, int, int]:
+    counts = [0, 0, 0]
+    counts[level] = number
+    return counts[0], counts[1], counts[2]
+
+
+def _splits(number: int, allowed: list[int]) -> list[tuple[int, int, int]]:
+    """Return every way to give `number` equal layers the allowed levels."""
+    found = []
+    for first in range(number + 1):
+        for second in range(number + 1 - first):
+            split = (number - first - second, first, second)
+            if all(count == 0 or level in allowed for level, count in enumerate(split)):
+                found.append(split)
+    return found

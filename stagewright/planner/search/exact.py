@@ -1,0 +1,93 @@
+"""From a question to a certified answer: run the joint search, score what it found, say what was proved."""
+
+from __future__ import annotations
+
+from stagewright.planner.documents.outcome import Alternative, PlanOutcome
+from stagewright.planner.documents.plan import Certificate, Plan
+from stagewright.planner.prediction import evaluate
+from stagewright.planner.search.diagnosis import diagnose
+from stagewright.planner.search.joint_search import JointSearch
+from stagewright.planner.search.limits import Limits, Termination
+from stagewright.planner.search.problem import Problem
+
+OPTIMAL_GAP = 1e-6
+
+
+def solve(problem: Problem, limits: Limits) -> PlanOutcome:
+    """Return the plan of least simulated step over the declared space, with its certificate."""
+    search = JointSearch(problem, limits)
+    bound_s, termination = search.run()
+    if search.best is None:
+        return _without_plan(problem, search, termination)
+    plans = _plans(search)
+    best = plans[0][1]
+    objective_s = best.prediction.step_time_s
+    bound_s = min(bound_s, objective_s)
+    gap = max(0.0, objective_s / bound_s - 1.0)
+    status = "optimal" if gap <= OPTIMAL_GAP else "within_gap" if gap <= limits.gap + 1e-9 else "feasible"
+    certificate = Certificate(
+        status=status,
+        objective_name="step_time_s",
+        space=problem.space_words(),
+        objective=objective_s,
+        bound=bound_s,
+        gap=gap,
+        candidates=search.num_candidates,
+        evaluated=search.evaluated,
+        simulated=search.simulated,
+        pruned=dict(sorted(search.pruned.items())),
+    )
+    return PlanOutcome(
+        status=status,
+        plan=best.model_copy(update={"certificate": certificate}),
+        objective_s=objective_s,
+        bound_s=bound_s,
+        gap=gap,
+        candidates=search.num_candidates,
+        evaluated=search.evaluated,
+        simulated=search.simulated,
+        wall_s=0.0,
+        termination="optimal" if gap <= OPTIMAL_GAP else termination,
+        alternatives=tuple(
+            Alternative(
+                summary=summary,
+                step_time_s=plan.prediction.step_time_s,
+                peak_memory_bytes=max(plan.prediction.peak_memory_bytes),
+                plan=plan,
+            )
+            for summary, plan in plans[1:]
+        ),
+    )
+
+
+def _plans(search: JointSearch) -> list[tuple[str, Plan]]:
+    """Return the best candidates that were completed as scored plans, the best one first."""
+    assert search.best is not None
+    limits, problem = search.limits, search.problem
+    order = sorted(search.found, key=lambda index: (search.found[index].step_s, index))
+    order.remove(search.best.index)
+    plans = []
+    for index in [search.best.index, *order][: limits.top + 1]:
+        partition = search.partition(index, search.found[index])
+        plan = problem.plan(search.candidate(index), partition, "exact")
+        scored = plan.model_copy(update={"prediction": evaluate(plan, problem.profile).prediction})
+        plans.append((search.candidate(index).summary, scored))
+    plans.sort(key=lambda pair: pair[1].prediction.step_time_s)
+    return plans
+
+
+def _without_plan(problem: Problem, search: JointSearch, termination: Termination) -> PlanOutcome:
+    stopped = termination in ("time_limit", "cancelled")
+    return PlanOutcome(
+        status="no_solution" if stopped else "infeasible",
+        plan=None,
+        objective_s=None,
+        bound_s=None,
+        gap=None,
+        candidates=search.num_candidates,
+        evaluated=search.evaluated,
+        simulated=search.simulated,
+        wall_s=0.0,
+        termination=termination if stopped else None,
+        diagnosis=None if stopped else diagnose(problem),
+    )
