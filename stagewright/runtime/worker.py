@@ -88,6 +88,12 @@ class Worker:
         self.steps = tuple(schedule.actions(self.topology.pipeline_rank))
         self.groups = groups or Groups()
         self._owns_groups = groups is None
+        if schedule.num_microbatches != plan.schedule.num_microbatches:
+            raise InvalidSchedule(
+                f"{schedule.name} runs {schedule.num_microbatches} microbatches, the plan has "
+                f"{plan.schedule.num_microbatches}",
+                hint="the runtime does not execute schedules that divide microbatches or hold several iterations",
+            )
         self._at_action = at_action
         self._policy = schedule.weight_policy
         self._optimizers: dict[StageKey, torch.optim.Optimizer] = {}

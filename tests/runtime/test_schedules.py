@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("torch")
 from runtime_cases import Case, prepare
+
+from stagewright.planner.prediction import schedule_of
 
 pytestmark = pytest.mark.ranks
 
@@ -155,3 +159,16 @@ def test_a_hugging_face_llama_runs_in_every_dimension(rank_pools):
     assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 4, degrees={"tp": 2, "sp": True}, **sizes))
     assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 4, degrees={"cp": 2}, **sizes))
     assert_equal_to_one_process(rank_pools, Case("seq1f1b", 2, 4, num_slices=2, **sizes))
+
+
+def test_a_schedule_without_its_reductions_is_refused(rank_pools):
+    from rank_pool import RankError
+
+    from stagewright.planner.schedules.costs import StageCosts
+    from stagewright.planner.schedules.lowering import lower
+
+    pool = rank_pools(2)
+    prepared = prepare(Case("1f1b", 2, 4), pool.next_number())
+    bare = lower(schedule_of(prepared.plan.schedule), StageCosts.uniform(2), data_parallel=False)
+    with pytest.raises(RankError, match="0 REDUCE_GRAD actions, it needs 1"):
+        pool.run("gradients_and_weights", replace(prepared, schedule=bare))
