@@ -61,7 +61,7 @@ class Verdict:
 
 def improve_exactly(instance: Instance, makespan_s: float, *, nodes: int) -> Verdict:
     """Return the best order below `makespan_s` and whether nothing better exists, within `nodes` nodes."""
-    layout = _layout(instance)
+    layout = layout_of(instance)
     root = root_node(instance, layout)
     depth = _stack_depth(instance, root)
     if depth < 2:
@@ -73,7 +73,7 @@ def improve_exactly(instance: Instance, makespan_s: float, *, nodes: int) -> Ver
 
 def raise_bound(instance: Instance, bound_s: float, makespan_s: float, *, probes: int) -> float:
     """Return the largest bound that tightening alone proves, by bisection below a known makespan; at least `bound_s`."""
-    layout = _layout(instance)
+    layout = layout_of(instance)
     root = root_node(instance, layout)
     tick_s = instance.tick_s
 
@@ -111,7 +111,8 @@ def root_node(instance: Instance, layout: Layout) -> Node:
     return Node(order, head_s.ravel().copy(), tail_s.ravel().copy())
 
 
-def _layout(instance: Instance) -> Layout:
+def layout_of(instance: Instance) -> Layout:
+    """Return the rows of the instance: the actions of each rank by number."""
     action = empty_words(instance)
     row = np.zeros(instance.num_actions, dtype=np.int32)
     rank_of = np.repeat(instance.tables.rank, instance.num_microbatches)
