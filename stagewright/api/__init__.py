@@ -1,1 +1,1 @@
-"""TODO"""
+"""The api package."""

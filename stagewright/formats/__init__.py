@@ -1,1 +1,1 @@
-"""TODO"""
+"""Other tools' files, read and written."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The runtime package."""

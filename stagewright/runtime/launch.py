@@ -51,7 +51,7 @@ def launch(
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **dict.fromkeys(_THREADS, str(job.num_threads)), "KINETO_LOG_LEVEL": "5"},
+        env={**os.environ, **dict.fromkeys(_THREADS, str(job.num_threads)), "KINETO_LOG_LEVEL": "99"},
         cwd=job.working_directory,
         start_new_session=True,
     )

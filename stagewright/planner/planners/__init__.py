@@ -1,1 +1,1 @@
-"""TODO"""
+"""Named planners of the literature on the common problem."""

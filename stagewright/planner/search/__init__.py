@@ -1,1 +1,1 @@
-"""TODO"""
+"""The exact joint search: space, bounds, programmes, certificate."""
