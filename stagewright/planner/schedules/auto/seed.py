@@ -82,7 +82,7 @@ def _schedules(family: ScheduleFamily, site: Site) -> Iterator[Schedule]:
             except StagewrightError:
                 # These sizes, this placement or this cap are not the family's.
                 continue
-            break
+            return
 
 
 def _seed(name: str, schedule: Schedule, instance: Instance) -> Seed | None:

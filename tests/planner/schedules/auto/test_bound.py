@@ -12,7 +12,7 @@ from stagewright.planner.schedules.schedule import loop_placement, wave_placemen
 SMALL = [(2, 2, 1), (2, 3, 1), (3, 2, 1), (3, 3, 1), (4, 2, 1), (2, 1, 2), (3, 1, 2), (2, 1, 3), (2, 4, 1)]
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(36))
 def test_bound_is_never_above_the_best_of_all_orders(seed, random_instance, brute_force):
     rng = np.random.default_rng(seed)
     ranks, microbatches, chunks = SMALL[seed % len(SMALL)]

@@ -14,7 +14,7 @@ from stagewright.planner.schedules.auto.word import fits
 SMALL = [(2, 2, 1), (2, 3, 1), (3, 2, 1), (3, 3, 1), (4, 2, 1), (2, 1, 2), (3, 1, 2), (2, 1, 3), (2, 4, 1)]
 
 
-@pytest.mark.parametrize("seed", range(100, 145))
+@pytest.mark.parametrize("seed", range(100, 127))
 def test_branch_and_bound_finds_the_best_of_all_orders(seed, random_instance, brute_force):
     ranks, microbatches, chunks = SMALL[seed % len(SMALL)]
     instance = random_instance(np.random.default_rng(seed), ranks, microbatches, chunks, whole=seed % 2 == 0)
@@ -28,7 +28,7 @@ def test_branch_and_bound_finds_the_best_of_all_orders(seed, random_instance, br
     assert raise_bound(instance, 0.0, start_s, probes=30) <= verdict.makespan_s * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("seed", range(200, 212))
+@pytest.mark.parametrize("seed", range(200, 206))
 def test_the_integer_programme_agrees_with_branch_and_bound(seed, random_instance):
     ranks, microbatches, chunks = [(2, 3, 1), (3, 3, 1), (2, 2, 2), (3, 2, 2)][seed % 4]
     instance = random_instance(np.random.default_rng(seed), ranks, microbatches, chunks)

@@ -18,7 +18,7 @@ from stagewright.planner.schedules.registry import peak_activations
 from stagewright.planner.simulation.network import Links
 from stagewright.planner.simulation.simulate import simulate
 
-ROWS_IN_SUITE = slice(0, None, 9)
+ROWS_IN_SUITE = slice(0, None, 15)
 
 
 def _published(folder: Path) -> list[dict[str, str]]:
@@ -114,7 +114,7 @@ def _assert_no_named_schedule_is_better(request: AutoRequest) -> None:
                 assert found.makespan_s <= makespan_s * (1 + 1e-9), family.name
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_no_named_schedule_that_fits_is_better_on_uneven_costs(seed):
     _assert_no_named_schedule_is_better(_random_request(seed, 5, 60_000))
 
@@ -125,7 +125,7 @@ def test_no_named_schedule_that_fits_is_better_on_any_size(seed):
     _assert_no_named_schedule_is_better(_random_request(seed, 16, 1_000_000))
 
 
-@pytest.mark.parametrize("seed", range(300, 318))
+@pytest.mark.parametrize("seed", range(300, 309))
 def test_tiny_instances_get_the_best_of_all_orders(seed, random_instance, brute_force):
     ranks, microbatches, chunks = [(2, 2, 1), (2, 3, 1), (3, 3, 1), (2, 4, 1), (2, 1, 2), (3, 1, 2)][seed % 6]
     instance = random_instance(np.random.default_rng(seed), ranks, microbatches, chunks)
