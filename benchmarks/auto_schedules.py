@@ -222,7 +222,9 @@ def main() -> int:
         print(json.dumps({key: value for key, value in result["random_instances"].items() if key != "table"}, indent=1))  # type: ignore[attr-defined]
     RESULT.parent.mkdir(exist_ok=True)
     known: dict[str, object] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    known |= machine("python benchmarks/auto_schedules.py " + f"--evaluations {options.evaluations}") | result
+    command = f"python benchmarks/auto_schedules.py --evaluations {options.evaluations} --instances {options.instances}"
+    for part, found in result.items():
+        known[part] = machine(f"{command} --parts {part.split('_')[1 if part.startswith('published') else 0]}") | found  # type: ignore[operator]
     RESULT.write_text(json.dumps(known, indent=1) + "\n")
     return 0
 
