@@ -17,6 +17,7 @@ from stagewright.runtime.launch import Progress, launch
 from stagewright.runtime.measurement import Measurement
 from stagewright.runtime.program import describe_action, program_of
 from stagewright.runtime.report import RunReport, make_report
+from stagewright.runtime.support import check_supported
 
 CHECKS = ("gradients", "memory", "traffic", "time")
 
@@ -66,6 +67,7 @@ def run_plan(
         checks = tuple(check for check in checks if check in ("traffic", "time"))
     if steps < 1:
         raise InvalidArgument(f"steps is {steps}, it must be at least 1", field="steps")
+    check_supported(plan)
     schedule, evaluation = program_of(plan, profile)
     if not evaluation.schedule.is_synchronous:
         checks = tuple(check for check in checks if check != "gradients")  # one process has no delayed weights

@@ -132,10 +132,9 @@ class Stage:
         roots: list[GradientEdge] = []
         seeds: list[Tensor] = []
         loss_layer = self.segment.chain.num_layers - 1 if self.segment.is_last else -1
-        given: tuple[Tensor, ...] | list[Tensor]
         for layer, edges in live.roots.items():
             if layer == loss_layer:
-                given: tuple[Tensor, ...] = (torch.full_like(self.losses[unit], loss_weight),)
+                given = (torch.full_like(self.losses[unit], loss_weight),)
             else:
                 given = gradients[layer]
             for edge, seed in zip(edges, given, strict=True):
@@ -143,9 +142,9 @@ class Stage:
                     roots.append(edge)
                     seeds.append(seed)
         if live.cache is not None:
-            edges, given = live.cache.roots(unit[1])
-            roots += edges
-            seeds += given
+            further, their_seeds = live.cache.roots(unit[1])
+            roots += further
+            seeds += their_seeds
             if not live.cache.calls:
                 self._caches.pop(unit[0], None)
         return roots, seeds

@@ -1,0 +1,58 @@
+"""A plan that the runtime does not execute is refused before a rank starts, with the field that is the reason."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+from runtime_documents import plan_of, profile_of
+from runtime_models import TinyModel
+
+from stagewright.modeling import split
+from stagewright.planner.documents import Degrees
+from stagewright.planner.errors import InvalidArgument
+from stagewright.runtime.run import run_plan
+from stagewright.runtime.support import check_supported
+
+
+def documents(**degrees):
+    chain = split(TinyModel(3))
+    profile = profile_of(chain)
+    return plan_of(chain, profile, "1f1b", 2, 4, degrees=Degrees(**degrees)), profile
+
+
+def test_plans_of_equal_degrees_are_taken():
+    check_supported(documents()[0])
+    check_supported(documents(dp=2, tp=2, sp=True, zero=3)[0])
+
+
+def test_expert_parallelism_is_refused_and_not_ignored():
+    plan, profile = documents(dp=2, ep=2)
+    with pytest.raises(InvalidArgument, match="ep \\* etp is 2") as refusal:
+        run_plan(plan, profile, model="nothing:imported")
+    assert refusal.value.field == "stages[0].degrees.ep"
+
+
+def test_unequal_shares_and_divided_slices_are_refused():
+    plan, _ = documents(dp=2)
+    shares = plan.stages[0].model_copy(update={"batch_shares": (1, 3)})
+    with pytest.raises(InvalidArgument, match="batch_shares"):
+        check_supported(plan.model_copy(update={"stages": (shares, *plan.stages[1:])}))
+    plan, _ = documents(cp=2)
+    sliced = plan.schedule.model_copy(update={"num_slices": 2})
+    with pytest.raises(InvalidArgument, match="divided one way only"):
+        check_supported(plan.model_copy(update={"schedule": sliced}))
+
+
+def test_stages_of_different_degrees_are_refused():
+    plan, _ = documents(dp=2)
+    other = plan.stages[1].model_copy(update={"degrees": Degrees(tp=2)})
+    with pytest.raises(InvalidArgument, match=r"stages\[1\] has degrees"):
+        check_supported(plan.model_copy(update={"stages": (plan.stages[0], other)}))
+
+
+@pytest.mark.parametrize("name", ["gradient", "speed"])
+def test_an_unknown_check_is_refused(name):
+    plan, profile = documents()
+    with pytest.raises(InvalidArgument, match=f"no check '{name}'"):
+        run_plan(plan, profile, model="nothing:imported", checks=(name,))
