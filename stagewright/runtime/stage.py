@@ -133,10 +133,7 @@ class Stage:
         seeds: list[Tensor] = []
         loss_layer = self.segment.chain.num_layers - 1 if self.segment.is_last else -1
         for layer, edges in live.roots.items():
-            if layer == loss_layer:
-                given = (torch.full_like(self.losses[unit], loss_weight),)
-            else:
-                given = gradients[layer]
+            given = (torch.full_like(self.losses[unit], loss_weight),) if layer == loss_layer else gradients[layer]
             for edge, seed in zip(edges, given, strict=True):
                 if edge is not None:
                     roots.append(edge)
