@@ -50,6 +50,7 @@ class Closer:
 
     limits: Limits
     cuts: dict[OrderKey, list[Cut]] = field(default_factory=dict)
+    num_programs: int = 0
 
     def close(
         self,
@@ -65,6 +66,7 @@ class Closer:
             best, simulated = enumeration.best(incumbent_s, judge)
             bound = incumbent_s if best is None else best.step_s
             return Closed(bound, "enumerated", best, simulated)
+        self.num_programs += 1
         light = self._kelley(costs, target_s, memory=False, iterations=LIGHT_ITERATIONS)
         if light.bound_s >= target_s:
             return Closed(light.bound_s, "light program", simulated=light.simulated)

@@ -6,6 +6,7 @@
     4  close      with target X = incumbent / (1 + gap), in order of bound: caps, then cuts in a linear program without
                   and with memory, then integers (`closing`)
 
+At most MOST_PROGRAMS candidates go through linear programs; what is left then keeps its bound, and the gap says so.
 A candidate that is closed has no completion below X. The proved bound is the least of X (or the incumbent, at gap 0) and
 the bounds of what was left open. Everything that is enumerated here is the declared space of the certificate.
 """
@@ -54,7 +55,8 @@ Longs = npt.NDArray[np.int64]
 
 NUM_REFINED = 600
 NUM_FIRST = 12
-NUM_STARTS = 60
+NUM_STARTS = 12
+MOST_PROGRAMS = 4
 NUM_IMPROVED = 6
 
 
@@ -408,6 +410,10 @@ class JointSearch:
                 rest = float(self.bound_s[heap[place:]].min())
                 return min([rest, self.incumbent_s, *open_bounds]), stopped
             bound = self._close(index, closer)
+            if closer.num_programs >= MOST_PROGRAMS:
+                rest = float(self.bound_s[heap[place + 1 :]].min(initial=float("inf")))
+                self.count("left open", len(heap) - place - 1)
+                return min([rest, bound, self.target_s, *open_bounds]), "time_limit"
             if bound < self.target_s:
                 open_bounds.append(bound)
             if place % 8 == 0:

@@ -272,7 +272,8 @@ class Problem:
         sizes = costs.gradient_bytes[at]
         unit = float(max(costs.gradient_bytes.sum(), 1.0))
         first, second = (int(rank) for rank in order.placement[:, 0][:2])
-        whole, latency = wiring.sum_s(first, second, unit), wiring.sum_s(first, second, 1.0)
+        whole = wiring.sum_s(first, second, unit)
+        latency = 2.0 * wiring.sum_s(first, second, 1.0) - wiring.sum_s(first, second, 2.0)
         return {
             "replica_s": (whole - latency) * sizes / unit,
             "replica_latency_s": np.full(order.num_stages, latency),

@@ -1,0 +1,59 @@
+"""Pins and forbids cut the space, and the plan is the best of what they leave."""
+
+from __future__ import annotations
+
+import pytest
+
+from stagewright.planner.documents import TrainingJob
+from stagewright.planner.documents.job import Forbid, Pins, SearchSpace
+from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.planning import make_plan
+from stagewright.planner.search.brute_force import best_of_all
+from stagewright.planner.search.problem import Problem
+from stagewright.testing.mocked_cluster import cluster_factory
+from stagewright.testing.mocked_profile import profile_factory
+
+
+def _job(**space: object) -> TrainingJob:
+    return TrainingJob(
+        global_batch=8,
+        sequence_length=128,
+        precision="fp32",
+        space=SearchSpace.model_validate({"zero": (0, 1), **space}),
+    )
+
+
+def test_a_pinned_plan_keeps_its_pins_and_is_the_best_that_does() -> None:
+    profile, cluster = profile_factory(4, jitter=0.3), cluster_factory(4)
+    job = _job(pins=Pins(pp=2, dp=2, schedule="1f1b", recompute="full"))
+    outcome = make_plan(profile, cluster, job, gap=0.0)
+    problem = Problem(profile, cluster, job, 4)
+    oracle = best_of_all(problem, problem.candidates())
+    assert oracle is not None and outcome.plan is not None
+    assert outcome.objective_s == pytest.approx(oracle[0], rel=1e-9)
+    assert outcome.plan.schedule.num_ranks == 2 and outcome.plan.stages[0].degrees.dp == 2
+    assert {level.value for stage in outcome.plan.stages for level in stage.recompute_levels()} == {"full"}
+
+
+def test_a_forbidden_value_is_not_in_the_plan() -> None:
+    profile, cluster = profile_factory(4, jitter=0.3), cluster_factory(4)
+    free = make_plan(profile, cluster, _job(), gap=0.0)
+    assert free.plan is not None and free.plan.stages[0].degrees.dp == 4
+    kept = make_plan(profile, cluster, _job(forbids=(Forbid(name="dp"),)), gap=0.0)
+    assert kept.plan is not None and kept.plan.stages[0].degrees.dp == 1
+    assert kept.objective_s is not None and free.objective_s is not None and kept.objective_s >= free.objective_s
+
+
+def test_pins_that_need_more_devices_than_there_are_name_both_numbers() -> None:
+    with pytest.raises(InvalidArgument, match="8 devices, there are 4"):
+        make_plan(profile_factory(4), cluster_factory(4), _job(pins=Pins(dp=4, pp=2)))
+
+
+def test_what_cannot_fit_names_the_nearest_plan_and_what_it_lacks() -> None:
+    outcome = make_plan(profile_factory(4), cluster_factory(2, memory_bytes=4e6), _job())
+    assert outcome.status == "infeasible" and outcome.plan is None
+    assert outcome.diagnosis is not None and outcome.diagnosis.nearest is not None
+    assert outcome.diagnosis.shortfalls and outcome.diagnosis.relaxations
+    for item in outcome.diagnosis.shortfalls:
+        assert item.short_bytes == pytest.approx(item.needed_bytes - item.available_bytes)
+        assert item.items.total == pytest.approx(item.needed_bytes)
