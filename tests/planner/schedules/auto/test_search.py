@@ -11,6 +11,7 @@ import pytest
 from stagewright.planner.errors import Infeasible, InvalidArgument, StagewrightError
 from stagewright.planner.schedules import registry
 from stagewright.planner.schedules.auto import AutoRequest, PlacementChoice, Stop, search
+from stagewright.planner.schedules.auto.branching import improve_exactly
 from stagewright.planner.schedules.auto.site import sites, stage_costs
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
@@ -144,6 +145,27 @@ def test_tiny_instances_get_the_best_of_all_orders(seed, random_instance, brute_
     assert found.makespan_s == pytest.approx(best_s, rel=1e-9)
     assert found.stop is Stop.OPTIMAL
     assert found.bound_s == pytest.approx(best_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_small_instances_are_within_half_a_percent_of_the_exact_optimum(seed, random_instance):
+    ranks, microbatches, chunks = [(3, 4, 2), (4, 4, 2), (4, 6, 1), (2, 6, 2)][seed % 4]
+    instance = random_instance(np.random.default_rng(seed * 7 + 1), ranks, microbatches, chunks, whole=seed < 4)
+    found = search(
+        AutoRequest(
+            ranks,
+            microbatches,
+            instance.costs,
+            latency_s=instance.latency_s,
+            memory_cap=instance.cap if np.isfinite(instance.cap).all() else None,
+            placement=instance.placement,
+            evaluations=300_000,
+        )
+    )
+    exact = improve_exactly(instance, found.makespan_s, nodes=2_000)
+    assert found.bound_s <= exact.makespan_s * (1 + 1e-9)
+    if exact.proved:
+        assert found.makespan_s <= exact.makespan_s * 1.005
 
 
 def _request(**changes: object) -> AutoRequest:
