@@ -9,6 +9,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Annotated, Literal
 
+import networkx as nx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stagewright.planner.documents import (
@@ -185,23 +186,12 @@ def _touches_backward(problem: PartitionProblem, edge: PartitionEdge) -> bool:
 
 
 def _topological(count: int, edges: list[tuple[int, int]]) -> list[int]:
-    indegree = [0] * count
-    for _, target in edges:
-        indegree[target] += 1
-    ready = [index for index in range(count) if not indegree[index]]
-    order: list[int] = []
-    while ready:
-        index = min(ready)
-        ready.remove(index)
-        order.append(index)
-        for source, target in edges:
-            if source == index:
-                indegree[target] -= 1
-                if not indegree[target]:
-                    ready.append(target)
-    if len(order) < count:
-        raise InvalidDocument("the edges between colour classes form a cycle", field="edges")
-    return order
+    graph = nx.DiGraph(edges)
+    graph.add_nodes_from(range(count))
+    try:
+        return list(nx.lexicographical_topological_sort(graph))
+    except nx.NetworkXUnfeasible as error:
+        raise InvalidDocument("the edges between colour classes form a cycle", field="edges") from error
 
 
 def _layer_class(group: tuple[PartitionNode, ...], output_bytes: float) -> LayerClass:

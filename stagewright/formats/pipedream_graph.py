@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
 from typing import Literal
+
+import networkx as nx
 
 from stagewright.planner.documents import (
     ConfigurationCost,
@@ -53,19 +54,9 @@ class Graph:
 
     def topological_names(self) -> tuple[str, ...]:
         """Return node names in a topological order that follows the numbers in the names where it is free to."""
-        sorter: TopologicalSorter[str] = TopologicalSorter({node.name: () for node in self.nodes})
-        for source, target in self.edges:
-            sorter.add(target, source)
-        sorter.prepare()
-        order: list[str] = []
-        ready: list[str] = []
-        while sorter.is_active():
-            ready.extend(sorter.get_ready())
-            ready.sort(key=_natural)
-            name = ready.pop(0)
-            order.append(name)
-            sorter.done(name)
-        return tuple(order)
+        graph = nx.DiGraph(self.edges)
+        graph.add_nodes_from(node.name for node in self.nodes)
+        return tuple(nx.lexicographical_topological_sort(graph, key=_natural))
 
 
 def parse_graph(text: str, *, source: str = "graph.txt") -> Graph:
@@ -98,8 +89,9 @@ def parse_graph(text: str, *, source: str = "graph.txt") -> Graph:
     graph = Graph(tuple(nodes.values()), tuple(edges))
     try:
         graph.topological_names()
-    except CycleError as error:
-        raise InvalidDocument(f"{source}: edges form a cycle: {' <- '.join(error.args[1])}", field="edges") from error
+    except nx.NetworkXUnfeasible as error:
+        cycle = " -> ".join(first for first, _ in nx.find_cycle(nx.DiGraph(graph.edges)))
+        raise InvalidDocument(f"{source}: edges form a cycle: {cycle}", field="edges") from error
     return graph
 
 
