@@ -20,5 +20,5 @@ def test_a_certificate_holds_and_a_changed_one_does_not() -> None:
     verify_certificate(plan, profile)
     for change in ({"objective": 1e-9}, {"gap": 0.5}, {"bound": 1e9}):
         changed = plan.model_copy(update={"certificate": plan.certificate.model_copy(update=change)})
-        with pytest.raises(InvalidDocument, match="certificate|bound|gap"):
+        with pytest.raises(InvalidDocument, match=r"certificate|bound|gap"):
             verify_certificate(changed, profile)
