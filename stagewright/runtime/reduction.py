@@ -67,6 +67,10 @@ class Bucket(Protocol):
         """Return what the optimizer steps on."""
         ...
 
+    def squared_norm(self) -> Tensor:
+        """Return this rank's share of the squared norm of the summed gradients; shares add up over all ranks."""
+        ...
+
     def after_step(self) -> None:
         """Bring the stepped values to the parameters."""
         ...
@@ -206,6 +210,11 @@ class ReplicatedBucket:
         """Return the trainable parameters."""
         return [parameter for parameter in self.parameters.values() if parameter.requires_grad]
 
+    def squared_norm(self) -> Tensor:
+        """Return this rank's share of the squared norm: equal copies share one count."""
+        copies = 1 if self.group is None else self.group.size()
+        return squared_norm(((value, local_gradient(value)) for value in self.optimized()), self.shards) / copies
+
     def after_step(self) -> None:
         """Do nothing: the optimizer stepped on the parameters themselves."""
 
@@ -242,6 +251,16 @@ def local_gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def squared_norm(pairs: Iterable[tuple[nn.Parameter, Tensor]], shards: TensorShards) -> Tensor:
+    """Return the squared norm of gradients, those of parameters that tensor parallelism copies divided by the copies."""
+    copies = 1 if shards.group is None else shards.group.size
+    total = torch.zeros((), dtype=torch.float64)
+    for parameter, gradient in pairs:
+        share = 1.0 if id(parameter) in shards.dimensions else 1.0 / copies
+        total += share * gradient.detach().double().square().sum().cpu()
+    return total
 
 
 def sum_partial(parameters: Iterable[nn.Parameter], shards: TensorShards) -> None:

@@ -38,6 +38,7 @@ def run_reference(
     seed: int,
     device: torch.device,
     optimizer: OptimizerChoice | None,
+    clip_norm: float | None = None,
 ) -> ReferenceRun:
     """Return gradients of the first batch and, with an optimizer, the change of the weights after a step on each batch.
 
@@ -57,6 +58,8 @@ def run_reference(
                 for name, value in model.named_parameters()
                 if value.requires_grad
             }
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         if stepper is not None:
             stepper.step()
     model.zero_grad(set_to_none=True)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.modeling.tensor_parallel import TensorShards
-from stagewright.runtime.reduction import StageKey, Traffic, local_gradient, sum_partial
+from stagewright.runtime.reduction import StageKey, Traffic, local_gradient, squared_norm, sum_partial
 
 
 class ShardedBucket:
@@ -120,6 +120,14 @@ class ShardedBucket:
     def optimized(self) -> list[nn.Parameter]:
         """Return the shard."""
         return [self._shard]
+
+    def squared_norm(self) -> Tensor:
+        """Return this rank's share of the squared norm: that of its shard, which equal owners share."""
+        shard = torch.zeros_like(self._shard) if self._shard.grad is None else self._shard.grad
+        flat = torch.zeros(self._length * self._count, dtype=shard.dtype, device=shard.device)
+        flat[self._index * self._length : (self._index + 1) * self._length] = shard
+        owners = 1 if self._across is None else self._across.size()
+        return squared_norm(zip(self._trained, self._views(flat), strict=True), self._shards) / owners
 
     def after_step(self) -> None:
         """Gather the stepped shards; at ZeRO stage 3 the next UNSHARD does."""

@@ -122,6 +122,10 @@ class VersionedBucket:
         """Return the masters."""
         return [slot.master for slot in self._slots]
 
+    def squared_norm(self) -> Tensor:
+        """Raise: weights that change one stage at a time have no gradient of the whole model to clip."""
+        raise InvalidArgument("asynchronous schedules do not clip by the global norm", field="clip_norm")
+
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients of the current versions by name."""
         return {

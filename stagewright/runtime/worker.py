@@ -51,10 +51,12 @@ class WorkerSettings:
     ----------
     device : where this rank computes.
     seed : of random numbers in the layers.
+    clip_norm : largest 2-norm of the gradient of the whole model; None does not clip.
     """
 
     device: torch.device
     seed: int = 0
+    clip_norm: float | None = None
 
 
 class Worker:
@@ -96,6 +98,8 @@ class Worker:
             )
         self._at_action = at_action
         self._policy = schedule.weight_policy
+        self._clipped = False
+        self.gradient_norm: float | None = None
         self._optimizers: dict[StageKey, torch.optim.Optimizer] = {}
         held = frozenset(i for _, s in self.topology.stages for i in plan.stages[s].layer_indices)
         keep_layers(chain, held)
@@ -166,6 +170,7 @@ class Worker:
             at_action=self._at_action,
         )
         self.recorder.clear()
+        self._clipped = False
         interpreter.run(self.steps, iteration)
         losses = [
             float(loss) * iteration[unit].loss_weight
@@ -253,8 +258,28 @@ class Worker:
         order = [(action.replica, action.stage) for action in self.actions if action.kind is Kind.OPT]
         return [bucket for bucket in self.buckets.of(key) if max(bucket.holders, key=order.index) == key]
 
+    def _clip_once(self) -> None:
+        """Scale all gradients before the first optimizer step of the iteration; all ranks meet here."""
+        if self.settings.clip_norm is None or self._clipped:
+            return
+        self._clipped = True
+        total = torch.zeros((), dtype=torch.float64)
+        for bucket in self.buckets.buckets:
+            bucket.finish()
+            total += bucket.squared_norm()
+        total = total.to(self.settings.device)
+        dist.all_reduce(total)
+        self.gradient_norm = float(total.sqrt())
+        factor = self.settings.clip_norm / (self.gradient_norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
+        if factor < 1.0:
+            for bucket in self.buckets.buckets:
+                for parameter in bucket.optimized():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
+
     def _optimize(self, key: StageKey, microbatch: int) -> None:
         optimizer = self._optimizers.get(key)
+        self._clip_once()
         if optimizer is not None:
             for bucket in self._stepped(key):
                 bucket.before_step(microbatch)

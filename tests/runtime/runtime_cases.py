@@ -49,6 +49,7 @@ class Case:
     num_blocks: int = 0
     parameters: dict[str, str] = field(default_factory=dict)
     hugging_face: str = ""
+    clip_norm: float | None = None
 
     @property
     def world(self) -> int:
@@ -139,11 +140,26 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     reference = None
     if dist.get_rank() == 0:
         whole = split(copy.deepcopy(model))
-        reference = run_reference(whole, batches, microbatch=case.microbatch, seed=1, device=CPU, optimizer=optimizer)
+        reference = run_reference(
+            whole,
+            batches,
+            microbatch=case.microbatch,
+            seed=1,
+            device=CPU,
+            optimizer=optimizer,
+            clip_norm=case.clip_norm,
+        )
     chain = split(model)
     shapes = reference_shapes(chain)
     store = dist.PrefixStore(f"case/{prepared.number}", default_store())
-    worker = Worker(plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS)
+    worker = Worker(
+        plan,
+        prepared.schedule,
+        chain,
+        WorkerSettings(CPU, seed=1, clip_norm=case.clip_norm),
+        store=store,
+        groups=GROUPS,
+    )
     loss = worker.run(batches[0], 0)
     sent = worker.traffic()
     gradients = compare(worker, worker.gradients(), None if reference is None else reference.gradients, shapes)

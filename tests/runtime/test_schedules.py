@@ -172,3 +172,13 @@ def test_a_schedule_without_its_reductions_is_refused(rank_pools):
     bare = lower(schedule_of(prepared.plan.schedule), StageCosts.uniform(2), data_parallel=False)
     with pytest.raises(RankError, match="0 REDUCE_GRAD actions, it needs 1"):
         pool.run("gradients_and_weights", replace(prepared, schedule=bare))
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [{"dp": 2}, {"dp": 2, "zero": 2}, {"tp": 2, "sp": True, "vocab_parallel": True}, {"cp": 2, "zero": 1}],
+    ids=str,
+)
+def test_clipping_by_the_norm_of_the_whole_model_equals_one_process(rank_pools, degrees):
+    case = Case("1f1b", 2, 3, degrees=degrees, dropout=0.0, dtype="float64", clip_norm=0.05)
+    assert_equal_to_one_process(rank_pools, case)
