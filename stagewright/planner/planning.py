@@ -45,8 +45,8 @@ def make_plan(
     num_devices : use at most this many; all of the cluster when None.
     top : alternatives to return beside the plan.
     gap, deadline_s : override the job's.
-    executor : "inline" or "process"; the answer is the same.
-    previous : a plan to stay close to.
+    executor : "inline".
+    previous : a plan to stay close to; refused so far.
     progress : called with the phase, the incumbent and the bound.
     should_stop : asked between steps; true ends the search with the best so far.
 
@@ -62,6 +62,7 @@ def make_plan(
             field="devices",
             hint=f"give a number from 1 to {cluster.num_devices}",
         )
+    _refuse_unsearched(cluster, job, executor, previous)
     row = named_planner(planner)
     problem = Problem(profile, cluster, job, devices)
     check_pins(profile, job, devices)
@@ -77,3 +78,26 @@ def make_plan(
     )
     outcome = row.solve(problem, limits)
     return outcome.model_copy(update={"wall_s": time.perf_counter() - started})
+
+
+def _refuse_unsearched(cluster: Cluster, job: TrainingJob, executor: str, previous: Plan | None) -> None:
+    """Raise InvalidArgument for what no planner here searches yet, rather than answer another question."""
+    space = job.space
+    if cluster.is_mixed:
+        raise InvalidArgument(
+            f"cluster {cluster.name} has {len(cluster.groups)} groups, plans are searched on one kind of device",
+            field="cluster",
+            hint="plan each group alone",
+        )
+    refused = {
+        "objective": job.objective if job.objective != "step-time" else None,
+        "step_deadline_s": job.step_deadline_s,
+        "ties": space.ties or None,
+        "target": space.target,
+        "per_stage_degrees": "on" if space.per_stage_degrees else None,
+        "executor": executor if executor != "inline" else None,
+        "from": "a previous plan" if previous is not None else None,
+    }
+    for field, value in refused.items():
+        if value is not None:
+            raise InvalidArgument(f"{field} = {value} is not searched yet", field=field, hint="leave it out")

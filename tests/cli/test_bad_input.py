@@ -169,3 +169,16 @@ def test_a_usage_error_is_one_json_document_too(capsys, arguments):
 def test_a_model_by_code_is_refused_where_a_profile_is_wanted(capsys, cluster):
     error = refused(capsys, ["plan", "examples/gpt.py:build", "--cluster", cluster])
     assert "profile" in str(error["hint"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--objective", "frontier"],
+        ["--target", "megatron-args"],
+        ["--executor", "ray"],
+        ["--cluster", "a100-sxm-80g:8x1+h100-sxm:8x1"],
+    ],
+)
+def test_what_is_not_searched_yet_is_refused_and_not_ignored(capsys, profile, cluster, options):
+    refused(capsys, ["plan", profile, "--cluster", cluster, "--global-batch", "8", *options])
