@@ -87,6 +87,14 @@ class Bucket(Protocol):
         """Set the parameters to whole values."""
         ...
 
+    def states(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+        """Return copies of the optimizer's states by key and name, whole; every rank of the group calls this."""
+        ...
+
+    def load_states(self, optimizer: torch.optim.Optimizer, values: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set the optimizer's states to whole values by key and name."""
+        ...
+
     def clear(self) -> None:
         """Forget the gradients."""
         ...
@@ -239,6 +247,25 @@ class ReplicatedBucket:
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
                 parameter.data.copy_(self.shards.part(values[name], parameter))
+
+    def states(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+        """Return copies of the optimizer's states by key and name."""
+        result: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    whole = self.shards.whole(value, parameter) if value.shape == parameter.shape else value
+                    result.setdefault(key, {})[name] = whole.clone()
+        return result
+
+    def load_states(self, optimizer: torch.optim.Optimizer, values: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set the optimizer's states."""
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad:
+                optimizer.state[parameter] = {
+                    key: self.shards.part(found[name], parameter).clone() if found[name].dim() else found[name].clone()
+                    for key, found in values.items()
+                }
 
     def clear(self) -> None:
         """Forget the gradients."""

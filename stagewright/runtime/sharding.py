@@ -154,6 +154,31 @@ class ShardedBucket:
             if self._is_whole:
                 self._flat.copy_(flat)
 
+    def states(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+        """Return copies of the optimizer's states by key and name, gathered from all shards."""
+        result: dict[str, dict[str, Tensor]] = {}
+        for key, value in optimizer.state.get(self._shard, {}).items():
+            if isinstance(value, Tensor) and value.dim():
+                result[key] = self._named(self._gathered(value))
+            elif isinstance(value, Tensor):
+                result[key] = {name: value.clone() for name, _ in self._names()}
+        return result
+
+    def load_states(self, optimizer: torch.optim.Optimizer, values: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set the optimizer's states."""
+        state: dict[str, Tensor] = {}
+        for key, found in values.items():
+            one = next(found[name] for name, _ in self._names())
+            state[key] = self._own_part(found) if one.dim() else one.clone()
+        optimizer.state[self._shard] = state
+
+    def _own_part(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return this rank's shard of whole values."""
+        flat = torch.zeros(self._length * self._count, dtype=self._shard.dtype, device=self._shard.device)
+        for (name, parameter), view in zip(self._names(), self._views(flat), strict=True):
+            view.copy_(self._shards.part(values[name], parameter))
+        return flat[self._index * self._length : (self._index + 1) * self._length].clone()
+
     def clear(self) -> None:
         """Forget the gradients."""
         self._land()

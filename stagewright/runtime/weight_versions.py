@@ -143,6 +143,20 @@ class VersionedBucket:
             slot.master.data.copy_(values[slot.name])
             slot.install(values[slot.name].clone())
 
+    def states(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+        """Return copies of the optimizer's states by key and name."""
+        result: dict[str, dict[str, Tensor]] = {}
+        for slot in self._slots:
+            for key, value in optimizer.state.get(slot.master, {}).items():
+                if isinstance(value, Tensor):
+                    result.setdefault(key, {})[slot.name] = value.clone()
+        return result
+
+    def load_states(self, optimizer: torch.optim.Optimizer, values: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set the optimizer's states."""
+        for slot in self._slots:
+            optimizer.state[slot.master] = {key: found[slot.name].clone() for key, found in values.items()}
+
     def clear(self) -> None:
         """Forget the gradients of the current versions."""
         for slot in self._slots:

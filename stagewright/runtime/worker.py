@@ -158,6 +158,24 @@ class Worker:
         for bucket in self.buckets.buckets:
             bucket.load(values)
 
+    def optimizer_states(self) -> dict[str, dict[str, Tensor]]:
+        """Return copies of this rank's optimizer states by key and parameter name, whole; a collective."""
+        result: dict[str, dict[str, Tensor]] = {}
+        for bucket, optimizer in self._bucket_optimizers():
+            for key, values in bucket.states(optimizer).items():
+                result.setdefault(key, {}).update(values)
+        return result
+
+    def load_optimizer_states(self, values: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set this rank's optimizer states to whole values by key and parameter name."""
+        for bucket, optimizer in self._bucket_optimizers():
+            bucket.load_states(optimizer, values)
+
+    def _bucket_optimizers(self) -> list[tuple[Bucket, torch.optim.Optimizer]]:
+        """Return each bucket, in one order on all ranks, with the optimizer that steps it."""
+        found = {id(bucket): optimizer for key, optimizer in self._optimizers.items() for bucket in self._stepped(key)}
+        return [(bucket, found[id(bucket)]) for bucket in self.buckets.buckets if id(bucket) in found]
+
     def run(self, batch: Batch, step: int) -> float | None:
         """Run one iteration on a global batch; returns this rank's share of the loss when it holds the last layer."""
         iteration = self._iteration(batch, step)

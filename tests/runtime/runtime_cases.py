@@ -18,6 +18,7 @@ from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.simulation.nccl import check_nccl
+from stagewright.runtime.checkpoint import load_checkpoint, save_checkpoint
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
@@ -249,3 +250,40 @@ def _updates_before_forward(schedule: Schedule, stage: int) -> dict[int, int]:
 def _in_dtype(batch: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
     wanted = getattr(torch, dtype)
     return {name: value.to(wanted) if value.is_floating_point() else value for name, value in batch.items()}
+
+
+def continue_under_another_plan(argument: tuple[PreparedCase, PreparedCase, str]) -> float:
+    """Train under one plan, save, load under the other, go on; the largest error against one uninterrupted process."""
+    first, second, directory = argument
+    case = first.case
+    chunks = case.num_chunks or 2
+    batches = batches_of(first.plan, 4)
+    optimizer = OptimizerChoice("adamw", 1e-2)
+    original = make_model(case, case.num_ranks * chunks)
+    expected = None
+    if dist.get_rank() == 0:
+        whole = split(copy.deepcopy(original))
+        expected = run_reference(
+            whole, batches, microbatch=case.microbatch, seed=1, device=CPU, optimizer=optimizer
+        ).changes
+    start = {name: value.detach().clone() for name, value in original.named_parameters()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prepared, steps in ((first, (0, 1)), (second, (2, 3))):
+        chain = split(copy.deepcopy(original))
+        shapes = reference_shapes(chain)
+        store = dist.PrefixStore(f"case/{prepared.number}", default_store())
+        worker = Worker(
+            prepared.plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS
+        )
+        worker.use_optimizer(optimizer)
+        if steps[0]:
+            with torch.no_grad():
+                worker.load_weights({name: torch.zeros_like(value) for name, value in worker.weights().items()})
+            assert load_checkpoint(worker, directory) == 2
+        for step in steps:
+            worker.run(batches[step], step)
+        if not steps[0]:
+            save_checkpoint(worker, directory, step=2)
+    names = {name: tie.parameter for tie in worker.chain.ties for name in tie.names}
+    changes = {name: value - start[names.get(name, name)] for name, value in worker.weights().items()}
+    return compare(worker, changes, expected, shapes).max_relative_error
