@@ -41,28 +41,34 @@ class TensorShards:
     ----------
     group : the group; None when nothing is split.
     dimensions : split dimension of each split parameter, by its id.
+    groups : the group of a parameter that another group splits (experts), by its id.
     partial : ids of parameters whose gradients are sums over the group, because each rank sees a part of the sequence.
     """
 
     group: TensorGroup | None = None
     dimensions: dict[int, int] = field(default_factory=dict)
+    groups: dict[int, TensorGroup] = field(default_factory=dict)
     partial: set[int] = field(default_factory=set)
+
+    def group_of(self, parameter: Tensor) -> TensorGroup | None:
+        """Return the group that splits a parameter."""
+        return self.groups.get(id(parameter), self.group)
 
     def whole(self, value: Tensor, parameter: Tensor) -> Tensor:
         """Return a parameter-shaped value whole; every rank of the group calls this."""
-        dimension = self.dimensions.get(id(parameter))
-        if self.group is None or dimension is None:
+        dimension, group = self.dimensions.get(id(parameter)), self.group_of(parameter)
+        if group is None or dimension is None:
             return value
-        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(self.group.size)]
-        dist.all_gather(parts, value.contiguous(), group=self.group.group)
+        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(group.size)]
+        dist.all_gather(parts, value.contiguous(), group=group.group)
         return torch.cat(parts, dim=dimension)
 
     def part(self, value: Tensor, parameter: Tensor) -> Tensor:
         """Return this rank's part of a whole value."""
-        dimension = self.dimensions.get(id(parameter))
-        if self.group is None or dimension is None:
+        dimension, group = self.dimensions.get(id(parameter)), self.group_of(parameter)
+        if group is None or dimension is None:
             return value
-        return value.chunk(self.group.size, dim=dimension)[self.group.index]
+        return value.chunk(group.size, dim=dimension)[group.index]
 
 
 def parallelize(

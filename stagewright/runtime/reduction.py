@@ -163,6 +163,7 @@ class ReplicatedBucket:
     holders : (replica, stage) of this rank's stages that use the parameters.
     traffic : counts what a ring all-reduce sends from each rank, 2 (n - 1) / n of the buffer.
     shards : how tensor parallelism has split the parameters.
+    always : a parameter without a gradient has a zero one (experts that no token chose), so that momentum goes on.
     """
 
     purpose: str
@@ -171,6 +172,7 @@ class ReplicatedBucket:
     holders: frozenset[StageKey]
     traffic: Traffic
     shards: TensorShards = field(default_factory=TensorShards)
+    always: bool = False
     buffer_bytes: int = BUFFER_BYTES
     _flights: list[tuple[dist.Work, Tensor, list[nn.Parameter]]] = field(default_factory=list)
 
@@ -183,6 +185,9 @@ class ReplicatedBucket:
     def start(self) -> None:
         """Start the all-reduce of all gradients, in buffers of at most `buffer_bytes`."""
         sum_partial(self.optimized(), self.shards)
+        if self.always:
+            for parameter in self.optimized():
+                local_gradient(parameter)
         if self.group is None:
             return
         members = self.group.size()

@@ -20,11 +20,12 @@ def check_supported(plan: Plan) -> None:
                 field=f"{field}.degrees",
                 hint="plan with equal degrees for all stages",
             )
-        if degrees.ep * degrees.etp > 1:
+        if degrees.etp > 1 or (degrees.ep > 1 and (degrees.tp > 1 or degrees.zero or degrees.dp % degrees.ep)):
             raise InvalidArgument(
-                f"ep * etp is {degrees.ep * degrees.etp}, the runtime does not divide experts",
+                f"ep is {degrees.ep} and etp {degrees.etp} with dp {degrees.dp}, tp {degrees.tp}, zero {degrees.zero}; "
+                "the runtime divides experts over data-parallel replicas only",
                 field=f"{field}.degrees.ep",
-                hint="pin ep=1 and etp=1",
+                hint="pin etp=1, tp=1 and zero=0, and an ep that divides dp",
             )
         if stage.batch_shares:
             raise InvalidArgument(

@@ -95,6 +95,20 @@ class Topology:
         return self.context_ranks[self.coordinates.cp % size :: size]
 
     @property
+    def expert_ranks(self) -> tuple[int, ...]:
+        """Global ranks that divide this rank's experts with it: neighbouring data-parallel replicas."""
+        ranks = self.plan.mapping.pipeline_ranks[self.pipeline_rank]
+        stride, size = self.degrees.tp * self.degrees.cp, self.degrees.ep
+        first = self._place[1] - self.coordinates.dp % size * stride
+        return tuple(ranks[first + part * stride] for part in range(size))
+
+    def expert_gradient_ranks(self, stage: int) -> tuple[int, ...]:
+        """Return those of `gradient_ranks` that own the same experts as this rank."""
+        size = self.degrees.ep
+        views = {rank: Topology(self.plan, rank) for rank in self.gradient_ranks(stage)}
+        return tuple(rank for rank, view in views.items() if view.coordinates.dp % size == self.coordinates.dp % size)
+
+    @property
     def num_microbatches(self) -> int:
         """Microbatches of one iteration and data-parallel replica."""
         return self.plan.schedule.num_microbatches

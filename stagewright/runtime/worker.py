@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.context_attention import ContextAttention, ContextGroups, positions_of
+from stagewright.modeling.expert_parallel import divide_experts
 from stagewright.modeling.keep import keep_layers, move_to
 from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.seeding import microbatch_seed
@@ -107,6 +108,7 @@ class Worker:
         self._traffic: dict[str, float] = {}
         self._sink = WeightGradientSink()
         self._shards = self._split_tensors(held)
+        self._experts = self._divide_experts(held)
         if any(action.kind is Kind.I for action in self.actions):
             defer_weight_gradients(chain.model, self._sink)
         recompute_layers(chain, self._recompute_levels())
@@ -321,6 +323,15 @@ class Worker:
             for replica, stage in self.topology.stages
         }
 
+    def _divide_experts(self, held: frozenset[int]) -> set[int]:
+        """Divide this rank's experts, where the plan does; returns the ids of their parameters."""
+        views = [Topology(self.plan, rank) for rank in range(dist.get_world_size())]
+        group = self.groups.make_all("experts", {view.expert_ranks for view in views})
+        if group is None:
+            return set()
+        expert_group = TensorGroup(group, self._traffic, "ep")
+        return divide_experts(self.chain, sorted(held), expert_group, self._shards)
+
     def _context_attention(self) -> Callable[[], ContextAttention] | None:
         """Return what makes the attention over this rank's context-parallel group, where it has one."""
         views = [Topology(self.plan, rank) for rank in range(dist.get_world_size())]
@@ -400,9 +411,30 @@ class Worker:
                 if any(name in self.stages[key].segment.named_parameters() for key in holders)
                 and (shared == users[name] if name in users else len(shared) == 1)
             }
+            experts = {name: value for name, value in parameters.items() if id(value) in self._experts}
+            for name in experts:
+                del parameters[name]
             if any(value.requires_grad for value in parameters.values()):
                 buckets.append(self._make_bucket(parameters, group, holders, shared))
+            owners = self._expert_gradient_group(min(shared))
+            if experts:
+                buckets.append(
+                    ReplicatedBucket(
+                        "all-reduce/edp", experts, owners, holders, self._traffic, self._shards, always=True
+                    )
+                )
         return buckets
+
+    def _expert_gradient_group(self, stage: int) -> dist.ProcessGroup | None:
+        """Make the groups of ranks that own the same experts of a stage; returns this rank's."""
+        if self.topology.degrees.ep == 1:
+            return None
+        sets = []
+        for rank in range(dist.get_world_size()):
+            view = Topology(self.plan, rank)
+            if any(other == stage for _, other in view.stages):
+                sets.append(view.expert_gradient_ranks(stage))
+        return self.groups.make_all(f"experts {stage}", sets)
 
     def _make_bucket(
         self,

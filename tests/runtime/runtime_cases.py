@@ -51,6 +51,7 @@ class Case:
     parameters: dict[str, str] = field(default_factory=dict)
     hugging_face: str = ""
     clip_norm: float | None = None
+    num_choices: int = 0
 
     @property
     def world(self) -> int:
@@ -84,7 +85,9 @@ def make_model(case: Case, num_stages: int) -> torch.nn.Module:
         return hugging_face(case.hugging_face)[0].to(getattr(torch, case.dtype))
     torch.manual_seed(5)
     num_blocks = case.num_blocks or max(3, num_stages - 2)
-    return TinyModel(num_blocks, tied=case.tied, dropout=case.dropout).to(getattr(torch, case.dtype))
+    return TinyModel(num_blocks, tied=case.tied, dropout=case.dropout, num_choices=case.num_choices).to(
+        getattr(torch, case.dtype)
+    )
 
 
 def prepare(case: Case, number: int) -> PreparedCase:

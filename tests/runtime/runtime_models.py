@@ -37,12 +37,49 @@ class TinyBlock(nn.Module):
         return hidden + self.dropout(self.feed_forward(hidden))
 
 
+class TinyExperts(nn.Module):
+    """Experts with stacked weights, called with what a router chose."""
+
+    def __init__(self, num_experts: int, width: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.inner = nn.Parameter(torch.randn(num_experts, width, 2 * width) * 0.2)
+        self.outer = nn.Parameter(torch.randn(num_experts, 2 * width, width) * 0.2)
+
+    def forward(self, hidden, index, weights):
+        result = torch.zeros_like(hidden)
+        for expert in range(self.num_experts):
+            token, choice = torch.where(index == expert)
+            output = functional.gelu(hidden[token] @ self.inner[expert]) @ self.outer[expert]
+            result = result.index_add(0, token, output * weights[token, choice, None])
+        return result
+
+
+class TinyMixture(nn.Module):
+    """A router and its experts, in place of a feed-forward network."""
+
+    def __init__(self, num_experts: int, num_choices: int, width: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, num_experts, bias=False)
+        self.experts = TinyExperts(num_experts, width)
+        self.num_choices = num_choices
+
+    def forward(self, hidden):
+        rows = hidden.flatten(0, 1)
+        weights, index = self.router(rows).softmax(-1).topk(self.num_choices)
+        return self.experts(rows, index, weights).view_as(hidden)
+
+
 class TinyModel(nn.Module):
-    def __init__(self, num_blocks: int, *, tied: bool = True, dropout: float = 0.1, width: int = 16) -> None:
+    def __init__(
+        self, num_blocks: int, *, tied: bool = True, dropout: float = 0.1, width: int = 16, num_choices: int = 0
+    ) -> None:
         super().__init__()
         self.token = nn.Embedding(VOCABULARY, width)
         self.position = nn.Embedding(LENGTH, width)
         self.blocks = nn.ModuleList([TinyBlock(width, dropout) for _ in range(num_blocks)])
+        for block in self.blocks if num_choices else ():
+            block.feed_forward = TinyMixture(4, num_choices, width)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         nn.init.normal_(self.token.weight, std=0.1)

@@ -182,3 +182,19 @@ def test_a_schedule_without_its_reductions_is_refused(rank_pools):
 def test_clipping_by_the_norm_of_the_whole_model_equals_one_process(rank_pools, degrees):
     case = Case("1f1b", 2, 3, degrees=degrees, dropout=0.0, dtype="float64", clip_norm=0.05)
     assert_equal_to_one_process(rank_pools, case)
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_experts_divided_over_replicas_equal_one_process(rank_pools, num_choices):
+    sizes = {"dropout": 0.0, "dtype": "float64", "num_choices": num_choices}
+    assert_equal_to_one_process(rank_pools, Case("gpipe", 1, 2, degrees={"dp": 2, "ep": 2}, **sizes))
+    assert_equal_to_one_process(rank_pools, Case("zb-h1", 2, 3, degrees={"dp": 4, "ep": 2}, **sizes))
+    assert_equal_to_one_process(
+        rank_pools, Case("1f1b", 2, 3, degrees={"dp": 4, "ep": 4}, recompute=("full",), **sizes)
+    )
+
+
+def test_the_experts_of_a_hugging_face_mixtral_are_divided_unchanged(rank_pools):
+    pytest.importorskip("transformers")
+    case = Case("1f1b", 2, 2, hugging_face="mixtral", dropout=0.0, num_steps=2, degrees={"dp": 2, "ep": 2})
+    assert_equal_to_one_process(rank_pools, case)

@@ -26,9 +26,10 @@ def test_plans_of_equal_degrees_are_taken():
     check_supported(documents(dp=2, tp=2, sp=True, zero=3)[0])
 
 
-def test_expert_parallelism_is_refused_and_not_ignored():
-    plan, profile = documents(dp=2, ep=2)
-    with pytest.raises(InvalidArgument, match="ep \\* etp is 2") as refusal:
+def test_experts_folded_over_tensor_parallel_ranks_are_refused_and_not_ignored():
+    check_supported(documents(dp=2, ep=2)[0])
+    plan, profile = documents(dp=2, tp=2, ep=2)
+    with pytest.raises(InvalidArgument, match="divides experts over data-parallel replicas only") as refusal:
         run_plan(plan, profile, model="nothing:imported")
     assert refusal.value.field == "stages[0].degrees.ep"
 
