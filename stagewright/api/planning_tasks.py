@@ -65,6 +65,7 @@ def solve(argument: str, context: TaskContext) -> str:
 
 def simulate(argument: str, _context: TaskContext) -> str:
     """Return the SimulationReport of a SimulationRequest, both as JSON."""
+    from stagewright.planner.plan_check import memory_limits
     from stagewright.planner.prediction import evaluate
 
     request = SimulationRequest.from_object(json.loads(argument))
@@ -86,17 +87,6 @@ def validate(argument: str, _context: TaskContext) -> str:
     from stagewright.api.validation import plan_report
 
     return canonical_json(plan_report(json.loads(argument)).model_dump(mode="json"))
-
-
-def memory_limits(plan: Plan) -> list[float]:
-    """Return the bytes that one device of each pipeline rank has, before headroom."""
-    by_name = {group.name: group for group in plan.cluster.groups}
-    limits = [plan.cluster.groups[0].device.memory_bytes] * plan.schedule.num_ranks
-    for row in plan.schedule.placement:
-        for stage, rank in zip(plan.stages, row, strict=True):
-            if stage.group is not None and stage.group in by_name:
-                limits[rank] = by_name[stage.group].device.memory_bytes
-    return limits
 
 
 def spans(timeline: Timeline, peak_bytes: tuple[float, ...]) -> dict[str, object]:

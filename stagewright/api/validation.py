@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from stagewright.api.names import check_fit, cluster_of, profile_of
-from stagewright.api.planning_tasks import memory_limits
 from stagewright.api.problems import Problem, pointer_of, problem_of
 from stagewright.api.requests import plan_request, read_cluster, read_model
 from stagewright.api.resources import ValidationReport, Violation
@@ -19,8 +18,6 @@ from stagewright.planner.errors import StagewrightError
 
 S = TypeVar("S")
 T = TypeVar("T")
-
-_GIB = 2.0**30
 
 
 def request_report(value: object, *, max_devices: int) -> ValidationReport:
@@ -52,35 +49,13 @@ def plan_report(value: Mapping[str, object]) -> ValidationReport:
         return _failed(problem_of(error))
 
 
-def plan_violations(plan: Plan, profile: ModelProfile) -> list[Violation]:
-    """Return the rules that a plan breaks when it trains this model on its own cluster."""
-    found = []
-    ranks = plan.mapping.num_ranks
-    if ranks > plan.cluster.num_devices:
-        message = f"the plan has {ranks} ranks, cluster {plan.cluster.name} has {plan.cluster.num_devices} devices"
-        found.append(Violation(code="devices", message=message, pointer="/plan/mapping/pipeline_ranks"))
-    samples = plan.schedule.num_microbatches * plan.schedule.microbatch * plan.stages[0].degrees.dp
-    if samples != plan.job.global_batch and not plan.stages[0].batch_shares:
-        message = (
-            f"{plan.schedule.num_microbatches} microbatches x {plan.schedule.microbatch} samples x dp "
-            f"{plan.stages[0].degrees.dp} = {samples}, the job's global_batch is {plan.job.global_batch}"
-        )
-        found.append(Violation(code="batch", message=message, pointer="/plan/schedule/num_microbatches"))
-    from stagewright.planner.prediction import evaluate
+def _violations_of(plan: Plan, profile: ModelProfile) -> list[Violation]:
+    from stagewright.planner.plan_check import plan_violations
 
-    try:
-        peaks = evaluate(plan, profile).prediction.peak_memory_bytes
-    except StagewrightError as error:
-        return [*found, _violation(error, "/plan")]
-    headroom = plan.job.space.memory_headroom
-    for rank, (peak, limit) in enumerate(zip(peaks, memory_limits(plan), strict=True)):
-        if peak > limit * (1 - headroom):
-            message = (
-                f"pipeline rank {rank} needs {peak / _GIB:.2f} GiB, its device has {limit * (1 - headroom) / _GIB:.2f} "
-                f"GiB after {headroom:.0%} headroom"
-            )
-            found.append(Violation(code="memory", message=message, pointer="/plan/stages"))
-    return found
+    return [
+        Violation(code=row.code, message=row.message, pointer=f"/plan{pointer_of(row.field)}", hint=row.hint)
+        for row in plan_violations(plan, profile)
+    ]
 
 
 def _plan_report(value: Mapping[str, object]) -> ValidationReport:
@@ -95,7 +70,7 @@ def _plan_report(value: Mapping[str, object]) -> ValidationReport:
         return ValidationReport(valid=False, violations=found)
     profile = _resolved(profile_of, read_model(value["model"], prefix="/model"), "/model", found)
     if profile is not None:
-        found += plan_violations(plan, profile)
+        found += _violations_of(plan, profile)
     return ValidationReport(valid=not found, violations=found)
 
 

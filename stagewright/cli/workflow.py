@@ -33,7 +33,7 @@ class Workload:
 
 def local_cluster(path: Path, report: ReportsProgress, *, refresh: bool) -> Cluster:
     """Return this machine as a cluster: the one in `path` when it still describes the machine, else measured anew."""
-    from stagewright.profiler.discover import discover_local
+    from stagewright.profiler.discover import describe_local, discover_local
 
     if path.exists() and not refresh:
         try:
@@ -41,9 +41,8 @@ def local_cluster(path: Path, report: ReportsProgress, *, refresh: bool) -> Clus
         except InvalidDocument:
             known = None
         if known is not None:
-            here = discover_local(measure_network=False, budget_s=0.5)
-            same_device = known.groups[0].device.name == here.groups[0].device.name
-            if same_device and known.num_devices == here.num_devices:
+            described = (known.groups[0].device.name, known.num_devices)
+            if described == describe_local():
                 report("cluster (kept)", 1, 1)
                 return known
     cluster = discover_local(progress=report)

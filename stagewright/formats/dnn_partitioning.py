@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import networkx as nx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stagewright.formats.graph_check import check_ids
 from stagewright.planner.documents import (
     Cluster,
     ConfigurationCost,
@@ -92,15 +93,8 @@ def read_partition_problem(path: str) -> PartitionProblem:
         problem = PartitionProblem.model_validate(value)
     except ValidationError as error:
         raise invalid_document("dnn-partitioning profile", error, source=path) from error
-    known = {node.id for node in problem.nodes}
-    if len(known) != len(problem.nodes):
-        raise InvalidDocument(f"{path}: two nodes have one id", field="nodes")
-    for index, edge in enumerate(problem.edges):
-        for end in (edge.source, edge.target):
-            if end not in known:
-                raise InvalidDocument(
-                    f"{path}: edges[{index}] names node {end}, which does not exist", field=f"edges[{index}]"
-                )
+    ids = [node.id for node in problem.nodes]
+    check_ids(ids, [(edge.source, edge.target) for edge in problem.edges], source=path)
     return problem
 
 

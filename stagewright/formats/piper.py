@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stagewright.formats.graph_check import check_ids
 from stagewright.planner.documents import (
     Cluster,
     ConfigurationCost,
@@ -26,7 +27,6 @@ from stagewright.planner.documents import (
     Source,
 )
 from stagewright.planner.documents.document import invalid_document, read_json
-from stagewright.planner.errors import InvalidDocument
 
 WEIGHT_BYTES = 4
 _THIRD = 1.0 / 3.0
@@ -91,15 +91,8 @@ def read_piper_problem(path: str) -> PiperProblem:
         problem = PiperProblem.model_validate(read_json(path))
     except ValidationError as error:
         raise invalid_document("Piper profile", error, source=path) from error
-    known = {node.id for node in problem.nodes}
-    if len(known) != len(problem.nodes):
-        raise InvalidDocument(f"{path}: two nodes have one id", field="nodes")
-    for index, edge in enumerate(problem.edges):
-        for end in (edge.source, edge.target):
-            if end not in known:
-                raise InvalidDocument(
-                    f"{path}: edges[{index}] names node {end}, which does not exist", field=f"edges[{index}]"
-                )
+    ids = [node.id for node in problem.nodes]
+    check_ids(ids, [(edge.source, edge.target) for edge in problem.edges], source=path)
     return problem
 
 

@@ -15,11 +15,12 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class PlanViolation:
-    """One broken rule: a stable code, the plan's field, and the message."""
+    """One broken rule: a stable code, the plan's field (empty for the whole plan), the message and the way out."""
 
     code: str
     field: str
     message: str
+    hint: str | None = None
 
 
 def plan_violations(plan: Plan, profile: ModelProfile, cluster: Cluster | None = None) -> list[PlanViolation]:
@@ -30,7 +31,7 @@ def plan_violations(plan: Plan, profile: ModelProfile, cluster: Cluster | None =
     ranks = plan.mapping.num_ranks
     if ranks > plan.cluster.num_devices:
         message = f"the plan has {ranks} ranks, cluster {plan.cluster.name} has {plan.cluster.num_devices} devices"
-        return [PlanViolation("devices", "mapping.pipeline_ranks", message)]
+        found.append(PlanViolation("devices", "mapping.pipeline_ranks", message))
     spec, dp = plan.schedule, plan.stages[0].degrees.dp
     samples = spec.num_microbatches * spec.microbatch * dp
     if samples != plan.job.global_batch and not plan.stages[0].batch_shares:
@@ -42,10 +43,10 @@ def plan_violations(plan: Plan, profile: ModelProfile, cluster: Cluster | None =
     try:
         peaks = evaluate(plan, profile).prediction.peak_memory_bytes
     except StagewrightError as error:
-        return [*found, PlanViolation(error.kind, error.field or "plan", error.message)]
+        return [*found, PlanViolation(error.kind, "", error.message, error.hint)]
     headroom = plan.job.space.memory_headroom
-    for rank, (peak, devices) in enumerate(zip(peaks, plan.mapping.pipeline_ranks, strict=True)):
-        limit = min(plan.cluster.group_of(device).device.memory_bytes for device in devices) * (1 - headroom)
+    for rank, (peak, memory_bytes) in enumerate(zip(peaks, memory_limits(plan), strict=True)):
+        limit = memory_bytes * (1 - headroom)
         if peak > limit:
             message = (
                 f"pipeline rank {rank} needs {peak / GIB:.2f} GiB, its device has {limit / GIB:.2f} GiB after "
@@ -53,3 +54,14 @@ def plan_violations(plan: Plan, profile: ModelProfile, cluster: Cluster | None =
             )
             found.append(PlanViolation("memory", "stages", message))
     return found
+
+
+def memory_limits(plan: Plan) -> list[float]:
+    """Return the bytes that one device of each pipeline rank has, before headroom."""
+    by_name = {group.name: group for group in plan.cluster.groups}
+    limits = [plan.cluster.groups[0].device.memory_bytes] * plan.schedule.num_ranks
+    for row in plan.schedule.placement:
+        for stage, rank in zip(plan.stages, row, strict=True):
+            if stage.group is not None and stage.group in by_name:
+                limits[rank] = by_name[stage.group].device.memory_bytes
+    return limits

@@ -16,14 +16,13 @@ CLUSTER 2022.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.orders import alternate, one_stage_passes
 from stagewright.planner.schedules.schedule import Schedule, loop_placement
 from stagewright.planner.schedules.sizes import Sizes, check_placement, costs_of, require, sizes_of
+from stagewright.planner.simulation.implied_shares import unit_factors
 
-Floats = npt.NDArray[np.float64]
 
 
 def autopipe(request: ScheduleRequest) -> Schedule:
@@ -40,11 +39,6 @@ def autopipe(request: ScheduleRequest) -> Schedule:
         return _sliced(sizes, halved)
     choices = range(min(sizes.num_ranks, sizes.num_microbatches) + 1)
     return _sliced(sizes, min(choices, key=lambda count: (_makespan_s(request, sizes, count), count)))
-
-
-def unit_factors(num_units: int, num_halved: int) -> Floats:
-    """Return each unit's share of a microbatch, shape [num_units]: 1/2 for the first 2 n."""
-    return np.where(np.arange(num_units) < 2 * num_halved, 0.5, 1.0)
 
 
 def _sliced(sizes: Sizes, halved: int) -> Schedule:

@@ -17,11 +17,11 @@ from stagewright.planner.schedules.auto import (
     search,
 )
 from stagewright.planner.schedules.auto.request import DEFAULT_CHUNKS
-from stagewright.planner.schedules.autopipe import unit_factors
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.schedule import Schedule, chain_edges, loop_placement, wave_placement
+from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.bound import work_bound
 from stagewright.planner.simulation.network import Links, Shares
 from stagewright.planner.simulation.simulate import simulate
@@ -93,21 +93,10 @@ def report(
         schedule = generate(name, _with_placement(request, placement))
         costs = request.costs or _equal_costs(schedule)
         bound_s = _bound(schedule, costs, request)
-    timeline = simulate(schedule, costs, links=Links(latency_s=request.latency_s), shares=shares_of(schedule))
+    timeline = simulate(schedule, costs, links=Links(latency_s=request.latency_s), shares=implied_shares(schedule))
     assert bound_s <= timeline.makespan_s * (1 + 1e-9), f"bound {bound_s} above the makespan {timeline.makespan_s}"
     bound_s = min(bound_s, timeline.makespan_s)  # the two are sums in different orders
     return ScheduleReport(schedule, costs, timeline, bound_s, request.num_microbatches, result)
-
-
-def shares_of(schedule: Schedule) -> Shares:
-    """Return what a named schedule's own parameters say about its units: halved microbatches, seconds of fillers."""
-    parameters = schedule.parameters
-    if "halved" in parameters:
-        factors = unit_factors(schedule.num_microbatches, int(parameters["halved"]))
-        return Shares(microbatch_time=factors, microbatch_activation=factors)
-    if "fill_s" in parameters:
-        return Shares(fill_s=np.full(int(parameters["items"]), float(parameters["fill_s"])))
-    return Shares()
 
 
 def infeasible_document(name: str, request: ScheduleRequest, error: Infeasible) -> dict[str, object]:
@@ -173,7 +162,7 @@ def _with_placement(request: ScheduleRequest, choice: PlacementChoice) -> Schedu
 
 
 def _bound(schedule: Schedule, costs: StageCosts, request: ScheduleRequest) -> float:
-    factors = shares_of(schedule).microbatch_time
+    factors = implied_shares(schedule).microbatch_time
     bound_s = work_bound(schedule, costs, latency_s=request.latency_s, microbatch_time=factors)
     chain = schedule.edges == chain_edges(schedule.num_stages)
     special = schedule.num_replicas > 1 or schedule.num_slices > 1 or not chain or factors is not None

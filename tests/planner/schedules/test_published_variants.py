@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagewright.planner.errors import Infeasible, InvalidArgument
-from stagewright.planner.schedules.autopipe import unit_factors
 from stagewright.planner.schedules.bpipe import activation_cap
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.dhelix import paired_s
@@ -19,6 +18,7 @@ from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.pipefisher import filled
 from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.slicing import equal_work_slices, fastest_slices
+from stagewright.planner.simulation.implied_shares import unit_factors
 from stagewright.planner.simulation.network import Links, Shares
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.validate import validate

@@ -11,7 +11,7 @@ from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.registry import families, generate
-from stagewright.planner.schedules.report import shares_of
+from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.bound import work_bound
 from stagewright.planner.simulation.nccl import check_nccl
 from stagewright.planner.simulation.network import Links
@@ -53,7 +53,7 @@ def check(case):
     validate(schedule)
     share = max(1, schedule.num_stages // schedule.num_ranks)
     costs = StageCosts.uniform(schedule.num_stages, num_chunks=share)
-    shares = shares_of(schedule)
+    shares = implied_shares(schedule)
     links = Links(latency_s=latency_s)
     makespan_s = simulate(schedule, costs, links=links, shares=shares).makespan_s
     bound_s = work_bound(schedule, costs, latency_s=latency_s, microbatch_time=shares.microbatch_time)
