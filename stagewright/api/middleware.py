@@ -6,6 +6,7 @@ body through the application's handlers; here both are one.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -82,8 +83,16 @@ class HostGuard:
         await self._app(scope, receive, send)
 
 
+_DRAIN_S = 5.0
+_DRAIN_LIMITS = 4
+
+
 class BodyLimit:
-    """Refuses bodies above a size, by their declared length at once, and chunked ones as they grow past it."""
+    """Refuses bodies above a size, by their declared length at once, and chunked ones as they grow past it.
+
+    What is still on its way is read and thrown away first, within bounds: a connection closed with bytes unread is
+    reset, and the client would see that instead of the answer.
+    """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
         self._app = app
@@ -95,6 +104,8 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdigit() and int(declared) > self._max_bytes:
+            if Headers(scope=scope).get("expect", "").lower() != "100-continue":
+                await self._drain(receive)
             raise self._too_large(int(declared))
         received = 0
 
@@ -104,10 +115,25 @@ class BodyLimit:
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 if received > self._max_bytes:
+                    if message.get("more_body", False):
+                        await self._drain(receive)
                     raise self._too_large(received)
             return message
 
         await self._app(scope, receive_within_limit, send)
+
+    async def _drain(self, receive: Receive) -> None:
+        """Reads on until the body ends, or some limits' worth of bytes or a few seconds have passed."""
+        left = _DRAIN_LIMITS * self._max_bytes
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                while left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return
+        except TimeoutError:
+            return
 
     def _too_large(self, num_bytes: int) -> Problem:
         return Problem(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from stagewright.api.names import cluster_of, profile_of
 from stagewright.api.requests import SimulationRequest
 from stagewright.api.tasks import TaskContext
-from stagewright.planner.documents import Plan
 from stagewright.planner.documents.document import canonical_json
 from stagewright.planner.documents.request import PlanRequest
 

@@ -85,7 +85,5 @@ class RemoteError(StagewrightError):
     exit_code = 7
 
 
-def _rebuild(
-    cls: type[StagewrightError], message: str, field: str | None, hint: str | None
-) -> StagewrightError:
+def _rebuild(cls: type[StagewrightError], message: str, field: str | None, hint: str | None) -> StagewrightError:
     return cls(message, field=field, hint=hint)

@@ -45,7 +45,11 @@ COMPUTE_KINDS = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.FILL})
 SEND_KINDS = frozenset({Kind.SEND_F, Kind.SEND_B})
 RECV_KINDS = frozenset({Kind.RECV_F, Kind.RECV_B})
 
-_TEXT = re.compile(r"^(?:(\d+):)?(\d+)(" + "|".join(sorted((k.name for k in Kind), key=len, reverse=True)) + r")(?:(\d+)(?:\.(\d+))?)?$")
+_TEXT = re.compile(
+    r"^(?:(\d+):)?(\d+)("
+    + "|".join(sorted((k.name for k in Kind), key=len, reverse=True))
+    + r")(?:(\d+)(?:\.(\d+))?)?$"
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -24,7 +24,6 @@ from stagewright.planner.schedules.sizes import Sizes, check_placement, costs_of
 from stagewright.planner.simulation.implied_shares import unit_factors
 
 
-
 def autopipe(request: ScheduleRequest) -> Schedule:
     """Return 1F1B over units, the first 2 n of them halves."""
     sizes = sizes_of(request, "autopipe")

@@ -66,7 +66,13 @@ class StageCosts:
 
     @classmethod
     def uniform(
-        cls, num_stages: int, *, forward_s: float = 1.0, input_grad_s: float = 1.0, weight_grad_s: float = 1.0, num_chunks: int = 1
+        cls,
+        num_stages: int,
+        *,
+        forward_s: float = 1.0,
+        input_grad_s: float = 1.0,
+        weight_grad_s: float = 1.0,
+        num_chunks: int = 1,
     ) -> StageCosts:
         """Return equal stages; the seconds are one rank's whole share, which its chunks divide, and so is activation 1."""
         ones = np.ones(num_stages) / num_chunks

@@ -21,9 +21,9 @@ from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.schedule import Schedule, chain_edges, loop_placement, wave_placement
-from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.bound import work_bound
-from stagewright.planner.simulation.network import Links, Shares
+from stagewright.planner.simulation.implied_shares import implied_shares
+from stagewright.planner.simulation.network import Links
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.summary import summary
 from stagewright.planner.simulation.timeline import Timeline

@@ -11,8 +11,8 @@ from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.registry import families, generate
-from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.bound import work_bound
+from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.nccl import check_nccl
 from stagewright.planner.simulation.network import Links
 from stagewright.planner.simulation.simulate import simulate
