@@ -46,8 +46,8 @@ def load_model(text: str) -> ModelProfile:
     return resolve_model(text)
 
 
-def parse_pins(texts: Sequence[str]) -> Pins:
-    """Return the pins of `--pin k=v`; raises InvalidArgument for an unknown name, a bad value or a repeated name."""
+def parse_pins(texts: Sequence[str], *, option: str = "pin") -> Pins:
+    """Return the pins of `--pin k=v` (or another option); raises InvalidArgument for an unknown name, a bad value or a repeated name."""
     values: dict[str, str] = {}
     for text in texts:
         for item in text.split(","):
@@ -55,12 +55,14 @@ def parse_pins(texts: Sequence[str]) -> Pins:
             name = name.strip()
             if name not in PIN_NAMES or not separator:
                 raise InvalidArgument(
-                    f"--pin {item!r} is not NAME=VALUE with a known name",
-                    field="pin",
+                    f"--{option} {item!r} is not NAME=VALUE with a known name",
+                    field=option,
                     hint="names: " + ", ".join(PIN_NAMES),
                 )
             if values.setdefault(name, value.strip()) != value.strip():
-                raise InvalidArgument(f"{name} is pinned to {values[name]} and to {value.strip()}", field=f"pin.{name}")
+                raise InvalidArgument(
+                    f"{name} is pinned to {values[name]} and to {value.strip()}", field=f"{option}.{name}"
+                )
     from pydantic import ValidationError
 
     from stagewright.planner.documents.document import invalid_document
@@ -68,7 +70,7 @@ def parse_pins(texts: Sequence[str]) -> Pins:
     try:
         return Pins.model_validate(values)
     except ValidationError as error:
-        raise invalid_document("pin", error) from error
+        raise invalid_document(option, error) from error
 
 
 def parse_forbids(texts: Sequence[str]) -> tuple[Forbid, ...]:

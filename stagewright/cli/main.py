@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "cluster": Command("cluster", "Discover, show or check a cluster."),
     "catalog": Command("catalog", "List known devices, models and clusters."),
     "plan": Command("plan", "Find the best parallel training plan, with a proven bound."),
+    "explain": Command("explain", "Say what binds a plan, what came behind it, and why not another choice."),
     "simulate": Command("simulate", "Simulate a plan again."),
     "validate": Command("validate", "Check a plan against a cluster."),
     "compare": Command("compare", "Put plans or planners side by side under the common simulator."),

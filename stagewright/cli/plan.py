@@ -13,7 +13,7 @@ from stagewright.planner.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from stagewright.planner.documents import ModelProfile, Plan, TrainingJob
-    from stagewright.planner.documents.outcome import PlanOutcome
+    from stagewright.planner.documents.outcome import Diagnosis, PlanOutcome
 
 INFEASIBLE, NO_SOLUTION = 3, 4
 
@@ -152,7 +152,10 @@ def print_outcome(outcome: PlanOutcome, output: Path | None = None) -> None:
     """Print an outcome for people: the plan as a table, how good it is proved to be, and what to do next."""
     screen = console()
     if outcome.plan is None:
-        _print_diagnosis(outcome)
+        if outcome.diagnosis is None:
+            screen.print("No plan was found before the limit; give a longer --deadline.")
+        else:
+            print_diagnosis(outcome.diagnosis)
         return
     print_plan(outcome.plan)
     found = outcome.plan
@@ -205,13 +208,11 @@ def print_plan(found: Plan) -> None:
     screen.print(table)
 
 
-def _print_diagnosis(outcome: PlanOutcome) -> None:
+def print_diagnosis(diagnosis: Diagnosis) -> None:
+    """Print for people why nothing fits, what is short, and what would fit."""
     screen = console()
-    if outcome.diagnosis is None:
-        screen.print("No plan was found before the limit; give a longer --deadline.")
-        return
-    screen.print(f"Infeasible: {outcome.diagnosis.message}")
-    for shortfall in outcome.diagnosis.shortfalls:
+    screen.print(f"Infeasible: {diagnosis.message}")
+    for shortfall in diagnosis.shortfalls:
         items = ", ".join(
             f"{name} {bytes_text(value)}" for name, value in shortfall.items.model_dump().items() if value
         )
@@ -219,6 +220,6 @@ def _print_diagnosis(outcome: PlanOutcome) -> None:
             f"  pipeline rank {shortfall.pipeline_rank} needs {bytes_text(shortfall.needed_bytes)}, has "
             f"{bytes_text(shortfall.available_bytes)}, short of {bytes_text(shortfall.short_bytes)}: {items}"
         )
-    for relaxation in outcome.diagnosis.relaxations:
+    for relaxation in diagnosis.relaxations:
         step = "" if relaxation.step_time_s is None else f" ({seconds_text(relaxation.step_time_s)} a step)"
         screen.print(f"  would fit with: {relaxation.change}{step}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from stagewright.planner.documents.outcome import Alternative, PlanOutcome
 from stagewright.planner.documents.plan import Certificate, Plan
 from stagewright.planner.prediction import evaluate
 from stagewright.planner.search.diagnosis import diagnose
+from stagewright.planner.search.incumbent import start
 from stagewright.planner.search.joint_search import JointSearch
 from stagewright.planner.search.limits import Limits, Termination
 from stagewright.planner.search.problem import Problem
@@ -64,6 +67,8 @@ def _plans(search: JointSearch) -> list[tuple[str, Plan]]:
     """Return the best candidates that were completed as scored plans, the best one first."""
     assert search.best is not None
     limits, problem = search.limits, search.problem
+    if len(search.found) <= limits.top:
+        _complete_others(search, limits.top + 1)
     order = sorted(search.found, key=lambda index: (search.found[index].step_s, index))
     order.remove(search.best.index)
     plans = []
@@ -74,6 +79,16 @@ def _plans(search: JointSearch) -> list[tuple[str, Plan]]:
         plans.append((search.candidate(index).summary, scored))
     plans.sort(key=lambda pair: pair[1].prediction.step_time_s)
     return plans
+
+
+def _complete_others(search: JointSearch, count: int) -> None:
+    """Complete the most promising candidates, three times as many as are wanted, so that there are runners-up to name."""
+    left = np.array([index for index in range(search.num_candidates) if index not in search.found], dtype=np.int64)
+    for index in left[np.argsort(search.estimate(left), kind="stable")][: 3 * count].tolist():
+        costs = search.costs(index) if search.limits.reached() is None else None
+        completion = None if costs is None else start(costs)
+        if completion is not None:
+            search.keep(index, completion)
 
 
 def _without_plan(problem: Problem, search: JointSearch, termination: Termination) -> PlanOutcome:

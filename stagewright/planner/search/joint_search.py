@@ -339,7 +339,7 @@ class JointSearch:
     def _late_bytes(self) -> Floats:
         return self.priced.kept_bytes * (1.0 - self.priced.freed_share)
 
-    def _estimate(self, chosen: Longs) -> Floats:
+    def estimate(self, chosen: Longs) -> Floats:
         """Return a guess of each candidate's step: the bound, and the idle time its family leaves."""
         rows, rules, chunks = (column[chosen] for column in self.crossed)
         shape = self.priced.shape[rows]
@@ -361,7 +361,7 @@ class JointSearch:
         left = np.flatnonzero(self.bound_s < self.target_s)
         self._refine(left, high_s / (1.0 + self.limits.gap) if self.best is not None else high_s, 0)
         left = np.flatnonzero(self.bound_s < self.target_s)
-        estimate = self._estimate(left)
+        estimate = self.estimate(left)
         stopped = self._begin(left[np.argsort(estimate, kind="stable")], NUM_STARTS)
         return stopped
 
