@@ -31,7 +31,7 @@ from stagewright.planner.errors import InvalidArgument, StagewrightError
 from stagewright.planner.planners.dapple_published import BatchGraph, dapple_partition
 from stagewright.planner.planners.pipedream import PipelineGraph, pipedream_partition
 from stagewright.planner.planners.piper import TensorGraph, piper_partition
-from stagewright.planner.planners.tarnawski import DeviceProblem, partition_any, partition_contiguous
+from stagewright.planner.planners.tarnawski_dp import DeviceProblem, partition_any, partition_contiguous
 from stagewright.planner.search.ideals import IdealLattice, ideal_lattice
 
 REPEATED_LAYER = "ParallelTransformerLayer"

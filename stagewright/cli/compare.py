@@ -12,6 +12,7 @@ from stagewright.planner.errors import InvalidArgument, StagewrightError
 
 if TYPE_CHECKING:
     from stagewright.planner.documents import Plan
+    from stagewright.planner.documents.outcome import PlanOutcome
 
 DRIFT = 6
 
@@ -29,6 +30,9 @@ def compare(
     json: Json = False,
 ) -> None:
     """Put plans side by side, or all named planners on one model and cluster, scored by the common simulator.
+
+    A planner's own objective is what it minimised; step, peak memory and the gap to the bound that the exact planner
+    proved are the common simulator's. A planner that refuses the problem says why and the others go on.
 
     Example: stagewright compare gpt2 --cluster a100-sxm-80g:8x1 --planners exact,megatron
     """
@@ -57,6 +61,7 @@ def _planner_rows(
     from stagewright.cli.inputs import load_cluster, load_model
     from stagewright.cli.plan import profile_sequence
     from stagewright.planner.documents import TrainingJob
+    from stagewright.planner.planners.registry import planner as named_planner
     from stagewright.planner.planners.registry import planners as all_planners
     from stagewright.planner.planning import make_plan
 
@@ -71,17 +76,29 @@ def _planner_rows(
     with progress_bar(quiet=quiet) as report:
         profile, machines = load_model(model), load_cluster(cluster, report)
         job = TrainingJob(global_batch=global_batch, sequence_length=profile_sequence(profile, sequence_length))
-        for index, name in enumerate(names):
+        bound_s: float | None = None
+        for index, row in enumerate([named_planner(name) for name in names]):
             report("planners", index, len(names))
             try:
-                outcome = make_plan(profile, machines, job, planner=name, deadline_s=deadline, top=0)
+                outcome = make_plan(profile, machines, job, planner=row.name, deadline_s=deadline, top=0)
             except StagewrightError as error:
-                rows.append({"name": name, "status": error.kind, "message": error.message})
+                rows.append({"name": row.name, "status": error.kind, "message": error.message})
                 continue
-            row: dict[str, object] = {"name": name, "status": outcome.status, "wall_s": outcome.wall_s}
-            rows.append(row | (_numbers(outcome.plan) if outcome.plan is not None else {}))
+            bound_s = outcome.bound_s if outcome.bound_s is not None else bound_s
+            rows.append(_outcome_row(row.name, row.objective, outcome))
         report("planners", len(names), len(names))
-    return rows
+    return [
+        {**row, "gap": float(str(row["step_time_s"])) / bound_s - 1.0} if bound_s and "step_time_s" in row else row
+        for row in rows
+    ]
+
+
+def _outcome_row(name: str, objective: str, outcome: PlanOutcome) -> dict[str, object]:
+    row: dict[str, object] = {"name": name, "status": outcome.status, "wall_s": outcome.wall_s, "objective": objective}
+    if outcome.plan is None:
+        message = "nothing it chose fits the devices" if outcome.status == "no_solution" else "nothing fits"
+        return row | {"message": message}
+    return row | {"own_objective": outcome.own_objective} | _numbers(outcome.plan)
 
 
 def _plan_row(path: Path) -> dict[str, object]:
@@ -110,20 +127,48 @@ def _print(rows: list[dict[str, object]]) -> None:
 
     steps = [float(str(row["step_time_s"])) for row in rows if "step_time_s" in row]
     best = min(steps, default=0.0)
-    table = Table("", "status", "step", "over best", "peak memory", "MFU", "bubble", "plan", box=None)
+    table = Table(
+        "",
+        "status",
+        "own objective",
+        "step",
+        "over best",
+        "over bound",
+        "peak memory",
+        "MFU",
+        "solved in",
+        "plan",
+        box=None,
+    )
     for row in rows:
         if "step_time_s" not in row:
-            table.add_row(str(row["name"]), str(row["status"]), *[""] * 5, str(row.get("message", "")))
+            table.add_row(str(row["name"]), str(row["status"]), *[""] * 7, str(row.get("message", "")))
             continue
         step = float(str(row["step_time_s"]))
-        mfu = "" if row["mfu"] is None else f"{float(str(row['mfu'])):.1%}"
-        bubble = f"{float(str(row['bubble_over_total'])):.1%}"
-        peak = bytes_text(float(str(row["peak_memory_bytes"])))
-        over = f"{step / best - 1:+.1%}"
         table.add_row(
-            str(row["name"]), str(row["status"]), seconds_text(step), over, peak, mfu, bubble, str(row["plan"])
+            str(row["name"]),
+            str(row["status"]),
+            _own(row),
+            seconds_text(step),
+            f"{step / best - 1:+.1%}",
+            _percent(row.get("gap"), "+.1%"),
+            bytes_text(float(str(row["peak_memory_bytes"]))),
+            _percent(row["mfu"], ".1%"),
+            seconds_text(float(str(row["wall_s"]))) if "wall_s" in row else "",
+            str(row["plan"]),
         )
     console().print(table)
+
+
+def _percent(value: object, form: str) -> str:
+    return "" if value is None else format(float(str(value)), form)
+
+
+def _own(row: dict[str, object]) -> str:
+    value = row.get("own_objective")
+    if value is None:
+        return ""
+    return bytes_text(float(str(value))) if "bytes" in str(row["objective"]) else f"{float(str(value)):.4g} s"
 
 
 def _check_drift(rows: list[dict[str, object]], percent: float) -> None:

@@ -50,7 +50,13 @@ class Diagnosis(Part):
 
 
 class PlanOutcome(Document):
-    """The answer of a planner."""
+    """The answer of a planner.
+
+    Parameters
+    ----------
+    objective_s, bound_s, gap : of the simulated step.
+    own_objective : what the planner itself minimised, at its plan; None where that is the simulated step.
+    """
 
     document_name: ClassVar[str] = "outcome"
 
@@ -59,6 +65,7 @@ class PlanOutcome(Document):
     objective_s: Annotated[float, Field(ge=0)] | None
     bound_s: Annotated[float, Field(ge=0)] | None
     gap: Annotated[float, Field(ge=0)] | None
+    own_objective: Annotated[float, Field(ge=0)] | None = None
     candidates: Index
     evaluated: Index
     simulated: Index

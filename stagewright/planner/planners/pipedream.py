@@ -12,19 +12,31 @@ ideal, a stage is the difference of two nested ideals on m replicas, and its tim
 in O(I^2 n^2) for I ideals. With two network levels the best pipeline of every interval on the inner level stands for
 compute on the outer one. The bottleneck is optimal over contiguous stages that use all workers, under full overlap
 of compute and communication; fill, drain and unequal links within a level are not in the model.
+
+On the common Problem (`solve`) all stages have equal degrees, so for each (replicas, depth, microbatch) the programme
+cuts the chain with a stage's time for a whole step of T microbatches max(T t, gradient reduction, 2 T hop); memory is not
+in the model. Plans run 1F1B with a flush, since the Problem is synchronous.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.errors import Infeasible, InvalidArgument
+from stagewright.planner.planners.range_cuts import least_bottleneck
+from stagewright.planner.planners.reach import Reach
+from stagewright.planner.planners.registry import NamedPlanner
+from stagewright.planner.planners.scoring import choices_outcome, choices_over
+from stagewright.planner.planners.stage_table import StageTable
 from stagewright.planner.search.ideals import IdealLattice
+from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.problem import Partition, Problem
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -205,3 +217,27 @@ def _inner_bottlenecks(
         )
         result[start] = best[:, workers]
     return result
+
+
+def solve(problem: Problem, limits: Limits) -> PlanOutcome:
+    """Return the plan whose slowest stage is fastest."""
+    return choices_outcome(problem, limits, choices_over(problem, limits, _REACH, _solve_one), PLANNER.name)
+
+
+def _solve_one(table: StageTable) -> Iterator[tuple[float, Partition]]:
+    count = table.configuration.num_microbatches
+    cost = np.maximum(count * table.time_s, table.reduction_s)
+    cost = np.maximum(cost, 2.0 * count * np.maximum(table.in_hop_s, table.out_hop_s))
+    found = least_bottleneck(cost, table.configuration.num_ranks)
+    if found is not None:
+        yield found.value, table.partition(found.bounds)
+
+
+_REACH = Reach()
+
+PLANNER = NamedPlanner(
+    "pipedream",
+    "Narayanan et al., PipeDream: Generalized Pipeline Parallelism for DNN Training, SOSP 2019",
+    solve,
+    objective="seconds of the slowest stage",
+)

@@ -39,9 +39,21 @@ class NamedPlanner:
 
 def planners() -> tuple[NamedPlanner, ...]:
     """Return all planners, the exact one first."""
-    from stagewright.planner.planners import exact, exhaustive, megatron, random
+    from stagewright.planner.planners import (
+        alpa,
+        exact,
+        exhaustive,
+        mcap,
+        megatron,
+        pipedream,
+        random,
+        torchgpipe,
+        varuna,
+    )
 
-    return (exact.PLANNER, exhaustive.PLANNER, megatron.PLANNER, random.PLANNER)
+    first = (exact.PLANNER, exhaustive.PLANNER, megatron.PLANNER, random.PLANNER)
+    named = (alpa, mcap, pipedream, torchgpipe, varuna)
+    return (*first, *(module.PLANNER for module in named))
 
 
 def planner(name: str) -> NamedPlanner:

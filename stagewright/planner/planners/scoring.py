@@ -2,13 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from stagewright.planner.documents.outcome import Alternative, PlanOutcome
 from stagewright.planner.documents.plan import Plan
+from stagewright.planner.planners.reach import Reach, candidate_of, configurations
+from stagewright.planner.planners.stage_table import StageTable, stage_table
 from stagewright.planner.prediction import evaluate
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Candidate, Partition, Problem
+
+
+class Choice(NamedTuple):
+    """What a planner would run, and the value of its own objective: seconds of a step, unless the planner says."""
+
+    value: float
+    candidate: Candidate
+    partition: Partition
+
+
+SolveOne = Callable[[StageTable], Iterable[tuple[float, Partition]]]
+
+
+def choices_over(
+    problem: Problem,
+    limits: Limits,
+    reach: Reach,
+    solve_one: SolveOne,
+    *,
+    lower_bound: Callable[[StageTable], float] | None = None,
+) -> list[Choice]:
+    """Return what a planner chooses in each configuration within its reach; stops at the deadline.
+
+    With `lower_bound`, configurations are solved in order of it and left out once it passes the best value so far.
+    """
+    tables = [stage_table(problem, configuration) for configuration in configurations(problem, reach)]
+    if lower_bound is not None:
+        tables = [table for _, _, table in sorted((lower_bound(t), i, t) for i, t in enumerate(tables))]
+    found: list[Choice] = []
+    best = float("inf")
+    for index, table in enumerate(tables):
+        if limits.reached() is not None:
+            break
+        if lower_bound is not None and lower_bound(table) >= best:
+            break
+        candidate = candidate_of(problem, reach, table.configuration)
+        for value, partition in solve_one(table):
+            found.append(Choice(value, candidate, partition))
+            best = min(best, value)
+        limits.report("configurations", index + 1, len(tables), None, None)
+    return found
+
+
+def fits(problem: Problem, candidate: Candidate, partition: Partition) -> bool:
+    """Tell whether the common memory ledger lets the choice run."""
+    limit_bytes = problem.capacity_bytes * (1 + 1e-12)
+    return problem.takes(candidate) and bool((problem.pipeline(candidate, partition).peak_bytes <= limit_bytes).all())
+
+
+def choices_outcome(
+    problem: Problem, limits: Limits, choices: Sequence[Choice], planner: str, *, in_order: bool = False
+) -> PlanOutcome:
+    """Return the planner's best choice by its own objective that fits, scored, and the next ones as alternatives.
+
+    A planner that knows nothing of memory is given the memory test from outside: its users would go down its list.
+    `in_order` says that the choices already stand in the planner's order of preference.
+    """
+    order = list(range(len(choices)))
+    if not in_order:
+        order.sort(key=lambda index: choices[index].value)
+    plans: list[tuple[Choice, Plan]] = []
+    for index in order:
+        choice = choices[index]
+        if not fits(problem, choice.candidate, choice.partition):
+            continue
+        plans.append((choice, scored(problem, choice.candidate, choice.partition, planner)))
+        if len(plans) > limits.top:
+            break
+    best = plans[0] if plans else None
+    return PlanOutcome(
+        status="feasible" if best is not None else "no_solution",
+        plan=None if best is None else best[1],
+        objective_s=None if best is None else best[1].prediction.step_time_s,
+        bound_s=None,
+        gap=None,
+        own_objective=None if best is None else best[0].value,
+        candidates=len(choices),
+        evaluated=len(choices),
+        simulated=len(plans),
+        wall_s=0.0,
+        alternatives=tuple(alternative(choice.candidate, plan) for choice, plan in plans[1:]),
+    )
+
+
+def alternative(candidate: Candidate, plan: Plan) -> Alternative:
+    """Return a runner-up."""
+    return Alternative(
+        summary=candidate.summary,
+        step_time_s=plan.prediction.step_time_s,
+        peak_memory_bytes=max(plan.prediction.peak_memory_bytes),
+        plan=plan,
+    )
 
 
 def scored(problem: Problem, candidate: Candidate, partition: Partition, planner: str) -> Plan:
@@ -25,37 +120,15 @@ def candidates_outcome(
     *,
     num_candidates: int | None = None,
 ) -> PlanOutcome:
-    """Return the outcome of a planner that proves nothing: its best choice that fits by simulated step, then the rest.
+    """Return the outcome of a planner whose objective is the simulated step: the best of its choices that fits.
 
     A planner that finds nothing says `no_solution`: only a planner that searched everything may say infeasible.
     """
-    limit_bytes = problem.capacity_bytes * (1 + 1e-12)
-    fitting = []
-    for candidate, partition in choices:
-        if problem.takes(candidate) and (problem.pipeline(candidate, partition).peak_bytes <= limit_bytes).all():
-            fitting.append((problem.step_s(candidate, partition), candidate, partition))
-    fitting.sort(key=lambda item: item[0])
-    plans = [(item, scored(problem, item[1], item[2], planner)) for item in fitting[: limits.top + 1]]
-    plans.sort(key=lambda pair: pair[1].prediction.step_time_s)
-    best = plans[0][1] if plans else None
+    timed = [
+        Choice(problem.step_s(candidate, partition), candidate, partition)
+        for candidate, partition in choices
+        if fits(problem, candidate, partition)
+    ]
+    outcome = choices_outcome(problem, limits, timed, planner)
     count = len(choices) if num_candidates is None else num_candidates
-    return PlanOutcome(
-        status="feasible" if best is not None else "no_solution",
-        plan=best,
-        objective_s=None if best is None else best.prediction.step_time_s,
-        bound_s=None,
-        gap=None,
-        candidates=count,
-        evaluated=len(choices),
-        simulated=len(choices),
-        wall_s=0.0,
-        alternatives=tuple(
-            Alternative(
-                summary=item[1].summary,
-                step_time_s=plan.prediction.step_time_s,
-                peak_memory_bytes=max(plan.prediction.peak_memory_bytes),
-                plan=plan,
-            )
-            for item, plan in plans[1:]
-        ),
-    )
+    return outcome.model_copy(update={"candidates": count, "evaluated": len(choices), "simulated": len(choices)})

@@ -1,11 +1,11 @@
-"""The integer programme of Tarnawski et al. for partitions into any sets, modelled in PuLP; see `tarnawski`."""
+"""The integer programme of Tarnawski et al. for partitions into any sets, modelled in PuLP; see `tarnawski_dp`."""
 
 from __future__ import annotations
 
 import numpy as np
 import pulp
 
-from stagewright.planner.planners.tarnawski import DevicePartition, DeviceProblem, accelerator_load_s
+from stagewright.planner.planners.tarnawski_dp import DevicePartition, DeviceProblem, accelerator_load_s
 
 
 def solve_any_sets(problem: DeviceProblem, start: DevicePartition, *, time_limit_s: float) -> DevicePartition:

@@ -18,7 +18,7 @@ from stagewright.planner.errors import Infeasible
 from stagewright.planner.planners.dapple_published import BatchGraph, MachineStage, dapple_partition, iteration_s
 from stagewright.planner.planners.pipedream import PipelineGraph, pipedream_partition
 from stagewright.planner.planners.piper import TensorGraph, piper_partition
-from stagewright.planner.planners.tarnawski import (
+from stagewright.planner.planners.tarnawski_dp import (
     DeviceProblem,
     accelerator_load_s,
     partition_any,
