@@ -91,6 +91,7 @@ class Interpreter:
         self._recorder = recorder
         self._at_action = at_action
         self._iteration: Iteration = {}
+        self._last_backwards: frozenset[Action] = frozenset()
         self._handlers: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
             Kind.B: self._backward,
@@ -109,6 +110,7 @@ class Interpreter:
     def run(self, steps: Sequence[tuple[Action, ...]], iteration: Iteration) -> None:
         """Run one iteration: every action of `steps`, then wait for what is still on its way."""
         self._iteration = iteration
+        self._last_backwards = _last_full_backwards(steps)
         self._mailbox.begin({unit: given.batch for unit, given in iteration.items()})
         posted = 0
         for position, step in enumerate(steps):
@@ -148,6 +150,8 @@ class Interpreter:
     def _backward(self, action: Action) -> None:
         stage = self._stages[action.replica, action.stage]
         gradients = self._mailbox.take_gradients(action)
+        if action in self._last_backwards:
+            self._buckets.arm((action.replica, action.stage))
         start = now_s()
         result = stage.backward(
             _unit(action),
@@ -186,6 +190,13 @@ class Interpreter:
         if self._optimize is not None:
             self._optimize(key, action.microbatch)
         self._recorder.add(COMPUTE_LANE, action, start, now_s())
+
+
+def _last_full_backwards(steps: Sequence[tuple[Action, ...]]) -> frozenset[Action]:
+    """Return the last gradient action of each stage, where it is a full backward."""
+    final = (Kind.B, Kind.W)
+    last = {(action.replica, action.stage): action for step in steps for action in step if action.kind in final}
+    return frozenset(action for action in last.values() if action.kind is Kind.B)
 
 
 def _unit(action: Action) -> Unit:

@@ -3,8 +3,12 @@
 A bucket is the parameters of one stage, or those that several stages share (tied weights), with the group of all ranks
 that hold them: data-parallel replicas, context-parallel ranks, the other replicas of a bidirectional pipeline, and for
 tied weights the ranks of every stage that uses them. A bucket is reduced once each iteration, when the last of its
-stages on this rank has issued REDUCE_GRAD; reductions are asynchronous and the optimizer's action waits. Never by hooks
-on the backward: a hook does not know of deferred weight gradients, microbatches or replicas.
+stages on this rank has issued REDUCE_GRAD; reductions are asynchronous and the optimizer's action waits.
+
+Where a stage's last action is a full backward, the interpreter announces it (`arm`), and parts of the bucket are reduced
+as soon as that backward has finished their gradients, in one order on all ranks; REDUCE_GRAD reduces what is left. Hooks
+are listened to inside that one action only: outside it they do not know of deferred weight gradients, microbatches or
+replicas.
 
 Two kinds of bucket: `ReplicatedBucket` here, every rank with all states, and `sharding.ShardedBucket` (ZeRO).
 """
@@ -12,19 +16,21 @@ Two kinds of bucket: `ReplicatedBucket` here, every rank with all states, and `s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.modeling.tensor_parallel import TensorShards
-
-BUFFER_BYTES = 25 * 2**20
+from stagewright.runtime.gradient_buffer import BUCKET_BYTES, GradientBuffer
+from stagewright.runtime.ring import Ring
 
 StageKey = tuple[int, int]  # (replica, stage)
 Traffic = dict[str, float]
+Algorithm = Literal["library", "ring"]
 
 
 class Bucket(Protocol):
@@ -41,6 +47,10 @@ class Bucket(Protocol):
 
     def before_step(self, microbatch: int) -> None:
         """Bring the gradients to what the optimizer steps on; `microbatch` is -1 for all of the iteration."""
+        ...
+
+    def arm(self) -> None:
+        """Take note that the next backward is the last of the iteration to add to the gradients."""
         ...
 
     def start(self) -> None:
@@ -116,6 +126,12 @@ class BucketSet:
         for bucket in self.of(stage):
             bucket.before_forward(microbatch)
 
+    def arm(self, stage: StageKey) -> None:
+        """Take note that a stage's next action is its last backward; buckets that other stages hold too are left alone."""
+        for bucket in self.of(stage):
+            if len(bucket.holders) == 1:
+                bucket.arm()
+
     def after_microbatch(self, stage: StageKey) -> None:
         """Take note that the weight gradients of one unit of a stage are complete."""
         for bucket in self.of(stage):
@@ -164,6 +180,10 @@ class ReplicatedBucket:
     traffic : counts what a ring all-reduce sends from each rank, 2 (n - 1) / n of the buffer.
     shards : how tensor parallelism has split the parameters.
     always : a parameter without a gradient has a zero one (experts that no token chose), so that momentum goes on.
+    overlaps : reduce inside the last backward what it has finished; False where ranks of several stages must agree.
+    bucket_bytes : size of what is reduced at once.
+    algorithm : `library` is the process group's own all-reduce, `ring` the messages of `ring`.
+    num_overlapped : how many buckets started so far while a backward still had gradients to compute.
     """
 
     purpose: str
@@ -173,8 +193,36 @@ class ReplicatedBucket:
     traffic: Traffic
     shards: TensorShards = field(default_factory=TensorShards)
     always: bool = False
-    buffer_bytes: int = BUFFER_BYTES
-    _flights: list[tuple[dist.Work, Tensor, list[nn.Parameter]]] = field(default_factory=list)
+    overlaps: bool = False
+    bucket_bytes: int = BUCKET_BYTES
+    algorithm: Algorithm = "library"
+    num_overlapped: int = 0
+    _buffers: list[GradientBuffer] = field(default_factory=list)
+    _started: list[int] = field(default_factory=list)  # by buffer: buckets under way or done
+    _ready: set[int] = field(default_factory=set)
+    _armed: bool = False
+    _open: bool = False  # reductions have started and `finish` has not seen them yet
+    _works: list[dist.Work] = field(default_factory=list)
+    _ring: Ring | None = None
+    _hops: list[Future[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.group is None:
+            return
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in self.optimized():
+            by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        self._buffers = [GradientBuffer(some, bucket_bytes=self.bucket_bytes) for some in by_dtype.values()]
+        self._started = [0] * len(self._buffers)
+        self._ring = Ring(self.group) if self.algorithm == "ring" else None
+        if self.overlaps:
+            for parameter in self.optimized():
+                parameter.register_post_accumulate_grad_hook(self._take_note)
+
+    @property
+    def num_buckets(self) -> int:
+        """How many all-reduces an iteration takes."""
+        return sum(buffer.num_buckets for buffer in self._buffers)
 
     def before_forward(self, microbatch: int) -> None:
         """Do nothing: one version of the weights serves the whole iteration."""
@@ -182,33 +230,62 @@ class ReplicatedBucket:
     def before_step(self, microbatch: int) -> None:
         """Do nothing: the gradients are where the optimizer looks."""
 
+    def arm(self) -> None:
+        """Reduce buckets as the next backward finishes them."""
+        self._armed = self.overlaps
+
     def start(self) -> None:
-        """Start the all-reduce of all gradients, in buffers of at most `buffer_bytes`."""
-        sum_partial(self.optimized(), self.shards)
+        """Start the all-reduces of all buckets that are not under way."""
+        self._armed = False
+        self._open = True
         if self.always:
             for parameter in self.optimized():
                 local_gradient(parameter)
-        if self.group is None:
-            return
-        members = self.group.size()
-        for parameters in _filled(self.optimized(), self.buffer_bytes):
-            flat = torch.cat([local_gradient(parameter).reshape(-1) for parameter in parameters])
-            work = dist.all_reduce(flat, group=self.group, async_op=True)
-            assert work is not None
-            self._flights.append((work, flat, parameters))
-            sent = 2 * (members - 1) / members * flat.numel() * flat.element_size()
-            self.traffic[self.purpose] = self.traffic.get(self.purpose, 0.0) + sent
+        for index, buffer in enumerate(self._buffers):
+            buffer.attach()
+            self._launch(index, buffer.num_buckets)
 
     def finish(self) -> None:
-        """Wait, and put the sums where the gradients were."""
-        for work, flat, parameters in self._flights:
+        """Wait; then the gradients are sums, over the tensor-parallel group too where it sees parts of the sequence."""
+        for work in self._works:
             work.wait()
-            offset = 0
-            for parameter in parameters:
-                gradient = local_gradient(parameter)
-                gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
-                offset += gradient.numel()
-        self._flights.clear()
+        self._works.clear()
+        for hops in self._hops:
+            self._count(float(hops.result()))
+        self._hops.clear()
+        if self._open:
+            sum_partial(self.optimized(), self.shards)
+            self._started = [0] * len(self._buffers)
+            self._ready.clear()
+            self._open = False
+
+    def _take_note(self, parameter: Tensor) -> None:
+        if not self._armed:
+            return
+        self._ready.add(id(parameter))
+        for index, buffer in enumerate(self._buffers):
+            complete = buffer.num_complete(self._ready)
+            if len(self._ready) < len(self.optimized()):
+                self.num_overlapped += max(0, complete - self._started[index])
+            self._launch(index, complete)
+
+    def _launch(self, index: int, end: int) -> None:
+        """Start the buckets of a buffer up to `end`, in order."""
+        assert self.group is not None
+        for number in range(self._started[index], end):
+            bucket = self._buffers[index].bucket(number)
+            if self._ring is not None:
+                self._hops.append(self._ring.start(bucket))
+            else:
+                work = dist.all_reduce(bucket, group=self.group, async_op=True)
+                assert work is not None
+                self._works.append(work)
+                members = self.group.size()
+                self._count(2 * (members - 1) / members * bucket.numel() * bucket.element_size())
+            self._started[index] = number + 1
+
+    def _count(self, sent_bytes: float) -> None:
+        self.traffic[self.purpose] = self.traffic.get(self.purpose, 0.0) + sent_bytes
 
     def after_microbatch(self) -> None:
         """Do nothing: gradients accumulate."""
@@ -274,8 +351,10 @@ class ReplicatedBucket:
 
     def clear(self) -> None:
         """Forget the gradients."""
-        for parameter in self.parameters.values():
+        for parameter in self.parameters.values() if not self._buffers else ():
             parameter.grad = None
+        for buffer in self._buffers:
+            buffer.clear()
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor:
@@ -306,17 +385,3 @@ def sum_partial(parameters: Iterable[nn.Parameter], shards: TensorShards) -> Non
         gradient = local_gradient(parameter)
         gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
         offset += gradient.numel()
-
-
-def _filled(parameters: Iterable[nn.Parameter], buffer_bytes: int) -> list[list[nn.Parameter]]:
-    """Return the parameters, in order, in lists of one dtype of at most `buffer_bytes` each."""
-    result: list[list[nn.Parameter]] = []
-    size = 0
-    for parameter in parameters:
-        num_bytes = parameter.numel() * parameter.element_size()
-        if not result or size + num_bytes > buffer_bytes or result[-1][0].dtype != parameter.dtype:
-            result.append([])
-            size = 0
-        result[-1].append(parameter)
-        size += num_bytes
-    return result

@@ -83,6 +83,9 @@ class ShardedBucket:
     def before_step(self, microbatch: int) -> None:
         """Do nothing: the gradients are where the optimizer looks."""
 
+    def arm(self) -> None:
+        """Do nothing: `start` reduces what the microbatches left."""
+
     def start(self) -> None:
         """Start to reduce what is left to reduce, and sum over the groups."""
         if not self._by_microbatch:

@@ -103,6 +103,9 @@ class VersionedBucket:
             else:
                 slot.install(previous)
 
+    def arm(self) -> None:
+        """Do nothing: there are no replicas."""
+
     def start(self) -> None:
         """Do nothing: there are no replicas."""
 

@@ -32,6 +32,7 @@ from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
 from stagewright.runtime.communication import PointToPoint, ShapeBook
+from stagewright.runtime.gradient_buffer import BUCKET_BYTES
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput
 from stagewright.runtime.mailbox import Mailbox, StageGraph
@@ -418,11 +419,7 @@ class Worker:
                 buckets.append(self._make_bucket(parameters, group, holders, shared))
             owners = self._expert_gradient_group(min(shared))
             if experts:
-                buckets.append(
-                    ReplicatedBucket(
-                        "all-reduce/edp", experts, owners, holders, self._traffic, self._shards, always=True
-                    )
-                )
+                buckets.append(self._replicated("edp", experts, owners, holders, shared, always=True))
         return buckets
 
     def _expert_gradient_group(self, stage: int) -> dist.ProcessGroup | None:
@@ -455,7 +452,7 @@ class Worker:
         narrow = any(value.element_size() < 4 for value in parameters.values())
         purpose = "tied" if len(shared) > 1 else "dp"
         if (zero == 0 or group is None) and not narrow:
-            return ReplicatedBucket(f"all-reduce/{purpose}", parameters, group, holders, self._traffic, self._shards)
+            return self._replicated(purpose, parameters, group, holders, shared)
         if zero == 0:
             return ShardedBucket(
                 parameters, None, group, holders, 0, self._traffic, purpose=purpose, shards=self._shards
@@ -468,6 +465,36 @@ class Worker:
         inside, across = self._sharding_groups(min(shared))
         return ShardedBucket(
             parameters, inside, across, holders, zero, self._traffic, purpose=purpose, shards=self._shards
+        )
+
+    def _replicated(
+        self,
+        purpose: str,
+        parameters: dict[str, nn.Parameter],
+        group: dist.ProcessGroup | None,
+        holders: frozenset[StageKey],
+        shared: frozenset[int],
+        *,
+        always: bool = False,
+    ) -> ReplicatedBucket:
+        """Return an all-reduced bucket; the plan's `all_reduce` is `library` or `ring`, `bucket_bytes` its buckets' size."""
+        told = self.plan.schedule.parameters
+        algorithm = str(told.get("all_reduce", "library"))
+        if algorithm not in ("library", "ring"):
+            raise InvalidArgument(
+                f"there is no all-reduce {algorithm!r}", field="schedule.parameters.all_reduce", hint="library or ring"
+            )
+        return ReplicatedBucket(
+            f"all-reduce/{purpose}",
+            parameters,
+            group,
+            holders,
+            self._traffic,
+            self._shards,
+            always=always,
+            overlaps=len(shared) == 1 and self.plan.schedule.num_replicas == 1,
+            bucket_bytes=int(told.get("bucket_bytes", BUCKET_BYTES)),
+            algorithm="ring" if algorithm == "ring" else "library",
         )
 
     def _gradient_group(self, stages: frozenset[int]) -> dist.ProcessGroup | None:

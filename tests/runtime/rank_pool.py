@@ -21,7 +21,10 @@ PRELOADED = ["torch", "torch.distributed", "torch.distributed.tensor.parallel", 
 
 
 class RankPool:
-    """`run(function, argument)` calls `runtime_cases.<function>(argument)` on each rank and returns their results."""
+    """`run(function, argument)` calls a function on each rank with the argument and returns their results.
+
+    A function of another module than `runtime_cases` is named `module.function`.
+    """
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
@@ -98,13 +101,13 @@ def _serve(rank: int, num_ranks: int, port: int, pipe: Connection, path: str) ->
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
-    cases = importlib.import_module("runtime_cases")
     while True:
         try:
             function, argument = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send(("result", getattr(cases, function)(argument)))
+            module, _, name = function.rpartition(".")
+            pipe.send(("result", getattr(importlib.import_module(module or "runtime_cases"), name)(argument)))
         except BaseException:
             pipe.send(("error", traceback.format_exc()))
