@@ -102,7 +102,9 @@ def save_run(out: Path, plan: Plan, report: RunReport) -> None:
 
     write_text(out / "run.json", json.dumps(report.to_json(), indent=1) + "\n")
     memory = plan.cluster.groups[0].device.memory_bytes
-    peak = max([float(value) for value in _floats(report.measured["peak_memory_bytes"])], default=0.0)
+    measured = report.measured["peak_memory_bytes"]
+    assert isinstance(measured, list)
+    peak = max([float(value) for value in measured if value is not None], default=0.0)
     page = timeline_html(
         [("predicted", report.predicted_timeline), ("measured", report.timeline)],
         title=f"{plan.model}: predicted above measured",
@@ -130,8 +132,11 @@ def print_report(report: RunReport) -> None:
         "step time", seconds_text(predicted_s), _measured_step(report), "" if error is None else f"{error:+.1%}"
     )
     predicted = _floats(report.predicted["peak_memory_bytes"])
-    measured = _floats(report.measured["peak_memory_bytes"])
+    measured = report.measured["peak_memory_bytes"]
+    assert isinstance(measured, list)
     for rank, (expected, found) in enumerate(zip(predicted, measured, strict=True)):
+        if found is None:  # a rank that was not replayed
+            continue
         relative = f"{expected / found - 1:+.1%}" if found else ""
         table.add_row(f"peak memory, rank {rank}", bytes_text(expected), bytes_text(found), relative)
     screen.print(table)

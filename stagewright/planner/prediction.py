@@ -63,6 +63,7 @@ class Evaluation:
     schedule: Schedule
     costs: StageCosts
     pipeline: PipelineCosts
+    links: Links
 
 
 def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
@@ -88,7 +89,7 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
     links = links_of(layout, bounds, layers, wiring)
     timeline = simulate(schedule, costs, links=links, tail_s=pipeline.tail_s)
     prediction = _prediction(plan, profile, layout, pipeline, timeline, layers, levels, bounds)
-    return Evaluation(prediction, timeline, schedule, costs, pipeline)
+    return Evaluation(prediction, timeline, schedule, costs, pipeline, links)
 
 
 def schedule_of(spec: ScheduleSpec) -> Schedule:

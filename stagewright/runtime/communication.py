@@ -59,8 +59,12 @@ class ShapeBook:
         """Make the shapes known to the receivers, once for each key."""
         if key not in self._known:
             specs = tuple((tuple(value.shape), str(value.dtype).removeprefix("torch.")) for value in tensors)
-            self._known[key] = specs
-            self._store.set(key, json.dumps(specs))
+            self.publish_specs(key, specs)
+
+    def publish_specs(self, key: str, specs: tuple[TensorSpec, ...]) -> None:
+        """Make shapes known that no tensor at hand has."""
+        self._known[key] = specs
+        self._store.set(key, json.dumps(specs))
 
     def find(self, key: str, *, wait: bool) -> tuple[TensorSpec, ...] | None:
         """Return the shapes; when they are not known yet, wait for the sender, or return None."""

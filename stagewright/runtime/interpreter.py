@@ -18,7 +18,7 @@ from stagewright.planner.errors import InvalidSchedule
 from stagewright.planner.schedules.action import COMPUTE_KINDS, RECV_KINDS, Action, Kind
 from stagewright.planner.simulation.timeline import COLLECTIVE_LANE, COMPUTE_LANE
 from stagewright.runtime.mailbox import Mailbox
-from stagewright.runtime.recorder import Recorder, now_s
+from stagewright.runtime.recorder import Recorder
 from stagewright.runtime.reduction import BucketSet
 from stagewright.runtime.stage import Unit, Values
 
@@ -142,9 +142,9 @@ class Interpreter:
         received = self._mailbox.take_values(action)
         self._buckets.before_forward((action.replica, action.stage), action.microbatch)
         given = self._iteration[_unit(action)]
-        start = now_s()
+        start = self._recorder.clock()
         values = stage.forward(_unit(action), given.batch, received, given.seed)
-        self._recorder.add(COMPUTE_LANE, action, start, now_s())
+        self._recorder.add(COMPUTE_LANE, action, start, self._recorder.clock())
         self._mailbox.put_values(action, values)
 
     def _backward(self, action: Action) -> None:
@@ -152,7 +152,7 @@ class Interpreter:
         gradients = self._mailbox.take_gradients(action)
         if action in self._last_backwards:
             self._buckets.arm((action.replica, action.stage))
-        start = now_s()
+        start = self._recorder.clock()
         result = stage.backward(
             _unit(action),
             gradients,
@@ -161,35 +161,35 @@ class Interpreter:
         )
         if action.kind is Kind.B:
             self._buckets.after_microbatch((action.replica, action.stage))
-        self._recorder.add(COMPUTE_LANE, action, start, now_s())
+        self._recorder.add(COMPUTE_LANE, action, start, self._recorder.clock())
         self._mailbox.put_gradients(action, result)
 
     def _weight_gradients(self, action: Action) -> None:
-        start = now_s()
+        start = self._recorder.clock()
         self._stages[action.replica, action.stage].weight_gradients(_unit(action))
         self._buckets.after_microbatch((action.replica, action.stage))
-        self._recorder.add(COMPUTE_LANE, action, start, now_s())
+        self._recorder.add(COMPUTE_LANE, action, start, self._recorder.clock())
 
     def _reduce(self, action: Action) -> None:
-        start = now_s()
+        start = self._recorder.clock()
         self._buckets.report((action.replica, action.stage))
-        self._recorder.add(COLLECTIVE_LANE, action, start, now_s())
+        self._recorder.add(COLLECTIVE_LANE, action, start, self._recorder.clock())
 
     def _unshard(self, action: Action) -> None:
-        start = now_s()
+        start = self._recorder.clock()
         self._buckets.unshard((action.replica, action.stage))
-        self._recorder.add(COLLECTIVE_LANE, action, start, now_s())
+        self._recorder.add(COLLECTIVE_LANE, action, start, self._recorder.clock())
 
     def _reshard(self, action: Action) -> None:
         self._buckets.reshard((action.replica, action.stage))
 
     def _step(self, action: Action) -> None:
         key = (action.replica, action.stage)
-        start = now_s()
+        start = self._recorder.clock()
         self._buckets.wait(key)
         if self._optimize is not None:
             self._optimize(key, action.microbatch)
-        self._recorder.add(COMPUTE_LANE, action, start, now_s())
+        self._recorder.add(COMPUTE_LANE, action, start, self._recorder.clock())
 
 
 def _last_full_backwards(steps: Sequence[tuple[Action, ...]]) -> frozenset[Action]:

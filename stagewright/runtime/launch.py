@@ -51,7 +51,7 @@ def launch(
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **dict.fromkeys(_THREADS, str(job.num_threads)), "KINETO_LOG_LEVEL": "99"},
+        env=rank_environment(job),
         cwd=job.working_directory,
         start_new_session=True,
     )
@@ -70,6 +70,33 @@ def launch(
         _end(process, status)
         log.close()
         status.close()
+
+
+def rank_environment(job: RunJob) -> dict[str, str]:
+    """Return the environment of a rank's process."""
+    return {**os.environ, **dict.fromkeys(_THREADS, str(job.num_threads)), "KINETO_LOG_LEVEL": "99"}
+
+
+def error_of(failure: RankFailure | None, rank: int, exit_code: int, log: Path) -> StagewrightError:
+    """Return the error that a rank's report tells of; without a report, what its output ends with."""
+    hint = f"the output is in {log}"
+    if failure is None:
+        return RunFailed(f"rank {rank} ended with exit code {exit_code}: {_last_words(log)}", hint=hint)
+    known = _known_error(failure)
+    if known is not None:
+        return known
+    place = f" ({failure.place})" if failure.place else ""
+    return RunFailed(f"rank {failure.rank}{place}: {failure.message}", hint=hint)
+
+
+def _known_error(failure: RankFailure) -> StagewrightError | None:
+    """Return the error of the kind that the failure names, unless it is a failed run."""
+    if failure.kind == RunFailed.kind:
+        return None
+    for candidate in vars(errors).values():
+        if isinstance(candidate, type) and issubclass(candidate, StagewrightError) and candidate.kind == failure.kind:
+            return candidate(failure.message, field=failure.field, hint=failure.hint)
+    return None
 
 
 def _command(job: RunJob, num_ranks: int, torchrun_arguments: Sequence[str]) -> list[str]:
@@ -139,14 +166,9 @@ class _Watch:
                 hint=f"the ranks' output is in {self._directory / 'ranks.log'}",
             )
         cause = first_cause([*reported.values(), *silent])
-        if cause.kind != RunFailed.kind:
-            for candidate in vars(errors).values():
-                if (
-                    isinstance(candidate, type)
-                    and issubclass(candidate, StagewrightError)
-                    and candidate.kind == cause.kind
-                ):
-                    return candidate(cause.message, field=cause.field, hint=cause.hint)
+        known = _known_error(cause)
+        if known is not None:
+            return known
         here = self._status.read(cause.rank)
         seen = self._describe(cause.rank, here.step, here.position) if cause.cause == SILENT and here.pid else ""
         place = f" ({seen or cause.place})" if seen or cause.place else ""

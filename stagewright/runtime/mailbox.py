@@ -16,7 +16,7 @@ from stagewright.modeling.batch import Batch, shape_key
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.simulation.timeline import SEND_LANE
 from stagewright.runtime.communication import Message, Pending, PointToPoint, ShapeBook
-from stagewright.runtime.recorder import Recorder, now_s
+from stagewright.runtime.recorder import Recorder
 from stagewright.runtime.stage import Unit
 
 Values = Mapping[int, tuple[Tensor, ...]]
@@ -138,9 +138,9 @@ class Mailbox:
         return True
 
     def _send(self, message: Message, other: int, action: Action) -> None:
-        start = now_s()
+        start = self._recorder.clock()
         self._transport.send(message, self._ready.pop(message), self._graph.peers[message.replica, other])
-        self._recorder.add(SEND_LANE, action, start, now_s())
+        self._recorder.add(SEND_LANE, action, start, self._recorder.clock())
 
     def _take(self, message: Message) -> tuple[Tensor, ...]:
         if message in self._ready:

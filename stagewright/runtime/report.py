@@ -10,9 +10,11 @@ import numpy as np
 
 from stagewright.planner.documents.plan import Plan, Prediction
 from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.prediction import Evaluation
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.runtime.measurement import Measurement
+from stagewright.runtime.replay import ComposedStep
 from stagewright.runtime.traffic import expected_traffic
 
 GRADIENT_LIMITS: Mapping[str, float] = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3, "fp8": 2e-1}
@@ -27,6 +29,7 @@ class RunReport:
     predicted, measured, error : step time and peak memory of each global rank, and their relative errors.
     checks : by name; each has `passed` and its numbers.
     timeline : the step with the median time; predicted_timeline : the simulated one, of pipeline ranks.
+    replayed : of each replayed rank, seconds by action and peak memory, predicted against measured; None for a run.
     """
 
     predicted: dict[str, object]
@@ -37,6 +40,7 @@ class RunReport:
     timeline: Timeline
     predicted_timeline: Timeline
     versions: dict[str, str] = field(default_factory=dict)
+    replayed: list[dict[str, object]] | None = None
 
     @property
     def passed(self) -> bool:
@@ -52,6 +56,7 @@ class RunReport:
             "checks": self.checks,
             "losses": list(self.losses),
             "versions": self.versions,
+            **({} if self.replayed is None else {"replayed": self.replayed}),
         }
 
 
@@ -94,6 +99,30 @@ def make_report(
         timeline=timeline,
         predicted_timeline=simulated,
         versions=measurement.versions,
+    )
+
+
+def make_replay_report(plan: Plan, evaluation: Evaluation, composed: ComposedStep) -> RunReport:
+    """Return the report of a replay: the composed step in place of a measured one."""
+    predicted_memory = _by_device(plan, evaluation.prediction.peak_memory_bytes)
+    pairs = zip(predicted_memory, composed.peak_memory_bytes, strict=True)
+    memory_errors = [predicted / measured - 1.0 for predicted, measured in pairs if measured]
+    step_s = composed.step_time_s
+    return RunReport(
+        predicted={"step_time_s": evaluation.prediction.step_time_s, "peak_memory_bytes": predicted_memory},
+        measured={
+            "step_time_s": {"median": step_s, "p20": step_s, "p80": step_s},
+            "peak_memory_bytes": composed.peak_memory_bytes,
+        },
+        error={
+            "step_time": evaluation.prediction.step_time_s / step_s - 1.0,
+            "peak_memory_max": max(memory_errors, key=abs, default=None),
+        },
+        checks={},
+        losses=(),
+        timeline=composed.timeline,
+        predicted_timeline=evaluation.timeline,
+        replayed=composed.rows,
     )
 
 

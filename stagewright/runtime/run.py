@@ -16,7 +16,9 @@ from stagewright.runtime.job import RunJob
 from stagewright.runtime.launch import Progress, launch
 from stagewright.runtime.measurement import Measurement
 from stagewright.runtime.program import describe_action, program_of
-from stagewright.runtime.report import RunReport, make_report
+from stagewright.runtime.replay import compose, replayed_ranks
+from stagewright.runtime.replay import replay as run_replays
+from stagewright.runtime.report import RunReport, make_replay_report, make_report
 from stagewright.runtime.support import check_supported
 
 CHECKS = ("gradients", "memory", "traffic", "time")
@@ -45,7 +47,7 @@ def run_plan(
     steps : timed training steps, after the checks and a warm-up.
     checks : any of CHECKS; gradients are not compared under asynchronous schedules, whose weights are delayed.
     emulate : actions wait their planned time instead of computing; communication is real.
-    replay : not built yet; anything but None is refused.
+    replay : a global rank, or `all`: replay one rank at a time on one device, without its peers, and compose the step.
     progress : told (phase, done, total).
     directory : where the ranks' logs and raw results stay; a temporary one, removed on success, unless given.
 
@@ -57,17 +59,14 @@ def run_plan(
     unknown = sorted(set(checks) - set(CHECKS))
     if unknown:
         raise InvalidArgument(f"there is no check {unknown[0]!r}", field="check", hint=f"one of {', '.join(CHECKS)}")
-    if replay is not None:
-        raise InvalidArgument(
-            "the runtime cannot replay single ranks yet",
-            field="replay",
-            hint="run the plan, or emulate it with --emulate",
-        )
+    if replay is not None and emulate:
+        raise InvalidArgument("a run is replayed or emulated, not both", field="replay")
     if emulate:
         checks = tuple(check for check in checks if check in ("traffic", "time"))
     if steps < 1:
         raise InvalidArgument(f"steps is {steps}, it must be at least 1", field="steps")
     check_supported(plan)
+    replayed = None if replay is None else replayed_ranks(plan, replay)
     schedule, evaluation = program_of(plan, profile)
     if not evaluation.schedule.is_synchronous:
         checks = tuple(check for check in checks if check != "gradients")  # one process has no delayed weights
@@ -87,6 +86,9 @@ def run_plan(
             emulate=emulate,
         )
         job.save()
+        if replayed is not None:
+            composed = compose(plan, profile, evaluation, run_replays(job, replayed, progress=progress))
+            return make_replay_report(plan, evaluation, composed)
         launch(
             job,
             plan.num_devices,

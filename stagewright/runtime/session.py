@@ -16,13 +16,11 @@ from torch import nn
 
 from stagewright.modeling.batch import Batch
 from stagewright.modeling.chain import LayerChain
-from stagewright.modeling.factory import load_object
-from stagewright.modeling.split import split
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
-from stagewright.planner.errors import InvalidArgument, InvalidDocument
 from stagewright.planner.prediction import Evaluation
 from stagewright.planner.schedules.schedule import Schedule
+from stagewright.runtime.building import build_model, split_as_profiled
 from stagewright.runtime.data import open_data
 from stagewright.runtime.emulation import EmulatedWorker
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
@@ -69,7 +67,7 @@ class Session:
             self._emulate()
             return
         model = self._build()
-        chain = self._split(model)
+        chain = split_as_profiled(model, self._job.model, self._profile)
         self._samples = self._plan.job.global_batch
         batches = open_data(
             self._job.data,
@@ -138,25 +136,7 @@ class Session:
 
     def _build(self) -> nn.Module:
         self._enter("building")
-        torch.manual_seed(self._job.seed)
-        factory = load_object(self._job.model)
-        if not callable(factory):
-            raise InvalidArgument(f"{self._job.model} is no factory", field="model")
-        model = factory()
-        if not isinstance(model, nn.Module):
-            raise InvalidArgument(f"{self._job.model} returned {type(model).__name__}, no nn.Module", field="model")
-        dtypes = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        return model.to(dtypes[self._plan.job.precision])
-
-    def _split(self, model: nn.Module) -> LayerChain:
-        chain = split(model)
-        if chain.layer_digest != self._profile.layer_digest:
-            raise InvalidDocument(
-                f"{self._job.model} has layers {chain.layer_digest}, the profile {self._profile.layer_digest}",
-                field="layer_digest",
-                hint="profile and plan this model again",
-            )
-        return chain
+        return build_model(self._job.model, self._plan.job.precision, seed=self._job.seed)
 
     def _reference(self, chain: LayerChain, batches: list[Batch]) -> ReferenceRun | None:
         if not batches or self._rank != 0:

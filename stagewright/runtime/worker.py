@@ -25,6 +25,7 @@ from stagewright.modeling.seeding import microbatch_seed
 from stagewright.modeling.slicing import divide_sequence, equal_lengths, select_sequence, sequence_length
 from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards, parallelize
+from stagewright.modeling.unfilled import fill_layers
 from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import Recompute
@@ -37,7 +38,7 @@ from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput
 from stagewright.runtime.mailbox import Mailbox, StageGraph
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
-from stagewright.runtime.recorder import Recorder
+from stagewright.runtime.recorder import Recorder, now_s
 from stagewright.runtime.reduction import Bucket, BucketSet, ReplicatedBucket
 from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.stage import Stage, Unit
@@ -54,11 +55,13 @@ class WorkerSettings:
     device : where this rank computes.
     seed : of random numbers in the layers.
     clip_norm : largest 2-norm of the gradient of the whole model; None does not clip.
+    clock : what spans are recorded with.
     """
 
     device: torch.device
     seed: int = 0
     clip_norm: float | None = None
+    clock: Callable[[], float] = now_s
 
 
 class Worker:
@@ -88,7 +91,7 @@ class Worker:
         self.chain = chain
         self.topology = Topology(plan, dist.get_rank())
         self.settings = settings
-        self.recorder = Recorder()
+        self.recorder = Recorder(clock=settings.clock)
         self.steps = tuple(schedule.actions(self.topology.pipeline_rank))
         self.groups = groups or Groups()
         self._owns_groups = groups is None
@@ -105,6 +108,7 @@ class Worker:
         self._optimizers: dict[StageKey, torch.optim.Optimizer] = {}
         held = frozenset(i for _, s in self.topology.stages for i in plan.stages[s].layer_indices)
         keep_layers(chain, held)
+        fill_layers(chain, held, settings.device)
         move_to(chain.model, settings.device)
         self._traffic: dict[str, float] = {}
         self._sink = WeightGradientSink()
@@ -181,7 +185,7 @@ class Worker:
 
     def run(self, batch: Batch, step: int) -> float | None:
         """Run one iteration on a global batch; returns this rank's share of the loss when it holds the last layer."""
-        iteration = self._iteration(batch, step)
+        iteration = self.iteration(batch, step)
         interpreter = Interpreter(
             self.stages,
             self._mailbox,
@@ -221,7 +225,7 @@ class Worker:
         if self._owns_groups:
             self.groups.close()
 
-    def _iteration(self, batch: Batch, step: int) -> Iteration:
+    def iteration(self, batch: Batch, step: int) -> Iteration:
         """Return this rank's units: its replica's microbatches, whole or in slices of their sequence."""
         count, size = self.topology.num_microbatches, self.plan.schedule.microbatch
         replicas = self.topology.degrees.dp

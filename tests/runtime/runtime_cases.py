@@ -21,6 +21,7 @@ from stagewright.planner.simulation.nccl import check_nccl
 from stagewright.runtime.checkpoint import load_checkpoint, save_checkpoint
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
 from stagewright.runtime.groups import Groups
+from stagewright.runtime.memory import measure_memory
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
 from stagewright.runtime.reference import run_reference
 from stagewright.runtime.torch_adapter import default_store
@@ -52,6 +53,7 @@ class Case:
     hugging_face: str = ""
     clip_norm: float | None = None
     num_choices: int = 0
+    width: int = 16
 
     @property
     def world(self) -> int:
@@ -85,9 +87,8 @@ def make_model(case: Case, num_stages: int) -> torch.nn.Module:
         return hugging_face(case.hugging_face)[0].to(getattr(torch, case.dtype))
     torch.manual_seed(5)
     num_blocks = case.num_blocks or max(3, num_stages - 2)
-    return TinyModel(num_blocks, tied=case.tied, dropout=case.dropout, num_choices=case.num_choices).to(
-        getattr(torch, case.dtype)
-    )
+    sizes = {"dropout": case.dropout, "num_choices": case.num_choices, "width": case.width}
+    return TinyModel(num_blocks, tied=case.tied, **sizes).to(getattr(torch, case.dtype))
 
 
 def prepare(case: Case, number: int) -> PreparedCase:
@@ -177,6 +178,18 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     live = sum(stage.num_live for stage in worker.stages.values())
     worker.close()
     return CaseResult(gradients, weights, loss, None if reference is None else reference.losses[0], live, sent)
+
+
+def peak_memory(prepared: PreparedCase) -> float:
+    """Return the peak memory of this rank in one step of the job's optimizer, as a run measures it."""
+    case = prepared.case
+    chain = split(make_model(case, case.num_ranks * (case.num_chunks or 2)))
+    store = dist.PrefixStore(f"case/{prepared.number}", default_store())
+    worker = Worker(prepared.plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS)
+    worker.use_optimizer(OptimizerChoice("adamw", 1e-3))
+    (batch,) = batches_of(prepared.plan, 1)
+    worker.run(batch, 0)
+    return measure_memory(worker.chain.model, worker.optimizers, lambda: worker.run(batch, 1), CPU).peak
 
 
 def delayed_weights(prepared: PreparedCase) -> float:

@@ -36,6 +36,7 @@ def profile_of(
     microbatches: tuple[int, ...] = (1, 2, 4),
     sequence_length: int = 8,
     output_bytes: float = 256.0,
+    tensor_degrees: tuple[int, ...] = (1,),
 ) -> ModelProfile:
     """A profile of the chain's layers, a millisecond each; `output_bytes` for one sample."""
     classes = {}
@@ -47,6 +48,7 @@ def profile_of(
                 ConfigurationCost(
                     microbatch=size,
                     sequence_length=sequence_length,
+                    tensor_degree=degree,
                     forward_s=1e-3,
                     input_grad_s=1e-3,
                     weight_grad_s=1e-3,
@@ -54,6 +56,7 @@ def profile_of(
                     output_bytes=output_bytes * size,
                     source=Source.MOCKED,
                 )
+                for degree in tensor_degrees
                 for size in microbatches
             ),
         )

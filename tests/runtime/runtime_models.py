@@ -115,6 +115,11 @@ def build() -> nn.Module:
     return TinyModel(3)
 
 
+def build_wide() -> nn.Module:
+    """Wide enough that a profile's bytes are those of tensors and not of odds and ends."""
+    return TinyModel(4, tied=False, dropout=0.0, width=256)
+
+
 def longer() -> nn.Module:
     return TinyModel(4)
 

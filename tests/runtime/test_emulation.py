@@ -26,8 +26,8 @@ def test_an_emulated_run_takes_at_least_the_simulated_time_and_sends_the_predict
     assert set(report.checks) == {"traffic", "time"}
 
 
-def test_a_replay_is_refused_and_not_ignored():
+def test_a_run_is_replayed_or_emulated_and_not_both():
     chain = split(TinyModel(3))
     profile = profile_of(chain)
-    with pytest.raises(InvalidArgument, match="cannot replay"):
-        run_plan(plan_of(chain, profile, "1f1b", 2, 4), profile, model="m:f", replay="0")
+    with pytest.raises(InvalidArgument, match="not both"):
+        run_plan(plan_of(chain, profile, "1f1b", 2, 4), profile, model="m:f", replay="0", emulate=True)

@@ -1,0 +1,38 @@
+"""Building a run's model and cutting it where its profile says."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.factory import load_object
+from stagewright.modeling.split import split
+from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.errors import InvalidArgument, InvalidDocument
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_model(reference: str, precision: str, *, seed: int) -> nn.Module:
+    """Return what the factory makes, in the job's precision; raises InvalidArgument when it makes no module."""
+    torch.manual_seed(seed)
+    factory = load_object(reference)
+    if not callable(factory):
+        raise InvalidArgument(f"{reference} is no factory", field="model")
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise InvalidArgument(f"{reference} returned {type(model).__name__}, no nn.Module", field="model")
+    return model.to(DTYPES[precision])
+
+
+def split_as_profiled(model: nn.Module, reference: str, profile: ModelProfile) -> LayerChain:
+    """Return the model's layers; raises InvalidDocument when they are not those of the profile."""
+    chain = split(model)
+    if chain.layer_digest != profile.layer_digest:
+        raise InvalidDocument(
+            f"{reference} has layers {chain.layer_digest}, the profile {profile.layer_digest}",
+            field="layer_digest",
+            hint="profile and plan this model again",
+        )
+    return chain
