@@ -35,11 +35,14 @@ def without_values() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def fill_layers(chain: LayerChain, indices: frozenset[int], device: torch.device) -> None:
-    """Give the parameters of these layers that have no values random ones, in place.
+def fill_layers(
+    chain: LayerChain, indices: frozenset[int], device: torch.device
+) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Give the parameters of these layers that have no values random ones, in place; returns where and what they were.
 
     Matrices are normal with a small deviation, vectors 1 where they scale and 0 where they shift.
     """
+    before: list[tuple[nn.Module, str, nn.Parameter]] = []
     every = dict(chain.model.named_parameters(remove_duplicate=False))
     filled: dict[int, nn.Parameter] = {}
     for index in sorted(indices):
@@ -49,7 +52,10 @@ def fill_layers(chain: LayerChain, indices: frozenset[int], device: torch.device
             path, _, attribute = name.rpartition(".")
             if id(every[name]) not in filled:
                 filled[id(every[name])] = _filled(every[name], attribute, device)
-            chain.model.get_submodule(path)._parameters[attribute] = filled[id(every[name])]
+            module = chain.model.get_submodule(path)
+            before.append((module, attribute, every[name]))
+            module._parameters[attribute] = filled[id(every[name])]
+    return before
 
 
 def _filled(parameter: nn.Parameter, attribute: str, device: torch.device) -> nn.Parameter:

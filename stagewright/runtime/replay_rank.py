@@ -68,7 +68,7 @@ def replay_rank(job: RunJob, rank: int) -> RankReplay:
     os.chdir(job.working_directory)
     model = _build(job, plan)
     chain = split_as_profiled(model, job.model, profile)
-    shapes = BoundaryShapes(model, plan)
+    shapes = BoundaryShapes(model, plan, device)
     batches = open_data(
         job.data, job.model, model, samples=plan.job.global_batch, sequence_length=plan.job.sequence_length
     )
