@@ -44,6 +44,7 @@ COMMANDS: dict[str, Command] = {
     "explain": Command("explain", "Say what binds a plan, what came behind it, and why not another choice."),
     "simulate": Command("simulate", "Simulate a plan again."),
     "validate": Command("validate", "Check a plan against a cluster."),
+    "export": Command("export", "Write a plan in the files of another framework."),
     "compare": Command("compare", "Put plans or planners side by side under the common simulator."),
     "run": Command("run", "Run a plan with torch and compare prediction and measurement."),
     "schedule": Command("schedule", "Generate, simulate and draw a pipeline schedule."),

@@ -1,0 +1,128 @@
+"""Plans in other frameworks' files: what they say agrees with the plan, and what they cannot say is listed."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from stagewright.cli.main import run
+from stagewright.formats.deepspeed import deepspeed
+from stagewright.formats.exporters import EXPORTERS
+from stagewright.formats.megatron_args import layout_text, megatron_args
+from stagewright.planner.catalog import resolve_cluster, resolve_model
+from stagewright.planner.cost.even_plan import even_plan
+from stagewright.planner.cost.step_time import Choice
+from stagewright.planner.documents import Degrees, Plan, Recompute, TrainingJob
+from stagewright.planner.errors import NotExpressible
+
+
+def plan_of(model, degrees, ranks, *, chunks=1, family="1f1b", recompute=Recompute.NONE, batch=64):
+    profile = resolve_model(model)
+    nodes = -(-degrees.num_devices * ranks // 8)
+    job = TrainingJob(global_batch=batch, sequence_length=2048)
+    choice = Choice(degrees, ranks, chunks, 1, family, recompute)
+    return even_plan(profile, resolve_cluster(f"a100-sxm-80g:8x{nodes}"), job, choice), profile
+
+
+def arguments(exported):
+    lines = exported.files["megatron_args.txt"].splitlines()
+    return {line.split(" ", 1)[0]: line.split(" ", 1)[1] if " " in line else None for line in lines}
+
+
+def read_layout(text):
+    """Return (embeddings, layers, heads) of each stage of a Megatron layout, as Megatron's own grammar reads it."""
+    stages = []
+    for part in text.split("|"):
+        spelled = re.sub(r"([EtmL])\*(\d+)", lambda match: match[1] * int(match[2]), part)
+        stages.append((spelled.count("E"), spelled.count("t"), spelled.count("L")))
+    return stages
+
+
+def test_megatrons_arguments_say_the_plan():
+    plan, profile = plan_of(
+        "llama3.1-70b", Degrees(tp=8, dp=2, sp=True, zero=1, vocab_parallel=True), 4, recompute=Recompute.FULL
+    )
+    exported = megatron_args(plan, profile)
+    found = arguments(exported)
+    assert exported.is_exact
+    assert found["--tensor-model-parallel-size"] == "8"
+    assert found["--pipeline-model-parallel-size"] == "4"
+    assert found["--global-batch-size"] == "64"
+    assert found["--num-query-groups"] == "8"
+    assert (found["--recompute-granularity"], found["--recompute-method"]) == ("full", "uniform")
+    assert {"--sequence-parallel", "--use-distributed-optimizer", "--swiglu", "--bf16"} <= set(found)
+    world = 8 * 4 * plan.stages[0].degrees.dp
+    assert world == plan.num_devices
+
+
+@pytest.mark.parametrize(("chunks", "family"), [(1, "1f1b"), (2, "interleaved")])
+def test_a_layout_puts_every_layer_where_the_plan_puts_it(chunks, family):
+    plan, profile = plan_of("gpt3-175b", Degrees(tp=8), 4, chunks=chunks, family=family)
+    stages = read_layout(layout_text(plan, profile))
+    blocks = [
+        sum(profile.classes[profile.layer_classes[index]].kind == "block" for index in stage.layer_indices)
+        for stage in plan.stages
+    ]
+    assert [layers for _, layers, _ in stages] == blocks
+    assert (stages[0][0], stages[-1][2], sum(blocks)) == (1, 1, 96)
+    assert len(stages) == 4 * chunks
+
+
+def test_what_megatron_runs_otherwise_is_said():
+    plan, profile = plan_of("gpt3-175b", Degrees(tp=8), 4)
+    other = plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"name": "zb-h1"})})
+    loss = next(item for item in megatron_args(other, profile).losses if item.field == "schedule.name")
+    assert (loss.status, loss.note) == ("approximated", "Megatron-LM runs 1f1b instead of zb-h1")
+    folded = plan.schedule.model_copy(update={"placement": ((0, 1, 3, 2),)})
+    with pytest.raises(NotExpressible, match=r"placement \(0, 1, 3, 2\)"):
+        megatron_args(plan.model_copy(update={"schedule": folded}), profile)
+
+
+def test_deepspeeds_configuration_multiplies_to_the_batch():
+    plan, profile = plan_of("llama2-7b", Degrees(tp=2, dp=8, zero=2), 1)
+    exported = deepspeed(plan, profile)
+    config = json.loads(exported.files["ds_config.json"])
+    product = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 8
+    assert product == config["train_batch_size"] == 64
+    assert config["zero_optimization"]["stage"] == 2
+    assert (config["bf16"], config["tensor_parallel"]) == ({"enabled": True}, {"autotp_size": 2})
+    assert exported.is_exact
+
+
+def test_deepspeeds_pipeline_holds_every_layer_once_and_refuses_zero_2():
+    plan, profile = plan_of("llama2-7b", Degrees(dp=2, zero=1), 4)
+    pipeline = json.loads(deepspeed(plan, profile).files["pipeline.json"])
+    assert [name for stage in pipeline["stages"] for name in stage] == list(profile.layer_names)
+    wrong, _ = plan_of("llama2-7b", Degrees(dp=2, zero=2), 4)
+    with pytest.raises(NotExpressible, match="ZeRO 2 with 4 pipeline ranks"):
+        deepspeed(wrong, profile)
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_the_command_writes_every_format(name, tmp_path, capsys):
+    plan, _ = plan_of("llama2-7b", Degrees(dp=2), 4)
+    plan.save(tmp_path / "plan.json")
+    out = tmp_path / "deep" / "out"
+    assert run(["export", str(tmp_path / "plan.json"), "--to", name, "--out", str(out), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert sorted(answer) == ["files", "losses"]
+    assert sorted(answer["files"]) == sorted(str(path) for path in out.iterdir())
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_strict_refuses_a_loss_and_writes_nothing(tmp_path, capsys):
+    plan, _ = plan_of("llama2-7b", Degrees(dp=2), 4)
+    plan.save(tmp_path / "plan.json")
+    command = ["export", str(tmp_path / "plan.json"), "--to", "torch-csv", "--out", str(tmp_path / "out"), "--strict"]
+    assert run([*command, "--json"]) == 5
+    assert json.loads(capsys.readouterr().out)["error"]["field"] == "stages"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_format_names_the_nearest(tmp_path, capsys):
+    plan, _ = plan_of("llama2-7b", Degrees(dp=2), 4)
+    plan.save(tmp_path / "plan.json")
+    assert run(["export", str(tmp_path / "plan.json"), "--to", "megatron", "--out", str(tmp_path), "--json"]) == 2
+    assert "did you mean megatron-args" in json.loads(capsys.readouterr().out)["error"]["hint"]
