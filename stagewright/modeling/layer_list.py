@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stagewright.modeling.batch import Batch, loss_of
 from stagewright.modeling.layer import Layer
-from stagewright.modeling.seeding import layer_seed
+from stagewright.modeling.seeding import seed_layer
 from stagewright.planner.errors import InvalidArgument
 
 
@@ -52,7 +52,7 @@ class LayerList:
         last = len(self._modules) - 1
         for index in indices:
             if seed is not None:
-                torch.manual_seed(layer_seed(seed, index))
+                seed_layer(seed, index)
             output = self._call(index, batch, values)
             if index == last:
                 targets = batch[-1] if isinstance(batch, tuple) and len(batch) > 1 else None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from stagewright.modeling.batch import Batch, call_model
 from stagewright.modeling.layer import Layer
-from stagewright.modeling.seeding import layer_seed
+from stagewright.modeling.seeding import seed_layer
 from stagewright.planner.errors import InvalidArgument
 
 
@@ -170,7 +170,7 @@ class OwnForward:
         if index == frame.first:
             torch.set_grad_enabled(frame.gradients)
         if frame.seed is not None:
-            torch.manual_seed(layer_seed(frame.seed, index))
+            seed_layer(frame.seed, index)
 
     def _forward(
         self, index: int, module: nn.Module, own: Callable[..., object], *args: object, **kwargs: object
