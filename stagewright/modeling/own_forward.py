@@ -86,6 +86,9 @@ class OwnForward:
         self._layers = layers
         self._frame: _Frame | None = None
         self._keys: dict[int, tuple[int | str, ...]] = {}
+        self._modules = [
+            (index, path, model.get_submodule(path)) for index, layer in enumerate(layers) for path in layer.modules
+        ]
         self._wrapped: dict[str, Callable[..., object]] = {}
 
     def run(
@@ -129,13 +132,11 @@ class OwnForward:
 
         A module whose forward was replaced since the last run is taken over again.
         """
-        for index, layer in enumerate(self._layers):
-            for path in layer.modules:
-                module = self._model.get_submodule(path)
-                if path not in self._wrapped:
-                    self._hook(index, module)
-                if path not in self._wrapped or module.forward is not self._wrapped[path]:
-                    self._wrapped[path] = module.forward = partial(self._forward, index, module, module.forward)
+        for index, path, module in self._modules:
+            if path not in self._wrapped:
+                self._hook(index, module)
+            if path not in self._wrapped or module.forward is not self._wrapped[path]:
+                self._wrapped[path] = module.forward = partial(self._forward, index, module, module.forward)
 
     def _hook(self, index: int, module: nn.Module) -> None:
         if index:

@@ -77,7 +77,8 @@ class ModelBench:
         self._clock: Clock = clock_of(device, own_time=own_time)
         self._timer = LayerTimer(chain, self._clock)
         self._batches: dict[tuple[int, int], Batch] = {}
-        self._optimizers = [_optimizer(parameters, optimizer) for parameters in _own_parameters(chain)]
+        self._own_parameters = _own_parameters(chain)
+        self._optimizer = _optimizer(self._own_parameters, optimizer)
 
     def batch(self, configuration: Configuration) -> Batch:
         """Return the microbatch of a configuration, the same each time."""
@@ -119,12 +120,13 @@ class ModelBench:
         with self._timer.hooks:
             allocating = self._timer.full(batch, scale=0.5)
             adding = self._timer.full(batch, scale=0.5)
-        optimizer_s = self._step()
+        optimizer_s, empty_step_s = self._step()
         return {
             **_numbers(adding),
             "allocating_s": sum(allocating.forward_s) + sum(allocating.backward_s),
             "clearing_s": clock.seconds(first, last),
             "optimizer_s": optimizer_s,
+            "empty_step_s": empty_step_s,
             "entrance_s": self._entrance_seconds(batch),
         }
 
@@ -181,8 +183,24 @@ class ModelBench:
             "forward_flops": _forward_flops(chain, batch),
         }
 
-    def _step(self) -> list[float]:
-        return [0.0 if optimizer is None else self._timed(optimizer.step) for optimizer in self._optimizers]
+    def _step(self) -> tuple[list[float], float]:
+        """Return the seconds of the optimizer's step for each layer, and those of a step of nothing.
+
+        Each layer's step is one of its own parameters alone, less what any step takes: a run steps all at once.
+        """
+        optimizer = self._optimizer
+        if optimizer is None:
+            return [0.0] * self.chain.num_layers, 0.0
+        (whole,) = optimizer.param_groups
+        try:
+            seconds = []
+            for parameters in ([], *self._own_parameters):
+                optimizer.param_groups = [{**whole, "params": parameters}]
+                seconds.append(self._timed(optimizer.step) if parameters or not seconds else 0.0)
+        finally:
+            optimizer.param_groups = [whole]
+        empty_s = seconds[0]
+        return [max(value - empty_s, 0.0) for value in seconds[1:]], empty_s
 
     def _timed(self, work: Callable[[], object]) -> float:
         self._clock.synchronize()
@@ -276,8 +294,9 @@ def _own_parameters(chain: LayerChain) -> list[list[nn.Parameter]]:
     return result
 
 
-def _optimizer(parameters: list[nn.Parameter], name: OptimizerName) -> torch.optim.Optimizer | None:
-    """Return an optimizer that changes nothing (its rate is zero) at the full cost of a step."""
+def _optimizer(by_layer: list[list[nn.Parameter]], name: OptimizerName) -> torch.optim.Optimizer | None:
+    """Return an optimizer of all layers that changes nothing (its rate is zero) at the full cost of a step."""
+    parameters = list({id(value): value for values in by_layer for value in values}.values())
     if not parameters:
         return None
     if name == "adamw":

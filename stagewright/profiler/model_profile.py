@@ -203,7 +203,8 @@ def _add(
 def _overheads(numbers: ConfigurationNumbers, sizes: Mapping[str, int]) -> Overheads:
     """A microbatch is two actions; what one takes beside its layers, and what a step takes beside its microbatches."""
     action_s = (numbers.outside_s + numbers.entrance_s) / 2
-    return Overheads(action_s, numbers.first_extra_s + numbers.clearing_s, sizes)
+    step_s = max(numbers.first_extra_s + numbers.clearing_s + numbers.empty_step_s, 0.0)
+    return Overheads(action_s, numbers.entrance_s, step_s, sizes)
 
 
 def _sources(settings: ProfileSettings) -> dict[str, Source]:
@@ -283,6 +284,7 @@ def _document(
         framework_bytes_source=Source.MEASURED,
         step_overhead_s=statistics.median(item.step_s for item in overheads),
         action_overhead_s=statistics.median(item.action_s for item in overheads),
+        entrance_s=statistics.median(item.entrance_s for item in overheads),
         pedigree=pedigree,
     )
 

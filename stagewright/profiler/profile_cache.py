@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from stagewright.modeling import LayerChain
@@ -13,12 +13,23 @@ from stagewright.profiler.model_bench import Configuration
 from stagewright.profiler.settings import ProfileSettings
 from stagewright.profiler.surroundings import device_name, versions
 
+_MEANING = 2  # of the numbers; entries and journals of another are not read
+
 
 @dataclass(frozen=True)
 class Overheads:
-    """What a configuration costs beside its layers: for each action, and for each step; `parameters` by class of a shard."""
+    """What a configuration costs beside its layers.
+
+    Parameters
+    ----------
+    action_s : for each action.
+    entrance_s : the part of a microbatch's two actions that a stage without predecessor is spared.
+    step_s : for each step.
+    parameters : of a shard, by class.
+    """
 
     action_s: float
+    entrance_s: float
     step_s: float
     parameters: Mapping[str, int]
 
@@ -56,6 +67,7 @@ class ProfileCache:
         self._entries = EntryCache(None if folder is None else folder / "layers")
         device = settings.torch_device
         self._common: dict[str, object] = {
+            "meaning": _MEANING,
             "device": device_name(device),
             "versions": versions(device),
             "dtype": settings.dtype,
@@ -88,9 +100,8 @@ class ProfileCache:
                     found[name] = ConfigurationCost.model_validate(entry)
             entry = self._entries.get(self._model_key(item))
             if entry is not None:
-                costs.overheads[item] = Overheads(
-                    float(str(entry["action_s"])), float(str(entry["step_s"])), _counts(entry["parameters"])
-                )
+                seconds = [float(str(entry[name])) for name in ("action_s", "entrance_s", "step_s")]
+                costs.overheads[item] = Overheads(*seconds, _counts(entry["parameters"]))
         return costs
 
     def write(self, costs: Costs, configurations: Sequence[Configuration]) -> None:
@@ -99,8 +110,7 @@ class ProfileCache:
             for name, cost in costs.classes[item].items():
                 self._entries.put(self._class_key(name, item), cost.model_dump(mode="json"))
             value = costs.overheads[item]
-            entry = {"action_s": value.action_s, "step_s": value.step_s, "parameters": dict(value.parameters)}
-            self._entries.put(self._model_key(item), entry)
+            self._entries.put(self._model_key(item), {**asdict(value), "parameters": dict(value.parameters)})
 
     def _class_key(self, name: str, item: Configuration) -> dict[str, object]:
         return {**self._common, "layer": self._structures[name], "shape": _shape(item)}

@@ -1,9 +1,10 @@
 """What the profile alone says of training on one device: the sum of its layers, nothing fitted.
 
-    step = n (sum over layers of F + I + W  +  2 overheads of an action) + sum of optimizer steps + overhead of a step
+    step = n (sum over layers of F + I + W  +  2 overheads of an action - entrance) + sum of optimizer steps
+           + overhead of a step
     peak = parameters + gradients + states + max over layers (kept by it and the layers before it + its workspace)
 
-for n microbatches that run one after another. It is the check of the profile: planner and simulator are not involved.
+for n microbatches that run one after another; nothing enters the model in the middle. It is the check of the profile: planner and simulator are not involved.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def predict_single_device(
         _optimizer_share(profile, costs, layer, tie.num_parameters) for tie in profile.tied for layer in tie.layers[1:]
     )
     optimizer_s = sum(cost.optimizer_s for cost in costs) - tied_s
-    step_s = num_microbatches * (microbatch_s + 2 * profile.action_overhead_s) + optimizer_s + profile.step_overhead_s
+    microbatch_s += 2 * profile.action_overhead_s - profile.entrance_s
+    step_s = num_microbatches * microbatch_s + optimizer_s + profile.step_overhead_s
     kept = accumulate(cost.activation_bytes[Recompute.NONE] for cost in costs)
     highest = max(before + cost.workspace_bytes for before, cost in zip(kept, costs, strict=True))
     static = profile.num_parameters * (2 * parameter_bytes + state_bytes)

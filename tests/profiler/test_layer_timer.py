@@ -102,7 +102,7 @@ def test_medians_of_layers_are_scaled_to_the_median_of_their_sum():
     steps = [
         {
             "forward_s": forward, "backward_s": [0.0, 0.0], "optimizer_s": [0.0, 0.0], "outside_s": 0.0,
-            "entrance_s": 0.0, "allocating_s": 3.0, "clearing_s": 0.0, "busy_share": 1.0,
+            "entrance_s": 0.0, "allocating_s": 3.0, "clearing_s": 0.0, "empty_step_s": 0.0, "busy_share": 1.0,
         }
         for forward in ([1.0, 2.0], [2.0, 1.0], [1.0, 1.0], [1.0, 2.0], [2.0, 1.0])
     ]  # fmt: skip
@@ -110,6 +110,21 @@ def test_medians_of_layers_are_scaled_to_the_median_of_their_sum():
     names = ("saved_bytes", "output_bytes", "workspace_bytes", "selective_bytes", "full_bytes", "forward_flops")
     numbers = configuration_numbers({"step": steps, "memory": [dict.fromkeys(names, zeros)]})
     assert sum(layer.forward_s for layer in numbers.layers) == pytest.approx(3.0)
+
+
+def test_a_layers_optimizer_step_is_that_of_its_own_parameters_less_a_step_of_nothing(tiny_model_file):
+    source = ModelSource(f"{tiny_model_file}:build")
+    chain = source.split(source.build(device=torch.device("cpu"), dtype=torch.float32))
+    bench = ModelBench(source, chain, torch.device("cpu"))
+    bench._clock = CountingClock()
+    stepped = []
+    bench._optimizer.step = lambda: stepped.append([len(group["params"]) for group in bench._optimizer.param_groups])
+    whole = len(bench._optimizer.param_groups[0]["params"])
+    seconds, empty_s = bench._step()
+    sizes = [sum(name in layer.parameters for name, _ in chain.model.named_parameters()) for layer in chain.layers]
+    assert stepped == [[0], *([size] for size in sizes if size)]
+    assert (seconds, empty_s) == ([0.0] * chain.num_layers, 1.0)
+    assert len(bench._optimizer.param_groups[0]["params"]) == whole
 
 
 def test_samples_are_stable_when_their_halves_agree():

@@ -203,7 +203,12 @@ class Pedigree(Part):
 
 
 class ModelProfile(Document):
-    """The layers of one model with their costs."""
+    """The layers of one model with their costs.
+
+    `action_overhead_s` is spent at each forward and each backward of a stage beside its layers, `step_overhead_s` once a
+    step. `entrance_s` is the part of one forward's and one backward's overheads that a stage which begins with the
+    model's first layer is spared: finding the way to the first layer it holds.
+    """
 
     document_name: ClassVar[str] = "profile"
 
@@ -218,6 +223,7 @@ class ModelProfile(Document):
     framework_bytes_source: Source = Source.ANALYTIC
     step_overhead_s: Seconds = 0.0
     action_overhead_s: Seconds = 0.0
+    entrance_s: Seconds = 0.0
     pedigree: Pedigree = Pedigree()
 
     @model_validator(mode="after")
