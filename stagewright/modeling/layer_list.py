@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from stagewright.modeling.batch import Batch, loss_of
