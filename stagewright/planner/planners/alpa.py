@@ -22,14 +22,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.planners.range_cuts import StagesOnDevices, least_sum_and_max
 from stagewright.planner.planners.reach import Reach
-from stagewright.planner.planners.registry import NamedPlanner
-from stagewright.planner.planners.scoring import choices_outcome, choices_over
 from stagewright.planner.planners.stage_table import StageTable
-from stagewright.planner.search.limits import Limits
-from stagewright.planner.search.problem import Partition, Problem
+from stagewright.planner.planners.table_planner import table_planner
+from stagewright.planner.search.problem import Partition
 
 Floats = npt.NDArray[np.float64]
 
@@ -53,22 +50,16 @@ def inter_operator(
     return least_sum_and_max(stage_s, devices, num_devices, float(num_microbatches - 1), most_in_flight=most_in_flight)
 
 
-def solve(problem: Problem, limits: Limits) -> PlanOutcome:
-    """Return the plan of least T*."""
-    choices = choices_over(problem, limits, _REACH, _solve_one, lower_bound=_lower_bound)
-    return choices_outcome(problem, limits, choices, PLANNER.name)
-
-
 def stage_seconds(table: StageTable, level: int) -> Floats:
     """Return t_intra of every range: one microbatch, and its share of the gradients' reduction."""
-    count = table.configuration.num_microbatches
+    count = table.num_microbatches
     return np.asarray(table.time_s + table.recompute_s(level) + table.reduction_s / count)
 
 
 def _lower_bound(table: StageTable) -> float:
     """Return a T* that no partition beats: all layers once, and equal stages for the other microbatches."""
     whole = float((table.costs.time_s).sum())
-    return whole * (1.0 + (table.configuration.num_microbatches - 1) / table.configuration.num_ranks)
+    return whole * (1.0 + (table.num_microbatches - 1) / table.num_ranks)
 
 
 def _solve_one(table: StageTable) -> Iterator[tuple[float, Partition]]:
@@ -86,11 +77,11 @@ def _solve_one(table: StageTable) -> Iterator[tuple[float, Partition]]:
             return
 
 
-_REACH = Reach(tensor=True, experts=True, zero=(0, 2, 3), axis_orders=True)
-
-PLANNER = NamedPlanner(
+PLANNER = table_planner(
     "alpa",
     "Zheng et al., Alpa: Automating Inter- and Intra-Operator Parallelism for Distributed Deep Learning, OSDI 2022",
-    solve,
+    _solve_one,
+    reach=Reach(tensor=True, experts=True, zero=(0, 2, 3), axis_orders=True),
+    lower_bound=_lower_bound,
     objective="sum t + (B - 1) max t, seconds",
 )

@@ -14,34 +14,25 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.planners.range_cuts import least_bottleneck
 from stagewright.planner.planners.reach import Reach
-from stagewright.planner.planners.registry import NamedPlanner
-from stagewright.planner.planners.scoring import choices_outcome, choices_over
 from stagewright.planner.planners.stage_table import StageTable
-from stagewright.planner.search.limits import Limits
-from stagewright.planner.search.problem import Partition, Problem
-
-
-def solve(problem: Problem, limits: Limits) -> PlanOutcome:
-    """Return the plan of least peak memory."""
-    return choices_outcome(problem, limits, choices_over(problem, limits, _REACH, _solve_one), PLANNER.name)
+from stagewright.planner.planners.table_planner import table_planner
+from stagewright.planner.search.problem import Partition
 
 
 def _solve_one(table: StageTable) -> Iterator[tuple[float, Partition]]:
-    ranks, level = table.configuration.num_ranks, table.levels[0]
+    ranks, level = table.num_ranks, table.levels[0]
     peaks = np.stack([table.peak_bytes(level, table.in_flight(stage)) for stage in range(ranks)])
     found = least_bottleneck(peaks, ranks)
     if found is not None:
         yield found.value, table.partition(found.bounds)
 
 
-_REACH = Reach()
-
-PLANNER = NamedPlanner(
+PLANNER = table_planner(
     "mcap",
     "Dreuning et al., mCAP: Memory-Centric Partitioning for Large-Scale Pipeline-Parallel DNN Training, Euro-Par 2022",
-    solve,
+    _solve_one,
+    reach=Reach(),
     objective="bytes of the fullest device",
 )

@@ -13,7 +13,7 @@ in O(I^2 n^2) for I ideals. With two network levels the best pipeline of every i
 compute on the outer one. The bottleneck is optimal over contiguous stages that use all workers, under full overlap
 of compute and communication; fill, drain and unequal links within a level are not in the model.
 
-On the common Problem (`solve`) all stages have equal degrees, so for each (replicas, depth, microbatch) the programme
+On the common Problem all stages have equal degrees, so for each (replicas, depth, microbatch) the programme
 cuts the chain with a stage's time for a whole step of T microbatches max(T t, gradient reduction, 2 T hop); memory is not
 in the model. Plans run 1F1B with a flush, since the Problem is synchronous.
 """
@@ -27,16 +27,13 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.errors import Infeasible, InvalidArgument
 from stagewright.planner.planners.range_cuts import least_bottleneck
 from stagewright.planner.planners.reach import Reach
-from stagewright.planner.planners.registry import NamedPlanner
-from stagewright.planner.planners.scoring import choices_outcome, choices_over
 from stagewright.planner.planners.stage_table import StageTable
+from stagewright.planner.planners.table_planner import table_planner
 from stagewright.planner.search.ideals import IdealLattice
-from stagewright.planner.search.limits import Limits
-from stagewright.planner.search.problem import Partition, Problem
+from stagewright.planner.search.problem import Partition
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -219,25 +216,19 @@ def _inner_bottlenecks(
     return result
 
 
-def solve(problem: Problem, limits: Limits) -> PlanOutcome:
-    """Return the plan whose slowest stage is fastest."""
-    return choices_outcome(problem, limits, choices_over(problem, limits, _REACH, _solve_one), PLANNER.name)
-
-
 def _solve_one(table: StageTable) -> Iterator[tuple[float, Partition]]:
-    count = table.configuration.num_microbatches
+    count = table.num_microbatches
     cost = np.maximum(count * table.time_s, table.reduction_s)
     cost = np.maximum(cost, 2.0 * count * np.maximum(table.in_hop_s, table.out_hop_s))
-    found = least_bottleneck(cost, table.configuration.num_ranks)
+    found = least_bottleneck(cost, table.num_ranks)
     if found is not None:
         yield found.value, table.partition(found.bounds)
 
 
-_REACH = Reach()
-
-PLANNER = NamedPlanner(
+PLANNER = table_planner(
     "pipedream",
     "Narayanan et al., PipeDream: Generalized Pipeline Parallelism for DNN Training, SOSP 2019",
-    solve,
+    _solve_one,
+    reach=Reach(),
     objective="seconds of the slowest stage",
 )

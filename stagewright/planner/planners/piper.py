@@ -17,10 +17,14 @@ is one pass of O(|pairs| * #t * #d * s) additions, because TPS grows with y, so 
 to a bound. X is bisected between a feasible and an infeasible target until the plan found cannot be bettered by one
 part in 10^12. Which nodes recompute is an exact knapsack (branch and bound; Piper's is greedy), so the result is
 optimal for the objective.
+
+On the common Problem all stages have equal (d, t): for each configuration the largest TPS, times T for a step, is
+minimised over cuts with the exact knapsack of each range and y = min(T, D - stage).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +32,12 @@ import numpy.typing as npt
 from numba import njit
 
 from stagewright.planner.errors import Infeasible
+from stagewright.planner.planners.range_cuts import least_bottleneck
+from stagewright.planner.planners.reach import Reach
+from stagewright.planner.planners.stage_table import StageTable
+from stagewright.planner.planners.table_planner import table_planner
 from stagewright.planner.search.ideals import IdealLattice
+from stagewright.planner.search.problem import Partition
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -498,3 +507,24 @@ def _most_stashes(
         else:
             high = middle - 1
     return low
+
+
+def _solve_one(table: StageTable) -> Iterator[tuple[float, Partition]]:
+    count = table.num_microbatches
+    plain = table.time_s + 2.0 * (table.in_hop_s + table.out_hop_s) + table.reduction_s / count
+    cost = table.with_least_recompute(plain)
+    found = None if cost is None else least_bottleneck(cost, table.num_ranks)
+    if found is not None:
+        partition = table.fitted(found.bounds)
+        assert partition is not None
+        yield count * found.value, partition
+
+
+PLANNER = table_planner(
+    "piper",
+    "Tarnawski et al., Piper: Multidimensional Planner for DNN Parallelization, NeurIPS 2021",
+    _solve_one,
+    reach=Reach(tensor=True, axis_orders=True),
+    lower_bound=lambda table: table.least_rate_s,
+    objective="seconds of a step at the slowest stage's rate",
+)

@@ -15,7 +15,7 @@ import numpy as np
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.search.layer_costs import Configuration
 from stagewright.planner.search.pricing import AXES, CP, DP, EP, PP, SP, TP, VOCAB, ZERO, configuration_of
-from stagewright.planner.search.problem import Candidate, Problem
+from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import FamilyRule
 
 
@@ -96,11 +96,6 @@ def configurations(problem: Problem, reach: Reach) -> list[Configuration]:
             hint="drop pins, or take the exact planner",
         )
     return found
-
-
-def candidate_of(problem: Problem, reach: Reach, configuration: Configuration, num_chunks: int = 1) -> Candidate:
-    """Return the candidate that runs the planner's schedule on a configuration."""
-    return Candidate(configuration, rule_of(problem, reach), num_chunks)
 
 
 def _words(reach: Reach) -> str:

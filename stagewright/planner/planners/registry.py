@@ -40,19 +40,41 @@ class NamedPlanner:
 def planners() -> tuple[NamedPlanner, ...]:
     """Return all planners, the exact one first."""
     from stagewright.planner.planners import (
+        adapipe,
         alpa,
+        autopipe,
+        dapple,
         exact,
         exhaustive,
         mcap,
         megatron,
         pipedream,
+        pipedream_2bw,
+        piper,
         random,
+        tarnawski_dp,
+        tarnawski_ip,
         torchgpipe,
         varuna,
+        vpipe,
     )
 
     first = (exact.PLANNER, exhaustive.PLANNER, megatron.PLANNER, random.PLANNER)
-    named = (alpa, mcap, pipedream, torchgpipe, varuna)
+    named = (
+        adapipe,
+        alpa,
+        autopipe,
+        dapple,
+        mcap,
+        pipedream,
+        pipedream_2bw,
+        piper,
+        tarnawski_dp,
+        tarnawski_ip,
+        torchgpipe,
+        varuna,
+        vpipe,
+    )
     return (*first, *(module.PLANNER for module in named))
 
 

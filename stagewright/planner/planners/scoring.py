@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from stagewright.planner.documents.outcome import Alternative, PlanOutcome
 from stagewright.planner.documents.plan import Plan
-from stagewright.planner.planners.reach import Reach, candidate_of, configurations
-from stagewright.planner.planners.stage_table import StageTable, stage_table
+from stagewright.planner.planners.reach import Reach, configurations, rule_of
+from stagewright.planner.planners.stage_table import StageTable
 from stagewright.planner.prediction import evaluate
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Candidate, Partition, Problem
@@ -37,7 +37,8 @@ def choices_over(
 
     With `lower_bound`, configurations are solved in order of it and left out once it passes the best value so far.
     """
-    tables = [stage_table(problem, configuration) for configuration in configurations(problem, reach)]
+    rule = rule_of(problem, reach)
+    tables = [StageTable(problem, Candidate(item, rule, 1)) for item in configurations(problem, reach)]
     if lower_bound is not None:
         tables = [table for _, _, table in sorted((lower_bound(t), i, t) for i, t in enumerate(tables))]
     found: list[Choice] = []
@@ -47,9 +48,8 @@ def choices_over(
             break
         if lower_bound is not None and lower_bound(table) >= best:
             break
-        candidate = candidate_of(problem, reach, table.configuration)
         for value, partition in solve_one(table):
-            found.append(Choice(value, candidate, partition))
+            found.append(Choice(value, table.candidate, partition))
             best = min(best, value)
         limits.report("configurations", index + 1, len(tables), None, None)
     return found

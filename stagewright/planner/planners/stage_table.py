@@ -17,8 +17,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.planners.range_cuts import least_bottleneck
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts
-from stagewright.planner.search.problem import Partition, Problem
+from stagewright.planner.search.problem import Candidate, Partition, Problem
 from stagewright.planner.search.recompute import LayerGroup, Recomputation, least_recompute
 
 Floats = npt.NDArray[np.float64]
@@ -27,28 +28,57 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(eq=False)
 class StageTable:
-    """Costs of every layer range of a configuration.
+    """Costs of every layer range of a candidate's configuration."""
 
-    Parameters
-    ----------
-    costs : of each layer.
-    levels : recomputation levels that layers may take.
-    room_bytes : what a device has for states, activations and workspace.
-    hop_s : [L + 1], seconds of the message over a cut before each layer, between the two ranks farthest apart.
-    overhead_s : of every action.
-    """
-
-    costs: LayerCosts
-    configuration: Configuration
-    levels: tuple[int, ...]
-    room_bytes: float
-    hop_s: Floats
-    overhead_s: float = 0.0
+    problem: Problem
+    candidate: Candidate
     _least: dict[tuple[object, ...], Recomputation | None] = field(default_factory=dict)
+
+    @property
+    def configuration(self) -> Configuration:
+        return self.candidate.configuration
+
+    @property
+    def num_ranks(self) -> int:
+        return self.configuration.num_ranks
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.configuration.num_microbatches
 
     @property
     def num_layers(self) -> int:
         return self.costs.num_layers
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Recomputation levels that layers may take."""
+        return self.problem.levels
+
+    @property
+    def room_bytes(self) -> float:
+        """What a device has for states, activations and workspace."""
+        return self.problem.capacity_bytes - self.problem.base_bytes
+
+    @property
+    def overhead_s(self) -> float:
+        return self.problem.profile.action_overhead_s
+
+    @cached_property
+    def costs(self) -> LayerCosts:
+        """Costs of each layer."""
+        return self.problem.costs(self.configuration)
+
+    @cached_property
+    def hop_s(self) -> Floats:
+        """Seconds of the message over a cut before each layer, between the two neighbours farthest apart, [L + 1]."""
+        if self.num_ranks == 1:
+            return np.zeros(self.num_layers + 1)
+        wiring = self.problem.wiring(self.configuration)
+        lines = {wiring.line(rank, rank + 1) for rank in range(self.num_ranks - 1)}
+        hop = np.array([max(line.seconds(float(size)) for line in lines) for size in self.costs.cut_bytes])
+        hop[[0, -1]] = 0.0
+        return hop
 
     @cached_property
     def forward_s(self) -> Floats:
@@ -93,9 +123,14 @@ class StageTable:
         """Message out of the range, [1, L + 1]."""
         return self.hop_s[None, :]
 
+    @property
+    def least_rate_s(self) -> float:
+        """Seconds of a step in which all ranks are busy alike and nothing is recomputed: no slowest stage is faster."""
+        return self.num_microbatches * float(self.costs.time_s.sum()) / self.num_ranks
+
     def in_flight(self, stage: int) -> int:
         """Return the microbatches that a stage of 1F1B keeps, min(T, D - stage)."""
-        return min(self.configuration.num_microbatches, self.configuration.num_ranks - stage)
+        return min(self.num_microbatches, self.num_ranks - stage)
 
     def most_in_flight(self, level: int) -> Floats:
         """Return how many microbatches each range can keep at a level; below 1 where it does not fit at all."""
@@ -173,24 +208,39 @@ class StageTable:
         }
         return tuple(left[kind].pop() for kind in classes)
 
-    def least_recompute_s(self, in_flight: float, below_s: Floats | float = np.inf) -> Floats:
-        """Return the least recomputation seconds of every range; infinite where it never fits.
+    def with_least_recompute(self, plain: Floats, *, slack: float = 1.0) -> Floats | None:
+        """Return `plain` [L + 1, L + 1] plus the least recomputation on each stage of 1F1B, [D, L + 1, L + 1].
 
-        Ranges whose `below_s` is not above 0 are given up: the planner has no use for them.
+        For programmes that minimise the largest entry: ranges above `slack` times the bottleneck of the best partition
+        with one level a stage stay infinite where they need recomputation. None when no partition fits.
         """
-        count = self.num_layers
-        result = np.full((count + 1, count + 1), np.inf)
-        free = np.asarray(self.fits(self.levels[0], in_flight))
-        result[free] = self.recompute_s(self.levels[0])[free]
+        ranks = self.num_ranks
+        rough = np.stack([self._rough(plain, self.in_flight(stage)) for stage in range(ranks)])
+        known = least_bottleneck(rough, ranks)
+        most = np.inf if known is None else slack * known.value
+        exact = np.stack([self._exact(plain, self.in_flight(stage), most) for stage in range(ranks)])
+        return exact if known is not None or np.isfinite(exact).any() else None
+
+    def _rough(self, plain: Floats, in_flight: int) -> Floats:
+        """Return `plain` plus the cheapest uniform level that fits."""
+        cost = np.full(plain.shape, np.inf)
+        for level in self.levels:
+            cost = np.minimum(cost, np.where(self.fits(level, in_flight), plain + self.recompute_s(level), np.inf))
+        return cost
+
+    def _exact(self, plain: Floats, in_flight: int, most: float) -> Floats:
+        """Return `plain` plus the knapsack's recomputation where that is at most `most`."""
+        lowest = self.levels[0]
+        free = self.fits(lowest, in_flight)
+        cost = np.where(free, plain + self.recompute_s(lowest), np.inf)
         possible = np.zeros_like(free)
         for level in self.levels[1:]:
             possible |= self.static_bytes + in_flight * self.kept_bytes(level) <= self.room_bytes
-        wanted = possible & ~free & (np.broadcast_to(below_s, result.shape) > 0)
-        for first, end in zip(*np.nonzero(wanted), strict=True):
+        for first, end in zip(*np.nonzero(possible & ~free & (plain <= most)), strict=True):
             found = self.least(int(first), int(end), in_flight)
             if found is not None:
-                result[first, end] = found.seconds
-        return result
+                cost[first, end] = plain[first, end] + found.seconds
+        return cost
 
     def _group(self, kind: int, count: int, in_flight: float) -> LayerGroup:
         layer, costs, levels = self.class_of.index(kind), self.costs, list(self.levels)
@@ -208,22 +258,3 @@ def ranges_of(rows: Floats) -> Floats:
     table = before[None, :] - before[:, None]
     table[np.tril_indices(len(before))] = np.inf
     return np.asarray(table)
-
-
-def stage_table(problem: Problem, configuration: Configuration) -> StageTable:
-    """Return the table of a configuration."""
-    costs = problem.costs(configuration)
-    hop = np.zeros(costs.num_layers + 1)
-    if configuration.num_ranks > 1:
-        wiring = problem.wiring(configuration)
-        lines = [wiring.line(rank, rank + 1) for rank in range(configuration.num_ranks - 1)]
-        hop = np.array([max(line.seconds(float(size)) for line in lines) for size in costs.cut_bytes])
-        hop[[0, -1]] = 0.0
-    return StageTable(
-        costs,
-        configuration,
-        problem.levels,
-        problem.capacity_bytes - problem.base_bytes,
-        hop,
-        problem.profile.action_overhead_s,
-    )

@@ -16,10 +16,16 @@ in O(|ideals|^2 (k + 1)(l + 1)), exact. *Any sets* (`partition_any`): an integer
 
 started from the contiguous optimum and with equal accelerators ordered by their first group. HiGHS gives the optimum
 or, at the limit, the incumbent and the proven bound.
+
+On the common Problem layers follow one topological order (the paper's linearised variant, DPL), every accelerator is one
+rank of equal replicas, and a stage's load for a step of T microbatches is max(T (time + messages in and out, both ways),
+gradient reduction), the paper's replication; memory is the states and one microbatch of each layer, as the paper counts
+it. No CPUs. Fill and drain of the pipeline are not in the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +33,12 @@ import numpy.typing as npt
 from numba import njit
 
 from stagewright.planner.errors import Infeasible
+from stagewright.planner.planners.range_cuts import least_bottleneck
+from stagewright.planner.planners.reach import Reach
+from stagewright.planner.planners.stage_table import StageTable
+from stagewright.planner.planners.table_planner import table_planner
 from stagewright.planner.search.ideals import IdealLattice
+from stagewright.planner.search.problem import Partition
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -213,3 +224,28 @@ def _loads_over_ideals(
                             previous[end, k, cpu] = begin
                             on_cpu[end, k, cpu] = True
     return best, previous, on_cpu
+
+
+def stage_load_s(table: StageTable) -> Floats:
+    """Return the load of every layer range for a step, infinite where it does not fit."""
+    once = table.time_s + 2.0 * (table.in_hop_s + table.out_hop_s)
+    load = np.maximum(table.num_microbatches * once, table.reduction_s)
+    return np.where(table.fits(table.levels[0], 1.0), load, np.inf)
+
+
+def _solve_one(table: StageTable) -> Iterator[tuple[float, Partition]]:
+    found = least_bottleneck(stage_load_s(table), table.num_ranks)
+    if found is not None:
+        yield found.value, table.partition(found.bounds)
+
+
+PAPER = "Tarnawski et al., Efficient Algorithms for Device Placement of DNN Graph Operators, NeurIPS 2020"
+
+PLANNER = table_planner(
+    "tarnawski-dp",
+    PAPER,
+    _solve_one,
+    reach=Reach(),
+    objective="seconds of the largest load",
+    aliases=("tarnawski",),
+)

@@ -40,7 +40,7 @@ def _preference(choice: Choice) -> tuple[int, bool, int]:
 
 
 def _solve_one(table: StageTable) -> Iterator[tuple[float, Partition]]:
-    found = least_bottleneck(table.time_s, table.configuration.num_ranks)
+    found = least_bottleneck(table.time_s, table.num_ranks)
     if found is not None:
         yield found.value, table.partition(found.bounds, table.levels[-1])
 

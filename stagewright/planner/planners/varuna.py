@@ -54,7 +54,7 @@ def knee(forward_s: dict[int, float]) -> int:
 
 def _solve_one(table: StageTable) -> Iterator[tuple[float, Partition]]:
     level = table.levels[-1]
-    found = least_bottleneck(table.time_s + table.recompute_s(level), table.configuration.num_ranks)
+    found = least_bottleneck(table.time_s + table.recompute_s(level), table.num_ranks)
     if found is not None:
         yield found.value, table.partition(found.bounds, level)
 
