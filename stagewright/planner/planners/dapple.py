@@ -85,7 +85,7 @@ class DappleProblem:
             forward.append(f / stage.num_devices)
             backward.append(b / stage.num_devices)
             reduce.append(self.all_reduce_s(stage.allocation, weights))
-        return pivot_latency_s(np.array(forward), np.array(backward), np.array(reduce), self.num_microbatches)[0]
+        return float(pivot_latency_s(np.array(forward), np.array(backward), np.array(reduce), self.num_microbatches)[0])
 
     def all_reduce_s(self, allocation: Allocation, size_bytes: float) -> float:
         """Return the ring all-reduce over a stage's devices."""
