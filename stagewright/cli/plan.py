@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +13,8 @@ from stagewright.cli.output import Json, bytes_text, console, print_document, pr
 from stagewright.planner.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from stagewright.planner.documents import ModelProfile, Plan, TrainingJob
-    from stagewright.planner.documents.outcome import Diagnosis, PlanOutcome
+    from stagewright.planner.documents import Cluster, ModelProfile, Plan, TrainingJob
+    from stagewright.planner.documents.outcome import Diagnosis, FrontierPoint, PlanOutcome
 
 INFEASIBLE, NO_SOLUTION = 3, 4
 
@@ -35,6 +36,12 @@ def plan(
     planner: Annotated[str, typer.Option(help="Planner: exact, or a named one of the literature.")] = "exact",
     objective: Annotated[
         str | None, typer.Option(help="step-time, tokens-per-dollar, fewest-devices, min-max-memory, frontier.")
+    ] = None,
+    step_deadline: Annotated[
+        float | None, typer.Option(help="Seconds a step may take: required of every plan, whatever the objective.")
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Dollars an hour for each device, in place of the cluster's own price.")
     ] = None,
     pin: Annotated[list[str] | None, typer.Option(help="NAME=VALUE the plan must have, e.g. tp=8; may repeat.")] = None,
     forbid: Annotated[
@@ -63,9 +70,15 @@ def plan(
         )
     with progress_bar(quiet=json) as report:
         profile = load_model(model)
-        machines = load_cluster(cluster, report)
+        machines = _priced(load_cluster(cluster, report), price_per_hour)
         training_job = _job(
-            job, profile_sequence(profile, sequence_length), global_batch, precision, objective, pin, forbid, target
+            job,
+            profile_sequence(profile, sequence_length),
+            global_batch,
+            {"precision": precision, "objective": objective, "step_deadline_s": step_deadline},
+            pin,
+            forbid,
+            target,
         )
         outcome = make_plan(
             profile,
@@ -115,8 +128,7 @@ def _job(
     path: Path | None,
     sequence_length: int,
     global_batch: int,
-    precision: str | None,
-    objective: str | None,
+    changes: Mapping[str, str | float | None],
     pin: list[str] | None,
     forbid: list[str] | None,
     target: str | None,
@@ -136,10 +148,26 @@ def _job(
         space["forbids"] = [item.model_dump(mode="json") for item in parse_forbids(forbid)]
     if target is not None:
         space["target"] = target
-    changes = {"precision": precision, "objective": objective}
     return TrainingJob.from_object(
         base | {key: value for key, value in changes.items() if value is not None} | {"space": space}
     )
+
+
+def _priced(machines: Cluster, price_per_hour: float | None) -> Cluster:
+    """Return the cluster with every device at this price, or as it is."""
+    if price_per_hour is None:
+        return machines
+    if not 0 < price_per_hour < float("inf"):
+        raise InvalidArgument(
+            f"--price-per-hour is {price_per_hour}, a price is above 0",
+            field="price_per_hour",
+            hint="give dollars an hour",
+        )
+    groups = tuple(
+        group.model_copy(update={"device": group.device.model_copy(update={"price_per_hour": price_per_hour})})
+        for group in machines.groups
+    )
+    return machines.model_copy(update={"groups": groups})
 
 
 def _load_plan(path: Path) -> Plan:
@@ -164,15 +192,43 @@ def print_outcome(outcome: PlanOutcome, output: Path | None = None) -> None:
         "within_gap": f"within {outcome.gap:.2%} of the proven bound" if outcome.gap is not None else "within the gap",
         "feasible": f"feasible, gap {outcome.gap:.2%}" if outcome.gap is not None else "feasible, nothing proved",
     }[outcome.status]
-    bound = "" if outcome.bound_s is None else f", bound {seconds_text(outcome.bound_s)}"
     screen.print(
-        f"{proof}{bound}; {outcome.candidates} candidates, {outcome.simulated} simulated, {outcome.wall_s:.2f} s",
+        f"{proof}{_bound_text(outcome)}; {outcome.candidates} candidates, {outcome.simulated} simulated, {outcome.wall_s:.2f} s",
     )
+    if outcome.frontier:
+        _print_frontier(outcome.frontier)
     for rank, other in enumerate(outcome.alternatives, start=2):
         peak = bytes_text(other.peak_memory_bytes)
         screen.print(f"  {rank}. {other.summary}: {seconds_text(other.step_time_s)}, {peak}")
     if output is not None:
         sys.stderr.write(f"wrote {output} ({found.digest[:19]})\n")
+
+
+def _bound_text(outcome: PlanOutcome) -> str:
+    """Return the objective, where it is not the step, and its bound."""
+    if outcome.bound is None or outcome.objective is None:
+        return ""
+    if outcome.objective_name in ("step_time_s", "frontier"):
+        return f", bound {seconds_text(outcome.bound)}"
+    words = outcome.objective_name.removesuffix("_bytes").replace("_", " ")
+    shown = bytes_text if outcome.objective_name == "peak_memory_bytes" else _whole_text
+    return f", {words} {shown(outcome.objective)}, bound {shown(outcome.bound)}"
+
+
+def _whole_text(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _print_frontier(points: Sequence[FrontierPoint]) -> None:
+    from rich.table import Table
+
+    from stagewright.planner.plan_summary import plan_summary
+
+    table = Table("devices", "step", "peak memory", "plan", box=None)
+    for point in points:
+        step, peak = seconds_text(point.step_time_s), bytes_text(point.peak_memory_bytes)
+        table.add_row(str(point.num_devices), step, peak, plan_summary(point.plan))
+    console().print(table)
 
 
 def print_plan(found: Plan) -> None:

@@ -28,6 +28,7 @@ from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.plan_check import memory_limits
+from stagewright.planner.plan_summary import plan_summary
 from stagewright.planner.planning import make_plan
 from stagewright.planner.prediction import Evaluation, evaluate
 from stagewright.planner.schedules.action import Kind
@@ -92,7 +93,7 @@ def explain(
     return Explanation(
         model=plan.model,
         cluster=plan.cluster.name,
-        summary=summary_of(plan),
+        summary=plan_summary(plan),
         step_time_s=step_s,
         bound_s=None if certificate is None else certificate.bound,
         gap=None if certificate is None else certificate.gap,
@@ -102,19 +103,6 @@ def explain(
         runners_up=others,
         why_not=answer,
     )
-
-
-def summary_of(plan: Plan) -> str:
-    """Return a plan's choice in one line."""
-    degrees, spec = plan.stages[0].degrees, plan.schedule
-    parts = [
-        f"{name}={getattr(degrees, name)}" for name in ("dp", "tp", "cp", "ep", "etp") if getattr(degrees, name) > 1
-    ]
-    parts += [f"pp={spec.num_ranks}"] if spec.num_ranks > 1 else []
-    parts += ["sp"] if degrees.sp else []
-    parts += [f"zero={degrees.zero}"] if degrees.zero else []
-    parts += [f"microbatch={spec.microbatch}", spec.name + (f" v={spec.num_chunks}" if spec.num_chunks > 1 else "")]
-    return " ".join(parts)
 
 
 def path_shares(evaluation: Evaluation, profile: ModelProfile) -> tuple[PathShares, Sequence[float]]:
@@ -183,7 +171,7 @@ def _runners_up(plan: Plan, step_s: float, outcome: PlanOutcome, most: int) -> t
     others.sort(key=lambda other: other.prediction.step_time_s)
     return tuple(
         RunnerUp(
-            summary=summary_of(other),
+            summary=plan_summary(other),
             step_time_s=other.prediction.step_time_s,
             slower=other.prediction.step_time_s / step_s - 1.0,
             peak_memory_bytes=max(other.prediction.peak_memory_bytes),
@@ -237,7 +225,7 @@ def _binding(
             message=(
                 f"memory: pipeline rank {fullest.pipeline_rank} holds {fullest.peak_bytes / GIB:.2f} of "
                 f"{fullest.available_bytes / GIB:.2f} GiB, mostly {fullest.largest_item}; without the limit "
-                f"{summary_of(unlimited.plan)} would take {free_s:.4g} s instead of {step_s:.4g} s and "
+                f"{plan_summary(unlimited.plan)} would take {free_s:.4g} s instead of {step_s:.4g} s and "
                 f"{max(unlimited.plan.prediction.peak_memory_bytes) / GIB:.2f} GiB"
             ),
             step_time_s=free_s,
@@ -290,7 +278,7 @@ def _compare(
         prediction = evaluation.prediction
         shares = path_shares(evaluation, profile)[0]
         return {
-            "choice": summary_of(document),
+            "choice": plan_summary(document),
             "step_time_s": prediction.step_time_s,
             **{f"step.{name}": value for name, value in shares.model_dump().items()},
             "bubble_over_total": prediction.bubble_over_total,

@@ -16,6 +16,7 @@ from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.planners.registry import planner as named_planner
+from stagewright.planner.search.diagnosis import diagnose
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import check_pins
@@ -62,7 +63,7 @@ def make_plan(
             field="devices",
             hint=f"give a number from 1 to {cluster.num_devices}",
         )
-    _refuse_unsearched(cluster, job, executor, previous)
+    _refuse_unsearched(cluster, job, planner, executor, previous)
     row = named_planner(planner)
     problem = Problem(profile, cluster, job, devices)
     check_pins(profile, job, devices)
@@ -77,10 +78,12 @@ def make_plan(
         should_stop=should_stop,
     )
     outcome = row.solve(problem, limits)
+    if outcome.status == "infeasible" and outcome.diagnosis is None:
+        outcome = outcome.model_copy(update={"diagnosis": diagnose(problem)})
     return outcome.model_copy(update={"wall_s": time.perf_counter() - started})
 
 
-def _refuse_unsearched(cluster: Cluster, job: TrainingJob, executor: str, previous: Plan | None) -> None:
+def _refuse_unsearched(cluster: Cluster, job: TrainingJob, planner: str, executor: str, previous: Plan | None) -> None:
     """Raise InvalidArgument for what no planner here searches yet, rather than answer another question."""
     space = job.space
     if cluster.is_mixed:
@@ -89,9 +92,13 @@ def _refuse_unsearched(cluster: Cluster, job: TrainingJob, executor: str, previo
             field="cluster",
             hint="plan each group alone",
         )
+    if planner != "exact" and (job.objective != "step-time" or job.step_deadline_s is not None):
+        raise InvalidArgument(
+            f"planner {planner} has an objective of its own; {job.objective} and step deadlines are the exact planner's",
+            field="objective",
+            hint="leave --planner out, or ask for step-time without a deadline",
+        )
     refused = {
-        "objective": job.objective if job.objective != "step-time" else None,
-        "step_deadline_s": job.step_deadline_s,
         "ties": space.ties or None,
         "target": space.target,
         "per_stage_degrees": "on" if space.per_stage_degrees else None,

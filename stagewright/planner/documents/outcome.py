@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from stagewright.planner.documents.document import Bytes, Document, Index, Name, Part, Seconds
+from stagewright.planner.documents.document import Bytes, Count, Document, Index, Name, Part, Seconds
 from stagewright.planner.documents.plan import MemoryItems, Plan
 
 Status = Literal["optimal", "within_gap", "feasible", "infeasible", "no_solution"]
@@ -49,12 +49,32 @@ class Diagnosis(Part):
     relaxations: tuple[Relaxation, ...] = ()
 
 
+class FrontierPoint(Part):
+    """A plan that no other one beats in devices, step and peak memory at once.
+
+    Parameters
+    ----------
+    bound_s : no plan on as many devices with less peak memory than the point before is faster.
+    """
+
+    num_devices: Count
+    step_time_s: Seconds
+    peak_memory_bytes: Bytes
+    bound_s: Seconds
+    plan: Plan
+
+
 class PlanOutcome(Document):
     """The answer of a planner.
 
     Parameters
     ----------
-    objective_s, bound_s, gap : of the simulated step.
+    objective_s, bound_s : step of the plan, and a proved bound on the step of every plan; None where the objective is
+        another one.
+    objective_name, objective, bound : the job's objective, its value for the plan, and the proved limit of it: a lower
+        one, for tokens per dollar an upper one.
+    gap : how far the objective is from its bound, relative to the better of both.
+    frontier : for the frontier objective, its points by devices and memory.
     own_objective : what the planner itself minimised, at its plan; None where that is the simulated step.
     """
 
@@ -65,6 +85,9 @@ class PlanOutcome(Document):
     objective_s: Annotated[float, Field(ge=0)] | None
     bound_s: Annotated[float, Field(ge=0)] | None
     gap: Annotated[float, Field(ge=0)] | None
+    objective_name: Name = "step_time_s"
+    objective: float | None = None
+    bound: float | None = None
     own_objective: Annotated[float, Field(ge=0)] | None = None
     candidates: Index
     evaluated: Index
@@ -72,6 +95,7 @@ class PlanOutcome(Document):
     wall_s: Seconds
     termination: Literal["optimal", "gap", "time_limit", "cancelled"] | None = None
     alternatives: tuple[Alternative, ...] = ()
+    frontier: tuple[FrontierPoint, ...] = ()
     diagnosis: Diagnosis | None = None
 
 

@@ -1,8 +1,8 @@
-"""The default planner: the joint search with a certificate (`search.exact`)."""
+"""The default planner: the joint search with a certificate (`search.exact`) under any objective (`objectives`)."""
 
 from __future__ import annotations
 
+from stagewright.planner.objectives.dispatch import solve_objective
 from stagewright.planner.planners.registry import NamedPlanner
-from stagewright.planner.search.exact import solve
 
-PLANNER = NamedPlanner("exact", "Stagewright: joint search over cuts from simulated critical paths", solve)
+PLANNER = NamedPlanner("exact", "Stagewright: joint search over cuts from simulated critical paths", solve_objective)

@@ -12,7 +12,6 @@ from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.planners.registry import NamedPlanner
 from stagewright.planner.planners.scoring import candidates_outcome
 from stagewright.planner.search.brute_force import best_completion
-from stagewright.planner.search.diagnosis import diagnose
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Candidate, Partition, Problem
 
@@ -42,7 +41,7 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
             break
     outcome = candidates_outcome(problem, limits, choices, PLANNER.name, num_candidates=len(candidates))
     if outcome.plan is None and limits.reached() is None:
-        return outcome.model_copy(update={"status": "infeasible", "diagnosis": diagnose(problem)})
+        return outcome.model_copy(update={"status": "infeasible"})
     return outcome
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from stagewright.planner.documents.outcome import Alternative, PlanOutcome
+from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.documents.plan import Certificate, Plan
+from stagewright.planner.plan_summary import alternative_of
 from stagewright.planner.prediction import evaluate
-from stagewright.planner.search.diagnosis import diagnose
 from stagewright.planner.search.incumbent import start
 from stagewright.planner.search.joint_search import JointSearch
 from stagewright.planner.search.limits import Limits, Termination
@@ -21,9 +21,9 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
     search = JointSearch(problem, limits)
     bound_s, termination = search.run()
     if search.best is None:
-        return _without_plan(problem, search, termination)
+        return _without_plan(search, termination)
     plans = _plans(search)
-    best = plans[0][1]
+    best = plans[0]
     objective_s = best.prediction.step_time_s
     bound_s = min(bound_s, objective_s)
     gap = max(0.0, objective_s / bound_s - 1.0)
@@ -46,24 +46,18 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
         objective_s=objective_s,
         bound_s=bound_s,
         gap=gap,
+        objective=objective_s,
+        bound=bound_s,
         candidates=search.num_candidates,
         evaluated=search.evaluated,
         simulated=search.simulated,
         wall_s=0.0,
         termination="optimal" if gap <= OPTIMAL_GAP else termination,
-        alternatives=tuple(
-            Alternative(
-                summary=summary,
-                step_time_s=plan.prediction.step_time_s,
-                peak_memory_bytes=max(plan.prediction.peak_memory_bytes),
-                plan=plan,
-            )
-            for summary, plan in plans[1:]
-        ),
+        alternatives=tuple(alternative_of(plan) for plan in plans[1:]),
     )
 
 
-def _plans(search: JointSearch) -> list[tuple[str, Plan]]:
+def _plans(search: JointSearch) -> list[Plan]:
     """Return the best candidates that were completed as scored plans, the best one first."""
     assert search.best is not None
     limits, problem = search.limits, search.problem
@@ -75,9 +69,8 @@ def _plans(search: JointSearch) -> list[tuple[str, Plan]]:
     for index in [search.best.index, *order][: limits.top + 1]:
         partition = search.partition(index, search.found[index])
         plan = problem.plan(search.candidate(index), partition, "exact")
-        scored = plan.model_copy(update={"prediction": evaluate(plan, problem.profile).prediction})
-        plans.append((search.candidate(index).summary, scored))
-    plans.sort(key=lambda pair: pair[1].prediction.step_time_s)
+        plans.append(plan.model_copy(update={"prediction": evaluate(plan, problem.profile).prediction}))
+    plans.sort(key=lambda plan: plan.prediction.step_time_s)
     return plans
 
 
@@ -91,7 +84,7 @@ def _complete_others(search: JointSearch, count: int) -> None:
             search.keep(index, completion)
 
 
-def _without_plan(problem: Problem, search: JointSearch, termination: Termination) -> PlanOutcome:
+def _without_plan(search: JointSearch, termination: Termination) -> PlanOutcome:
     stopped = termination in ("time_limit", "cancelled")
     return PlanOutcome(
         status="no_solution" if stopped else "infeasible",
@@ -104,5 +97,4 @@ def _without_plan(problem: Problem, search: JointSearch, termination: Terminatio
         simulated=search.simulated,
         wall_s=0.0,
         termination=termination if stopped else None,
-        diagnosis=None if stopped else diagnose(problem),
     )

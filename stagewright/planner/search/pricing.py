@@ -243,9 +243,13 @@ class PriceList:
             at = (np.searchsorted(classes.run_start, classes.first, side="right") - 1).astype(np.int32)
         return cls(CostModel(small, model.cluster, model.job, model.options, model.order), at, most_bytes)
 
+    def limited(self, most_bytes: float) -> PriceList:
+        """Return the list without the shapes where one layer needs more; what is priced is shared."""
+        return PriceList(self.model, self.at, most_bytes, self._tables, self._groups)
+
     def without_limit(self) -> PriceList:
         """Return the list with the shapes that one layer overfills."""
-        return PriceList(self.model, self.at, float("inf"), {}, self._groups)
+        return self.limited(float("inf"))
 
     def price(self, shapes: Ints) -> Priced:
         """Return the rows of all shapes that the cost model admits."""

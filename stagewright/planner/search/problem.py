@@ -6,7 +6,7 @@ a configuration, the wiring between its ranks, the order of a schedule. Nothing 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -95,22 +95,40 @@ class Partition:
 
 @dataclass(eq=False)
 class Problem:
-    """A profile, a cluster and a job, with what searches share."""
+    """A profile, a cluster and a job, with what searches share.
+
+    Parameters
+    ----------
+    only_counts : how many devices plans may use; None for every count of `device_counts`.
+    most_bytes : a limit on the peak of each device below its capacity.
+    """
 
     profile: ModelProfile
     cluster: Cluster
     job: TrainingJob
     num_devices: int
+    only_counts: tuple[int, ...] | None = None
+    most_bytes: float = float("inf")
     _models: dict[AxisOrder, CostModel] = field(default_factory=dict)
     _costs: dict[Configuration, LayerCosts] = field(default_factory=dict)
     _wirings: dict[tuple[Configuration, int], Wiring] = field(default_factory=dict)
     _orders: dict[OrderKey, Order] = field(default_factory=dict)
     _schedules: dict[OrderKey, Schedule] = field(default_factory=dict)
+    _prices: list[PriceList] = field(default_factory=list)
+
+    def narrowed(self, *, counts: tuple[int, ...] | None = None, most_bytes: float | None = None) -> Problem:
+        """Return the problem on some device counts or with less memory, sharing what was priced and compiled."""
+        return replace(
+            self,
+            only_counts=self.only_counts if counts is None else counts,
+            most_bytes=self.most_bytes if most_bytes is None else most_bytes,
+        )
 
     @cached_property
     def capacity_bytes(self) -> float:
         """Bytes a plan may use of a device, the headroom left free."""
-        return self.cluster.groups[0].device.memory_bytes * (1.0 - self.job.space.memory_headroom)
+        room = self.cluster.groups[0].device.memory_bytes * (1.0 - self.job.space.memory_headroom)
+        return min(room, self.most_bytes)
 
     @cached_property
     def base_bytes(self) -> float:
@@ -134,12 +152,14 @@ class Problem:
 
     @cached_property
     def price_list(self) -> PriceList:
-        return PriceList.of(self.model(PIPELINE_OUTSIDE), self.classes, self.capacity_bytes - self.base_bytes)
+        if not self._prices:
+            self._prices.append(PriceList.of(self.model(PIPELINE_OUTSIDE), self.classes, float("inf")))
+        return self._prices[0].limited(self.capacity_bytes - self.base_bytes)
 
     @cached_property
     def device_counts(self) -> list[int]:
         """How many devices plans may use."""
-        return device_counts(self.num_devices)
+        return device_counts(self.num_devices) if self.only_counts is None else list(self.only_counts)
 
     @cached_property
     def shapes(self) -> Ints:
@@ -194,6 +214,7 @@ class Problem:
             "zero": list(space.zero),
             "recompute": [LEVELS[level].value for level in self.levels],
             "axis_orders": [",".join(axes) for axes in AXIS_ORDERS],
+            **({} if np.isinf(self.most_bytes) else {"most_bytes": self.most_bytes}),
             "stages": "contiguous layer ranges of at least one layer, uneven",
             "degrees": "equal on all stages",
             "pins": [f"{name}={value}" for name, value in space.pins if value is not None],

@@ -8,7 +8,7 @@ candidate, which certificates do not hold yet.
 
 from __future__ import annotations
 
-from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.plan import Plan, Prediction
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.prediction import device_of, evaluate
@@ -22,18 +22,23 @@ def verify_certificate(plan: Plan, profile: ModelProfile) -> None:
     if certificate is None:
         raise InvalidDocument("the plan has no certificate", field="certificate", hint="plan with the exact planner")
     prediction = evaluate(plan, profile).prediction
-    if abs(prediction.step_time_s - certificate.objective) > _TOLERANCE * certificate.objective:
+    found = objective_of(plan, prediction, certificate.objective_name)
+    if abs(found - certificate.objective) > _TOLERANCE * certificate.objective:
         raise InvalidDocument(
-            f"the certificate's objective is {certificate.objective!r} s, the plan takes {prediction.step_time_s!r} s",
+            f"the certificate's {certificate.objective_name} is {certificate.objective!r}, the plan has {found!r}",
             field="certificate.objective",
         )
-    if certificate.bound > certificate.objective * (1 + _TOLERANCE):
+    least, most = certificate.bound, certificate.objective
+    if certificate.objective_name == "tokens_per_dollar":
+        least, most = most, least
+    if least > most * (1 + _TOLERANCE):
         raise InvalidDocument(
-            f"the bound {certificate.bound!r} s is above the objective {certificate.objective!r} s",
+            f"the bound {certificate.bound!r} and the objective {certificate.objective!r} of "
+            f"{certificate.objective_name} are the wrong way round",
             field="certificate.bound",
         )
-    gap = certificate.objective / certificate.bound - 1.0 if certificate.bound > 0 else float("inf")
-    if abs(max(gap, 0.0) - certificate.gap) > _TOLERANCE:
+    gap = most / least - 1.0 if least > 0 else float("inf")
+    if certificate.objective_name != "frontier" and abs(max(gap, 0.0) - certificate.gap) > _TOLERANCE:
         raise InvalidDocument(
             f"objective and bound make a gap of {gap!r}, the certificate says {certificate.gap!r}",
             field="certificate.gap",
@@ -51,3 +56,18 @@ def verify_certificate(plan: Plan, profile: ModelProfile) -> None:
                 f"pipeline rank {rank} needs {needed:.0f} bytes, the device leaves {room:.0f}",
                 field=f"prediction.peak_memory_bytes[{rank}]",
             )
+
+
+def objective_of(plan: Plan, prediction: Prediction, name: str) -> float:
+    """Return a plan's value of an objective by its name in certificates; raises InvalidDocument for another name."""
+    values = {
+        "step_time_s": prediction.step_time_s,
+        "frontier": prediction.step_time_s,
+        "peak_memory_bytes": max(prediction.peak_memory_bytes),
+        "num_devices": float(plan.num_devices),
+        "tokens_per_dollar": prediction.tokens_per_dollar,
+    }
+    value = values.get(name)
+    if value is None:
+        raise InvalidDocument(f"the plan has no {name}", field="certificate.objective_name")
+    return value
