@@ -62,12 +62,14 @@ def progress_bar(*, quiet: bool = False) -> Iterator[ReportsProgress]:
     )
     with Progress(*columns, console=screen, disable=not screen.is_terminal) as bars:
         tasks: dict[str, object] = {}
+        finished: set[str] = set()
 
         def report(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=max(total, 1))
             bars.update(tasks[phase], completed=done, total=max(total, 1))  # type: ignore[arg-type]
-            if done >= total and not screen.is_terminal:
+            if done >= total and not screen.is_terminal and phase not in finished:
+                finished.add(phase)
                 sys.stderr.write(f"{phase}: done\n")
 
         yield report

@@ -37,8 +37,8 @@ class Tally:
 
 
 def least_step(problem: Problem, limits: Limits, tally: Tally, *, gap: float | None = None) -> PlanOutcome:
-    """Return the plan of least step, without alternatives."""
-    return tally.add(solve(problem, replace(limits, top=0, gap=limits.gap if gap is None else gap)))
+    """Return the plan of least step, without alternatives; progress is the caller's to report."""
+    return tally.add(solve(problem, replace(limits, top=0, gap=limits.gap if gap is None else gap, progress=None)))
 
 
 def step_at_most(problem: Problem, limits: Limits, tally: Tally, most_s: float) -> PlanOutcome:

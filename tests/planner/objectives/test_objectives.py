@@ -132,7 +132,7 @@ def test_other_planners_refuse_objectives_that_are_not_theirs() -> None:
 def test_a_catalogue_model_takes_fewer_devices_for_a_longer_deadline() -> None:
     profile, cluster = resolve_model("gpt2"), resolve_cluster("a100-sxm-80g:4x1")
     counts = []
-    for most_s in (0.4, 5.0):
+    for most_s in (0.2, 0.4):
         job = TrainingJob(global_batch=64, sequence_length=1024, objective="fewest-devices", step_deadline_s=most_s)
         outcome = make_plan(profile, cluster, job)
         assert outcome.plan is not None and outcome.plan.prediction.step_time_s <= most_s
