@@ -14,8 +14,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.search.memory_fit import fit_rank
-from stagewright.planner.search.order import Cut, Order
+from stagewright.planner.search.caps import RankTables, largest_class
+from stagewright.planner.search.completion_tables import CompletionTables
+from stagewright.planner.search.order import Cut, Layout, Order
 from stagewright.planner.search.pricing import LayerClasses
 
 Floats = npt.NDArray[np.float64]
@@ -59,7 +60,7 @@ class RankSlots:
     live: Floats
 
     @classmethod
-    def of(cls, order: Order) -> RankSlots:
+    def of(cls, order: Layout) -> RankSlots:
         """Return the slots of an order."""
         width = max(len(slots) for slots in order.slots)
         vectors = max(len(live) for live in order.live)
@@ -113,6 +114,38 @@ class CandidateCosts:
     @property
     def num_layers(self) -> int:
         return int(self.classes.run_start[-1])
+
+    @property
+    def bulk_run(self) -> int:
+        """A run of the class with most layers."""
+        return int(largest_class(self.classes.run_class, self.runs.length)[0])
+
+    @cached_property
+    def rank_tables(self) -> RankTables:
+        """The candidate as the caps see it."""
+        return RankTables(
+            placement=self.order.placement,
+            slot_stage=self.slots.stage,
+            live=self.slots.live,
+            run_start=self.classes.run_start.astype(np.int64),
+            run_class=self.classes.run_class,
+            forward_s=self.runs.forward_s,
+            input_grad_s=self.runs.input_grad_s,
+            weight_grad_s=self.runs.weight_grad_s,
+            recompute_s=self.runs.recompute_s,
+            kept_bytes=self.runs.kept_bytes,
+            late_bytes=self.runs.late_bytes,
+            workspace_bytes=self.runs.workspace_bytes,
+            state_bytes=self.runs.state_bytes,
+            step_s=self.runs.step_s,
+            levels=self.levels,
+            stage_latency_s=self.stage_latency_s,
+            overhead_s=self.overhead_s,
+            split=self.order.split,
+            constant_tail_s=self.constant_tail_s,
+            capacity_bytes=self.capacity_bytes,
+            step_overhead_s=self.step_overhead_s,
+        )
 
     def layers_of(self, bounds: Sequence[int] | Longs) -> Longs:
         """Return how many layers of each run stand on each stage, [S, K]."""
@@ -187,72 +220,44 @@ class CandidateCosts:
         """Tell whether every rank fits its device."""
         return bool((self.peak_bytes(counts) <= self.capacity_bytes * (1 + 1e-12)).all())
 
-    def fit(self, bounds: Sequence[int] | Longs, weight: Floats | None = None) -> Longs | None:
-        """Return counts [S, K, 3] with recomputation that fits, chosen greedily; None when none was found."""
-        layers = self.layers_of(bounds)
-        states = layers @ self.runs.state_bytes
-        weights = np.ones(self.num_stages) if weight is None else weight
-        if self.order.num_replicas > 1:
-            return self._fit_replicas(layers, weights)
-        counts = np.zeros((self.num_stages, self.runs.num_runs, 3), dtype=np.int64)
-        for rank, slots in enumerate(self.order.slots):
-            held = [slot.stage for slot in slots]
-            local = np.zeros((len(held), self.runs.num_runs, 3), dtype=np.int64)
-            rows = layers[held]
-            fitted = fit_rank(
-                rows,
-                self.runs.recompute_s,
-                self.runs.kept_bytes,
-                self.runs.late_bytes,
-                self.runs.workspace_bytes,
-                self.levels,
-                self.order.live[rank],
-                np.ascontiguousarray(weights[held]),
-                self.capacity_bytes - float(states[held].sum()),
-                local,
-            )
-            if not fitted:
-                return None
-            counts[held] = local
-        return counts
-
-    def _fit_replicas(self, layers: Longs, weights: Floats) -> Longs | None:
-        """Return counts for two replicas: both ranks of a stage use its levels, so the stronger need of both decides."""
-        counts = np.zeros((self.num_stages, self.runs.num_runs, 3), dtype=np.int64)
-        lowest = int(np.argmax(self.levels))
-        counts[:, :, lowest] = layers
-        for _ in range(2 * self.num_stages * int(layers.max()) + 2):
-            excess = self.peak_bytes(counts) - self.capacity_bytes
-            rank = int(np.argmax(excess))
-            if excess[rank] <= 0:
-                return counts
-            if not self._raise_one(counts, rank, weights):
-                return None
-        return None
-
-    def _raise_one(self, counts: Longs, rank: int, weights: Floats) -> bool:
-        """Raise the level of one layer on a rank where most bytes are saved for each second; False when none helps."""
-        best, chosen = 0.0, (-1, -1, -1, -1)
-        runs = self.runs
-        for index, slot in enumerate(self.order.slots[rank]):
-            live = self.order.live[rank][:, :, index].max(axis=0)
-            for run in range(runs.num_runs):
-                for low in range(3):
-                    for high in range(low + 1, 3):
-                        if counts[slot.stage, run, low] == 0 or not self.levels[high]:
-                            continue
-                        saved = live[0] * (runs.kept_bytes[low, run] - runs.kept_bytes[high, run])
-                        saved += live[1] * (runs.late_bytes[low, run] - runs.late_bytes[high, run])
-                        price = weights[slot.stage] * (runs.recompute_s[high, run] - runs.recompute_s[low, run])
-                        ratio = float(saved / max(price, 1e-15))
-                        if ratio > best:
-                            best, chosen = ratio, (slot.stage, run, low, high)
-        if best <= 0.0:
-            return False
-        stage, run, low, high = chosen
-        counts[stage, run, low] -= 1
-        counts[stage, run, high] += 1
-        return True
+    @cached_property
+    def tables(self) -> CompletionTables:
+        """The candidate as flat arrays, for compiled evaluation."""
+        order, runs = self.order, self.runs
+        return CompletionTables(
+            before=order.before,
+            across=order.across,
+            hop=order.hop,
+            code=order.code,
+            last=order.last,
+            placement=order.placement,
+            slot_stage=self.slots.stage,
+            live=self.slots.live,
+            run_start=self.classes.run_start.astype(np.int64),
+            forward_s=runs.forward_s,
+            input_grad_s=runs.input_grad_s,
+            weight_grad_s=runs.weight_grad_s,
+            recompute_s=runs.recompute_s,
+            kept_bytes=runs.kept_bytes,
+            late_bytes=runs.late_bytes,
+            workspace_bytes=runs.workspace_bytes,
+            state_bytes=runs.state_bytes,
+            step_s=runs.step_s,
+            levels=self.levels,
+            hop_latency_s=self.hop_latency_s,
+            hop_s_per_byte=self.hop_s_per_byte,
+            cut_bytes=self.cut_bytes,
+            stage_latency_s=self.stage_latency_s,
+            overhead_s=self.overhead_s,
+            split=order.split,
+            constant_tail_s=self.constant_tail_s,
+            tie_layers=np.array([tie[:2] for tie in self.ties], dtype=np.int64).reshape(-1, 2),
+            tie_s=np.array([tie[2] for tie in self.ties]).reshape(-1, order.num_ranks, order.num_ranks),
+            replica_s=self.replica_s,
+            replica_latency_s=self.replica_latency_s,
+            capacity_bytes=self.capacity_bytes,
+            step_overhead_s=self.step_overhead_s,
+        )
 
     def may_wait(self, counts: Longs, bounds: Sequence[int] | Longs) -> bool:
         """Tell whether a message could find its link busy, so that the simulated step may exceed `value`.

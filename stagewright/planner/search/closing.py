@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.search.candidate_costs import CandidateCosts
-from stagewright.planner.search.cut_program import CutProgram, Point
+from stagewright.planner.search.cut_program import CutProgram, Point, reachable
 from stagewright.planner.search.enumeration import Enumeration
-from stagewright.planner.search.incumbent import Completion, complete, improve, start
+from stagewright.planner.search.incumbent import Completion, improve
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.order import Cut, OrderKey
 
@@ -31,6 +31,8 @@ LIGHT_ITERATIONS = 25
 FULL_ITERATIONS = 40
 _SMOOTHING = 0.85
 _TOLERANCE = 1e-7
+_CLOSE_ENOUGH = 1e-3  # between a program's bound and its simulated point, where it cannot close any more
+_ROUNDINGS = (0.5, 0.35, 0.65)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,40 +54,48 @@ class Closer:
     cuts: dict[OrderKey, list[Cut]] = field(default_factory=dict)
     num_programs: int = 0
 
-    def close(
-        self,
-        costs: CandidateCosts,
-        target_s: float,
-        incumbent_s: float,
-        known: Completion | None,
-        judge: Callable[[Completion], Completion],
-    ) -> Closed:
-        """Return a bound of at least `target_s`, or the best bound and completion that were found."""
+    def enumerated(
+        self, costs: CandidateCosts, incumbent_s: float, judge: Callable[[Completion], Completion]
+    ) -> Closed | None:
+        """Return the best completion of a candidate with few partitions, None for others."""
         enumeration = Enumeration(costs)
-        if enumeration.is_small:
-            best, simulated = enumeration.best(incumbent_s, judge)
-            bound = incumbent_s if best is None else best.step_s
-            return Closed(bound, "enumerated", best, simulated)
+        if not enumeration.is_small:
+            return None
+        best, simulated = enumeration.best(incumbent_s, judge)
+        return Closed(incumbent_s if best is None else best.step_s, "enumerated", best, simulated)
+
+    def close(
+        self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None, *, complete: bool = True
+    ) -> Closed:
+        """Return a bound of at least `target_s`, or the best bound, with the completion its program leads to."""
         self.num_programs += 1
-        light = self._kelley(costs, target_s, memory=False, iterations=LIGHT_ITERATIONS)
+        light = self._kelley(costs, target_s, rank_layers, memory=False, iterations=LIGHT_ITERATIONS)
         if light.bound_s >= target_s:
             return Closed(light.bound_s, "light program", simulated=light.simulated)
-        full = self._kelley(costs, target_s, memory=True, iterations=FULL_ITERATIONS)
+        full = self._kelley(costs, target_s, rank_layers, memory=True, iterations=FULL_ITERATIONS)
         simulated = light.simulated + full.simulated
         if full.bound_s >= target_s:
             return Closed(full.bound_s, "full program", simulated=simulated)
-        completion = known if known is not None else start(costs)
-        rounded = self._rounded(costs, full.point)
-        for found in (completion, rounded):
-            if found is not None and found.step_s < incumbent_s * 1.03:
-                better = improve(costs, found)
-                if completion is None or better.step_s < completion.step_s:
-                    completion = better
-        return Closed(max(light.bound_s, full.bound_s), "open", completion, simulated)
+        best: Completion | None = None
+        if complete and full.point is not None:
+            for share in _ROUNDINGS:
+                found, made = improve(costs, _rounded(costs, full.point, share))
+                simulated += made
+                if found is not None and (best is None or found.step_s < best.step_s):
+                    best = found
+        return Closed(max(light.bound_s, full.bound_s), "open", best, simulated)
 
-    def _kelley(self, costs: CandidateCosts, target_s: float, *, memory: bool, iterations: int) -> _Run:
+    def _kelley(
+        self,
+        costs: CandidateCosts,
+        target_s: float,
+        rank_layers: tuple[Longs, Longs] | None,
+        *,
+        memory: bool,
+        iterations: int,
+    ) -> _Run:
         """Return the bound after Kelley's iterations, stopped when it passes the target or cannot."""
-        program = CutProgram(costs, memory=memory)
+        program = CutProgram(costs, memory=memory, rank_layers=rank_layers)
         shared = self.cuts.setdefault(costs.order.key, [])
         used = list(shared)
         for cut in used:
@@ -118,7 +128,7 @@ class Closer:
                 memory
                 and best_value < target_s * (1 - 1e-6)
                 and bound < target_s
-                and best_value - bound < 1e-4 * target_s
+                and best_value - bound < _CLOSE_ENOUGH * target_s
             ):
                 break
         if used and program.num_cuts and point is not None and np.isfinite(point.bound_s):
@@ -127,16 +137,16 @@ class Closer:
             self.cuts[costs.order.key] = _merged(shared, carrying)
         return _Run(bound, best if best is not None else point, simulated)
 
-    def _rounded(self, costs: CandidateCosts, point: Point | None) -> Completion | None:
-        """Return the completion nearest to a program's point: cumulative layers rounded, then fitted."""
-        if point is None:
-            return None
-        ends = np.rint(np.cumsum(point.layers.sum(axis=1))).astype(int)
-        bounds = [0]
-        for stage, end in enumerate(ends[:-1].tolist()):
-            left = costs.num_stages - 1 - stage
-            bounds.append(min(max(int(end), bounds[-1] + 1), costs.num_layers - left))
-        return complete(costs, (*bounds, costs.num_layers))
+
+def _rounded(costs: CandidateCosts, point: Point, share: float) -> Longs:
+    """Return bounds near a program's point: cumulative layers plus `share`, rounded down, at least a layer a stage."""
+    ends = np.floor(np.cumsum(point.layers.sum(axis=1)) + share).astype(np.int64)
+    bounds = np.zeros(costs.num_stages + 1, dtype=np.int64)
+    for stage in range(costs.num_stages):
+        left = costs.num_stages - 1 - stage
+        bounds[stage + 1] = min(max(int(ends[stage]), int(bounds[stage]) + 1), costs.num_layers - left)
+    bounds[-1] = costs.num_layers
+    return bounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +168,6 @@ def _merged(shared: list[Cut], carrying: list[Cut]) -> list[Cut]:
 
 def _even(costs: CandidateCosts) -> Point:
     """Return the point with every run spread evenly over the stages it can stand on, and no bound."""
-    from stagewright.planner.search.cut_program import reachable
-
     reach = reachable(costs).astype(np.float64)
     layers = reach * (costs.runs.length / np.maximum(reach.sum(axis=0), 1.0))
     return Point(-np.inf, layers, np.zeros((*layers.shape, 3)))

@@ -3,7 +3,7 @@
     min  theta
     s.t. theta >= path_j(F(n, e), I(n, e), W(n), hops, tails(n))      for every cut j of the order
          sum_s n[s, k] = N_k                                          for every run k of equal layers
-         lo_r <= sum of n over the stages of rank r <= hi_r           caps at the target
+         lo_r <= sum of n of the largest class over the stages of rank r <= hi_r           caps at the target
          1 <= sum_k n[s, k];  n[s, k] = 0 where run k cannot reach stage s
          sum_l e[s, k, l] <= n[s, k]                                  layers raised above the weakest level
          states + live vectors . bytes + workspace <= capacity        for every rank and vector
@@ -66,27 +66,29 @@ class CutProgram:
     def _shape(self) -> tuple[int, int]:
         return self._costs.num_stages, self._costs.runs.num_runs
 
-    def _index(self, stage: int, run: int) -> int:
-        return 1 + stage * self._shape[1] + run
-
-    def _raised(self, position: int, stage: int, run: int) -> int:
-        stages, runs = self._shape
-        return 1 + stages * runs * (1 + position) + stage * runs + run
-
     def _columns(self, rank_layers: tuple[Longs, Longs] | None) -> None:
+        """Add theta, then the layers of each run on the stages it reaches, then the raised ones by level."""
         stages, runs = self._shape
         reach = reachable(self._costs)
-        count = 1 + stages * runs * (1 + len(self._raise))
+        self._cells = np.flatnonzero(reach.ravel())
+        self._position = np.full(stages * runs, -1, dtype=np.int64)
+        self._position[self._cells] = np.arange(len(self._cells))
+        count = 1 + len(self._cells) * (1 + len(self._raise))
         upper = np.full(count, np.inf)
-        most = np.where(reach, self._costs.runs.length[None, :].astype(np.float64), 0.0)
-        if rank_layers is not None:
-            most = np.minimum(most, np.maximum(rank_layers[1][self._costs.order.placement[0]], 1)[:, None])
-        upper[1:] = np.tile(most.ravel(), 1 + len(self._raise))
+        most = np.tile(self._costs.runs.length.astype(np.float64), (stages, 1))
+        upper[1:] = np.tile(most.ravel()[self._cells], 1 + len(self._raise))
         cost = np.zeros(count)
         cost[0] = 1.0
         self._solver.addVars(count, np.zeros(count), upper)
         self._solver.changeColsCost(count, np.arange(count, dtype=np.int32), cost)
         self._num_columns = count
+
+    def _index(self, stage: int, run: int) -> int:
+        """Return the column of a run on a stage, 0 where it cannot stand."""
+        return int(1 + self._position[stage * self._shape[1] + run])
+
+    def _raised(self, position: int, stage: int, run: int) -> int:
+        return self._index(stage, run) + len(self._cells) * (1 + position)
 
     def _add(
         self, lower: float, upper: float, index: list[int] | npt.NDArray[np.int32], value: list[float] | Floats
@@ -99,32 +101,44 @@ class CutProgram:
         stages, runs = self._shape
         for run in range(runs):
             number = float(self._costs.runs.length[run])
-            self._add(number, number, [self._index(s, run) for s in range(stages)], [1.0] * stages)
+            self._sum_row(number, number, [(s, run) for s in range(stages)])
         for stage in range(stages):
-            self._add(1.0, np.inf, [self._index(stage, k) for k in range(runs)], [1.0] * runs)
-        if rank_layers is not None and self._costs.order.num_replicas == 1:
+            self._sum_row(1.0, np.inf, [(stage, k) for k in range(runs)])
+        if rank_layers is not None:
+            of_class = self._costs.classes.run_class
+            bulk = np.flatnonzero(of_class == of_class[self._costs.bulk_run]).tolist()
             for rank, slots in enumerate(self._costs.order.slots):
-                index = [self._index(slot.stage, run) for slot in slots for run in range(runs)]
-                self._add(float(rank_layers[0][rank]), float(rank_layers[1][rank]), index, [1.0] * len(index))
+                cells = [(slot.stage, run) for slot in slots for run in bulk]
+                self._sum_row(float(rank_layers[0][rank]), float(rank_layers[1][rank]), cells)
         if self._memory:
             self._memory_rows()
+
+    def _sum_row(self, lower: float, upper: float, cells: list[tuple[int, int]]) -> None:
+        """Add a row over the layers of some (stage, run), a cell named twice counting twice."""
+        total: dict[int, float] = {}
+        for stage, run in cells:
+            column = self._index(stage, run)
+            if column:
+                total[column] = total.get(column, 0.0) + 1.0
+        self._add(lower, upper, list(total), list(total.values()))
 
     def _memory_rows(self) -> None:
         stages, runs = self._shape
         if self._raise:
             for stage in range(stages):
                 for run in range(runs):
+                    if not self._index(stage, run):
+                        continue
                     index = [self._raised(p, stage, run) for p in range(len(self._raise))]
                     self._add(-np.inf, 0.0, [*index, self._index(stage, run)], [1.0] * len(index) + [-1.0])
         costs = self._costs
         workspace = costs.runs.workspace_bytes[costs.levels].min(axis=0)
         scale = 1.0 / max(costs.capacity_bytes, 1.0)
-        for rank, slots in enumerate(costs.order.slots):
+        for rank in range(costs.order.num_ranks):
             least = min(float(workspace.max()), self._least_workspace(rank, workspace))
             for live in costs.order.live[rank]:
                 index, value = self._bytes_row(rank, live)
                 self._add(-np.inf, (costs.capacity_bytes - least) * scale, index, np.array(value) * scale)
-            del slots
 
     def _least_workspace(self, rank: int, workspace: Floats) -> float:
         """Return what the rank's workspace is at least: that of a run which must stand on one of its stages."""
@@ -141,6 +155,8 @@ class CutProgram:
         for place, slot in enumerate(self._costs.order.slots[rank]):
             each = live[0, place] * runs.kept_bytes + live[1, place] * runs.late_bytes
             for run in range(runs.num_runs):
+                if not self._index(slot.stage, run):
+                    continue
                 index.append(self._index(slot.stage, run))
                 value.append(float(runs.state_bytes[run] + each[self._base, run]))
                 for position, level in enumerate(self._raise):
@@ -160,7 +176,6 @@ class CutProgram:
     def row(self, cut: Cut) -> tuple[Floats, float]:
         """Return (coefficients, constant) with coefficients . columns >= constant, scaled: theta minus the path."""
         costs, runs = self._costs, self._costs.runs
-        stages, kinds = self._shape
         forward, input_grad, weight_grad = cut.counts.astype(np.float64)
         each = forward[:, None] * runs.forward_s + input_grad[:, None] * runs.input_grad_s
         each += weight_grad[:, None] * runs.weight_grad_s + input_grad[:, None] * runs.recompute_s[self._base]
@@ -176,11 +191,12 @@ class CutProgram:
                 constant += float(costs.replica_latency_s[slot.stage])
         row = np.zeros(self._num_columns)
         row[0] = 1.0
-        row[1 : 1 + stages * kinds] = -each.ravel() * self._scale
+        count = len(self._cells)
+        row[1 : 1 + count] = -each.ravel()[self._cells] * self._scale
         for position, level in enumerate(self._raise):
             extra = input_grad[:, None] * (runs.recompute_s[level] - runs.recompute_s[self._base])
-            first = 1 + stages * kinds * (1 + position)
-            row[first : first + stages * kinds] = -extra.ravel() * self._scale
+            first = 1 + count * (1 + position)
+            row[first : first + count] = -extra.ravel()[self._cells] * self._scale
         return row, constant * self._scale
 
     def solve(self) -> Point | None:
@@ -192,13 +208,21 @@ class CutProgram:
         if status != highspy.HighsModelStatus.kOptimal:
             return self._give_up()
         values = np.array(self._solver.getSolution().col_value)
+        return Point(float(values[0]) / self._scale, self._spread(values, 0), self._spread_raised(values))
+
+    def _spread(self, values: Floats, block: int) -> Floats:
+        """Return a block of columns as [S, K]."""
         stages, runs = self._shape
-        raised = np.zeros((stages, runs, 3))
+        count = len(self._cells)
+        whole = np.zeros(stages * runs)
+        whole[self._cells] = np.maximum(values[1 + block * count : 1 + (block + 1) * count], 0.0)
+        return whole.reshape(stages, runs)
+
+    def _spread_raised(self, values: Floats) -> Floats:
+        raised = np.zeros((*self._shape, 3))
         for position, level in enumerate(self._raise):
-            first = 1 + stages * runs * (1 + position)
-            raised[:, :, level] = values[first : first + stages * runs].reshape(stages, runs)
-        layers = values[1 : 1 + stages * runs].reshape(stages, runs)
-        return Point(float(values[0]) / self._scale, np.maximum(layers, 0.0), np.maximum(raised, 0.0))
+            raised[:, :, level] = self._spread(values, 1 + position)
+        return raised
 
     def _give_up(self) -> Point:
         """Return a point without a bound, when the solver stopped for another reason."""

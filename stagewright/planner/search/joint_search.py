@@ -13,6 +13,7 @@ the bounds of what was left open. Everything that is enumerated here is the decl
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,10 +32,11 @@ from stagewright.planner.search.bounds import (
     work_bounds,
 )
 from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots, RunCosts
+from stagewright.planner.search.caps import RankTables, largest_class, order_caps
 from stagewright.planner.search.closing import Closer
 from stagewright.planner.search.incumbent import Completion, improve, start
 from stagewright.planner.search.limits import Limits, Termination
-from stagewright.planner.search.order import Order, OrderKey
+from stagewright.planner.search.order import Layout, Order, OrderKey
 from stagewright.planner.search.pricing import (
     AXES,
     CP,
@@ -56,7 +58,7 @@ Longs = npt.NDArray[np.int64]
 NUM_REFINED = 600
 NUM_FIRST = 12
 NUM_STARTS = 12
-MOST_PROGRAMS = 4
+MOST_PROGRAMS = 2_000
 NUM_IMPROVED = 6
 
 
@@ -82,7 +84,7 @@ class JointSearch:
     open_bound_s: float = float("inf")
     _costs: dict[int, CandidateCosts] = field(default_factory=dict)
     _slots: dict[OrderKey, RankSlots] = field(default_factory=dict)
-    _closers: dict[OrderKey, list[object]] = field(default_factory=dict)
+    _rank_slots: dict[int, RankSlots] = field(default_factory=dict)
     _lines: dict[tuple[object, ...], tuple[Floats, Floats]] = field(default_factory=dict)
 
     # ---- the space -------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ class JointSearch:
         of_run = classes.run_class
         kept = priced.kept_bytes[row][:, of_run]
         cuts = np.append(priced.cut_bytes[row][classes.of_layer], 0.0)
-        latency, per_byte = self._hop_lines(priced.shape[row], order, float(cuts.max()))
+        latency, per_byte = self._hop_lines(row, order)
         key = self.key(index)
         if key not in self._slots:
             self._slots[key] = RankSlots.of(order)
@@ -233,21 +235,20 @@ class JointSearch:
             return {"replica_s": np.zeros(0), "replica_latency_s": np.zeros(0)}
         return self.problem.replica_terms(configuration_of(self.priced.shape[int(self.crossed[0][index])]), order)
 
-    def _hop_lines(self, shape: Ints, order: Order, reference_bytes: float) -> tuple[Floats, Floats]:
+    def _hop_lines(self, row: int, layout: Layout) -> tuple[Floats, Floats]:
+        """Return latency and seconds a byte of each hop."""
+        shape = self.priced.shape[row]
+        reference_bytes = float(self.priced.cut_bytes[row][self.problem.classes.of_layer].max())
+        places = (TP, SP, AXES, CP, DP, PP)
         key = (
-            int(shape[TP]),
-            int(shape[SP]),
-            int(shape[AXES]),
-            int(shape[CP]),
-            int(shape[DP]),
-            int(shape[PP]),
+            *(int(shape[place]) for place in places),
             reference_bytes,
-            order.placement.shape,
-            order.placement.tobytes(),
+            layout.placement.shape,
+            layout.placement.tobytes(),
         )
         if key not in self._lines:
             wiring = self.problem.wiring_for(configuration_of(shape), reference_bytes)
-            lines = [wiring.line(a, b) for a, b in order.hop_pairs.tolist()]
+            lines = [wiring.line(a, b) for a, b in layout.hop_pairs.tolist()]
             self._lines[key] = (
                 np.array([line.latency_s for line in lines]),
                 np.array([1.0 / line.bytes_per_s for line in lines]),
@@ -390,7 +391,10 @@ class JointSearch:
         for _, index in sorted(begun)[:NUM_IMPROVED]:
             costs = self.costs(index)
             assert costs is not None
-            self.keep(index, improve(costs, self.found[index]))
+            better, made = improve(costs, self.found[index].bounds)
+            self.simulated += made
+            if better is not None:
+                self.keep(index, better)
         return self.limits.reached()
 
     def _known(self) -> float | None:
@@ -399,32 +403,94 @@ class JointSearch:
     def _close_all(self) -> tuple[float, Termination]:
         """Close candidates in order of bound until none is left below the target."""
         closer = Closer(self.limits)
-        open_bounds: list[float] = []
-        heap = np.argsort(self.bound_s, kind="stable").tolist()
-        for place, index in enumerate(heap):
-            if self.bound_s[index] >= self.target_s:
-                self.count("bound", len(heap) - place)
+        left = np.flatnonzero(self.bound_s < self.target_s)
+        self.count("bound", self.num_candidates - len(left))
+        leader = self._leaders(left)
+        opened: dict[int, float] = {}
+        waiting: dict[int, list[int]] = {}
+        heap = [(float(self.bound_s[index]), index) for index in left.tolist()]
+        heapq.heapify(heap)
+        done = 0
+        while heap:
+            bound_s, index = heapq.heappop(heap)
+            if bound_s >= self.target_s:
+                self.count("bound", len(heap) + 1)
                 break
             stopped = self.limits.reached()
-            if stopped is not None:
-                rest = float(self.bound_s[heap[place:]].min())
-                return min([rest, self.incumbent_s, *open_bounds]), stopped
-            bound = self._close(index, closer)
-            if closer.num_programs >= MOST_PROGRAMS:
-                rest = float(self.bound_s[heap[place + 1 :]].min(initial=float("inf")))
-                self.count("left open", len(heap) - place - 1)
-                return min([rest, bound, self.target_s, *open_bounds]), "time_limit"
-            if bound < self.target_s:
-                open_bounds.append(bound)
-            if place % 8 == 0:
-                least = min([float(self.bound_s[index]), *open_bounds])
-                self.limits.report("closing", place, len(heap), self._known(), least)
-        open_bounds = [bound for bound in open_bounds if bound < self.target_s]
-        return min([self.target_s, *open_bounds]), "gap"
+            if stopped is not None or closer.num_programs >= MOST_PROGRAMS:
+                self.count("left open", len(heap) + 1)
+                return min([bound_s, self.incumbent_s, *opened.values()]), stopped or "time_limit"
+            first = leader.get(index)
+            if first is not None and first not in opened and self.bound_s[first] < self.target_s:
+                waiting.setdefault(first, []).append(index)
+                continue
+            if first is not None and self.bound_s[first] >= self.target_s:
+                self.count("dominated")
+                continue
+            bound_s = self._close(index, closer)
+            done += 1
+            self.bound_s[index] = max(self.bound_s[index], bound_s)
+            if bound_s < self.target_s:
+                opened[index] = bound_s
+            for other in waiting.pop(index, []):
+                heapq.heappush(heap, (float(max(self.bound_s[other], bound_s)), other))
+            if done % 8 == 0:
+                least = min([float(self.bound_s[index]), *opened.values()])
+                self.limits.report("closing", done, done + len(heap), self._known(), least)
+        return min([self.target_s, *opened.values()]), "gap"
+
+    def _leaders(self, left: Longs) -> dict[int, int]:
+        """Return for each dominated candidate one of the same order that costs no more in any component.
+
+        Its every completion takes at least as long as the same completion of that one while links never wait, so a bound
+        of the one is a bound of the other.
+        """
+        groups: dict[OrderKey, list[int]] = {}
+        for index in left.tolist():
+            groups.setdefault(self.key(index), []).append(index)
+        leader: dict[int, int] = {}
+        for members in groups.values():
+            if len(members) < 2:
+                continue
+            rows = np.array([self._features(index) for index in members])
+            order = np.argsort(rows.sum(axis=1), kind="stable")
+            kept: list[int] = []
+            for place in order.tolist():
+                beaten = [other for other in kept if (rows[other] <= rows[place]).all()]
+                if beaten:
+                    leader[members[place]] = members[beaten[0]]
+                else:
+                    kept.append(place)
+        return leader
+
+    def _features(self, index: int) -> Floats:
+        """Return all that a candidate's completions cost and keep, one row."""
+        row = int(self.crossed[0][index])
+        priced = self.priced
+        latency, per_byte = self._hop_lines(row, self._layout(index))
+        ties = self.problem.tie_seconds(configuration_of(priced.shape[row]))
+        columns = [
+            priced.forward_s[row],
+            priced.input_grad_s[row],
+            priced.weight_grad_s[row],
+            priced.recompute_s[row].ravel(),
+            priced.kept_bytes[row].ravel(),
+            self._late_bytes[row].ravel(),
+            priced.workspace_bytes[row].ravel(),
+            priced.state_bytes[row],
+            priced.step_s[row],
+            priced.cut_bytes[row],
+            priced.latency_s[row : row + 1],
+            latency,
+            per_byte,
+            *(seconds.ravel() for _, _, seconds in ties),
+        ]
+        return np.concatenate(columns)
 
     def _close(self, index: int, closer: Closer) -> float:
         """Return a bound of the candidate that is at least the target, or the best that was proved."""
-        if not self._caps_reach(index):
+        reach, rank_layers = self._order_caps(index)
+        if not reach:
             self.count("caps")
             return self.target_s
         costs = self.costs(index)
@@ -434,23 +500,68 @@ class JointSearch:
             self.count("caps")
             return self.target_s
         self.evaluated += 1
-        closed = closer.close(
-            costs, self.target_s, self.incumbent_s, self.found.get(index), lambda found: self.judged(index, found)
-        )
+        closed = closer.enumerated(costs, self.incumbent_s, lambda found: self.judged(index, found))
+        if closed is None:
+            closed = closer.close(costs, self.target_s, rank_layers)
         self.simulated += closed.simulated
         self.count(closed.reason)
         if closed.completion is not None:
             self.keep(index, closed.completion)
         return closed.bound_s
 
-    def _caps_reach(self, index: int, order: Order | None = None) -> bool:
+    def _layout(self, index: int) -> Layout:
+        return self.problem.layout_of(self.key(index), self.rule(index))
+
+    def _order_caps(self, index: int) -> tuple[bool, tuple[Longs, Longs] | None]:
+        """Tell whether the caps of the order's own live vectors reach the target, and each rank's range of layers."""
+        try:
+            layout = self._layout(index)
+        except (InvalidArgument, InvalidSchedule):
+            return True, None
+        row = int(self.crossed[0][index])
+        key = layout_key = id(layout)
+        del key
+        if layout_key not in self._rank_slots:
+            self._rank_slots[layout_key] = RankSlots.of(layout)
+        slots = self._rank_slots[layout_key]
+        priced, classes, profile = self.priced, self.problem.classes, self.problem.profile
+        of_run = classes.run_class
+        tables = RankTables(
+            placement=layout.placement,
+            slot_stage=slots.stage,
+            live=slots.live,
+            run_start=classes.run_start.astype(np.int64),
+            run_class=of_run,
+            forward_s=priced.forward_s[row][of_run],
+            input_grad_s=priced.input_grad_s[row][of_run],
+            weight_grad_s=priced.weight_grad_s[row][of_run],
+            recompute_s=np.ascontiguousarray(priced.recompute_s[row][:, of_run]),
+            kept_bytes=np.ascontiguousarray(priced.kept_bytes[row][:, of_run]),
+            late_bytes=np.ascontiguousarray(self._late_bytes[row][:, of_run]),
+            workspace_bytes=np.ascontiguousarray(priced.workspace_bytes[row][:, of_run]),
+            state_bytes=priced.state_bytes[row][of_run],
+            step_s=priced.step_s[row][of_run],
+            levels=self.levels,
+            stage_latency_s=float(priced.latency_s[row]),
+            overhead_s=profile.action_overhead_s,
+            split=layout.split,
+            constant_tail_s=np.zeros(layout.num_ranks),
+            capacity_bytes=self.room_bytes,
+            step_overhead_s=profile.step_overhead_s,
+        )
+        count = int(priced.shape[row, NUM_MICROBATCHES])
+        reach, caps = order_caps(tables, count, self.target_s)
+        if not reach:
+            return False, None
+        number = layout.num_replicas * largest_class(of_run, classes.run_length.astype(np.int64))[1]
+        return True, (np.maximum(number - (caps.sum() - caps), 0), caps)
+
+    def _caps_reach(self, index: int, order: Order) -> bool:
         row = int(self.crossed[0][index])
         priced, classes = self.priced, self.problem.classes
         shape, rule = priced.shape[row], self.rule(index)
         ranks, count = int(shape[PP]), int(shape[NUM_MICROBATCHES])
-        live, late = rule.least_live(ranks, count), np.zeros(ranks)
-        if order is not None:
-            live, late = _least_live(order)
+        live, late = _least_live(order)
         kept = priced.kept_bytes[row]
         return bool(
             reaches(

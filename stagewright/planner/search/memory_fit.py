@@ -87,6 +87,78 @@ def fit_rank(
 
 
 @njit(cache=True)
+def fit_replicas(
+    layers: Longs,
+    recompute_s: Floats,
+    kept_bytes: Floats,
+    late_bytes: Floats,
+    workspace_bytes: Floats,
+    state_bytes: Floats,
+    allowed: npt.NDArray[np.bool_],
+    slot_stage: Longs,
+    live: Floats,
+    weight: Floats,
+    capacity_bytes: float,
+    counts: Longs,
+) -> bool:
+    """Fill `counts` [S, K, 3] where a stage stands on two ranks, which both run its levels; False when none was found.
+
+    `slot_stage` is [D, V] with -1 for no slot, `live` [D, vectors, 2, V]; the fullest rank's need decides each time.
+    """
+    stages, runs = layers.shape
+    lowest = 0
+    while not allowed[lowest]:
+        lowest += 1
+    counts[:] = 0
+    for stage in range(stages):
+        for run in range(runs):
+            counts[stage, run, lowest] = layers[stage, run]
+    width = slot_stage.shape[1]
+    local = np.zeros((width, runs, 3), dtype=np.int64)
+    used = np.empty(live.shape[1])
+    for _ in range(2 * layers.sum() + 2):
+        least, rank = np.inf, -1
+        for other in range(len(slot_stage)):
+            budget = capacity_bytes
+            for place in range(width):
+                stage = slot_stage[other, place]
+                local[place] = 0
+                if stage >= 0:
+                    local[place] = counts[stage]
+                    for run in range(runs):
+                        budget -= layers[stage, run] * state_bytes[run]
+            room = _fill(local, kept_bytes, late_bytes, workspace_bytes, live[other], budget, used)
+            if room < least:
+                least, rank = room, other
+        if least >= 0.0:
+            return True
+        best, best_stage, best_run, best_from, best_to = 0.0, -1, -1, -1, -1
+        for place in range(width):
+            stage = slot_stage[rank, place]
+            if stage < 0:
+                continue
+            before, behind = live[rank, :, 0, place].max(), live[rank, :, 1, place].max()
+            for run in range(runs):
+                for low in range(3):
+                    if counts[stage, run, low] == 0:
+                        continue
+                    for high in range(low + 1, 3):
+                        if not allowed[high]:
+                            continue
+                        saved = before * (kept_bytes[low, run] - kept_bytes[high, run])
+                        saved += behind * (late_bytes[low, run] - late_bytes[high, run])
+                        price = weight[stage] * (recompute_s[high, run] - recompute_s[low, run])
+                        ratio = saved / max(price, 1e-15)
+                        if ratio > best:
+                            best, best_stage, best_run, best_from, best_to = ratio, stage, run, low, high
+        if best_stage < 0:
+            return False
+        counts[best_stage, best_run, best_from] -= 1
+        counts[best_stage, best_run, best_to] += 1
+    return False
+
+
+@njit(cache=True)
 def _fill(
     counts: Longs,
     kept_bytes: Floats,

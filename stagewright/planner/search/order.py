@@ -377,11 +377,27 @@ def trace(
 ) -> tuple[float, int]:
     """Add one longest path to `counts` [F, I, W, pad, hops]; return the makespan and the rank where the path ends."""
     value = sweep(before, across, hop, code, last, duration, hop_s, tail_s, end)
-    end_rank = 0
+    return value, trace_back(before, across, hop, code, last, hop_s, tail_s, end, num_stages, counts)
+
+
+@njit(cache=True)
+def trace_back(
+    before: Ints,
+    across: Ints,
+    hop: Ints,
+    code: Ints,
+    last: Ints,
+    hop_s: Floats,
+    tail_s: Floats,
+    end: Floats,
+    num_stages: int,
+    counts: Ints,
+) -> int:
+    """Add a longest path of swept end times to `counts` [F, I, W, pad, hops]; return the rank where it ends."""
+    end_rank, value = 0, -np.inf
     for rank in range(len(last)):
-        if last[rank] > 0 and end[last[rank]] + tail_s[rank] == value:
-            end_rank = rank
-            break
+        if last[rank] > 0 and end[last[rank]] + tail_s[rank] > value:
+            end_rank, value = rank, end[last[rank]] + tail_s[rank]
     node = last[end_rank]
     while node > 0:
         if code[node] < 4 * num_stages:
@@ -397,4 +413,4 @@ def trace(
             node = across[node]
         else:
             node = before[node]
-    return value, end_rank
+    return end_rank

@@ -124,6 +124,22 @@ class Wiring:
         )
         return min(direct, scattered, key=lambda line: line.seconds(size))
 
+    def sums_s(self, size_bytes: float) -> Floats:
+        """Return the seconds of summing `size_bytes` over any two ranks, [D, D]: one sum for each kind of link."""
+        ranks = len(self.device)
+        if len(self.cluster.groups) > 1:
+            pairs = [[self.sum_s(a, b, size_bytes) for b in range(ranks)] for a in range(ranks)]
+            return np.array(pairs).reshape(ranks, ranks)
+        links = self.cluster.groups[0].links
+        level = np.full((ranks, ranks), len(links) - 1)
+        for index in range(len(links) - 2, -1, -1):
+            unit = self.device // links[index].num_devices
+            level[(unit[:, None] == unit[None, :]).all(axis=2)] = index
+        seconds = np.array([collective_s("all-reduce", size_bytes, GroupShape((Tier(2, link),))) for link in links])
+        found = seconds[level] if size_bytes > 0 else np.zeros((ranks, ranks))
+        found[np.arange(ranks), np.arange(ranks)] = 0.0
+        return np.asarray(found)
+
     def sum_s(self, first: int, second: int, size_bytes: float) -> float:
         """Return the seconds of summing `size_bytes` over two ranks."""
         if first == second or size_bytes <= 0:

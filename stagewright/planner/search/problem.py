@@ -32,7 +32,7 @@ from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
-from stagewright.planner.search.order import Order, OrderKey, compile_search_order
+from stagewright.planner.search.order import Layout, Order, OrderKey, compile_search_order, layout_of
 from stagewright.planner.search.pipeline_costs import PipelineCosts, Tie, Wiring, pipeline_costs
 from stagewright.planner.search.pricing import (
     AXIS_ORDERS,
@@ -113,6 +113,7 @@ class Problem:
     _costs: dict[Configuration, LayerCosts] = field(default_factory=dict)
     _wirings: dict[tuple[Configuration, int], Wiring] = field(default_factory=dict)
     _orders: dict[OrderKey, Order] = field(default_factory=dict)
+    _layouts: dict[OrderKey, Layout] = field(default_factory=dict)
     _schedules: dict[OrderKey, Schedule] = field(default_factory=dict)
     _prices: list[PriceList] = field(default_factory=list)
 
@@ -247,11 +248,28 @@ class Problem:
     def order_of(self, key: OrderKey, rule: FamilyRule) -> Order:
         """Return the compiled order of a family at some sizes; raises InvalidArgument when it refuses them."""
         if key not in self._orders:
-            request = ScheduleRequest(
-                key.num_ranks, key.num_microbatches, num_chunks=key.num_chunks, parameters=dict(rule.parameters)
-            )
-            self._orders[key] = compile_search_order(generate(key.family, request), key)
+            self._orders[key] = compile_search_order(self._schedule(key, rule), key)
         return self._orders[key]
+
+    def layout_of(self, key: OrderKey, rule: FamilyRule) -> Layout:
+        """Return who holds what and how much lives at once, at least; raises InvalidArgument when it refuses the sizes.
+
+        Where a family's live vectors repeat from 4 D microbatches on, an order of that many stands for longer ones.
+        """
+        if key in self._orders:
+            return self._orders[key]
+        ranks, count = key.num_ranks, key.num_microbatches
+        if rule.steady and count > 5 * ranks:
+            key = key._replace(num_microbatches=4 * ranks + count % ranks)
+        if key not in self._layouts:
+            self._layouts[key] = layout_of(self._schedule(key, rule))
+        return self._layouts[key]
+
+    def _schedule(self, key: OrderKey, rule: FamilyRule) -> Schedule:
+        request = ScheduleRequest(
+            key.num_ranks, key.num_microbatches, num_chunks=key.num_chunks, parameters=dict(rule.parameters)
+        )
+        return generate(key.family, request)
 
     def takes(self, candidate: Candidate) -> bool:
         """Tell whether the candidate's family takes its sizes."""
@@ -276,15 +294,8 @@ class Problem:
         ties = self.ties(configuration)
         if not ties or configuration.num_ranks == 1:
             return ()
-        wiring, ranks = self.wiring_for(configuration, 0.0), configuration.num_ranks
-        found = []
-        for tie in ties:
-            seconds = np.zeros((ranks, ranks))
-            for first in range(ranks):
-                for second in range(first + 1, ranks):
-                    seconds[first, second] = wiring.sum_s(first, second, tie.gradient_bytes)
-            found.append((tie.first_layer, tie.second_layer, seconds + seconds.T))
-        return tuple(found)
+        wiring = self.wiring_for(configuration, 0.0)
+        return tuple((tie.first_layer, tie.second_layer, wiring.sums_s(tie.gradient_bytes)) for tie in ties)
 
     def replica_terms(self, configuration: Configuration, order: Order) -> dict[str, Floats]:
         """Return what summing a stage's gradients over its two ranks costs: for one layer of each run, and once."""
@@ -328,13 +339,7 @@ class Problem:
         """Return the step of the rich simulator, where a link carries one message at a time; what plans predict."""
         key = candidate.key
         if key not in self._schedules:
-            request = ScheduleRequest(
-                key.num_ranks,
-                key.num_microbatches,
-                num_chunks=key.num_chunks,
-                parameters=dict(candidate.rule.parameters),
-            )
-            self._schedules[key] = generate(key.family, request)
+            self._schedules[key] = self._schedule(key, candidate.rule)
         layers = [self.costs(candidate.configuration)] * self._schedules[key].num_stages
         timeline = simulate(
             self._schedules[key],

@@ -43,6 +43,8 @@ class FamilyRule:
     live : how many microbatches each chunk of rank r holds at once at least: one, all T, D - r, 2 (D - r) - 1, or
         min(D, 2 (D - r) - 1).
     split : input and weight gradients may be apart.
+    steady : from 4 D microbatches on, the live vectors of more microbatches cover those of fewer (by the same T mod D);
+        a property test holds it.
     """
 
     name: str
@@ -53,6 +55,7 @@ class FamilyRule:
     live: Literal["one", "all", "depth", "double", "group"] = "one"
     split: bool = False
     num_replicas: int = 1
+    steady: bool = True
 
     def least_live(self, num_ranks: int, num_microbatches: int) -> Floats:
         """Return how many microbatches every chunk of a rank holds at once, at least, [D]."""
@@ -107,21 +110,24 @@ def _warmed_up(ranks: int, microbatches: int, chunks: int) -> bool:
     return microbatches >= 2 * ranks - 1
 
 
+# An effort would be spent on equal times, which no candidate has.
+_AS_BUILT = (("effort", 0.0),)
+
 RULES: tuple[FamilyRule, ...] = (
     FamilyRule("1f1b", _one, _always, bound="uniform", live="depth"),
     FamilyRule("gpipe", _one, _always, bound="gpipe", live="all"),
     FamilyRule("naive", _one, _always, bound="serial"),
     FamilyRule("dapple-pb", _one, _always, bound="fused", live="double"),
-    FamilyRule("zb-h1", _one, _always, bound="split", split=True),
-    FamilyRule("zb-h2", _one, _warmed_up, bound="split", split=True),
+    FamilyRule("zb-h1", _one, _always, bound="split", split=True, parameters=_AS_BUILT),
+    FamilyRule("zb-h2", _one, _warmed_up, bound="split", split=True, parameters=_AS_BUILT),
     FamilyRule("interleaved", _several, _whole_groups, live="group"),
-    FamilyRule("interleaved-zb", _several, _whole_groups, split=True),
+    FamilyRule("interleaved-zb", _several, _whole_groups, split=True, parameters=_AS_BUILT),
     FamilyRule("breadth-first", _several, _always, live="all"),
-    FamilyRule("wave", _even, _always),
-    FamilyRule("1f1b-v", _two, _always),
-    FamilyRule("zb-v", _two, _always, split=True),
-    FamilyRule("v-half", _two, _always, split=True),
-    FamilyRule("v-min", _two, _always, split=True),
+    FamilyRule("wave", _even, _always, steady=False),
+    FamilyRule("1f1b-v", _two, _always, parameters=_AS_BUILT),
+    FamilyRule("zb-v", _two, _always, split=True, parameters=_AS_BUILT),
+    FamilyRule("v-half", _two, _always, split=True, parameters=_AS_BUILT),
+    FamilyRule("v-min", _two, _always, split=True, parameters=_AS_BUILT),
     FamilyRule("dualpipe-v", _two, _twice_filled, parameters=(("fused", 0),), split=True),
     FamilyRule(
         "dualpipe", _one, _filled_both_ways, parameters=(("fused", 0),), split=True, bound="both ways", num_replicas=2
@@ -257,7 +263,8 @@ def _block(
     space = job.space
     experts = _expert_choices(profile, job, tp, tp * cp * replicas)
     zeros = [zero for zero in sorted(set(space.zero)) if allows(space, "zero", zero)]
-    if replicas * cp == 1 and all(tp * cp * replicas == ep * etp for ep, etp in experts):
+    has_experts = profile.architecture is not None and profile.architecture.num_experts > 0
+    if replicas * cp == 1 and (not has_experts or all(tp * cp * replicas == ep * etp for ep, etp in experts)):
         zeros = zeros[:1]
     share = job.global_batch // replicas
     sizes = [size for size in divisors(share) if size <= space.max_microbatch and allows(space, "microbatch", size)]
