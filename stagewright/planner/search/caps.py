@@ -292,10 +292,9 @@ def _fits(
 
 @njit(cache=True, inline="always")
 def _bytes(tables: RankTables, rank: int, vector: int, place: int, level: int, run: int) -> float:
-    return (
-        tables.live[rank, vector, 0, place] * tables.kept_bytes[level, run]
-        + tables.live[rank, vector, 1, place] * tables.late_bytes[level, run]
-    )
+    before = tables.live[rank, vector, 0, place] * tables.kept_bytes[level, run]
+    behind = tables.live[rank, vector, 1, place] * tables.late_bytes[level, run]
+    return float(before + behind)
 
 
 @njit(cache=True)

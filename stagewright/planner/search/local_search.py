@@ -35,7 +35,7 @@ def descend(tables: CompletionTables, start: Longs, tries: int, most_steps: int)
     bounds, trial = start.copy(), start.copy()
     counts = np.zeros((stages, runs, 3), dtype=np.int64)
     trial_counts = np.zeros((stages, runs, 3), dtype=np.int64)
-    weight = np.ones(stages)
+    weight: Floats = np.ones(stages)
     value: float = evaluate(tables, bounds, weight, counts, scratch)
     made = 1
     if not np.isfinite(value):
