@@ -59,7 +59,8 @@ def descend(tables: CompletionTables, start: Longs, tries: int, most_steps: int)
             stages,
             path,
         )
-        weight = path[stages : 2 * stages] + 0.05 * max(1.0, float(path[stages : 2 * stages].max()))
+        weights = path[stages : 2 * stages]
+        weight[:] = weights + 0.05 * max(1.0, float(weights.max()))
         give, take = _prices(tables, bounds, counts, path, weight)
         givers, takers = np.argsort(-give)[:_PARTNERS], np.argsort(take)[:_PARTNERS]
         gain = np.empty(len(givers) * len(takers))
