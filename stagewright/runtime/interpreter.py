@@ -17,6 +17,7 @@ from stagewright.modeling.batch import Batch
 from stagewright.planner.errors import InvalidSchedule
 from stagewright.planner.schedules.action import COMPUTE_KINDS, RECV_KINDS, Action, Kind
 from stagewright.planner.simulation.timeline import COLLECTIVE_LANE, COMPUTE_LANE
+from stagewright.runtime.communication import Message
 from stagewright.runtime.mailbox import Mailbox
 from stagewright.runtime.recorder import Recorder
 from stagewright.runtime.reduction import BucketSet
@@ -42,6 +43,32 @@ class UnitInput:
 
 
 Iteration = Mapping[Unit, UnitInput]
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """How an iteration begins while the last optimizer step is not validated.
+
+    Parameters
+    ----------
+    validate : called after the warm-up forwards; returns whether the step was amended, and they have to run again.
+    messages : what other ranks send to this one before they validate.
+    """
+
+    validate: Callable[[], bool]
+    messages: frozenset[Message]
+
+
+def warm_up_length(steps: Sequence[tuple[Action, ...]]) -> int:
+    """Return how many steps stand before validation: up to the last forward before the first other compute, with its sends."""
+    first = next(
+        (i for i, step in enumerate(steps) if step[0].kind in COMPUTE_KINDS and step[0].kind is not Kind.F), len(steps)
+    )
+    last = max((i for i in range(first) if steps[i][0].kind is Kind.F), default=-1)
+    end = last + 1
+    while end < first and steps[end][0].kind is Kind.SEND_F:
+        end += 1
+    return end
 
 
 class RunnableStage(Protocol):
@@ -72,6 +99,7 @@ class Interpreter:
     buckets : sums of gradients over replicas, gathers of parameters.
     optimize : optimizer step of one stage, after its gradients are reduced; None leaves the gradients in place.
     recorder : keeps the spans; at_action : told each action before it runs.
+    warm_up : how the iteration begins; None when nothing waits for validation.
     """
 
     def __init__(
@@ -83,7 +111,9 @@ class Interpreter:
         optimize: Callable[[StageKey, int], None] | None,
         recorder: Recorder,
         at_action: Callable[[int], None],
+        warm_up: WarmUp | None = None,
     ) -> None:
+        self._warm_up = warm_up
         self._stages = stages
         self._mailbox = mailbox
         self._buckets = buckets
@@ -112,23 +142,35 @@ class Interpreter:
         self._iteration = iteration
         self._last_backwards = _last_full_backwards(steps)
         self._mailbox.begin({unit: given.batch for unit, given in iteration.items()})
-        posted = 0
-        for position, step in enumerate(steps):
+        begin = 0
+        if self._warm_up is not None:
+            begin = warm_up_length(steps)
+            self._run(steps, 0, begin)
+            if self._warm_up.validate():
+                self._mailbox.discard(self._warm_up.messages)
+                begin = 0
+        self._run(steps, begin, len(steps))
+        self._mailbox.finish()
+        self._buckets.finish()
+
+    def _run(self, steps: Sequence[tuple[Action, ...]], begin: int, end: int) -> None:
+        """Run the steps from `begin` to `end` - 1, posting no receive behind them."""
+        posted = begin
+        for position in range(begin, end):
+            step = steps[position]
             self._at_action(position)
             if step[0].kind in COMPUTE_KINDS:
-                posted = self._post_ahead(steps, max(posted, position + 1))
+                posted = self._post_ahead(steps, max(posted, position + 1), end)
             for action in step:
                 handler = self._handlers.get(action.kind)
                 if handler is None:
                     raise InvalidSchedule(f"the runtime has no handler for {action}")
                 handler(action)
-        self._mailbox.finish()
-        self._buckets.finish()
 
-    def _post_ahead(self, steps: Sequence[tuple[Action, ...]], start: int) -> int:
+    def _post_ahead(self, steps: Sequence[tuple[Action, ...]], start: int, end: int) -> int:
         """Post the receives that precede the next compute action; returns how far the list was seen."""
         position = start
-        while position < len(steps) and steps[position][0].kind not in COMPUTE_KINDS:
+        while position < end and steps[position][0].kind not in COMPUTE_KINDS:
             if steps[position][0].kind in RECV_KINDS and not self._mailbox.post(steps[position][0], wait=False):
                 return position
             position += 1

@@ -59,6 +59,7 @@ class Mailbox:
         self._ready: dict[Message, tuple[Tensor, ...]] = {}
         self._pending: dict[Message, Pending] = {}
         self._posted: set[Message] = set()
+        self._taken: set[Message] = set()
         self._counts: dict[tuple[int, int], list[int]] = {}
 
     def begin(self, batches: Mapping[Unit, Batch]) -> None:
@@ -70,6 +71,29 @@ class Mailbox:
         self._transport.drain()
         assert not self._pending and not self._ready, f"left over: {[*self._pending, *self._ready]}"
         self._posted.clear()
+        self._taken.clear()
+
+    def messages_here(self, action: Action) -> set[Message]:
+        """Return the messages of a SEND_F of another rank that come to this one."""
+        if self._is_remote(action.replica, action.stage):
+            return {
+                _message(action, action.stage, target, backward=False)
+                for target in self._graph.targets(action.stage)
+                if not self._is_remote(action.replica, target)
+            }
+        return set()
+
+    def discard(self, messages: frozenset[Message]) -> None:
+        """Forget what was made, and receive and forget these messages, so that the iteration can begin again."""
+        self._ready.clear()
+        for message in sorted(messages - self._taken, key=lambda each: (each.source, each.microbatch, each.slice)):
+            if message not in self._pending:
+                action = Action(Kind.RECV_F, message.target, message.microbatch, message.slice, message.replica)
+                self.post(action, wait=True)
+            self._pending.pop(message).wait()
+        self._transport.drain()
+        self._posted -= messages
+        self._taken.clear()
 
     def take_values(self, action: Action) -> dict[int, tuple[Tensor, ...]]:
         """Return what a stage receives for a forward, by layer; waits for what is on its way."""
@@ -145,6 +169,7 @@ class Mailbox:
     def _take(self, message: Message) -> tuple[Tensor, ...]:
         if message in self._ready:
             return self._ready.pop(message)
+        self._taken.add(message)
         return self._pending.pop(message).wait()
 
     def _unpack(self, edge: tuple[int, int], tensors: tuple[Tensor, ...]) -> dict[int, tuple[Tensor, ...]]:

@@ -32,16 +32,18 @@ from stagewright.planner.documents.profile import Recompute
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
-from stagewright.runtime.communication import PointToPoint, ShapeBook
+from stagewright.runtime.communication import Message, PointToPoint, ShapeBook
 from stagewright.runtime.gradient_buffer import BUCKET_BYTES
 from stagewright.runtime.groups import Groups
-from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput
+from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput, WarmUp, warm_up_length
 from stagewright.runtime.mailbox import Mailbox, StageGraph
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
+from stagewright.runtime.post_validation import PostValidation
 from stagewright.runtime.recorder import Recorder, now_s
 from stagewright.runtime.reduction import Bucket, BucketSet, ReplicatedBucket
 from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.stage import Stage, Unit
+from stagewright.runtime.step_rule import StepRule, whole_squared_norm
 from stagewright.runtime.topology import StageKey, Topology, stage_edges
 from stagewright.runtime.weight_versions import VersionedBucket
 
@@ -55,12 +57,16 @@ class WorkerSettings:
     device : where this rank computes.
     seed : of random numbers in the layers.
     clip_norm : largest 2-norm of the gradient of the whole model; None does not clip.
+    skip_nonfinite : take no step when a gradient of the model is not finite.
+    post_validation : step before the norm of the whole model is known, and amend later (`post_validation`).
     clock : what spans are recorded with.
     """
 
     device: torch.device
     seed: int = 0
     clip_norm: float | None = None
+    skip_nonfinite: bool = False
+    post_validation: bool = False
     clock: Callable[[], float] = now_s
 
 
@@ -103,7 +109,9 @@ class Worker:
             )
         self._at_action = at_action
         self._policy = schedule.weight_policy
-        self._clipped = False
+        self._rule = StepRule(settings.clip_norm, settings.skip_nonfinite)
+        self._factor: float | None = 1.0
+        self._is_scaled = False
         self.gradient_norm: float | None = None
         self._optimizers: dict[StageKey, torch.optim.Optimizer] = {}
         held = frozenset(i for _, s in self.topology.stages for i in plan.stages[s].layer_indices)
@@ -124,6 +132,8 @@ class Worker:
         self.transport = PointToPoint(upward, downward, settings.device, len(plan.stages))
         self._mailbox = Mailbox(self._graph(), self.topology.rank, self.transport, ShapeBook(store), self.recorder)
         self._check_reductions()
+        self._validation = self._make_validation()
+        self._sent_in_warm_up = self._messages_of_warm_ups(schedule) if settings.post_validation else frozenset()
 
     @property
     def actions(self) -> tuple[Action, ...]:
@@ -143,6 +153,7 @@ class Worker:
 
     def use_optimizer(self, choice: OptimizerChoice | None) -> None:
         """Step with this optimizer from now on; with None, iterations only leave gradients."""
+        self.settle()
         self._optimizers = {}
         if choice is None:
             return
@@ -154,19 +165,23 @@ class Worker:
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the summed gradients of this rank's trainable parameters by name, whole; a collective."""
+        self.settle()
         return {name: value for bucket in self.buckets.buckets for name, value in bucket.gradients().items()}
 
     def weights(self) -> dict[str, Tensor]:
         """Return copies of this rank's trainable parameters by name, whole; a collective."""
+        self.settle()
         return {name: value for bucket in self.buckets.buckets for name, value in bucket.values().items()}
 
     def load_weights(self, values: Mapping[str, Tensor]) -> None:
         """Set this rank's trainable parameters to whole values."""
+        self.settle()
         for bucket in self.buckets.buckets:
             bucket.load(values)
 
     def optimizer_states(self) -> dict[str, dict[str, Tensor]]:
         """Return copies of this rank's optimizer states by key and parameter name, whole; a collective."""
+        self.settle()
         result: dict[str, dict[str, Tensor]] = {}
         for bucket, optimizer in self._bucket_optimizers():
             for key, values in bucket.states(optimizer).items():
@@ -175,6 +190,7 @@ class Worker:
 
     def load_optimizer_states(self, values: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Set this rank's optimizer states to whole values by key and parameter name."""
+        self.settle()
         for bucket, optimizer in self._bucket_optimizers():
             bucket.load_states(optimizer, values)
 
@@ -193,9 +209,10 @@ class Worker:
             optimize=self._optimize if self._optimizers else None,
             recorder=self.recorder,
             at_action=self._at_action,
+            warm_up=self._warm_up(),
         )
         self.recorder.clear()
-        self._clipped = False
+        self._factor, self._is_scaled = 1.0, False
         interpreter.run(self.steps, iteration)
         losses = [
             float(loss) * iteration[unit].loss_weight
@@ -278,40 +295,90 @@ class Worker:
             )
         return lengths
 
+    def _warm_up(self) -> WarmUp | None:
+        """Return how the next iteration begins when the last step still waits for its validation."""
+        if self._validation is None or not self._validation.is_pending:
+            return None
+        return WarmUp(self._validation.validate, self._sent_in_warm_up)
+
+    def _messages_of_warm_ups(self, schedule: Schedule) -> frozenset[Message]:
+        """Return the messages to this rank that others send before their own validation."""
+        found: set[Message] = set()
+        for rank in range(schedule.num_ranks):
+            steps = tuple(schedule.actions(rank))
+            for step in steps[: warm_up_length(steps)]:
+                for action in step:
+                    if action.kind is Kind.SEND_F:
+                        found |= self._mailbox.messages_here(action)
+        return frozenset(found)
+
     def _stepped(self, key: StageKey) -> list[Bucket]:
         """Return the buckets that a stage's OPT steps: those whose other holders' OPTs stand before it."""
         order = [(action.replica, action.stage) for action in self.actions if action.kind is Kind.OPT]
         return [bucket for bucket in self.buckets.of(key) if max(bucket.holders, key=order.index) == key]
 
-    def _clip_once(self) -> None:
-        """Scale all gradients before the first optimizer step of the iteration; all ranks meet here."""
-        if self.settings.clip_norm is None or self._clipped:
-            return
-        self._clipped = True
+    def _squared_norm(self) -> float:
+        """Return this rank's share of the squared norm of the summed gradients."""
         total = torch.zeros((), dtype=torch.float64)
         for bucket in self.buckets.buckets:
             bucket.finish()
             total += bucket.squared_norm()
-        total = total.to(self.settings.device)
-        dist.all_reduce(total)
-        self.gradient_norm = float(total.sqrt())
-        factor = self.settings.clip_norm / (self.gradient_norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
-        if factor < 1.0:
+        return float(total)
+
+    def _scale_once(self) -> None:
+        """Scale all gradients before the first optimizer step of the iteration; all ranks meet here."""
+        if self._is_scaled or not self._rule.looks_at_norm:
+            return
+        self._is_scaled = True
+        squared = whole_squared_norm(self._squared_norm(), self.plan.mapping.pipeline_ranks, self.settings.device)
+        self.gradient_norm = squared**0.5
+        self._factor = self._rule.factor(squared)
+        if self._factor is not None and self._factor != 1.0:
             for bucket in self.buckets.buckets:
                 for parameter in bucket.optimized():
                     if parameter.grad is not None:
-                        parameter.grad.mul_(factor)
+                        parameter.grad.mul_(self._factor)
 
     def _optimize(self, key: StageKey, microbatch: int) -> None:
         optimizer = self._optimizers.get(key)
-        self._clip_once()
+        if self._validation is not None:
+            if not self._validation.is_pending:
+                self._validation.begin(self._squared_norm())
+            if optimizer is not None:
+                self._validation.step(optimizer, self._stepped(key))
+            return
+        self._scale_once()
         if optimizer is not None:
             for bucket in self._stepped(key):
                 bucket.before_step(microbatch)
-            optimizer.step()
+            if self._factor is not None:
+                optimizer.step()
             for bucket in self._stepped(key):
                 bucket.after_step()
                 bucket.clear()
+
+    @property
+    def validation(self) -> PostValidation | None:
+        """Counts of amended and taken back steps, under post-validation."""
+        return self._validation
+
+    def settle(self) -> None:
+        """Validate the last optimizer step, where one waits for it; every rank calls this."""
+        if self._validation is not None and self._validation.is_pending:
+            self._validation.validate()
+
+    def _make_validation(self) -> PostValidation | None:
+        if not self.settings.post_validation:
+            return None
+        group = self.groups.make("validation", range(dist.get_world_size()))
+        beside = self.groups.make_all("pipeline rank", self.plan.mapping.pipeline_ranks)
+        if self._policy is not WeightPolicy.FLUSH or self.topology.degrees.zero == 3:
+            raise InvalidArgument(
+                f"{self.plan.schedule.name} with zero={self.topology.degrees.zero} cannot take a step back",
+                field="post_validation",
+                hint="take a synchronous schedule and zero at most 2",
+            )
+        return PostValidation(self._rule, self.topology, group, beside, self.settings.device)
 
     def _make_stages(self) -> dict[StageKey, Stage]:
         loss_context = loss_parallel if self._shards.group and self.topology.degrees.vocab_parallel else nullcontext

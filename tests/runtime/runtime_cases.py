@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -190,6 +191,41 @@ def peak_memory(prepared: PreparedCase) -> float:
     (batch,) = batches_of(prepared.plan, 1)
     worker.run(batch, 0)
     return measure_memory(worker.chain.model, worker.optimizers, lambda: worker.run(batch, 1), CPU).peak
+
+
+def post_validated_and_synchronous(argument: tuple[PreparedCase, float | None, int]) -> tuple[bool, int, int]:
+    """Whether weights and states after five steps are the same bits with post-validation, and how many it amended and took back.
+
+    The loss of step `broken` is not a number.
+    """
+    prepared, clip_norm, broken = argument
+    case = prepared.case
+    chunks = case.num_chunks or 2
+    batches = batches_of(prepared.plan, 5)
+    found = []
+    for post_validation in (False, True):
+        chain = split(make_model(case, case.num_ranks * chunks))
+        settings = WorkerSettings(
+            CPU, seed=1, clip_norm=clip_norm, skip_nonfinite=True, post_validation=post_validation
+        )
+        store = dist.PrefixStore(f"case/{prepared.number}/{post_validation}", default_store())
+        worker = Worker(prepared.plan, prepared.schedule, chain, settings, store=store, groups=GROUPS)
+        worker.use_optimizer(OptimizerChoice("adamw", 1e-2))
+        worker.iteration = partial(_with_a_broken_loss, worker.iteration, broken)
+        for step, batch in enumerate(batches):
+            worker.run(batch, step)
+        states = worker.optimizer_states()
+        found.append(
+            {**worker.weights(), **{f"{key}/{name}": v for key, row in states.items() for name, v in row.items()}}
+        )
+    same = all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert worker.validation is not None
+    return same and len(found[0]) == len(found[1]), worker.validation.num_amended, worker.validation.num_rollbacks
+
+
+def _with_a_broken_loss(iteration, broken, batch, step):
+    weight = {"loss_weight": float("nan")} if step == broken else {}
+    return {unit: replace(each, **weight) for unit, each in iteration(batch, step).items()}
 
 
 def delayed_weights(prepared: PreparedCase) -> float:
