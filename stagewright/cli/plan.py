@@ -277,5 +277,5 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
             f"{bytes_text(shortfall.available_bytes)}, short of {bytes_text(shortfall.short_bytes)}: {items}"
         )
     for relaxation in diagnosis.relaxations:
-        step = "" if relaxation.step_time_s is None else f" ({seconds_text(relaxation.step_time_s)} a step)"
+        step = "" if relaxation.step_time_s is None else f" (a step of {seconds_text(relaxation.step_time_s)} or less)"
         screen.print(f"  would fit with: {relaxation.change}{step}")

@@ -31,6 +31,7 @@ from stagewright.planner.plan_check import memory_limits
 from stagewright.planner.plan_summary import plan_summary
 from stagewright.planner.planning import make_plan
 from stagewright.planner.prediction import Evaluation, evaluate
+from stagewright.planner.relaxations import without_memory_limit
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.schedule import KIND
 from stagewright.planner.simulation.timeline import COMPUTE_LANE
@@ -128,17 +129,6 @@ def path_shares(evaluation: Evaluation, profile: ModelProfile) -> tuple[PathShar
         overhead_s=profile.step_overhead_s,
     )
     return shares, by_rank.tolist()
-
-
-def without_memory_limit(cluster: Cluster) -> Cluster:
-    """Return the cluster with devices that hold anything (a million times their memory)."""
-    groups = tuple(
-        group.model_copy(
-            update={"device": group.device.model_copy(update={"memory_bytes": group.device.memory_bytes * 1e6})}
-        )
-        for group in cluster.groups
-    )
-    return cluster.model_copy(update={"groups": groups})
 
 
 def num_devices_asked(plan: Plan) -> int:

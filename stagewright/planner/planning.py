@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from stagewright.planner.diagnosis import diagnose
 from stagewright.planner.documents.cluster import Cluster
 from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.outcome import PlanOutcome, Progress
@@ -16,7 +17,6 @@ from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.planners.registry import planner as named_planner
-from stagewright.planner.search.diagnosis import diagnose
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import check_pins
@@ -79,7 +79,7 @@ def make_plan(
     )
     outcome = row.solve(problem, limits)
     if outcome.status == "infeasible" and outcome.diagnosis is None:
-        outcome = outcome.model_copy(update={"diagnosis": diagnose(problem)})
+        outcome = outcome.model_copy(update={"diagnosis": diagnose(problem, limits)})
     return outcome.model_copy(update={"wall_s": time.perf_counter() - started})
 
 

@@ -3,45 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from stagewright.planner.documents.outcome import Diagnosis, Relaxation, Shortfall
+from stagewright.planner.documents.outcome import Diagnosis, Shortfall
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
-from stagewright.planner.prediction import evaluate
+from stagewright.planner.objectives.min_max_memory import peak_of
+from stagewright.planner.plan_summary import plan_summary
+from stagewright.planner.prediction import with_prediction
+from stagewright.planner.relaxations import LeastMemory, least_memory, relaxations
+from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.pricing import PP
 from stagewright.planner.search.problem import Candidate, Partition, Problem
 
 _GIB = 2.0**30
 
 
-MOST_TRIED = 400
+MOST_TRIED = 100
+NEAR = 1.02
+MOST_S, LEAST_S = 20.0, 2.0
 
 
-def diagnose(problem: Problem) -> Diagnosis:
-    """Return the diagnosis of a problem without a plan."""
-    candidates = _promising(problem)
-    nearest = _nearest(problem, candidates)
-    if nearest is None:
-        return _empty_space(problem)
-    excess, candidate, partition = nearest
-    plan = problem.plan(candidate, partition, "exact")
-    prediction = evaluate(plan, problem.profile).prediction
-    plan = plan.model_copy(update={"prediction": prediction})
+def diagnose(problem: Problem, limits: Limits | None = None) -> Diagnosis:
+    """Return the diagnosis of a problem without a plan; `limits` end the searches behind it (MOST_S by default)."""
+    limits = limits or Limits()
+    limits = replace(
+        limits, started_s=limits.clock(), deadline_s=min(MOST_S, max(limits.left_s(), LEAST_S)), progress=None
+    )
+    least = least_memory(problem, replace(limits, deadline_s=0.5 * (limits.deadline_s or MOST_S), gap=0.01))
+    plan = _nearest_plan(problem, least)
+    if plan is None:
+        empty = _empty_space(problem)
+        return empty.model_copy(update={"relaxations": relaxations(problem, limits, None)})
     shortfalls = _shortfalls(plan, problem.capacity_bytes)
     worst = max(shortfalls, key=lambda item: item.short_bytes)
     return Diagnosis(
         message=(
-            f"the nearest plan ({candidate.summary}) needs {worst.needed_bytes / _GIB:.2f} GiB on "
+            f"the nearest plan ({plan_summary(plan)}) needs {worst.needed_bytes / _GIB:.2f} GiB on "
             f"pipeline rank {worst.pipeline_rank}, a device has {problem.capacity_bytes / _GIB:.2f} GiB after "
             f"{problem.job.space.memory_headroom:.0%} headroom: short of {worst.short_bytes / _GIB:.2f} GiB"
         ),
         binding="memory",
         nearest=plan,
         shortfalls=shortfalls,
-        relaxations=_relaxations(problem, excess),
+        relaxations=relaxations(problem, limits, least),
     )
+
+
+def _nearest_plan(problem: Problem, least: LeastMemory | None) -> Plan | None:
+    """Return the plan whose fullest rank exceeds its device by least.
+
+    That is the plan of least peak where it is proved to NEAR; else the better of it and of balanced stages.
+    """
+    if least is not None and peak_of(least.plan) <= least.bound_bytes * NEAR:
+        return with_prediction(least.plan, problem.profile)
+    nearest = _nearest(problem, _promising(problem))
+    if nearest is None:
+        return None if least is None else least.plan
+    plan = with_prediction(problem.plan(nearest[1], nearest[2], "exact"), problem.profile)
+    if least is not None and peak_of(least.plan) <= peak_of(plan):
+        return with_prediction(least.plan, problem.profile)
+    return plan
 
 
 def _promising(problem: Problem) -> list[Candidate]:
@@ -120,22 +144,6 @@ def _least_peak(problem: Problem, candidate: Candidate) -> tuple[float, Partitio
                 if value < peak:
                     best, peak, improved = trial, value, True
     return peak, best
-
-
-def _relaxations(problem: Problem, excess_bytes: float) -> tuple[Relaxation, ...]:
-    device = problem.cluster.groups[0].device
-    needed = problem.capacity_bytes + excess_bytes
-    found = [
-        Relaxation(
-            change=(
-                f"devices with {needed / (1.0 - problem.job.space.memory_headroom) / _GIB:.2f} GiB instead of "
-                f"{device.memory_bytes / _GIB:.2f} GiB"
-            )
-        )
-    ]
-    if needed <= device.memory_bytes:
-        found.append(Relaxation(change=f"memory_headroom of at most {1.0 - needed / device.memory_bytes:.3f}"))
-    return tuple(found)
 
 
 def _empty_space(problem: Problem) -> Diagnosis:
