@@ -13,8 +13,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Literal
 
 from stagewright.planner.documents import (
     Cluster,
@@ -198,11 +199,23 @@ def _block_of(name: str) -> str | None:
     return name[:3] if name.startswith(("enc-", "dec-")) and not name.endswith("final-layernorm") else None
 
 
-def profile_from_aceso(folder: AcesoFolder, *, num_blocks: int, sequence_length: int) -> ModelProfile:
+def profile_from_aceso(
+    folder: AcesoFolder,
+    *,
+    num_blocks: int,
+    sequence_length: int,
+    grain: Literal["operator", "sublayer", "block"] = "operator",
+) -> ModelProfile:
     """Return the profile: each operator a layer, the faster algorithm of each configuration.
 
     The folder has one backward time; an operator with weights gets half of it for each gradient, marked analytic.
+    With a coarser `grain` each block, or each half of it that starts with a layer norm, is one layer with one algorithm
+    for all its operators, so that nothing is redistributed inside, and with two levels of recomputation: full keeps the
+    layer's input, selective drops the run of operators without weights that saves most (the attention core) and keeps
+    that run's input.
     """
+    if grain != "operator":
+        return _grouped_profile(folder, num_blocks, sequence_length, halves=grain == "sublayer")
     first = next(iter(folder.operators.values()))
     layers = repeated_operators([row.name for row in first], num_blocks)
     return ModelProfile(
@@ -212,6 +225,114 @@ def profile_from_aceso(folder: AcesoFolder, *, num_blocks: int, sequence_length:
         classes={row.name: _layer_class(folder, index, sequence_length) for index, row in enumerate(first)},
         pedigree=Pedigree(warnings=tuple(unit_warnings(folder))),
     )
+
+
+def _grouped_profile(folder: AcesoFolder, num_blocks: int, sequence_length: int, *, halves: bool) -> ModelProfile:
+    names = [row.name for row in next(iter(folder.operators.values()))]
+    layers: list[LayerRun] = []
+    classes: dict[str, LayerClass] = {}
+    for block, run in groupby(range(len(names)), key=lambda index: _block_of(names[index])):
+        members = list(run)
+        parts = [[index] for index in members]
+        if block is not None:
+            starts = [members[0], *(index for index in members[1:] if halves and names[index].endswith("layernorm"))]
+            parts = [list(range(a, b)) for a, b in pairwise([*starts, members[-1] + 1])]
+        for part in parts:
+            classes[names[part[0]]] = _group_class(folder, part, sequence_length, is_block=block is not None)
+        if len(parts) == 1 and block is not None:
+            layers.append(LayerRun(name=f"{block}.{{}}", layer_class=names[members[0]], count=num_blocks))
+        else:
+            copies = num_blocks if block is not None else 1
+            layers += [
+                LayerRun(
+                    name=f"{block}.{copy}.{names[part[0]]}" if block else names[part[0]], layer_class=names[part[0]]
+                )
+                for copy in range(copies)
+                for part in parts
+            ]
+    return ModelProfile(
+        name=folder.model,
+        dtype="fp16",
+        layers=tuple(layers),
+        classes=classes,
+        pedigree=Pedigree(warnings=tuple(unit_warnings(folder))),
+    )
+
+
+def _group_class(folder: AcesoFolder, members: Sequence[int], sequence_length: int, *, is_block: bool) -> LayerClass:
+    best: dict[tuple[int, int], list[AcesoOperator]] = {}
+    for (microbatch, tensor, _), rows in sorted(folder.operators.items()):
+        chosen = [rows[index] for index in members]
+        known = best.get((microbatch, tensor))
+        if known is None or _total_us(chosen) < _total_us(known):
+            best[microbatch, tensor] = chosen
+    unsharded = best[min(best, key=lambda key: (key[1], key[0]))]
+    return LayerClass(
+        kind="block" if is_block else "other",
+        parameters=round(sum(row.weights_mib for row in unsharded) * MIB / PARAMETER_BYTES),
+        costs=tuple(
+            _group_cost(rows, microbatch, tensor, sequence_length)
+            for (microbatch, tensor), rows in sorted(best.items())
+        ),
+    )
+
+
+def _total_us(rows: Sequence[AcesoOperator]) -> float:
+    return _forward_us(rows) + sum(row.backward_us for row in rows)
+
+
+def _group_cost(rows: Sequence[AcesoOperator], microbatch: int, tensor: int, sequence_length: int) -> ConfigurationCost:
+    forward_s = _forward_us(rows) * 1e-6
+    backward_s = sum(row.backward_us for row in rows) * 1e-6
+    weight_grad_s = 0.5e-6 * sum(row.backward_us for row in rows if row.weights_mib)
+    kept = sum(row.activations_mib for row in rows)
+    dropped = _weightless_run(rows)
+    levels = {
+        Recompute.NONE: kept,
+        Recompute.SELECTIVE: kept - _saved_mib(dropped),
+        Recompute.FULL: min(kept, rows[0].input_mib),
+    }
+    return ConfigurationCost(
+        microbatch=microbatch,
+        sequence_length=sequence_length,
+        tensor_degree=tensor,
+        forward_s=forward_s,
+        input_grad_s=backward_s - weight_grad_s,
+        weight_grad_s=weight_grad_s,
+        recompute_s={
+            Recompute.SELECTIVE: _forward_us(dropped) * 1e-6,
+            Recompute.FULL: forward_s,
+        },
+        activation_bytes={level: size * MIB for level, size in levels.items()},
+        workspace_bytes=max(max(row.forward_reserved_mib, row.backward_reserved_mib) for row in rows) * MIB,
+        output_bytes=rows[-1].output_mib * MIB,
+        source=Source.MEASURED,
+        sources={"input_grad_s": Source.ANALYTIC, "weight_grad_s": Source.ANALYTIC} if weight_grad_s else {},
+    )
+
+
+def _weightless_run(rows: Sequence[AcesoOperator]) -> list[AcesoOperator]:
+    """Return the run of operators without weights whose activations, less the run's input, are largest; or nothing.
+
+    Operators at its end that free less for each second of forward than half of the run do are kept: their outputs are
+    cheap to hold (the context product behind the attention's dropout).
+    """
+    best: list[AcesoOperator] = []
+    for weightless, run in groupby(rows, key=lambda row: row.weights_mib == 0):
+        members = list(run)
+        if weightless and _saved_mib(members) > _saved_mib(best):
+            best = members
+    while len(best) > 1 and best[-1].activations_mib / best[-1].forward_us < 0.5 * _saved_mib(best) / _forward_us(best):
+        best = best[:-1]
+    return best
+
+
+def _saved_mib(run: Sequence[AcesoOperator]) -> float:
+    return sum(row.activations_mib for row in run) - run[0].input_mib if run else 0.0
+
+
+def _forward_us(rows: Sequence[AcesoOperator]) -> float:
+    return sum(row.forward_us for row in rows)
 
 
 def unit_warnings(folder: AcesoFolder) -> list[str]:

@@ -27,6 +27,7 @@ from stagewright.formats.galvatron_profile import (
 )
 from stagewright.formats.pipedream_graph import graph_text, parse_graph, profile_from_graph
 from stagewright.formats.piper import cluster_from_piper, profile_from_piper, read_piper_problem
+from stagewright.planner.documents import Recompute
 from stagewright.planner.errors import InvalidDocument
 
 GRAPH = """\
@@ -328,3 +329,38 @@ def test_published_aceso_tables_round_trip(peer_profiles):
     assert len(tables) > 50
     for table in tables:
         assert operators_text(parse_operators(table.read_text(), source=table.name)) == table.read_text()
+
+
+BLOCK = f"""{",".join(COLUMNS)}
+enc-1st-layernorm,10.000,20.000,8.000,8.000,0.000,8.000,0.000,0.000
+enc-qkv,50.000,100.000,8.000,24.000,6.000,24.000,0.000,0.000
+enc-score,20.000,40.000,24.000,256.000,0.000,256.000,0.000,0.000
+enc-dropout,30.000,60.000,256.000,256.000,0.000,256.000,0.000,512.000
+enc-context,90.000,180.000,256.000,8.000,0.000,8.000,0.000,0.000
+enc-dense,25.000,50.000,8.000,8.000,2.000,8.000,0.000,0.000
+enc-2nd-layernorm,10.000,20.000,8.000,8.000,0.000,8.000,0.000,0.000
+enc-mlp,80.000,160.000,8.000,8.000,8.000,8.000,0.000,0.000
+head,70.000,140.000,8.000,0.000,4.000,16.000,0.000,0.000
+"""
+
+
+@pytest.mark.parametrize(("grain", "layers"), [("block", 4), ("sublayer", 7), ("operator", 25)])
+def test_aceso_operators_add_up_to_layers_of_each_grain(tmp_path, grain, layers):
+    (tmp_path / "tiny_mbs1_tp1_algo0.csv").write_text(BLOCK)
+    (tmp_path / "tiny_mbs1_tp1_algo1.csv").write_text(BLOCK.replace("50.000,100.000", "40.000,200.000"))
+    profile = profile_from_aceso(read_aceso_folder(tmp_path, "tiny"), num_blocks=3, sequence_length=128, grain=grain)
+    assert profile.num_layers == layers
+    costs = [profile.classes[name].costs[0] for name in profile.layer_classes]
+    assert sum(cost.forward_s for cost in costs) == pytest.approx((3 * 315 + 70) * 1e-6)
+    assert sum(cost.activation_bytes[Recompute.NONE] for cost in costs) == (3 * 576 + 16) * 2**20
+
+
+def test_selective_recomputation_drops_the_attention_core_but_not_its_cheap_product(tmp_path):
+    (tmp_path / "tiny_mbs1_tp1_algo0.csv").write_text(BLOCK)
+    profile = profile_from_aceso(read_aceso_folder(tmp_path, "tiny"), num_blocks=3, sequence_length=128, grain="block")
+    (block,) = profile.classes["enc-1st-layernorm"].costs
+    assert block.recompute_s[Recompute.SELECTIVE] == pytest.approx((20 + 30) * 1e-6)
+    saved = block.activation_bytes[Recompute.NONE] - block.activation_bytes[Recompute.SELECTIVE]
+    assert saved == (256 + 256 - 24) * 2**20
+    assert block.activation_bytes[Recompute.FULL] == 8 * 2**20
+    assert block.recompute_s[Recompute.FULL] == block.forward_s == pytest.approx(315e-6)
