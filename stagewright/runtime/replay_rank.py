@@ -35,6 +35,7 @@ from stagewright.runtime.failure import OWN, RankFailure, now
 from stagewright.runtime.job import RunJob
 from stagewright.runtime.lone_group import init_lone_group
 from stagewright.runtime.memory import measure_memory
+from stagewright.runtime.microbatches import samples_of
 from stagewright.runtime.optimizers import OptimizerChoice
 from stagewright.runtime.program import program_of
 from stagewright.runtime.recorder import now_s
@@ -70,7 +71,7 @@ def replay_rank(job: RunJob, rank: int) -> RankReplay:
     chain = split_as_profiled(model, job.model, profile)
     shapes = BoundaryShapes(model, plan, device)
     batches = open_data(
-        job.data, job.model, model, samples=plan.job.global_batch, sequence_length=plan.job.sequence_length
+        job.data, job.model, model, samples=samples_of(plan, schedule), sequence_length=plan.job.sequence_length
     )
     store = dist.PrefixStore("worker", default_store())
     worker = Worker(plan, schedule, chain, WorkerSettings(device, seed=job.seed, clock=_clock(device)), store=store)

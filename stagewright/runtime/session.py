@@ -27,6 +27,7 @@ from stagewright.runtime.gradient_check import Comparison, compare, reference_sh
 from stagewright.runtime.job import RunJob
 from stagewright.runtime.measurement import Measurement
 from stagewright.runtime.memory import RankMemory, measure_memory
+from stagewright.runtime.microbatches import samples_of
 from stagewright.runtime.optimizers import OptimizerChoice
 from stagewright.runtime.recorder import now_s
 from stagewright.runtime.reference import ReferenceRun, run_reference
@@ -68,7 +69,7 @@ class Session:
             return
         model = self._build()
         chain = split_as_profiled(model, self._job.model, self._profile)
-        self._samples = self._plan.job.global_batch
+        self._samples = samples_of(self._plan, self._schedule)
         batches = open_data(
             self._job.data,
             self._job.model,

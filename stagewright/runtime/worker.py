@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ from stagewright.runtime.gradient_buffer import BUCKET_BYTES
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput, WarmUp, warm_up_length
 from stagewright.runtime.mailbox import Mailbox, StageGraph
+from stagewright.runtime.microbatches import division_of, plan_iteration
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
 from stagewright.runtime.post_validation import PostValidation
 from stagewright.runtime.recorder import Recorder, now_s
@@ -101,12 +103,7 @@ class Worker:
         self.steps = tuple(schedule.actions(self.topology.pipeline_rank))
         self.groups = groups or Groups()
         self._owns_groups = groups is None
-        if schedule.num_microbatches != plan.schedule.num_microbatches:
-            raise InvalidSchedule(
-                f"{schedule.name} runs {schedule.num_microbatches} microbatches, the plan has "
-                f"{plan.schedule.num_microbatches}",
-                hint="the runtime does not execute schedules that divide microbatches or hold several iterations",
-            )
+        self._division = None if _is_dynamic(plan) else division_of(plan, schedule)
         self._at_action = at_action
         self._policy = schedule.weight_policy
         self._rule = StepRule(settings.clip_norm, settings.skip_nonfinite)
@@ -201,7 +198,11 @@ class Worker:
 
     def run(self, batch: Batch, step: int) -> float | None:
         """Run one iteration on a global batch; returns this rank's share of the loss when it holds the last layer."""
-        iteration = self.iteration(batch, step)
+        steps = self.steps
+        if self._division is None:
+            steps, iteration = self._dynamic(batch, step)
+        else:
+            iteration = self.iteration(batch, step)
         interpreter = Interpreter(
             self.stages,
             self._mailbox,
@@ -213,7 +214,7 @@ class Worker:
         )
         self.recorder.clear()
         self._factor, self._is_scaled = 1.0, False
-        interpreter.run(self.steps, iteration)
+        interpreter.run(steps, iteration)
         losses = [
             float(loss) * iteration[unit].loss_weight
             for stage in self.stages.values()
@@ -244,38 +245,48 @@ class Worker:
 
     def iteration(self, batch: Batch, step: int) -> Iteration:
         """Return this rank's units: its replica's microbatches, whole or in slices of their sequence."""
-        count, size = self.topology.num_microbatches, self.plan.schedule.microbatch
-        replicas = self.topology.degrees.dp
-        total = count * size * replicas
-        if batch_size(batch) != total:
+        if self._division is None:
+            return self._dynamic(batch, step)[1]
+        division, replicas = self._division, self.topology.degrees.dp
+        if batch_size(batch) != division.samples * replicas:
             raise InvalidArgument(
-                f"the batch has {batch_size(batch)} samples, the plan takes {count} microbatches x {size} samples x "
-                f"{replicas} replicas = {total}",
+                f"the batch has {batch_size(batch)} samples, the plan takes {len(division.sizes)} microbatches with "
+                f"{division.samples} samples x {replicas} replicas = {division.samples * replicas}",
                 field="data",
             )
-        updates = count if self._updates_by_microbatch else 1
+        count = len(division.sizes)
         first = self.topology.coordinates.dp * count
+        start = [
+            self.topology.coordinates.dp * division.samples + offset for offset in accumulate((0, *division.sizes))
+        ]
         used = {action.microbatch for action in self.actions if action.kind is Kind.F}
         units: dict[Unit, UnitInput] = {}
         for index in sorted(used):
-            part = to_device(slice_batch(batch, (first + index) * size, size), self.settings.device)
+            part = to_device(slice_batch(batch, start[index], division.sizes[index]), self.settings.device)
             seed = microbatch_seed(self.settings.seed, step, first + index)
+            weight = division.share(index) / replicas
             if self.topology.degrees.cp > 1:
                 mine = self._positions(self.topology.coordinates.cp)
                 piece = select_sequence(part, self.chain.model, mine, self.plan.job.sequence_length)
-                units[index, -1] = UnitInput(piece.batch, piece.loss_weight * updates / (count * replicas), seed)
+                units[index, -1] = UnitInput(piece.batch, piece.loss_weight * weight, seed)
                 continue
             if not self._is_sliced:
-                units[index, -1] = UnitInput(part, updates / (count * replicas), seed)
+                units[index, -1] = UnitInput(part, weight, seed)
                 continue
             for position, piece in enumerate(divide_sequence(part, self.chain.model, self._slice_lengths(part))):
-                units[index, position] = UnitInput(piece.batch, piece.loss_weight * updates / (count * replicas), seed)
+                units[index, position] = UnitInput(piece.batch, piece.loss_weight * weight, seed)
         return units
 
-    @property
-    def _updates_by_microbatch(self) -> bool:
-        """Whether each microbatch ends with an update, and so is a minibatch of its own."""
-        return any(action.kind is Kind.OPT and action.microbatch >= 0 for action in self.actions)
+    def _dynamic(self, batch: Batch, step: int) -> tuple[tuple[tuple[Action, ...], ...], Iteration]:
+        """Return this rank's steps and units for a batch whose microbatches and order are made for it."""
+        made = plan_iteration(self.plan, batch)
+        units = {
+            (index, -1): UnitInput(
+                to_device(part, self.settings.device), weight, microbatch_seed(self.settings.seed, step, index)
+            )
+            for index, (part, weight) in enumerate(zip(made.microbatches, made.weights, strict=True))
+        }
+        return tuple(made.schedule.actions(self.topology.pipeline_rank)), units
 
     @property
     def _is_sliced(self) -> bool:
@@ -596,3 +607,15 @@ class Worker:
                     f"stage {key[1]} of replica {key[0]} has {reduced.count(key)} REDUCE_GRAD actions, it needs 1",
                     hint="lower the schedule with its reductions: without them gradients would not be sums",
                 )
+
+
+def _is_dynamic(plan: Plan) -> bool:
+    """Whether each batch has microbatches and an order of its own."""
+    if plan.schedule.name != "dynapipe":
+        return False
+    if plan.stages[0].degrees.dp > 1 or plan.stages[0].degrees.cp > 1:
+        raise InvalidArgument(
+            f"dynapipe runs with dp = cp = 1, the plan has {plan.stages[0].degrees.dp} and {plan.stages[0].degrees.cp}",
+            field="degrees.dp",
+        )
+    return True

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from runtime_documents import plan_of, profile_of
-from runtime_models import LENGTH, VOCABULARY, TinyModel, hugging_face
+from runtime_models import LENGTH, VOCABULARY, TinyBranches, TinyModel, hugging_face
 
 from stagewright.modeling import split
 from stagewright.planner.documents import Degrees, Plan
@@ -23,6 +23,7 @@ from stagewright.runtime.checkpoint import load_checkpoint, save_checkpoint
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.memory import measure_memory
+from stagewright.runtime.microbatches import IGNORED, samples_of
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
 from stagewright.runtime.reference import run_reference
 from stagewright.runtime.torch_adapter import default_store
@@ -55,6 +56,8 @@ class Case:
     clip_norm: float | None = None
     num_choices: int = 0
     width: int = 16
+    edges: tuple[tuple[int, int], ...] = ()
+    reference_microbatch: int = 0
 
     @property
     def world(self) -> int:
@@ -87,6 +90,8 @@ def make_model(case: Case, num_stages: int) -> torch.nn.Module:
     if case.hugging_face:
         return hugging_face(case.hugging_face)[0].to(getattr(torch, case.dtype))
     torch.manual_seed(5)
+    if case.edges:
+        return TinyBranches().to(getattr(torch, case.dtype))
     num_blocks = case.num_blocks or max(3, num_stages - 2)
     sizes = {"dropout": case.dropout, "num_choices": case.num_choices, "width": case.width}
     return TinyModel(num_blocks, tied=case.tied, **sizes).to(getattr(torch, case.dtype))
@@ -111,6 +116,7 @@ def prepare(case: Case, number: int) -> PreparedCase:
         precision={"float32": "fp32", "float64": "fp64"}[case.dtype],
         recompute=case.recompute,
         parameters=case.parameters,
+        edges=case.edges,
     )
     schedule = lower(
         schedule_of(plan.schedule),
@@ -122,16 +128,24 @@ def prepare(case: Case, number: int) -> PreparedCase:
     return PreparedCase(case, plan, schedule, number)
 
 
-def batches_of(plan: Plan, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches_of(prepared: PreparedCase, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of random tokens; under dynapipe, of samples of different lengths."""
     generator = torch.Generator().manual_seed(11)
-    size = (plan.job.global_batch, LENGTH)
-    return [
+    plan = prepared.plan
+    dynamic = plan.schedule.name == "dynapipe"
+    size = (plan.job.global_batch if dynamic else samples_of(plan, prepared.schedule), LENGTH)
+    found = [
         (
             torch.randint(VOCABULARY, size, generator=generator),
             torch.randint(VOCABULARY, size, generator=generator),
         )
         for _ in range(count)
     ]
+    if dynamic:
+        for _, targets in found:
+            lengths = torch.randint(1, LENGTH + 1, (len(targets), 1), generator=generator)
+            targets.masked_fill_(torch.arange(LENGTH) >= lengths, IGNORED)
+    return found
 
 
 def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
@@ -139,7 +153,7 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     case, plan = prepared.case, prepared.plan
     chunks = case.num_chunks or (2 * case.num_waves if case.num_waves else 2)
     model = make_model(case, case.num_ranks * chunks)
-    batches = batches_of(plan, case.num_steps)
+    batches = batches_of(prepared, case.num_steps)
     if case.hugging_face:
         batches = [_in_dtype(hugging_face(case.hugging_face)[1], case.dtype)] * case.num_steps
     optimizer = OptimizerChoice("sgd-momentum", 0.5)
@@ -149,7 +163,7 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
         reference = run_reference(
             whole,
             batches,
-            microbatch=case.microbatch,
+            microbatch=case.reference_microbatch or case.microbatch,
             seed=1,
             device=CPU,
             optimizer=optimizer,
@@ -188,7 +202,7 @@ def peak_memory(prepared: PreparedCase) -> float:
     store = dist.PrefixStore(f"case/{prepared.number}", default_store())
     worker = Worker(prepared.plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS)
     worker.use_optimizer(OptimizerChoice("adamw", 1e-3))
-    (batch,) = batches_of(prepared.plan, 1)
+    (batch,) = batches_of(prepared, 1)
     worker.run(batch, 0)
     return measure_memory(worker.chain.model, worker.optimizers, lambda: worker.run(batch, 1), CPU).peak
 
@@ -201,7 +215,7 @@ def post_validated_and_synchronous(argument: tuple[PreparedCase, float | None, i
     prepared, clip_norm, broken = argument
     case = prepared.case
     chunks = case.num_chunks or 2
-    batches = batches_of(prepared.plan, 5)
+    batches = batches_of(prepared, 5)
     found = []
     for post_validation in (False, True):
         chain = split(make_model(case, case.num_ranks * chunks))
@@ -233,7 +247,7 @@ def delayed_weights(prepared: PreparedCase) -> float:
     case, plan = prepared.case, prepared.plan
     chunks = case.num_chunks or 2
     model = make_model(case, case.num_ranks * chunks)
-    batches = batches_of(plan, case.num_steps)
+    batches = batches_of(prepared, case.num_steps)
     optimizer = OptimizerChoice("sgd-momentum", 0.1)
     expected = _recurrence(prepared, copy.deepcopy(model), batches, optimizer) if dist.get_rank() == 0 else None
     chain = split(model)
@@ -309,7 +323,7 @@ def continue_under_another_plan(argument: tuple[PreparedCase, PreparedCase, str]
     first, second, directory = argument
     case = first.case
     chunks = case.num_chunks or 2
-    batches = batches_of(first.plan, 4)
+    batches = batches_of(first, 4)
     optimizer = OptimizerChoice("adamw", 1e-2)
     original = make_model(case, case.num_ranks * chunks)
     expected = None

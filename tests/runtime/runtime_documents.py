@@ -92,12 +92,21 @@ def plan_of(
     recompute: tuple[object, ...] = (),
     cluster: Document | None = None,
     parameters: dict[str, int | float | str] | None = None,
+    edges: tuple[tuple[int, int], ...] = (),
 ) -> Plan:
     """Layers spread evenly over the stages, pipeline ranks of neighbouring global ranks."""
     degrees = degrees or Degrees()
     made = generate(
         schedule,
-        ScheduleRequest(num_ranks, num_microbatches, num_chunks=num_chunks, num_slices=num_slices, num_waves=num_waves),
+        ScheduleRequest(
+            num_ranks,
+            num_microbatches,
+            num_chunks=num_chunks,
+            num_slices=num_slices,
+            num_waves=num_waves,
+            edges=edges,
+            parameters=parameters or {},
+        ),
     )
     size = degrees.num_devices
     bounds = [index * chain.num_layers // made.num_stages for index in range(made.num_stages + 1)]
@@ -136,6 +145,7 @@ def plan_of(
             num_waves=num_waves,
             placement=tuple(tuple(row) for row in made.placement.tolist()),
             parameters=parameters or {},
+            edges=edges,
         ),
         prediction=Prediction(
             step_time_s=1.0,

@@ -106,6 +106,51 @@ class TinyModel(nn.Module):
         }
 
 
+class Join(nn.Module):
+    """What two branches lead to: their mean through a linear map and a loss."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(2 * width, VOCABULARY)
+
+    def forward(self, first, second):
+        return self.map(torch.cat((first, second), dim=-1))
+
+
+class Entry(nn.Module):
+    """The beginning of one branch: an embedding of the tokens, from the left or from the right."""
+
+    def __init__(self, width: int, *, flip: bool) -> None:
+        super().__init__()
+        self.token = nn.Embedding(VOCABULARY, width)
+        self.flip = flip
+
+    def forward(self, tokens):
+        return self.token(tokens.flip(1) if self.flip else tokens)
+
+
+class TinyBranches(nn.Module):
+    """Two branches of an entry and a block each, joined: five layers of which no chain is the graph."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.entries = nn.ModuleList([Entry(width, flip=flip) for flip in (False, True)])
+        self.blocks = nn.ModuleList([TinyBlock(width, 0.1) for _ in range(2)])
+        self.join = Join(width)
+
+    def stagewright_layers(self):
+        return {
+            "left": self.entries[0],
+            "left-block": self.blocks[0],
+            "right": self.entries[1],
+            "right-block": self.blocks[1],
+            "join": self.join,
+        }
+
+    def stagewright_edges(self):
+        return [("left", "left-block"), ("left-block", "join"), ("right", "right-block"), ("right-block", "join")]
+
+
 class BrokenBlock(TinyBlock):
     def forward(self, hidden):
         raise ValueError("broken on purpose")

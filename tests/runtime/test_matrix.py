@@ -22,7 +22,10 @@ UNHANDLED = {Kind.EVICT, Kind.LOAD, Kind.OFFLOAD, Kind.RELOAD, Kind.FILL, Kind.R
 def cases() -> list[Case]:
     found = []
     for family, ranks, factor, dtype in product(families(), (2, 4, 8), (1, 2), ("float32", "float64")):
-        if not family.synchronous or family.name in ("graphpipe", "dynapipe", "autopipe"):
+        if not family.synchronous or family.name in (
+            "graphpipe",
+            "dynapipe",
+        ):  # of other models and data: test_schedules
             continue
         sliced = family.name in ("terapipe", "seq1f1b")
         found.append(

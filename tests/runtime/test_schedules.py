@@ -135,6 +135,30 @@ def test_products_of_degrees_in_a_pipeline_equal_one_process(rank_pools, degrees
     assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 3, degrees=degrees, dropout=0.0))
 
 
+BRANCHES = ((0, 1), (1, 3), (2, 3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_stage_that_joins_two_branches_takes_both(rank_pools, dtype):
+    sizes = {"num_chunks": 1, "dropout": 0.1, "dtype": dtype}
+    assert_equal_to_one_process(rank_pools, Case("graphpipe", 4, 6, edges=BRANCHES, **sizes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_halved_first_microbatches_equal_one_process(rank_pools, dtype):
+    sizes = {"dtype": dtype, "dropout": 0.0}
+    assert_equal_to_one_process(rank_pools, Case("autopipe", 4, 6, parameters={"halved": 2}, **sizes))
+    assert_equal_to_one_process(
+        rank_pools, Case("autopipe", 2, 3, parameters={"halved": 1}, degrees={"dp": 2, "zero": 1}, **sizes)
+    )
+
+
+def test_microbatches_made_for_each_batch_equal_one_process_with_weights_by_token(rank_pools):
+    for ranks, told in ((2, {}), (4, {"cap_tokens": 24, "overhead_tokens": 2})):
+        case = Case("dynapipe", ranks, 6, parameters=told, dropout=0.0, dtype="float64", reference_microbatch=12)
+        assert_equal_to_one_process(rank_pools, case)
+
+
 @pytest.mark.parametrize("schedule", ["pipedream", "2bw"])
 def test_asynchronous_weights_follow_the_delayed_recurrence(rank_pools, schedule):
     for ranks, microbatches in ((2, 4), (4, 6)):

@@ -3,7 +3,7 @@
 REDUCE_GRAD of a stage follows its last B or W; buckets are the runtime's. With several replicas (Chimera, GEMS,
 DualPipe) all ranks of a stage reduce together, so each stands at the instant when the last of them is ready, ties by
 stage: every rank issues its reductions in one agreed order. OPT of a stage follows at the end of the list for schedules
-that flush, and after each microbatch's B or W where weights change under way (stash, none, predict).
+that flush, and after the last B or W of each update's microbatches where weights change under way.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def reduction_rows(schedule: Schedule, program: Program, end_s: Floats) -> NewRo
 
 def with_optimizer_steps(schedule: Schedule) -> tuple[Orders, ...]:
     """Return the orders with OPT rows, where the schedule's weight policy has them."""
-    if schedule.weight_policy in UPDATES_PER_MICROBATCH:
-        return tuple(_after_each_microbatch(order) for order in schedule.orders)
+    every = _update_period(schedule)
+    if every:
+        return tuple(_after_each_update(order, every) for order in schedule.orders)
     orders = []
     for rank, order in enumerate(schedule.orders):
         held = np.argwhere(rank == schedule.placement.T)
@@ -59,10 +60,20 @@ def with_optimizer_steps(schedule: Schedule) -> tuple[Orders, ...]:
     return tuple(orders)
 
 
-def _after_each_microbatch(order: Orders) -> Orders:
-    """Return the order with an OPT after the last B or W of each (replica, stage, microbatch)."""
+def _update_period(schedule: Schedule) -> int:
+    """Return after how many microbatches a stage is updated under way; 0 when it is updated at the end of the order."""
+    told = schedule.parameters
+    if schedule.weight_policy in UPDATES_PER_MICROBATCH:
+        return int(told.get("update_every", 1))
+    return int(told.get("update_every", 0)) if int(told.get("updates", 1)) > 1 else 0
+
+
+def _after_each_update(order: Orders, every: int) -> Orders:
+    """Return the order with an OPT after the last B or W of each (replica, stage, `every` microbatches)."""
     final = np.flatnonzero(np.isin(order[:, KIND], (Kind.B, Kind.W)))
-    _, from_end = np.unique(order[final][::-1][:, [REPLICA, STAGE, MICROBATCH]], axis=0, return_index=True)
+    keys = order[final][::-1][:, [REPLICA, STAGE, MICROBATCH]]
+    keys[:, 2] //= every
+    _, from_end = np.unique(keys, axis=0, return_index=True)
     last = np.sort(final[len(final) - 1 - from_end])
     steps = order[last].copy()
     steps[:, KIND], steps[:, SLICE] = Kind.OPT, -1
