@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.cost.communication import sent_bytes
 from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.cost.groups import GroupShape
 from stagewright.planner.cost.layer_table import LEVELS
@@ -34,6 +33,7 @@ from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.plan import Degrees, MemoryItems, Plan, Prediction, ScheduleSpec, StagePlan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
+from stagewright.planner.link_bytes import gathers_by_run, link_bytes, sharding_group
 from stagewright.planner.schedules.action import Action, parse_action
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
@@ -88,8 +88,13 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
     costs = stage_costs(pipeline, bounds, levels, layers)
     links = links_of(layout, bounds, layers, wiring)
     timeline = simulate(schedule, costs, links=links, tail_s=pipeline.tail_s)
-    prediction = _prediction(plan, profile, layout, pipeline, timeline, layers, levels, bounds)
+    prediction = _prediction(plan, profile, schedule, layout, pipeline, timeline, layers, levels, bounds)
     return Evaluation(prediction, timeline, schedule, costs, pipeline, links)
+
+
+def options_of(plan: Plan) -> CostOptions:
+    """Return the cost model's options, with those that the plan's schedule parameters change."""
+    return replace(OPTIONS, sharding_group=sharding_group(plan), gather_once=gathers_by_run(plan))
 
 
 def schedule_of(spec: ScheduleSpec) -> Schedule:
@@ -171,7 +176,7 @@ def wiring_of(plan: Plan, profile: ModelProfile, layers: Sequence[LayerCosts]) -
     width = max(len(ranks) for ranks in plan.mapping.pipeline_ranks)
     device = np.array([np.resize(ranks, width) for ranks in plan.mapping.pipeline_ranks], dtype=np.int64)
     degrees = plan.stages[0].degrees
-    model = CostModel(profile, plan.cluster, plan.job, OPTIONS, plan.mapping.axis_order)
+    model = CostModel(profile, plan.cluster, plan.job, options_of(plan), plan.mapping.axis_order)
     return wire(model, degrees, device, max(float(row.cut_bytes.max()) for row in layers), plan.stages[0].group)
 
 
@@ -198,7 +203,7 @@ def links_of(layout: Layout, bounds: Sequence[int], layers: Sequence[LayerCosts]
 
 def _layers_by_stage(plan: Plan, profile: ModelProfile) -> list[LayerCosts]:
     known: dict[tuple[Degrees, str | None], LayerCosts] = {}
-    model = CostModel(profile, plan.cluster, plan.job, OPTIONS, plan.mapping.axis_order)
+    model = CostModel(profile, plan.cluster, plan.job, options_of(plan), plan.mapping.axis_order)
     for stage in plan.stages:
         key = (stage.degrees, stage.group)
         if key not in known:
@@ -244,6 +249,7 @@ def _parse_step(text: str) -> Action | tuple[Action, ...]:
 def _prediction(
     plan: Plan,
     profile: ModelProfile,
+    schedule: Schedule,
     layout: Layout,
     pipeline: PipelineCosts,
     timeline: Timeline,
@@ -273,7 +279,7 @@ def _prediction(
         stage_time_s=tuple(pipeline.costs.sum(axis=0).tolist()),
         exposed_communication_s=float((pipeline.tail_s - _rank_sum(layout, pipeline.optimizer_s)).max()),
         optimizer_s=float(_rank_sum(layout, pipeline.optimizer_s).max()),
-        link_bytes=_link_bytes(plan, layout, bounds, layers),
+        link_bytes=link_bytes(plan, profile, schedule, layout, bounds, layers),
         tokens_per_dollar=None if price is None else tokens / step_s / price,
         source=source,
         expected_error=max(expected_error(source, device_of(plan.cluster, stage.group)) for stage in plan.stages),
@@ -352,41 +358,6 @@ def _price_per_s(plan: Plan) -> float | None:
             return None
         total += price / 3600.0
     return total or None
-
-
-def _link_bytes(plan: Plan, layout: Layout, bounds: Sequence[int], layers: Sequence[LayerCosts]) -> dict[str, float]:
-    """Return bytes sent in one step over all devices, by operation and group."""
-    total: dict[str, float] = {}
-    replicas = layout.num_replicas
-    for stage, row in enumerate(layers):
-        degrees = plan.stages[stage].degrees
-        inside = slice(bounds[stage], bounds[stage + 1])
-        for name, each in row.table.link_bytes.items():
-            sent = float(each[inside].sum()) * plan.schedule.num_microbatches * degrees.num_devices
-            total[name] = total.get(name, 0.0) + sent
-        gradients = float(row.gradient_bytes[inside].sum())
-        for _ in range(replicas):
-            for name, sent in _gradient_bytes(degrees, gradients).items():
-                total[name] = total.get(name, 0.0) + sent * degrees.num_devices
-    sizes = np.tile(boundary_bytes(bounds, layers), replicas)
-    for (first, second), size in zip(layout.hop_pairs.tolist(), sizes, strict=True):
-        if first != second:
-            devices = len(plan.mapping.pipeline_ranks[first])
-            sent = 2 * float(size) * plan.schedule.num_microbatches * devices / replicas
-            total["send-receive/pp"] = total.get("send-receive/pp", 0.0) + sent
-    return {name: total[name] for name in sorted(total) if total[name] > 0}
-
-
-def _gradient_bytes(degrees: Degrees, size_bytes: float) -> dict[str, float]:
-    members = degrees.dp * degrees.cp
-    if members == 1:
-        return {}
-    if degrees.zero == 0:
-        return {"all-reduce/dp": sent_bytes("all-reduce", size_bytes, members)}
-    return {
-        "reduce-scatter/dp": sent_bytes("reduce-scatter", size_bytes, members),
-        "all-gather/dp": sent_bytes("all-gather", size_bytes, members),
-    }
 
 
 def with_prediction(plan: Plan, profile: ModelProfile) -> Plan:

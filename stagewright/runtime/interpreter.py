@@ -186,14 +186,14 @@ class Interpreter:
         given = self._iteration[_unit(action)]
         start = self._recorder.clock()
         values = stage.forward(_unit(action), given.batch, received, given.seed)
+        self._buckets.after_pass((action.replica, action.stage))
         self._recorder.add(COMPUTE_LANE, action, start, self._recorder.clock())
         self._mailbox.put_values(action, values)
 
     def _backward(self, action: Action) -> None:
         stage = self._stages[action.replica, action.stage]
         gradients = self._mailbox.take_gradients(action)
-        if action in self._last_backwards:
-            self._buckets.arm((action.replica, action.stage))
+        self._buckets.before_backward((action.replica, action.stage), is_last=action in self._last_backwards)
         start = self._recorder.clock()
         result = stage.backward(
             _unit(action),
@@ -201,6 +201,7 @@ class Interpreter:
             loss_weight=self._iteration[_unit(action)].loss_weight,
             split=action.kind is Kind.I,
         )
+        self._buckets.after_pass((action.replica, action.stage))
         if action.kind is Kind.B:
             self._buckets.after_microbatch((action.replica, action.stage))
         self._recorder.add(COMPUTE_LANE, action, start, self._recorder.clock())

@@ -6,46 +6,66 @@ allocator's own peak counter is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stagewright.runtime.torch_adapter import cpu_allocation_changes
+from stagewright.runtime.worker import Worker
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank: parameters, gradients and optimizer states, and the peak of everything."""
+    """Bytes of one rank: parameters, gradients and optimizer states that stay, and the peak of everything."""
 
     parameters: float
     gradients: float
     optimizer: float
-    peak: float
+    peak: float = 0.0
+
+    @property
+    def states(self) -> float:
+        """Sum of what stays."""
+        return self.parameters + self.gradients + self.optimizer
 
 
-def measure_memory(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], work: Callable[[], object], device: torch.device
-) -> RankMemory:
-    """Run one iteration with the optimizers' states in place; returns what it took."""
-    parameters = _bytes([value for value in model.parameters() if not value.is_meta])
-    states = _bytes(
-        [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+def state_memory(worker: Worker) -> RankMemory:
+    """Return the bytes of a rank's states between iterations, each storage once."""
+    return RankMemory(
+        parameters=_bytes(_parameters(worker)),
+        gradients=sum(bucket.held_gradient_bytes() for bucket in worker.buckets.buckets),
+        optimizer=_bytes(_optimizer_states(worker)),
     )
-    gradients = _bytes([value for value in model.parameters() if value.requires_grad and not value.is_meta])
+
+
+def measure_memory(worker: Worker, work: Callable[[], object], device: torch.device) -> RankMemory:
+    """Run one iteration with the optimizers' states in place; returns what it took."""
+    states = state_memory(worker)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
         torch.cuda.synchronize(device)
-        return RankMemory(parameters, gradients, states, float(torch.cuda.max_memory_allocated(device)))
+        return replace(states, peak=float(torch.cuda.max_memory_allocated(device)))
+    parameters = _parameters(worker)
+    held = _bytes([*parameters, *(value.grad for value in parameters), *_optimizer_states(worker)])
     above = max(accumulate(cpu_allocation_changes(work), initial=0))
-    return RankMemory(parameters, gradients, states, parameters + states + above)
+    return replace(states, peak=held + above)
 
 
-def _bytes(values: list[object]) -> float:
+def _parameters(worker: Worker) -> list[Tensor]:
+    model = [value for value in worker.chain.model.parameters() if not value.is_meta]
+    return [*model, *(value for bucket in worker.buckets.buckets for value in bucket.optimized())]
+
+
+def _optimizer_states(worker: Worker) -> list[object]:
+    return [value for each in worker.optimizers for state in each.state.values() for value in state.values()]
+
+
+def _bytes(values: Sequence[object]) -> float:
     storages = {}
     for value in values:
         if isinstance(value, Tensor):

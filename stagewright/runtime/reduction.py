@@ -93,6 +93,10 @@ class Bucket(Protocol):
         """Return copies of the parameters by name, whole; every rank of the group calls this."""
         ...
 
+    def held_gradient_bytes(self) -> float:
+        """Return the bytes of gradients that stay from one microbatch to the next."""
+        ...
+
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Set the parameters to whole values."""
         ...
@@ -110,11 +114,24 @@ class Bucket(Protocol):
         ...
 
 
+class Window(Protocol):
+    """Gathers what a stage's layers need while they run; see `gathering.GatherWindow`."""
+
+    def begin(self, direction: int) -> None:
+        """Take note that a forward (1) or a backward (-1) begins."""
+        ...
+
+    def end(self) -> None:
+        """Free everything."""
+        ...
+
+
 class BucketSet:
     """All buckets of one rank, as the interpreter drives them."""
 
-    def __init__(self, buckets: Iterable[Bucket]) -> None:
+    def __init__(self, buckets: Iterable[Bucket], windows: Mapping[StageKey, Window] | None = None) -> None:
         self.buckets = tuple(buckets)
+        self._windows = windows or {}
         self._reported: dict[int, set[StageKey]] = {}
 
     def of(self, stage: StageKey) -> tuple[Bucket, ...]:
@@ -125,12 +142,24 @@ class BucketSet:
         """Take note of the weights that a microbatch's forward uses."""
         for bucket in self.of(stage):
             bucket.before_forward(microbatch)
+        if stage in self._windows:
+            self._windows[stage].begin(1)
 
-    def arm(self, stage: StageKey) -> None:
-        """Take note that a stage's next action is its last backward; buckets that other stages hold too are left alone."""
+    def before_backward(self, stage: StageKey, *, is_last: bool) -> None:
+        """Take note that a backward begins; `is_last` says that it is the last of the iteration, and a full one.
+
+        Buckets that other stages hold too do not start to be reduced in it.
+        """
+        if stage in self._windows:
+            self._windows[stage].begin(-1)
         for bucket in self.of(stage):
-            if len(bucket.holders) == 1:
+            if is_last and len(bucket.holders) == 1:
                 bucket.arm()
+
+    def after_pass(self, stage: StageKey) -> None:
+        """Take note that a forward or a backward is over."""
+        if stage in self._windows:
+            self._windows[stage].end()
 
     def after_microbatch(self, stage: StageKey) -> None:
         """Take note that the weight gradients of one unit of a stage are complete."""
@@ -323,6 +352,10 @@ class ReplicatedBucket:
             for name, value in self.parameters.items()
             if value.requires_grad
         }
+
+    def held_gradient_bytes(self) -> float:
+        """Return the bytes of the gradients of all trainable parameters."""
+        return float(sum(value.numel() * value.element_size() for value in self.optimized()))
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Set the trainable parameters."""

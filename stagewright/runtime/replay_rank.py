@@ -82,7 +82,7 @@ def replay_rank(job: RunJob, rank: int) -> RankReplay:
     worker.use_optimizer(OptimizerChoice("adamw" if name == "custom" else name, job.learning_rate))
     for step in range(WARM_UP_STEPS):
         worker.run(first, step)
-    memory = measure_memory(worker.chain.model, worker.optimizers, lambda: worker.run(first, WARM_UP_STEPS), device)
+    memory = measure_memory(worker, lambda: worker.run(first, WARM_UP_STEPS), device)
     actions = _timed(worker, batches, job.steps)
     return RankReplay(
         rank=rank,

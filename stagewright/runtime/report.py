@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stagewright.planner.documents.plan import Plan, Prediction
-from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.prediction import Evaluation
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.runtime.measurement import Measurement
 from stagewright.runtime.replay import ComposedStep
-from stagewright.runtime.traffic import expected_traffic
 
 GRADIENT_LIMITS: Mapping[str, float] = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3, "fp8": 2e-1}
 
@@ -62,7 +60,6 @@ class RunReport:
 
 def make_report(
     plan: Plan,
-    profile: ModelProfile,
     prediction: Prediction,
     simulated: Timeline,
     measurement: Measurement,
@@ -84,7 +81,7 @@ def make_report(
     if "memory" in checks:
         found["memory"] = {"max_relative_error": memory_error, "items": measurement.static_memory_bytes}
     if "traffic" in checks:
-        found["traffic"] = _traffic(expected_traffic(plan, profile, prediction), measurement.sent_bytes)
+        found["traffic"] = _traffic(prediction.link_bytes, measurement.sent_bytes)
     if "time" in checks:
         found["time"] = _time(plan, simulated, timeline)
     return RunReport(

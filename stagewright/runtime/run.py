@@ -97,7 +97,7 @@ def run_plan(
             progress=progress,
         )
         measurement = Measurement.load(path / "measurement.json")
-    return make_report(plan, profile, evaluation.prediction, evaluation.timeline, measurement, checks)
+    return make_report(plan, evaluation.prediction, evaluation.timeline, measurement, checks)
 
 
 def _absolute(reference: str) -> str:

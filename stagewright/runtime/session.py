@@ -185,9 +185,7 @@ class Session:
             return []
         self._enter("memory")
         batch = next(batches)
-        mine = measure_memory(
-            worker.chain.model, worker.optimizers, lambda: self._run(worker, batch, self._step), self._device
-        )
+        mine = measure_memory(worker, lambda: self._run(worker, batch, self._step), self._device)
         everyone: list[RankMemory] = [mine] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         return everyone

@@ -5,10 +5,13 @@ with the only copy of its optimizer states (and of its fp32 master weights when 
 
     stage 1   gradients accumulate whole; one reduce-scatter each iteration; step on the shard; one all-gather
     stage 2   a reduce-scatter after each microbatch, summed into the shard's gradient; the rest as stage 1
-    stage 3   as stage 2, and the flat buffer exists only between UNSHARD (an all-gather) and RESHARD
+    stage 3   as stage 2, and the flat buffer exists only between `start_gather` and `reshard`
 
-With fewer shards than ranks (HSDP, MiCS, the replicas of a bidirectional pipeline) the shards' gradients are all-reduced over the ranks that own the same one.
-Elementwise optimizers step exactly as on whole parameters.
+Under stages 2 and 3 a bucket is one layer (FSDP's unit): its gradients are scattered as soon as a full backward has
+finished them, so that whole gradients of two layers at most exist at a time; `gathering` gathers layer by layer.
+
+With fewer shards than ranks (HSDP, MiCS, the replicas of a bidirectional pipeline) the shards' gradients are all-reduced
+over the ranks that own the same one. Elementwise optimizers step exactly as on whole parameters.
 
 Papers: Rajbhandari et al., ZeRO, SC 2020; Zhao et al., PyTorch FSDP, VLDB 2023; Zhang et al., MiCS, VLDB 2022.
 """
@@ -38,6 +41,7 @@ class ShardedBucket:
     traffic : counts bytes sent by ring algorithms.
     shards : how tensor parallelism has split the parameters.
     purpose : `dp` or `tied`, in the names of the traffic.
+    by_layer : at stage 3, UNSHARD leaves the gathering to a `gathering.GatherWindow`.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class ShardedBucket:
         *,
         purpose: str,
         shards: TensorShards | None = None,
+        by_layer: bool = False,
     ) -> None:
         self.holders = holders
         self._parameters = dict(parameters)
@@ -61,21 +66,48 @@ class ShardedBucket:
         self._traffic = traffic
         self._purpose = purpose
         self._by_microbatch = level >= 2
+        self._by_layer = by_layer
         self._shards = shards or TensorShards()
         self._count = 1 if group is None else group.size()
-        self._index = index = 0 if group is None else dist.get_group_rank(group, dist.get_rank())
+        index = 0 if group is None else dist.get_group_rank(group, dist.get_rank())
         total = sum(parameter.numel() for parameter in self._trained)
         self._length = -(-total // self._count)
+        self._own = slice(index * self._length, (index + 1) * self._length)
         self._flat = self._trained[0].data.new_zeros(self._length * self._count)
         self._bytes = self._flat.numel() * self._flat.element_size()
         self._point_into_flat()
-        own = self._flat[index * self._length : (index + 1) * self._length]
+        own = self._flat[self._own]
         master = torch.float32 if own.element_size() < 4 else own.dtype
-        self._shard = nn.Parameter(own.detach().to(master, copy=True))
+        vanishes = level >= 3 and self._count > 1
+        self._shard = nn.Parameter(own.detach().to(master, copy=vanishes or master != own.dtype))
+        self._gradients = torch.zeros_like(self._flat) if level == 1 else None
+        self._shard.grad = self._home_of_gradient()
         self._flight: tuple[dist.Work, Tensor, Tensor] | None = None
+        self._summing: dist.Work | None = None
+        self._gathering: dist.Work | None = None
+        self._ready: set[int] = set()
+        self._early = 0  # units whose gradients were scattered inside their backward
         self._is_whole = True
-        if level >= 3:
-            self.reshard()
+        if self._by_microbatch:
+            for parameter in self._trained:
+                parameter.register_post_accumulate_grad_hook(self._take_note)
+        self._attach()
+        self.reshard()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters."""
+        return self._trained
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parameters when they are whole, padding included."""
+        return self._bytes
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameters are here, or on their way."""
+        return self._is_whole
 
     def before_forward(self, microbatch: int) -> None:
         """Do nothing: one version of the weights serves the whole iteration."""
@@ -87,36 +119,61 @@ class ShardedBucket:
         """Do nothing: `start` reduces what the microbatches left."""
 
     def start(self) -> None:
-        """Start to reduce what is left to reduce, and sum over the groups."""
+        """Start to reduce what is left to reduce, and to sum over the owners of the same shard.
+
+        Nothing is waited for but ranks that run this very list: those of another stage may need this rank first.
+        """
         if not self._by_microbatch:
             self._scatter()
-        self._land()
         if self._across is not None:
-            assert self._shard.grad is not None
+            self._land()
             members = self._across.size()
-            dist.all_reduce(self._shard.grad, group=self._across)
-            self._count_traffic("all-reduce", 2 * (members - 1) / members * self._bytes / self._count)
+            gradient = self._shard_gradient()
+            self._summing = dist.all_reduce(gradient, group=self._across, async_op=True)
+            sent = 2 * (members - 1) / members * gradient.numel() * gradient.element_size()
+            self._count_traffic("all-reduce", sent)
 
     def finish(self) -> None:
-        """Wait for the reduction under way."""
+        """Wait for the reductions under way."""
         self._land()
+        if self._summing is not None:
+            self._summing.wait()
+            self._summing = None
 
     def after_microbatch(self) -> None:
-        """Reduce one unit's gradients, at ZeRO stages 2 and 3."""
-        if self._by_microbatch:
+        """Reduce one unit's gradients, at ZeRO stages 2 and 3, unless its backward has done so."""
+        if not self._by_microbatch:
+            return
+        if self._early:
+            self._early -= 1
+        else:
             self._scatter()
+        self._ready.clear()
 
     def unshard(self) -> None:
-        """Gather the parameters, at ZeRO stage 3."""
+        """Gather the parameters, at ZeRO stage 3; by layer, the layers do so themselves."""
+        if not self._by_layer:
+            self.start_gather()
+            self.wait_gathered()
+
+    def start_gather(self) -> None:
+        """Start to gather the parameters, unless they are here."""
         if self._is_whole:
             return
         self._flat.untyped_storage().resize_(self._bytes)
-        self._gather()
+        self._gathering = self._gather(wait=False)
         self._is_whole = True
+
+    def wait_gathered(self) -> None:
+        """Wait until the parameters are here."""
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
 
     def reshard(self) -> None:
         """Free the gathered parameters, at ZeRO stage 3."""
         if self._level >= 3 and self._is_whole and self._count > 1:
+            self.wait_gathered()
             self._flat.untyped_storage().resize_(0)
             self._is_whole = False
 
@@ -126,21 +183,20 @@ class ShardedBucket:
 
     def squared_norm(self) -> Tensor:
         """Return this rank's share of the squared norm: that of its shard, which equal owners share."""
-        shard = torch.zeros_like(self._shard) if self._shard.grad is None else self._shard.grad
+        shard = self._shard_gradient()
         flat = torch.zeros(self._length * self._count, dtype=shard.dtype, device=shard.device)
-        flat[self._index * self._length : (self._index + 1) * self._length] = shard
+        flat[self._own] = shard
         owners = 1 if self._across is None else self._across.size()
         return squared_norm(zip(self._trained, self._views(flat), strict=True), self._shards) / owners
 
     def after_step(self) -> None:
         """Gather the stepped shards; at ZeRO stage 3 the next UNSHARD does."""
         if self._is_whole:
-            self._gather()
+            self._gather(wait=True)
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the summed gradients by name, gathered from all shards."""
-        shard = torch.zeros_like(self._shard) if self._shard.grad is None else self._shard.grad
-        flat = self._gathered(shard.to(self._flat.dtype))
+        flat = self._gathered(self._shard_gradient().to(self._flat.dtype))
         return self._named(flat)
 
     def values(self) -> dict[str, Tensor]:
@@ -153,7 +209,7 @@ class ShardedBucket:
         for (name, parameter), view in zip(self._names(), self._views(flat), strict=True):
             view.copy_(self._shards.part(values[name], parameter))
         with torch.no_grad():
-            self._shard.copy_(flat[self._index * self._length : (self._index + 1) * self._length])
+            self._shard.copy_(flat[self._own])
             if self._is_whole:
                 self._flat.copy_(flat)
 
@@ -180,14 +236,53 @@ class ShardedBucket:
         flat = torch.zeros(self._length * self._count, dtype=self._shard.dtype, device=self._shard.device)
         for (name, parameter), view in zip(self._names(), self._views(flat), strict=True):
             view.copy_(self._shards.part(values[name], parameter))
-        return flat[self._index * self._length : (self._index + 1) * self._length].clone()
+        return flat[self._own].clone()
 
     def clear(self) -> None:
         """Forget the gradients."""
-        self._land()
-        self._shard.grad = None
+        self.finish()
+        self._shard.grad = self._home_of_gradient()
+        for value in (self._shard.grad, self._gradients):
+            if value is not None:
+                value.zero_()
         for parameter in self._trained:
             parameter.grad = None
+        self._attach()
+
+    def held_gradient_bytes(self) -> float:
+        """Return the bytes of gradients that stay from one microbatch to the next."""
+        if self._gradients is not None:
+            return float(self._gradients.untyped_storage().nbytes())
+        return float(self._shard_gradient().untyped_storage().nbytes())
+
+    def _shard_gradient(self) -> Tensor:
+        if self._shard.grad is None:
+            self._shard.grad = self._home_of_gradient()
+        return self._shard.grad
+
+    def _home_of_gradient(self) -> Tensor:
+        """Return where the shard's gradient lies: in the whole gradients where those stay, else on its own."""
+        if self._gradients is not None and self._gradients.dtype == self._shard.dtype:
+            return self._gradients[self._own]
+        if self._shard.grad is not None:
+            return self._shard.grad
+        return torch.zeros_like(self._shard)
+
+    def _attach(self) -> None:
+        """Let the parameters' gradients lie in the whole buffer, where there is one."""
+        if self._gradients is not None:
+            for parameter, view in zip(self._trained, self._views(self._gradients), strict=True):
+                parameter.grad = view
+
+    def _take_note(self, parameter: Tensor) -> None:
+        """Scatter the gradients inside the backward, when they are complete; one that is deferred is not there yet."""
+        if parameter.grad is None:
+            return
+        self._ready.add(id(parameter))
+        if len(self._ready) == len(self._trained):
+            self._scatter()
+            self._early += 1
+            self._ready.clear()
 
     def _names(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, value) for name, value in self._parameters.items() if value.requires_grad]
@@ -216,11 +311,13 @@ class ShardedBucket:
         """Start the reduce-scatter of the gradients that the parameters hold, and take them away."""
         self._land()
         sum_partial(self._trained, self._shards)
-        flat = torch.zeros(self._length * self._count, dtype=self._flat.dtype, device=self._flat.device)
-        for parameter, view in zip(self._trained, self._views(flat), strict=True):
-            if parameter.grad is not None:
-                view.copy_(local_gradient(parameter))
-                parameter.grad = None
+        flat = self._gradients
+        if flat is None:
+            flat = torch.zeros(self._length * self._count, dtype=self._flat.dtype, device=self._flat.device)
+            for parameter, view in zip(self._trained, self._views(flat), strict=True):
+                if parameter.grad is not None:
+                    view.copy_(local_gradient(parameter))
+                    parameter.grad = None
         if self._group is None:
             self._add(flat)
             return
@@ -238,16 +335,26 @@ class ShardedBucket:
             self._add(mine)
 
     def _add(self, value: Tensor) -> None:
-        value = value.to(self._shard.dtype)
-        self._shard.grad = value if self._shard.grad is None else self._shard.grad.add_(value)
+        """Add a reduced part to the shard's gradient; whole gradients that lie there give way to their sum."""
+        gradient = self._shard_gradient()
+        if self._gradients is not None:
+            gradient.copy_(value)
+        else:
+            gradient.add_(value)
 
-    def _gather(self) -> None:
+    def _gather(self, *, wait: bool) -> dist.Work | None:
+        """Gather all shards into the flat buffer; returns what to wait for when `wait` is not."""
         shard = self._shard.detach().to(self._flat.dtype)
         if self._group is None:
-            self._flat.copy_(shard)
-            return
-        dist.all_gather_into_tensor(self._flat, shard, group=self._group)
+            if shard.data_ptr() != self._flat.data_ptr():
+                self._flat.copy_(shard)
+            return None
         self._count_traffic("all-gather", (self._count - 1) / self._count * self._bytes)
+        if shard.untyped_storage().data_ptr() == self._flat.untyped_storage().data_ptr():
+            shard = shard.clone()
+        work = dist.all_gather_into_tensor(self._flat, shard, group=self._group, async_op=not wait)
+        assert wait or work is not None
+        return work
 
     def _gathered(self, shard: Tensor) -> Tensor:
         if self._group is None:

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.errors import InvalidDocument
+from stagewright.planner.link_bytes import sharding_group
 
 StageKey = tuple[int, int]  # (replica, stage)
 
@@ -131,14 +132,34 @@ class Topology:
             ]
         return tuple(sorted(set(ranks)))
 
+    def shard_ranks(self, stage: int) -> tuple[int, ...]:
+        """Return the ranks that divide a stage's states under ZeRO: a part of the gradient ranks beside this one."""
+        beside = [rank for rank in self.gradient_ranks(stage) if self.is_beside(rank)]
+        size = shard_size(self.plan, len(beside))
+        first = beside.index(self.rank) // size * size
+        return tuple(beside[first : first + size])
+
+    def shard_owners(self, stage: int) -> tuple[int, ...]:
+        """Return the ranks that own the same share of a stage's states, in every shard group and model replica."""
+        place = self.shard_ranks(stage).index(self.rank)
+        views = [Topology(self.plan, rank) for rank in self.gradient_ranks(stage)]
+        return tuple(view.rank for view in views if view.shard_ranks(stage).index(view.rank) == place)
+
     def is_beside(self, rank: int) -> bool:
         """Whether another rank is a device of the same pipeline rank."""
         return rank in self.plan.mapping.pipeline_ranks[self.pipeline_rank]
 
-    def same_place(self, stage: int) -> tuple[int, ...]:
-        """Return the ranks with this one's coordinates in every model replica of a stage."""
-        holders = {row[stage] for row in self.plan.schedule.placement}
-        return tuple(self.plan.mapping.pipeline_ranks[holder][self._place[1]] for holder in sorted(holders))
+
+def shard_size(plan: Plan, members: int) -> int:
+    """Return over how many of `members` ranks ZeRO divides states: the plan's `shard_size`, or all of them."""
+    size = sharding_group(plan) or members
+    if members % size:
+        raise InvalidDocument(
+            f"shard_size {size} does not divide dp * cp = {members}",
+            field="schedule.parameters.shard_size",
+            hint="take a divisor",
+        )
+    return size
 
 
 def coordinates_of(index: int, degrees: Degrees) -> Coordinates:

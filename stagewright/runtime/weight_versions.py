@@ -140,6 +140,10 @@ class VersionedBucket:
         """Return copies of the masters by name."""
         return {slot.name: slot.master.detach().clone() for slot in self._slots}
 
+    def held_gradient_bytes(self) -> float:
+        """Return the bytes of one version's gradients."""
+        return float(sum(slot.master.numel() * slot.master.element_size() for slot in self._slots))
+
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Set masters and versions."""
         for slot in self._slots:

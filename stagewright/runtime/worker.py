@@ -31,9 +31,11 @@ from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weig
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import Recompute
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
+from stagewright.planner.link_bytes import gathers_by_run
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
 from stagewright.runtime.communication import Message, PointToPoint, ShapeBook
+from stagewright.runtime.gathering import GatherWindow
 from stagewright.runtime.gradient_buffer import BUCKET_BYTES
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput, WarmUp, warm_up_length
@@ -123,7 +125,10 @@ class Worker:
             defer_weight_gradients(chain.model, self._sink)
         recompute_layers(chain, self._recompute_levels())
         self.stages = self._make_stages()
-        self.buckets = BucketSet(self._make_buckets())
+        self._windowed: dict[StageKey, dict[int, ShardedBucket]] = {}  # by stage: bucket of each layer
+        buckets = self._make_buckets()
+        self.windows = {key: self._window(layers) for key, layers in self._windowed.items()}
+        self.buckets = BucketSet(buckets, self.windows)
         everyone = range(dist.get_world_size())
         upward, downward = self.groups.make("upward", everyone), self.groups.make("downward", everyone)
         self.transport = PointToPoint(upward, downward, settings.device, len(plan.stages))
@@ -498,7 +503,7 @@ class Worker:
             for name in experts:
                 del parameters[name]
             if any(value.requires_grad for value in parameters.values()):
-                buckets.append(self._make_bucket(parameters, group, holders, shared))
+                buckets += self._buckets_of(parameters, group, holders, shared)
             owners = self._expert_gradient_group(min(shared))
             if experts:
                 buckets.append(self._replicated("edp", experts, owners, holders, shared, always=True))
@@ -514,6 +519,46 @@ class Worker:
             if any(other == stage for _, other in view.stages):
                 sets.append(view.expert_gradient_ranks(stage))
         return self.groups.make_all(f"experts {stage}", sets)
+
+    def _buckets_of(
+        self,
+        parameters: dict[str, nn.Parameter],
+        group: dist.ProcessGroup | None,
+        holders: frozenset[StageKey],
+        shared: frozenset[int],
+    ) -> list[Bucket]:
+        """Return a stage's buckets: one, or under ZeRO-2 and 3 one for each layer and each weight that layers share."""
+        zero = self.plan.stages[min(shared)].degrees.zero
+        if zero < 2 or group is None or len(shared) > 1 or self._policy is not WeightPolicy.FLUSH:
+            return [self._make_bucket(parameters, group, holders, shared)]
+        layer_of = {
+            name: index
+            for index in reversed(self.plan.stages[min(shared)].layer_indices)
+            for name in self.chain.layers[index].parameters
+        }
+        tied = [name for tie in self.chain.ties for name in tie.names if name in parameters]
+        layers: dict[int, dict[str, nn.Parameter]] = {}
+        for name, value in parameters.items():
+            if value.requires_grad:
+                layers.setdefault(-1 - tied.index(name) if name in tied else layer_of[name], {})[name] = value
+        made: dict[int, Bucket] = {
+            index: self._make_bucket(values, group, holders, shared) for index, values in sorted(layers.items())
+        }
+        if zero == 3 and not gathers_by_run(self.plan):
+            for key in holders:
+                self._windowed[key] = {i: bucket for i, bucket in made.items() if isinstance(bucket, ShardedBucket)}
+        return list(made.values())
+
+    def _window(self, layers: dict[int, ShardedBucket]) -> GatherWindow:
+        """Return what gathers a stage layer by layer."""
+        found: list[tuple[ShardedBucket, list[nn.Module]]] = []
+        for index, bucket in layers.items():
+            paths = self.chain.layers[index].modules if index >= 0 else ()
+            modules = [self.chain.model.get_submodule(path) for path in paths]
+            inside = {id(value) for module in modules for value in module.parameters()}
+            covered = all(id(value) in inside for value in bucket.parameters)
+            found.append((bucket, modules if covered else []))
+        return GatherWindow(found)
 
     def _make_bucket(
         self,
@@ -546,7 +591,15 @@ class Worker:
             )
         inside, across = self._sharding_groups(min(shared))
         return ShardedBucket(
-            parameters, inside, across, holders, zero, self._traffic, purpose=purpose, shards=self._shards
+            parameters,
+            inside,
+            across,
+            holders,
+            zero,
+            self._traffic,
+            purpose=purpose,
+            shards=self._shards,
+            by_layer=not gathers_by_run(self.plan),
         )
 
     def _replicated(
@@ -589,14 +642,16 @@ class Worker:
         return self.groups.make_all(f"gradients {sorted(stages)}", sets)
 
     def _sharding_groups(self, stage: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-        """Return the ranks that divide a stage's states, and those that own the same share in other replicas."""
+        """Return the ranks that divide a stage's states, and those that own the same share in other groups.
+
+        The plan's `shard_size` limits the first (HSDP, MiCS): neighbouring data- and context-parallel ranks.
+        """
         inside, across = set(), set()
         for rank in range(dist.get_world_size()):
             view = Topology(self.plan, rank)
             if any(other == stage for _, other in view.stages):
-                peers = [other for other in view.gradient_ranks(stage) if view.is_beside(other)]
-                inside.add(tuple(sorted(peers)))
-                across.add(tuple(sorted(view.same_place(stage))))
+                inside.add(view.shard_ranks(stage))
+                across.add(view.shard_owners(stage))
         return self.groups.make_all(f"shards {stage}", inside), self.groups.make_all(f"replicas {stage}", across)
 
     def _check_reductions(self) -> None:

@@ -9,8 +9,12 @@ import torch.distributed as dist
 from runtime_cases import CPU, GROUPS, PreparedCase, batches_of, make_model
 
 from stagewright.modeling import split
+from stagewright.runtime.gradient_check import compare, reference_shapes
+from stagewright.runtime.memory import RankMemory, state_memory
+from stagewright.runtime.optimizers import OptimizerChoice
 from stagewright.runtime.reduction import ReplicatedBucket
 from stagewright.runtime.ring import ring_all_reduce
+from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.torch_adapter import default_store
 from stagewright.runtime.worker import Worker, WorkerSettings
 
@@ -51,3 +55,43 @@ def ring(length: int) -> tuple[int, float]:
     dist.all_reduce(expected, group=group)
     sent = ring_all_reduce(value, group)
     return sent, float((value - expected).abs().max())
+
+
+def sent_in_a_step(prepared: PreparedCase) -> dict[str, float]:
+    """Return the bytes this rank sends in one iteration with its optimizer step."""
+    worker = make_worker(prepared)
+    worker.use_optimizer(OptimizerChoice("adamw", 1e-3))
+    batch = batches_of(prepared.plan, 1)[0]
+    worker.run(batch, 0)
+    return worker.traffic()
+
+
+@dataclass(frozen=True)
+class TrainedState:
+    """What a rank holds after some steps, and how far its weights are from another plan's."""
+
+    memory: RankMemory
+    unit_bytes: list[float]
+    peak_parameter_bytes: float
+    max_relative_error: float
+
+
+def train_and_compare(argument: tuple[PreparedCase, PreparedCase, int]) -> TrainedState:
+    """Train under two plans; the error of the second one's weights against the first's, and the second one's states."""
+    first, second, num_steps = argument
+    changes, shapes = [], {}
+    for prepared in (first, second):
+        shapes = reference_shapes(split(make_model(prepared.case, prepared.case.num_ranks * 2)))
+        worker = make_worker(prepared)
+        worker.use_optimizer(OptimizerChoice("adamw", 1e-2))
+        before = worker.weights()
+        for step, batch in enumerate(batches_of(prepared.plan, num_steps)):
+            worker.run(batch, step)
+        changes.append({name: value - before[name] for name, value in worker.weights().items()})
+    found = compare(worker, changes[1], changes[0] if dist.get_rank() == 0 else None, shapes)
+    sharded = [bucket for bucket in worker.buckets.buckets if isinstance(bucket, ShardedBucket)]
+    shards = sum(value.numel() * value.element_size() for bucket in sharded for value in bucket.optimized())
+    window = max((window.peak_bytes for window in worker.windows.values()), default=0)
+    return TrainedState(
+        state_memory(worker), [float(bucket.num_bytes) for bucket in sharded], shards + window, found.max_relative_error
+    )

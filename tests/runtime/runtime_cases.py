@@ -204,7 +204,7 @@ def peak_memory(prepared: PreparedCase) -> float:
     worker.use_optimizer(OptimizerChoice("adamw", 1e-3))
     (batch,) = batches_of(prepared, 1)
     worker.run(batch, 0)
-    return measure_memory(worker.chain.model, worker.optimizers, lambda: worker.run(batch, 1), CPU).peak
+    return measure_memory(worker, lambda: worker.run(batch, 1), CPU).peak
 
 
 def post_validated_and_synchronous(argument: tuple[PreparedCase, float | None, int]) -> tuple[bool, int, int]:

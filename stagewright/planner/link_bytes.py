@@ -1,0 +1,189 @@
+"""Bytes that a plan sends in one step, over all devices, by operation and group: what the runtime's counters must equal.
+
+Layers' own collectives recur for each microbatch. Messages of the pipeline cross each boundary twice for each microbatch.
+For the gradients of S bytes on one device, on m data- and context-parallel devices of each of R model replicas,
+
+    stage 0    all-reduce over m R devices          2 (m R - 1) S
+    stage 1    reduce-scatter and all-gather over m      (m - 1) (S + S_w) R, an all-reduce of shards over R
+    stage 2    the reduce-scatter for each microbatch (and slice) that a replica runs
+    stage 3    that, and two all-gathers for each; once a run of microbatches where `gather` is "run"
+
+over all of them (S_w: bytes of the weights). Under ZeRO a buffer is padded to m equal shards: a whole stage at stage 1, a
+layer at stages 2 and 3. With shards over p < m devices (`shard_size`) m / p groups scatter and gather apart, and the shards
+are all-reduced over all groups once. Experts are summed over the devices that own the same ones. A weight that layers of several stages
+share is summed once over the devices of all of them (at stages above 0: reduce-scatter and all-gather); one whose layers
+lie on one stage is a buffer of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stagewright.planner.cost.memory import expert_shards
+from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.schedules.action import Kind
+from stagewright.planner.schedules.lowering.parameters import with_parameter_gathers
+from stagewright.planner.schedules.schedule import KIND, STAGE, Schedule
+from stagewright.planner.search.layer_costs import LayerCosts
+from stagewright.planner.search.order import Layout
+from stagewright.planner.search.pipeline_costs import boundary_bytes
+
+Totals = dict[str, float]
+
+
+def link_bytes(
+    plan: Plan,
+    profile: ModelProfile,
+    schedule: Schedule,
+    layout: Layout,
+    bounds: Sequence[int],
+    layers: Sequence[LayerCosts],
+) -> Totals:
+    """Return the bytes by "operation/group"; names without bytes are left out."""
+    total: Totals = {}
+    for stage, row in enumerate(layers):
+        degrees = plan.stages[stage].degrees
+        inside = slice(bounds[stage], bounds[stage + 1])
+        for name, each in row.table.link_bytes.items():
+            _add(total, name, float(each[inside].sum()) * plan.schedule.num_microbatches * degrees.num_devices)
+    sizes = np.tile(boundary_bytes(bounds, layers), layout.num_replicas)
+    for (first, second), size in zip(layout.hop_pairs.tolist(), sizes, strict=True):
+        if first != second:
+            devices = len(plan.mapping.pipeline_ranks[first])
+            sent = 2 * float(size) * plan.schedule.num_microbatches * devices / layout.num_replicas
+            _add(total, "send-receive/pp", sent)
+    ties = shared_weights(plan, profile)
+    for stage, row in enumerate(layers):
+        _gradients(total, plan, schedule, stage, row, bounds, ties)
+    for tie in ties:
+        if len(tie.stages) > 1:
+            _shared_gradients(total, plan, tie)
+    return {name: total[name] for name in sorted(total) if total[name] > 0}
+
+
+@dataclass(frozen=True)
+class SharedWeight:
+    """A weight of several layers.
+
+    Parameters
+    ----------
+    layers : indices of the layers; stages : the stages that hold them.
+    num_parameters : on one device.
+    """
+
+    layers: tuple[int, ...]
+    stages: frozenset[int]
+    num_parameters: float
+
+
+def shared_weights(plan: Plan, profile: ModelProfile) -> list[SharedWeight]:
+    """Return the profile's tied weights as the plan places them."""
+    position = {name: index for index, name in enumerate(profile.layer_names)}
+    stage_of = {layer: index for index, stage in enumerate(plan.stages) for layer in stage.layer_indices}
+    found = []
+    for tie in profile.tied:
+        layers = tuple(sorted(position[name] for name in tie.layers))
+        degrees = plan.stages[stage_of[layers[0]]].degrees
+        split = degrees.tp if degrees.vocab_parallel else 1
+        found.append(SharedWeight(layers, frozenset(stage_of[layer] for layer in layers), tie.num_parameters / split))
+    return found
+
+
+def unit_parameters(dense: Sequence[float], first: int, ties: Iterable[SharedWeight]) -> list[float]:
+    """Return the parameters of the layers from `first` on without shared ones, and then those of each weight that only
+    layers among them share."""
+    own, shared = list(dense), []
+    for tie in ties:
+        inside = [layer for layer in tie.layers if first <= layer < first + len(own)]
+        for layer in inside:
+            own[layer - first] -= tie.num_parameters
+        if inside and len(tie.stages) == 1:
+            shared.append(tie.num_parameters)
+    return own + shared
+
+
+def _gradients(
+    total: Totals,
+    plan: Plan,
+    schedule: Schedule,
+    stage: int,
+    row: LayerCosts,
+    bounds: Sequence[int],
+    ties: Sequence[SharedWeight],
+) -> None:
+    """Add what the gradients and sharded weights of one stage send."""
+    degrees, optimizer = plan.stages[stage].degrees, plan.job.optimizer
+    inside = slice(bounds[stage], bounds[stage + 1])
+    dense = unit_parameters(row.table.dense_parameters[inside].tolist(), bounds[stage], ties)
+    experts = float(row.table.expert_parameters[inside].sum())
+    members, replicas = degrees.dp * degrees.cp, _replicas(plan, (stage,))
+    owners = expert_shards(degrees) * replicas
+    copies_of_experts = degrees.num_devices * replicas / owners
+    _add(total, "all-reduce/edp", 2 * (owners - 1) * experts * optimizer.gradient_bytes * copies_of_experts)
+    if degrees.zero == 0:
+        size = sum(dense) * optimizer.gradient_bytes
+        _add(total, "all-reduce/dp", 2 * (members * replicas - 1) * size * degrees.tp)
+        return
+    shards = min(sharding_group(plan) or members, members)
+    padded = sum(_padded(value, shards) for value in (dense if degrees.zero >= 2 else [sum(dense)]))
+    units = plan.schedule.num_microbatches * max(plan.schedule.num_slices, 1)
+    scatters = units if degrees.zero >= 2 else replicas
+    gathers = replicas if degrees.zero < 3 else _gathers(plan, schedule, stage, units)
+    groups = members // shards
+    copies = groups * (shards - 1) * padded * degrees.tp
+    if members > 1:
+        _add(total, "reduce-scatter/dp", scatters * copies * optimizer.gradient_bytes)
+        _add(total, "all-gather/dp", gathers * copies * optimizer.parameter_bytes)
+    # What a shard sums is as wide as its master weights.
+    shard_bytes = max(4.0, optimizer.gradient_bytes) if optimizer.parameter_bytes < 4 else optimizer.gradient_bytes
+    _add(total, "all-reduce/dp", 2 * (groups * replicas - 1) * padded * shard_bytes * degrees.tp)
+
+
+def _shared_gradients(total: Totals, plan: Plan, tie: SharedWeight) -> None:
+    degrees, optimizer = plan.stages[min(tie.stages)].degrees, plan.job.optimizer
+    members = degrees.dp * degrees.cp * _replicas(plan, tie.stages)
+    if degrees.zero == 0:
+        _add(total, "all-reduce/tied", 2 * (members - 1) * tie.num_parameters * optimizer.gradient_bytes * degrees.tp)
+        return
+    copies = (members - 1) * _padded(tie.num_parameters, members) * degrees.tp
+    _add(total, "reduce-scatter/tied", copies * optimizer.gradient_bytes)
+    _add(total, "all-gather/tied", copies * optimizer.parameter_bytes)
+
+
+def _gathers(plan: Plan, schedule: Schedule, stage: int, units: int) -> int:
+    """Return how often a stage's weights are gathered in one step, over all replicas."""
+    if gathers_by_run(plan):
+        return sum(
+            int(((order[:, KIND] == Kind.UNSHARD) & (order[:, STAGE] == stage)).sum())
+            for order in with_parameter_gathers(schedule)
+        )
+    return 2 * units
+
+
+def gathers_by_run(plan: Plan) -> bool:
+    """Return whether ZeRO-3 gathers a whole stage for a run of its microbatches, and not each layer for each of them."""
+    return plan.schedule.parameters.get("gather", "layer") == "run"
+
+
+def sharding_group(plan: Plan) -> int | None:
+    """Return over how many devices ZeRO divides states (HSDP, MiCS); None for all replicas."""
+    told = plan.schedule.parameters.get("shard_size")
+    return None if told is None else int(told)
+
+
+def _replicas(plan: Plan, stages: Iterable[int]) -> int:
+    return len({row[stage] for row in plan.schedule.placement for stage in stages})
+
+
+def _padded(num_parameters: float, members: int) -> float:
+    return math.ceil(num_parameters / members) * members
+
+
+def _add(total: Totals, name: str, num_bytes: float) -> None:
+    if num_bytes > 0:
+        total[name] = total.get(name, 0.0) + num_bytes

@@ -1,0 +1,94 @@
+"""Gathering a stage's sharded layers one by one, the next one under the work of the last (FSDP).
+
+A layer's parameters are gathered when its forward begins, and again when the gradient of its output arrives; then every
+other layer's are freed and those of the next layer in the direction of the work start to come. So at most two layers are
+whole at a time:
+
+    peak of parameters = all / n + the largest two neighbours
+
+Each unit, a microbatch or a slice of one, gathers each layer once forward and once backward; weight gradients need none.
+
+Paper: Zhao et al., PyTorch FSDP, VLDB 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from stagewright.runtime.sharding import ShardedBucket
+
+
+class GatherWindow:
+    """The sharded layers of one stage, of which at most two are whole.
+
+    Parameters
+    ----------
+    layers : the buckets in layer order, each with the modules that use it. A bucket without modules is gathered for the
+        whole of a forward or backward.
+
+    `peak_bytes` is the most that was whole at a time.
+    """
+
+    def __init__(self, layers: Sequence[tuple[ShardedBucket, Sequence[nn.Module]]]) -> None:
+        self._loose = [bucket for bucket, modules in layers if not modules]
+        self._buckets = [bucket for bucket, modules in layers if modules]
+        self._direction = 0
+        self.peak_bytes = 0
+        for index, modules in enumerate(modules for _, modules in layers if modules):
+            for module in modules:
+                module.register_forward_pre_hook(lambda _module, _args, index=index: self._need(index))
+                module.register_forward_hook(
+                    lambda _module, _args, output, index=index: self._need_with_gradient(index, output)
+                )
+
+    def begin(self, direction: int) -> None:
+        """Take note that a forward (1) or a backward (-1) begins."""
+        self.end()
+        self._direction = direction
+        for bucket in self._loose:
+            bucket.start_gather()
+            bucket.wait_gathered()
+        if self._buckets:
+            self._buckets[0 if direction > 0 else -1].start_gather()
+
+    def end(self) -> None:
+        """Free everything."""
+        self._direction = 0
+        for bucket in (*self._loose, *self._buckets):
+            bucket.reshard()
+
+    def _need(self, index: int) -> None:
+        """Have one layer whole, and its neighbour on the way."""
+        if self._direction == 0:
+            return
+        following = index + self._direction
+        for other, bucket in enumerate(self._buckets):
+            if other not in (index, following):
+                bucket.reshard()
+        self._buckets[index].start_gather()
+        if 0 <= following < len(self._buckets):
+            self._buckets[following].start_gather()
+        self._buckets[index].wait_gathered()
+        whole = sum(bucket.num_bytes for bucket in (*self._loose, *self._buckets) if bucket.is_whole)
+        self.peak_bytes = max(self.peak_bytes, whole)
+
+    def _need_with_gradient(self, index: int, output: object) -> None:
+        """Have the layer whole again when the gradient of its output arrives."""
+        if self._direction < 0:  # a forward that is run again
+            return
+        for value in _tensors(output):
+            if value.requires_grad:
+                value.register_hook(lambda _gradient: self._need(index))
+
+
+def _tensors(value: object) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)

@@ -1,0 +1,96 @@
+"""Sharded states: weights of ZeRO are those of replicas, bytes those of the ledger, and two layers at most are whole."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+from runtime_cases import Case, prepare
+from test_schedules import assert_equal_to_one_process
+
+from stagewright.planner.cost.data_parallel import fsdp_peak_parameter_bytes
+from stagewright.planner.cost.memory import device_state_bytes
+
+pytestmark = pytest.mark.ranks
+
+NUM_PARAMETERS = 7312 + 36 * 16  # with a head of its own
+WHOLE = 4.0 * NUM_PARAMETERS  # bytes in fp32
+
+
+def trained(pools, zero: int, **parameters):
+    """Five AdamW steps of four replicas, without ZeRO and with it."""
+    pool = pools(4)
+    plain, sharded = (
+        prepare(
+            Case(
+                "gpipe",
+                1,
+                2,
+                degrees={"dp": 4, "zero": level},
+                dropout=0.0,
+                dtype="float64",
+                tied=False,
+                parameters=given,
+            ),
+            pool.next_number(),
+        )
+        for level, given in ((0, {}), (zero, parameters))
+    )
+    return sharded.plan, pool.run("degree_cases.train_and_compare", (plain, sharded, 5))
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_five_steps_of_zero_on_four_processes_equal_replicas_and_hold_the_ledgers_bytes(rank_pools, zero):
+    plan, results = trained(rank_pools, zero)
+    ledger = device_state_bytes(NUM_PARAMETERS, 0.0, plan.stages[0].degrees, plan.job.optimizer)
+    for result in results:
+        assert result.max_relative_error <= 1e-10
+        assert result.memory.states == pytest.approx(ledger.total, rel=0.01)
+        assert result.memory.parameters == pytest.approx(ledger.parameters, rel=0.01)
+        assert result.memory.gradients == pytest.approx(ledger.gradients, rel=0.01)
+        assert result.memory.optimizer == pytest.approx(ledger.optimizer, rel=0.01)
+
+
+def test_fully_sharded_layers_are_whole_two_at_a_time_beside_the_shards(rank_pools):
+    _, results = trained(rank_pools, 3)
+    for result in results:
+        limit = fsdp_peak_parameter_bytes(result.unit_bytes, 4)
+        assert sum(result.unit_bytes) / 4 + max(result.unit_bytes) < result.peak_parameter_bytes <= limit
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_states_sharded_inside_groups_equal_replicas_and_are_summed_across_once(rank_pools, zero):
+    plan, results = trained(rank_pools, zero, shard_size=2)
+    ledger = device_state_bytes(NUM_PARAMETERS, 0.0, plan.stages[0].degrees, plan.job.optimizer, shard_size=2)
+    for result in results:
+        assert result.max_relative_error <= 1e-10
+        assert result.memory.states == pytest.approx(ledger.total, rel=0.01)
+
+
+def test_hybrid_shards_send_half_of_the_model_between_groups_once_an_iteration(rank_pools):
+    pool = rank_pools(4)
+    case = Case("gpipe", 1, 3, degrees={"dp": 4, "zero": 3}, dropout=0.0, tied=False, parameters={"shard_size": 2})
+    for sent in pool.run("degree_cases.sent_in_a_step", prepare(case, pool.next_number())):
+        assert sent["reduce-scatter/dp"] == 3 * WHOLE / 2  # each microbatch, inside the groups of two
+        assert sent["all-gather/dp"] == 2 * 3 * WHOLE / 2
+        assert sent["all-reduce/dp"] == 2 * (1 / 2) * WHOLE / 2  # once, the shards between the groups
+
+
+@pytest.mark.parametrize("gather", ["run", "layer"])
+def test_breadth_first_gathers_each_chunk_twice_and_not_twice_a_microbatch(rank_pools, gather):
+    pool = rank_pools(4)
+    parameters = {"gather": gather}
+    case = Case(
+        "breadth-first",
+        2,
+        4,
+        num_chunks=2,
+        degrees={"dp": 2, "zero": 3},
+        dropout=0.0,
+        tied=False,
+        parameters=parameters,
+    )
+    results = pool.run("degree_cases.sent_in_a_step", prepare(case, pool.next_number()))
+    whole = (sum(sent["reduce-scatter/dp"] for sent in results)) / 4  # four microbatches
+    assert sum(sent["all-gather/dp"] for sent in results) == whole * 2 * (1 if gather == "run" else 4)
+    assert_equal_to_one_process(rank_pools, case)

@@ -1,0 +1,52 @@
+"""What the ranks send in one step is what the plan predicts, to the byte."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+from runtime_cases import LENGTH, Case, make_model, prepare
+from runtime_documents import profile_of
+
+from stagewright.modeling import split
+from stagewright.planner.prediction import evaluate
+
+pytestmark = pytest.mark.ranks
+
+BOUNDARY_BYTES = LENGTH * 16 * 4.0  # of one sample
+
+CASES = [
+    Case("1f1b", 2, 3, degrees={"dp": 2}),
+    Case("1f1b", 4, 4),
+    Case("interleaved", 2, 4, num_chunks=2, degrees={"dp": 2}, tied=False),
+    Case("1f1b", 2, 3, degrees={"dp": 2, "zero": 1}),
+    Case("1f1b", 2, 3, degrees={"dp": 2, "zero": 2}),
+    Case("1f1b", 2, 3, degrees={"dp": 2, "zero": 3}),
+    Case("gpipe", 1, 2, degrees={"dp": 4, "zero": 2}),
+    Case("gpipe", 1, 2, degrees={"dp": 4, "zero": 3}, parameters={"shard_size": 2}),
+    Case("zb-h1", 2, 4, degrees={"dp": 2, "zero": 3}, tied=False),
+    Case("breadth-first", 2, 4, num_chunks=2, degrees={"dp": 2, "zero": 3}, parameters={"gather": "run"}),
+    Case("dualpipe-v", 2, 4, degrees={"dp": 2, "zero": 2}),
+    Case("gems", 2, 4, degrees={"dp": 2}),
+    Case("gems", 2, 4, degrees={"dp": 2, "zero": 2}, tied=False),
+    Case("chimera", 4, 4, tied=False),
+    Case("seq1f1b", 2, 2, num_slices=2, degrees={"dp": 2, "zero": 2}),
+]
+
+
+def case_id(case: Case) -> str:
+    return f"{case.schedule}-{case.num_ranks}-{case.degrees}-{case.tied}-{case.parameters}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_bytes_sent_are_the_predicted_ones(rank_pools, case):
+    pool = rank_pools(case.world)
+    case = Case(**{**vars(case), "dropout": 0.0})
+    prepared = prepare(case, pool.next_number())
+    chunks = case.num_chunks or (2 * case.num_waves if case.num_waves else 2)
+    chain = split(make_model(case, case.num_ranks * chunks))
+    profile = profile_of(chain, sequence_length=LENGTH, output_bytes=BOUNDARY_BYTES)
+    predicted = evaluate(prepared.plan, profile).prediction.link_bytes
+    results = pool.run("degree_cases.sent_in_a_step", prepared)
+    measured = {name: sum(sent.get(name, 0.0) for sent in results) for sent in results for name in sent}
+    assert {name: value for name, value in measured.items() if value} == pytest.approx(predicted, rel=1e-9)
