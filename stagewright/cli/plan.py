@@ -13,7 +13,9 @@ from stagewright.cli.output import Json, bytes_text, console, print_document, pr
 from stagewright.planner.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    from stagewright.cli.output import ReportsProgress
     from stagewright.planner.documents import Cluster, ModelProfile, Plan, TrainingJob
+    from stagewright.planner.documents.migration import Migration
     from stagewright.planner.documents.outcome import Diagnosis, FrontierPoint, PlanOutcome
 
 INFEASIBLE, NO_SOLUTION = 3, 4
@@ -22,10 +24,15 @@ INFEASIBLE, NO_SOLUTION = 3, 4
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Profile or config.json by path, or a catalogue name.")],
     cluster: Annotated[
-        str, typer.Option(help="File, catalogue name, DEVICE:PER_NODExNODES (joined by +), or `local`.")
-    ],
+        str | None,
+        typer.Option(
+            help="File, catalogue name, DEVICE:PER_NODExNODES (joined by +), or `local`; that of --from unless told."
+        ),
+    ] = None,
     devices: Annotated[int | None, typer.Option(help="Use at most this many of the cluster's devices.")] = None,
-    global_batch: Annotated[int, typer.Option(help="Samples of one optimizer step.")] = 256,
+    global_batch: Annotated[
+        int | None, typer.Option(help="Samples of one optimizer step; 256, or that of --from or --job, unless told.")
+    ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of a sample; the model's own unless told.")
     ] = None,
@@ -61,7 +68,7 @@ def plan(
 
     Example: stagewright plan llama2-13b --cluster a100-sxm-80g:8x8 --global-batch 1024 -o plan.json
     """
-    from stagewright.cli.inputs import load_cluster, load_model
+    from stagewright.cli.inputs import load_model
     from stagewright.planner.planning import make_plan
 
     if output is not None and not output.parent.is_dir():
@@ -70,12 +77,17 @@ def plan(
         )
     with progress_bar(quiet=json) as report:
         profile = load_model(model)
-        machines = _priced(load_cluster(cluster, report), price_per_hour)
+        previous = None if from_plan is None else _load_plan(from_plan)
+        machines = _priced(_machines(cluster, previous, report), price_per_hour)
         training_job = _job(
-            job,
-            profile_sequence(profile, sequence_length),
-            global_batch,
-            {"precision": precision, "objective": objective, "step_deadline_s": step_deadline},
+            _base_job(job, previous, profile, sequence_length),
+            {
+                "global_batch": global_batch,
+                "sequence_length": sequence_length,
+                "precision": precision,
+                "objective": objective,
+                "step_deadline_s": step_deadline,
+            },
             pin,
             forbid,
             target,
@@ -90,7 +102,7 @@ def plan(
             gap=gap,
             deadline_s=deadline,
             executor=executor,
-            previous=None if from_plan is None else _load_plan(from_plan),
+            previous=previous,
             progress=lambda state: report(state.phase, state.done, state.total),
         )
     if verify and outcome.plan is not None:
@@ -124,10 +136,37 @@ def profile_sequence(profile: ModelProfile, told: int | None) -> int:
     )
 
 
+def _machines(text: str | None, previous: Plan | None, report: ReportsProgress) -> Cluster:
+    """Return the cluster that was named, or that of the plan to follow."""
+    from stagewright.cli.inputs import load_cluster
+
+    if text is not None:
+        return load_cluster(text, report)
+    if previous is None:
+        raise InvalidArgument(
+            "the cluster is missing",
+            field="cluster",
+            hint="give --cluster, e.g. a100-sxm-80g:8x8, or --from with a plan",
+        )
+    return previous.cluster
+
+
+def _base_job(
+    path: Path | None, previous: Plan | None, profile: ModelProfile, sequence_length: int | None
+) -> dict[str, object]:
+    """Return the job before the other options change it: a document, that of the plan to follow, or the defaults."""
+    from stagewright.planner.documents import TrainingJob
+    from stagewright.planner.documents.document import read_json
+
+    if path is not None:
+        return TrainingJob.from_object(read_json(path), source=str(path)).model_dump(mode="json")
+    if previous is not None:
+        return previous.job.model_dump(mode="json")
+    return {"global_batch": 256, "sequence_length": profile_sequence(profile, sequence_length)}
+
+
 def _job(
-    path: Path | None,
-    sequence_length: int,
-    global_batch: int,
+    base: dict[str, object],
     changes: Mapping[str, str | float | None],
     pin: list[str] | None,
     forbid: list[str] | None,
@@ -135,12 +174,7 @@ def _job(
 ) -> TrainingJob:
     from stagewright.cli.inputs import parse_forbids, parse_pins
     from stagewright.planner.documents import TrainingJob
-    from stagewright.planner.documents.document import read_json
 
-    base: dict[str, object] = {"global_batch": global_batch, "sequence_length": sequence_length}
-    if path is not None:
-        loaded = TrainingJob.from_object(read_json(path), source=str(path))
-        base = loaded.model_dump(mode="json")
     space = dict(base.get("space") or {})  # type: ignore[call-overload]
     if pin:
         space["pins"] = parse_pins(pin).model_dump(mode="json")
@@ -200,6 +234,8 @@ def print_outcome(outcome: PlanOutcome, output: Path | None = None) -> None:
     for rank, other in enumerate(outcome.alternatives, start=2):
         peak = bytes_text(other.peak_memory_bytes)
         screen.print(f"  {rank}. {other.summary}: {seconds_text(other.step_time_s)}, {peak}")
+    if outcome.migration is not None:
+        _print_migration(outcome.migration)
     if output is not None:
         sys.stderr.write(f"wrote {output} ({found.digest[:19]})\n")
 
@@ -217,6 +253,16 @@ def _bound_text(outcome: PlanOutcome) -> str:
 
 def _whole_text(value: float) -> str:
     return f"{value:,.0f}"
+
+
+def _print_migration(moves: Migration) -> None:
+    devices = {move.target for move in moves.moves}
+    restored = f", {bytes_text(moves.restored_bytes)} restored from a checkpoint" if moves.restored_bytes else ""
+    console().print(
+        f"from the running plan ({seconds_text(moves.previous_step_time_s)} a step): {bytes_text(moves.kept_bytes)} stay, "
+        f"{bytes_text(moves.moved_bytes)} move to {len(devices)} devices in {seconds_text(moves.seconds)}{restored}; "
+        f"--json lists all {len(moves.moves)} moves by layer"
+    )
 
 
 def _print_frontier(points: Sequence[FrontierPoint]) -> None:

@@ -17,6 +17,7 @@ from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.planners.registry import planner as named_planner
+from stagewright.planner.replanning import replan
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import check_pins
@@ -47,7 +48,7 @@ def make_plan(
     top : alternatives to return beside the plan.
     gap, deadline_s : override the job's.
     executor : "inline".
-    previous : a plan to stay close to; refused so far.
+    previous : a plan that runs and that this one follows: the same global batch, little state moved (`replanning`).
     progress : called with the phase, the incumbent and the bound.
     should_stop : asked between steps; true ends the search with the best so far.
 
@@ -77,7 +78,7 @@ def make_plan(
         progress=progress,
         should_stop=should_stop,
     )
-    outcome = row.solve(problem, limits)
+    outcome = row.solve(problem, limits) if previous is None else replan(problem, limits, previous)
     if outcome.status == "infeasible" and outcome.diagnosis is None:
         outcome = outcome.model_copy(update={"diagnosis": diagnose(problem, limits)})
     return outcome.model_copy(update={"wall_s": time.perf_counter() - started})
@@ -103,7 +104,6 @@ def _refuse_unsearched(cluster: Cluster, job: TrainingJob, planner: str, executo
         "target": space.target,
         "per_stage_degrees": "on" if space.per_stage_degrees else None,
         "executor": executor if executor != "inline" else None,
-        "from": "a previous plan" if previous is not None else None,
     }
     for field, value in refused.items():
         if value is not None:

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from stagewright.planner.documents.document import Bytes, Count, Document, Index, Name, Part, Seconds
+from stagewright.planner.documents.migration import Migration
 from stagewright.planner.documents.plan import MemoryItems, Plan
 
 Status = Literal["optimal", "within_gap", "feasible", "infeasible", "no_solution"]
@@ -75,6 +76,7 @@ class PlanOutcome(Document):
         one, for tokens per dollar an upper one.
     gap : how far the objective is from its bound, relative to the better of both.
     frontier : for the frontier objective, its points by devices and memory.
+    migration : for a plan that follows another one, what moves where.
     own_objective : what the planner itself minimised, at its plan; None where that is the simulated step.
     """
 
@@ -96,6 +98,7 @@ class PlanOutcome(Document):
     termination: Literal["optimal", "gap", "time_limit", "cancelled"] | None = None
     alternatives: tuple[Alternative, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
+    migration: Migration | None = None
     diagnosis: Diagnosis | None = None
 
 
