@@ -193,7 +193,8 @@ class Interpreter:
     def _backward(self, action: Action) -> None:
         stage = self._stages[action.replica, action.stage]
         gradients = self._mailbox.take_gradients(action)
-        self._buckets.before_backward((action.replica, action.stage), is_last=action in self._last_backwards)
+        is_last = action in self._last_backwards
+        self._buckets.before_backward((action.replica, action.stage), action.microbatch, is_last=is_last)
         start = self._recorder.clock()
         result = stage.backward(
             _unit(action),

@@ -45,6 +45,10 @@ class Bucket(Protocol):
         """Take note of the weights that a microbatch's forward uses."""
         ...
 
+    def before_backward(self, microbatch: int) -> None:
+        """Take note that a microbatch's backward begins."""
+        ...
+
     def before_step(self, microbatch: int) -> None:
         """Bring the gradients to what the optimizer steps on; `microbatch` is -1 for all of the iteration."""
         ...
@@ -145,14 +149,15 @@ class BucketSet:
         if stage in self._windows:
             self._windows[stage].begin(1)
 
-    def before_backward(self, stage: StageKey, *, is_last: bool) -> None:
-        """Take note that a backward begins; `is_last` says that it is the last of the iteration, and a full one.
+    def before_backward(self, stage: StageKey, microbatch: int, *, is_last: bool) -> None:
+        """Take note that a microbatch's backward begins; `is_last` says that it is the last of the iteration, and a full one.
 
         Buckets that other stages hold too do not start to be reduced in it.
         """
         if stage in self._windows:
             self._windows[stage].begin(-1)
         for bucket in self.of(stage):
+            bucket.before_backward(microbatch)
             if is_last and len(bucket.holders) == 1:
                 bucket.arm()
 
@@ -254,6 +259,9 @@ class ReplicatedBucket:
         return sum(buffer.num_buckets for buffer in self._buffers)
 
     def before_forward(self, microbatch: int) -> None:
+        """Do nothing: one version of the weights serves the whole iteration."""
+
+    def before_backward(self, microbatch: int) -> None:
         """Do nothing: one version of the weights serves the whole iteration."""
 
     def before_step(self, microbatch: int) -> None:

@@ -112,6 +112,9 @@ class ShardedBucket:
     def before_forward(self, microbatch: int) -> None:
         """Do nothing: one version of the weights serves the whole iteration."""
 
+    def before_backward(self, microbatch: int) -> None:
+        """Do nothing: one version of the weights serves the whole iteration."""
+
     def before_step(self, microbatch: int) -> None:
         """Do nothing: the gradients are where the optimizer looks."""
 

@@ -1,31 +1,57 @@
-"""Weights that change under microbatches on their way: PipeDream's stashing, 2BW's double buffer, AMPNet's none.
+"""Weights that change under microbatches on their way: which ones a forward and its backward see, by policy.
 
-The optimizer steps on a master copy. What the modules hold are versions of it:
+The optimizer steps on a master copy; what the modules hold are versions of it. Let k be the update that a microbatch
+belongs to (each microbatch, or each `update_every` of them), and t the updates that a stage has made so far:
 
-    stash   an update makes new parameters; a microbatch's graph keeps those of its forward, and its gradient is theirs
-    none    an update replaces the data of the parameters; a backward sees whatever is there
-    2bw     the parameters are the master of one update ago: W(t + 1) = W(t) - v grad f(W(t - 1))
+    stash    forward and backward on W(t) of the forward; a graph keeps the version it was made with   (PipeDream)
+    2bw      forward and backward on W(k - 1)                                                          (PipeDream-2BW)
+    2gw      stages of the first group on W(k - 1), those of the second on W(k), which is W(t)         (WPipe)
+    none     forward on W(t), backward on whatever is there by then                                    (AMPNet)
+    predict  one copy, moved in place before each forward and backward, see `predicted_weights`        (SpecTrain ...)
+    elastic  each pipeline has weights of its own, drawn to their mean after its update                (AvgPipe)
 
-A version lives as long as a graph refers to it. Replicas and weights that stages share would need reductions at each
-update, which no order holds: they are refused.
+2bw and 2gw hold the last two versions; a version lives on as long as a graph refers to it. Replicas (but for elastic's
+own) and weights that stages share would need reductions at each update, which no order holds: they are refused.
 
 Papers: Narayanan et al., PipeDream, SOSP 2019, and Memory-Efficient Pipeline-Parallel DNN Training, ICML 2021; Gaunt et
-al., AMPNet, 2017.
+al., AMPNet, 2017; Yang et al., WPipe, ICLR 2022; Chen et al., AvgPipe, PPoPP 2023.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules.schedule import WeightPolicy
+from stagewright.runtime.predicted_weights import Predictor
 from stagewright.runtime.reduction import StageKey
 
-POLICIES = (WeightPolicy.STASH, WeightPolicy.NONE, WeightPolicy.DOUBLE_BUFFER)
+DELAYED = (WeightPolicy.DOUBLE_BUFFER, WeightPolicy.TWO_GROUP)
+IN_PLACE = (WeightPolicy.NONE, WeightPolicy.PREDICT)
+
+
+@dataclass(frozen=True)
+class VersionRule:
+    """What a stage's versions follow.
+
+    Parameters
+    ----------
+    policy : the schedule's.
+    update_every : microbatches of one update.
+    delay : updates that a forward's weights are behind its own, under 2bw and 2gw.
+    predictor : what moves the weights, under predict.
+    elastic_rate : share of the way to the mean of the pipelines, under elastic.
+    """
+
+    policy: WeightPolicy
+    update_every: int = 1
+    delay: int = 0
+    predictor: Predictor | None = None
+    elastic_rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,68 +69,121 @@ class _Slot:
         assert parameter is not None
         return parameter
 
-    def install(self, value: Tensor) -> None:
-        """Let the modules hold a new version."""
-        made = nn.Parameter(value)
+    def install(self, version: nn.Parameter) -> None:
+        """Let the modules hold a version."""
         for module, attribute in self.places:
-            module._parameters[attribute] = made
+            module._parameters[attribute] = version
 
 
+@dataclass
 class VersionedBucket:
-    """A stage's parameters under a weight policy."""
+    """A stage's parameters under a weight policy; with several pipelines, those of one of them."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        holders: frozenset[StageKey],
-        policy: WeightPolicy,
-    ) -> None:
-        if policy not in POLICIES:
-            raise InvalidArgument(
-                f"the runtime does not execute the weight policy {policy.value!r}",
-                field="schedule.name",
-                hint="take pipedream, 2bw or ampnet, or a synchronous schedule",
-            )
-        self.holders = holders
-        self._policy = policy
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    holders: frozenset[StageKey]
+    rule: VersionRule
+    optimizer: torch.optim.Optimizer | None = None
+    siblings: tuple[VersionedBucket, ...] = ()
+    updates: int = 0
+    _base: int = 0
+    _versions: dict[int, list[nn.Parameter]] = field(default_factory=dict)
+    _used: dict[int, list[nn.Parameter]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
         places: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in model.modules():
+        for module in self.model.modules():
             for attribute, value in module._parameters.items():
                 if value is not None:
                     places.setdefault(id(value), []).append((module, attribute))
         self._slots = [
             _Slot(name, nn.Parameter(value.detach().clone()), tuple(places[id(value)]))
-            for name, value in parameters.items()
+            for name, value in self.parameters.items()
             if value.requires_grad
         ]
-        self._used: dict[int, list[nn.Parameter]] = {}
-        self._previous: list[Tensor] = []
+        self._versions = {0: self._copies()}
 
     def before_forward(self, microbatch: int) -> None:
-        """Remember the versions that a microbatch's forward uses."""
-        self._used[microbatch] = [slot.current for slot in self._slots]
+        """Let the modules hold what a microbatch's forward sees."""
+        if microbatch // self.rule.update_every == 0 and not self._used:
+            self._base = self.updates
+        update = self._base + microbatch // self.rule.update_every
+        wanted = max(update - self.rule.delay, 0) if self.rule.policy in DELAYED else self.updates
+        if self.rule.policy in IN_PLACE:
+            wanted = 0
+        self._used[microbatch] = self._versions[wanted]
+        self._install(self._versions[wanted])
+        self._predict(microbatch, update, backward=False)
+
+    def before_backward(self, microbatch: int) -> None:
+        """Let the modules hold what a microbatch's backward sees."""
+        self._install(self._used[microbatch])
+        self._predict(microbatch, self._base + microbatch // self.rule.update_every, backward=True)
 
     def before_step(self, microbatch: int) -> None:
-        """Hand a microbatch's gradient, or that of all since the last update, to the master."""
-        versions = self._used.pop(microbatch) if microbatch >= 0 else [slot.current for slot in self._slots]
-        self._previous = [slot.master.detach().clone() for slot in self._slots]
-        for slot, version in zip(self._slots, versions, strict=True):
-            slot.master.grad, version.grad = version.grad, None
+        """Hand the gradients of the update's microbatches, each of its own version, to the master."""
+        done = [index for index in self._used if microbatch < 0 or index // self._every <= microbatch // self._every]
+        versions = {id(self._used[index]): self._used[index] for index in sorted(done)}
+        for index in done:
+            del self._used[index]
+        for position, slot in enumerate(self._slots):
+            slot.master.grad = None
+            for version in versions.values():
+                gradient, version[position].grad = version[position].grad, None
+                if gradient is not None:
+                    slot.master.grad = gradient if slot.master.grad is None else slot.master.grad + gradient
+        if self.rule.predictor is not None:
+            self.rule.predictor.before_step(self.optimizer, self.updates)
+            self._before = [slot.master.detach().clone() for slot in self._slots]
 
     def after_step(self) -> None:
-        """Bring the stepped master, or the one before, to the modules."""
-        for slot, previous in zip(self._slots, self._previous, strict=True):
+        """Bring the stepped master to the versions."""
+        for slot in self._slots:
             slot.master.grad = None
-            if self._policy is WeightPolicy.STASH:
-                slot.install(slot.master.detach().clone())
-            elif self._policy is WeightPolicy.NONE:
-                slot.current.data = slot.master.detach().clone()
-            else:
-                slot.install(previous)
+        self.updates += 1
+        if self.rule.predictor is not None:
+            self.rule.predictor.after_step(self._before, [slot.master for slot in self._slots])
+        if self.rule.policy in IN_PLACE:
+            self._overwrite([slot.master for slot in self._slots])
+            return
+        self._versions[self.updates] = self._copies()
+        for index in [index for index in self._versions if index < self.updates - self.rule.delay]:
+            del self._versions[index]
+        if self.siblings and self is self.siblings[-1]:
+            self._draw_together()
 
-    def arm(self) -> None:
-        """Do nothing: there are no replicas."""
+    @property
+    def _every(self) -> int:
+        return self.rule.update_every
+
+    def _draw_together(self) -> None:
+        """Move the weights of all pipelines towards their mean, when the last of them has stepped."""
+        for slots in zip(*(sibling._slots for sibling in self.siblings), strict=True):
+            mean = torch.stack([slot.master.detach() for slot in slots]).mean(dim=0)
+            for slot in slots:
+                slot.master.data.sub_(self.rule.elastic_rate * (slot.master.detach() - mean))
+        for sibling in self.siblings:
+            sibling._versions = {sibling.updates: sibling._copies()}
+
+    def _copies(self) -> list[nn.Parameter]:
+        return [nn.Parameter(slot.master.detach().clone()) for slot in self._slots]
+
+    def _install(self, version: list[nn.Parameter]) -> None:
+        for slot, value in zip(self._slots, version, strict=True):
+            slot.install(value)
+
+    def _predict(self, microbatch: int, update: int, *, backward: bool) -> None:
+        predictor = self.rule.predictor
+        if predictor is None:
+            return
+        is_first = microbatch % self.rule.update_every == 0
+        masters = [slot.master for slot in self._slots]
+        self._overwrite(predictor.weights(masters, self.optimizer, update, is_first=is_first, backward=backward))
+
+    def _overwrite(self, values: list[Tensor]) -> None:
+        """Change the one copy in place: a graph that holds it sees the new values."""
+        for parameter, value in zip(self._versions[0], values, strict=True):
+            parameter.data.copy_(value.detach())
 
     def start(self) -> None:
         """Do nothing: there are no replicas."""
@@ -114,6 +193,9 @@ class VersionedBucket:
 
     def after_microbatch(self) -> None:
         """Do nothing: there are no replicas."""
+
+    def arm(self) -> None:
+        """Do nothing: there is nothing to reduce under the backward."""
 
     def unshard(self) -> None:
         """Do nothing: parameters are whole."""
@@ -137,8 +219,11 @@ class VersionedBucket:
         }
 
     def values(self) -> dict[str, Tensor]:
-        """Return copies of the masters by name."""
-        return {slot.name: slot.master.detach().clone() for slot in self._slots}
+        """Return copies of the masters by name; with several pipelines, their mean."""
+        if not self.siblings:
+            return {slot.name: slot.master.detach().clone() for slot in self._slots}
+        together = zip(*(sibling._slots for sibling in self.siblings), strict=True)
+        return {slots[0].name: torch.stack([slot.master.detach() for slot in slots]).mean(dim=0) for slots in together}
 
     def held_gradient_bytes(self) -> float:
         """Return the bytes of one version's gradients."""
@@ -148,7 +233,10 @@ class VersionedBucket:
         """Set masters and versions."""
         for slot in self._slots:
             slot.master.data.copy_(values[slot.name])
-            slot.install(values[slot.name].clone())
+        self.updates = self._base = 0
+        self._used.clear()
+        self._versions = {0: self._copies()}
+        self._install(self._versions[0])
 
     def states(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
         """Return copies of the optimizer's states by key and name."""
@@ -165,6 +253,7 @@ class VersionedBucket:
             optimizer.state[slot.master] = {key: found[slot.name].clone() for key, found in values.items()}
 
     def clear(self) -> None:
-        """Forget the gradients of the current versions."""
-        for slot in self._slots:
-            slot.current.grad = None
+        """Forget the gradients of all versions."""
+        for version in self._versions.values():
+            for parameter in version:
+                parameter.grad = None

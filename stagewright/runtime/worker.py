@@ -43,13 +43,14 @@ from stagewright.runtime.mailbox import Mailbox, StageGraph
 from stagewright.runtime.microbatches import division_of, plan_iteration
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
 from stagewright.runtime.post_validation import PostValidation
+from stagewright.runtime.predicted_weights import predictor_of
 from stagewright.runtime.recorder import Recorder, now_s
 from stagewright.runtime.reduction import Bucket, BucketSet, ReplicatedBucket
 from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.stage import Stage, Unit
 from stagewright.runtime.step_rule import StepRule, whole_squared_norm
 from stagewright.runtime.topology import StageKey, Topology, stage_edges
-from stagewright.runtime.weight_versions import VersionedBucket
+from stagewright.runtime.weight_versions import DELAYED, VersionedBucket, VersionRule
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Worker:
         self._division = None if _is_dynamic(plan) else division_of(plan, schedule)
         self._at_action = at_action
         self._policy = schedule.weight_policy
+        self._schedule = schedule
         self._rule = StepRule(settings.clip_norm, settings.skip_nonfinite)
         self._factor: float | None = 1.0
         self._is_scaled = False
@@ -164,6 +166,9 @@ class Worker:
             mine = [value for bucket in self._stepped(key) for value in bucket.optimized()]
             if mine:
                 self._optimizers[key] = make_optimizer(choice, mine)
+                for bucket in self._stepped(key):
+                    if isinstance(bucket, VersionedBucket):
+                        bucket.optimizer = self._optimizers[key]
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the summed gradients of this rank's trainable parameters by name, whole; a collective."""
@@ -227,7 +232,8 @@ class Worker:
         ]
         for stage in self.stages.values():
             stage.losses.clear()
-        return sum(losses) if losses and self.topology.coordinates.tp == 0 else None
+        updates = 1 if self._division is None else self._division.num_updates
+        return sum(losses) / updates if losses and self.topology.coordinates.tp == 0 else None
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -528,6 +534,8 @@ class Worker:
         shared: frozenset[int],
     ) -> list[Bucket]:
         """Return a stage's buckets: one, or under ZeRO-2 and 3 one for each layer and each weight that layers share."""
+        if self._policy is WeightPolicy.ELASTIC:
+            return self._elastic_buckets(parameters, group, holders, shared)
         zero = self.plan.stages[min(shared)].degrees.zero
         if zero < 2 or group is None or len(shared) > 1 or self._policy is not WeightPolicy.FLUSH:
             return [self._make_bucket(parameters, group, holders, shared)]
@@ -560,6 +568,32 @@ class Worker:
             found.append((bucket, modules if covered else []))
         return GatherWindow(found)
 
+    def _elastic_buckets(
+        self,
+        parameters: dict[str, nn.Parameter],
+        group: dist.ProcessGroup | None,
+        holders: frozenset[StageKey],
+        shared: frozenset[int],
+    ) -> list[Bucket]:
+        """Return one bucket for each pipeline: each has weights of its own."""
+        made = [self._make_bucket(parameters, group, frozenset((key,)), shared) for key in sorted(holders)]
+        together = tuple(bucket for bucket in made if isinstance(bucket, VersionedBucket))
+        for bucket in together:
+            bucket.siblings = together
+        return made
+
+    def _version_rule(self, stage: int) -> VersionRule:
+        schedule = self._schedule
+        every = int(schedule.parameters.get("update_every", 1))
+        first_group = self._policy is WeightPolicy.DOUBLE_BUFFER or stage < schedule.num_stages // 2
+        return VersionRule(
+            self._policy,
+            update_every=schedule.num_microbatches if self._policy is WeightPolicy.ELASTIC else every,
+            delay=1 if first_group and self._policy in DELAYED else 0,
+            predictor=predictor_of(schedule, stage) if self._policy is WeightPolicy.PREDICT else None,
+            elastic_rate=float(schedule.parameters.get("elastic_rate", 0.1)),
+        )
+
     def _make_bucket(
         self,
         parameters: dict[str, nn.Parameter],
@@ -574,7 +608,7 @@ class Worker:
                     field="schedule.name",
                     hint="take dp = 1 and an untied head, or a synchronous schedule",
                 )
-            return VersionedBucket(self.chain.model, parameters, holders, self._policy)
+            return VersionedBucket(self.chain.model, parameters, holders, self._version_rule(min(shared)))
         zero = self.plan.stages[min(shared)].degrees.zero
         narrow = any(value.element_size() < 4 for value in parameters.values())
         purpose = "tied" if len(shared) > 1 else "dp"

@@ -8,13 +8,13 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from delayed_recurrence import delayed_changes, elastic_changes
 from runtime_documents import plan_of, profile_of
 from runtime_models import LENGTH, VOCABULARY, TinyBranches, TinyModel, hugging_face
 
 from stagewright.modeling import split
 from stagewright.planner.documents import Degrees, Plan
 from stagewright.planner.prediction import schedule_of
-from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.schedule import Schedule
@@ -24,7 +24,7 @@ from stagewright.runtime.gradient_check import Comparison, compare, reference_sh
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.memory import measure_memory
 from stagewright.runtime.microbatches import IGNORED, samples_of
-from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
+from stagewright.runtime.optimizers import OptimizerChoice
 from stagewright.runtime.reference import run_reference
 from stagewright.runtime.torch_adapter import default_store
 from stagewright.runtime.worker import Worker, WorkerSettings
@@ -242,75 +242,28 @@ def _with_a_broken_loss(iteration, broken, batch, step):
     return {unit: replace(each, **weight) for unit, each in iteration(batch, step).items()}
 
 
-def delayed_weights(prepared: PreparedCase) -> float:
+def delayed_weights(argument: tuple[PreparedCase, OptimizerChoice]) -> float:
     """Return the largest error of an asynchronous schedule's weights against the recurrence in one process."""
-    case, plan = prepared.case, prepared.plan
+    prepared, optimizer = argument
+    case, plan, schedule = prepared.case, prepared.plan, prepared.schedule
     chunks = case.num_chunks or 2
     model = make_model(case, case.num_ranks * chunks)
     batches = batches_of(prepared, case.num_steps)
-    optimizer = OptimizerChoice("sgd-momentum", 0.1)
-    expected = _recurrence(prepared, copy.deepcopy(model), batches, optimizer) if dist.get_rank() == 0 else None
+    expected = None
+    if dist.get_rank() == 0 and schedule.num_replicas > 1:
+        expected = elastic_changes(schedule, copy.deepcopy(model), batches, optimizer, case.microbatch)
+    elif dist.get_rank() == 0:
+        expected = delayed_changes(plan, schedule, copy.deepcopy(model), batches, optimizer, case.microbatch)
     chain = split(model)
     shapes = reference_shapes(chain)
     store = dist.PrefixStore(f"case/{prepared.number}", default_store())
-    worker = Worker(plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS)
+    worker = Worker(plan, schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS)
     before = worker.weights()
     worker.use_optimizer(optimizer)
     for step, batch in enumerate(batches):
         worker.run(batch, step)
     changes = {name: value - before[name] for name, value in worker.weights().items()}
     return compare(worker, changes, expected, shapes).max_relative_error
-
-
-def _recurrence(prepared, model, batches, choice) -> dict[str, torch.Tensor]:
-    """The delayed update, written down without stages: each stage's weights have a history of versions.
-
-    Under stash, microbatch m sees on a stage as many updates as that stage's list holds before its forward. Under 2bw a
-    step sees the weights of one update ago.
-    """
-    case, plan = prepared.case, prepared.plan
-    chain = split(model)
-    whole = chain.segment(0, chain.num_layers)
-    names = [list(chain.segment_of(stage.layer_indices).named_parameters()) for stage in plan.stages]
-    parameters = dict(model.named_parameters())
-    start = {name: value.detach().clone() for name, value in parameters.items()}
-    masters = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
-    steppers = [make_optimizer(choice, [masters[name] for name in group]) for group in names]
-    history = [[{name: start[name] for name in group}] for group in names]
-    by_microbatch = plan.schedule.name == "pipedream"
-    seen = [_updates_before_forward(prepared.schedule, stage) for stage in range(len(names))]
-    for batch in batches:
-        model.zero_grad()
-        base = [len(versions) - 1 for versions in history]
-        count = plan.schedule.num_microbatches
-        for index in range(count):
-            for stage, versions in enumerate(history):
-                at = base[stage] + seen[stage][index] if by_microbatch else max(base[stage] - 1, 0)
-                for name, value in versions[at].items():
-                    parameters[name].data.copy_(value)
-            part = tuple(value[index * case.microbatch : (index + 1) * case.microbatch] for value in batch)
-            (loss,) = whole.run(part)
-            (loss if by_microbatch else loss / count).backward()
-            if by_microbatch or index + 1 == count:
-                for stage, stepper in enumerate(steppers):
-                    for name in names[stage]:
-                        masters[name].grad = parameters[name].grad.clone()
-                    stepper.step()
-                    history[stage].append({name: masters[name].detach().clone() for name in names[stage]})
-                model.zero_grad()
-    return {name: masters[name].detach() - start[name] for name in start}
-
-
-def _updates_before_forward(schedule: Schedule, stage: int) -> dict[int, int]:
-    """How many updates of its stage stand before each microbatch's forward in the list of its rank."""
-    updates, result = 0, {}
-    for step in schedule.actions(int(schedule.placement[0, stage])):
-        for action in step:
-            if action.stage == stage and action.kind is Kind.OPT:
-                updates += 1
-            if action.stage == stage and action.kind is Kind.F:
-                result[action.microbatch] = updates
-    return result
 
 
 def _in_dtype(batch: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:

@@ -159,15 +159,6 @@ def test_microbatches_made_for_each_batch_equal_one_process_with_weights_by_toke
         assert_equal_to_one_process(rank_pools, case)
 
 
-@pytest.mark.parametrize("schedule", ["pipedream", "2bw"])
-def test_asynchronous_weights_follow_the_delayed_recurrence(rank_pools, schedule):
-    for ranks, microbatches in ((2, 4), (4, 6)):
-        pool = rank_pools(ranks)
-        case = Case(schedule, ranks, microbatches, tied=False, dropout=0.0, dtype="float64")
-        for error in pool.run("delayed_weights", prepare(case, pool.next_number())):
-            assert error <= 1e-10
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "vit"])
 def test_hugging_face_models_run_unchanged(rank_pools, name):
     pytest.importorskip("transformers")

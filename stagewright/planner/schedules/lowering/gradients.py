@@ -39,9 +39,10 @@ def reduction_rows(schedule: Schedule, program: Program, end_s: Floats) -> NewRo
     if schedule.weight_policy is not WeightPolicy.ELASTIC:
         ready[:] = ready.max(axis=0)  # a replica without microbatches still takes part
     replica, stage = np.nonzero(np.isfinite(ready))
-    ranks = schedule.placement[replica, stage]
-    _, first = np.unique(np.stack((stage, ranks)), axis=1, return_index=True)
-    replica, stage = replica[np.sort(first)], stage[np.sort(first)]
+    if schedule.weight_policy is not WeightPolicy.ELASTIC:
+        ranks = schedule.placement[replica, stage]
+        _, first = np.unique(np.stack((stage, ranks)), axis=1, return_index=True)
+        replica, stage = replica[np.sort(first)], stage[np.sort(first)]
     rows = encode(Action(Kind.REDUCE_GRAD, int(s), replica=int(r)) for r, s in zip(replica, stage, strict=True))
     tie = np.iinfo(np.int64).max // 2 + stage.astype(np.int64) * schedule.num_replicas + replica
     return NewRows(schedule.placement[replica, stage], ready[replica, stage], tie, rows)

@@ -1,0 +1,201 @@
+"""Weights predicted some updates ahead, or corrected for the updates since: SpecTrain, XPipe, PipeMare.
+
+Each predictor says, for one stage, which values a forward and a backward see, from the newest weights and what the
+optimizer remembers. The formulas are those of `planner.schedules.weight_prediction`, the numbers of updates those of
+the schedules' own modules.
+
+    momentum      w - s lr v, v the velocity of SGD with momentum; for each microbatch
+    adam          w - s lr m_hat / (sqrt(v_hat) + eps); once for the forwards and once for the backwards of an update
+    discrepancy   forward on w; backward on w - (tau_fwd - tau_bkwd) delta, delta a decaying average of the changes of w;
+                  the learning rate is divided by tau_fwd^p, p annealed to 0
+
+Before an optimizer has any memory the newest weights are the prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.schedules import pipemare, spectrain, xpipe
+from stagewright.planner.schedules.schedule import Schedule
+
+Optimizer = torch.optim.Optimizer
+
+DECAY_OVER_DELAY = 0.135  # what is left of a change in PipeMare's average after the delay
+
+
+class Predictor(Protocol):
+    """One stage's predictor."""
+
+    def weights(
+        self,
+        newest: Sequence[nn.Parameter],
+        optimizer: Optimizer | None,
+        update: int,
+        *,
+        is_first: bool,
+        backward: bool,
+    ) -> list[Tensor]:
+        """Return what a forward or backward of update `update` sees; `is_first` for the update's first microbatch."""
+        ...
+
+    def before_step(self, optimizer: Optimizer | None, step: int) -> None:
+        """Prepare the optimizer for its step, counted from 0."""
+        ...
+
+    def after_step(self, before: Sequence[Tensor], newest: Sequence[nn.Parameter]) -> None:
+        """Take note of a change of the weights."""
+        ...
+
+
+@dataclass
+class MomentumPredictor:
+    """SpecTrain's: `forward_steps` and `backward_steps` updates along the velocity."""
+
+    forward_steps: int
+    backward_steps: int
+
+    def weights(
+        self,
+        newest: Sequence[nn.Parameter],
+        optimizer: Optimizer | None,
+        update: int,
+        *,
+        is_first: bool,
+        backward: bool,
+    ) -> list[Tensor]:
+        """Return the newest weights moved along the velocity."""
+        steps = self.backward_steps if backward else self.forward_steps
+        return [value.detach() - _velocity(value, optimizer) * steps for value in newest]
+
+    def before_step(self, optimizer: Optimizer | None, step: int) -> None:
+        """Do nothing."""
+
+    def after_step(self, before: Sequence[Tensor], newest: Sequence[nn.Parameter]) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class AdamPredictor:
+    """XPipe's: the first microbatch of an update predicts for all of them."""
+
+    forward_steps: int
+    backward_steps: int
+    _made: dict[tuple[int, bool], list[Tensor]] = field(default_factory=dict)
+
+    def weights(
+        self,
+        newest: Sequence[nn.Parameter],
+        optimizer: Optimizer | None,
+        update: int,
+        *,
+        is_first: bool,
+        backward: bool,
+    ) -> list[Tensor]:
+        """Return the prediction of the update's first microbatch."""
+        if is_first:
+            steps = self.backward_steps if backward else self.forward_steps
+            self._made[update, backward] = [
+                value.detach() - _adam_direction(value, optimizer) * steps for value in newest
+            ]
+            for key in [key for key in self._made if key[1] == backward and key[0] < update - 1]:
+                del self._made[key]
+        return self._made[update, backward]
+
+    def before_step(self, optimizer: Optimizer | None, step: int) -> None:
+        """Do nothing."""
+
+    def after_step(self, before: Sequence[Tensor], newest: Sequence[nn.Parameter]) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class DiscrepancyCorrection:
+    """PipeMare's: `delay` updates lie between a forward and its backward.
+
+    `annealing_steps` is how long the learning rate is held back; 0 never does.
+    """
+
+    delay: float
+    annealing_steps: int = 0
+    _average: list[Tensor] = field(default_factory=list)
+    _rates: list[float] = field(default_factory=list)
+
+    def weights(
+        self,
+        newest: Sequence[nn.Parameter],
+        optimizer: Optimizer | None,
+        update: int,
+        *,
+        is_first: bool,
+        backward: bool,
+    ) -> list[Tensor]:
+        """Return the newest weights, for a backward moved back to about where they were at the forward."""
+        if not backward or not self._average:
+            return [value.detach() for value in newest]
+        return [value.detach() - self.delay * change for value, change in zip(newest, self._average, strict=True)]
+
+    def before_step(self, optimizer: Optimizer | None, step: int) -> None:
+        """Set the learning rate of the step."""
+        if optimizer is None or not self.annealing_steps:
+            return
+        self._rates = self._rates or [group["lr"] for group in optimizer.param_groups]
+        factor = pipemare.learning_rate_factor(self.delay, step, self.annealing_steps)
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+
+    def after_step(self, before: Sequence[Tensor], newest: Sequence[nn.Parameter]) -> None:
+        """Add the change to the average."""
+        decay = DECAY_OVER_DELAY ** (1.0 / self.delay)
+        changes = [value.detach() - old for value, old in zip(newest, before, strict=True)]
+        if not self._average:
+            self._average = [torch.zeros_like(change) for change in changes]
+        for average, change in zip(self._average, changes, strict=True):
+            average.mul_(decay).add_(change, alpha=1.0 - decay)
+
+
+def predictor_of(schedule: Schedule, stage: int) -> Predictor:
+    """Return the predictor that a schedule names for a stage; raises InvalidArgument for none that is known."""
+    name, count = str(schedule.parameters.get("predictor", "")), schedule.num_stages
+    every = int(schedule.parameters.get("update_every", 1))
+    if name == "momentum":
+        forward, backward = (spectrain.version_difference(stage, count, backward=way) for way in (False, True))
+        return MomentumPredictor(forward, backward)
+    if name == "adam":
+        forward, backward = (xpipe.version_difference(stage, count, every, backward=way) for way in (False, True))
+        return AdamPredictor(forward, backward)
+    if name == "discrepancy":
+        annealing = int(schedule.parameters.get("annealing_steps", 0))
+        return DiscrepancyCorrection(pipemare.forward_delay(stage, count, every), annealing)
+    raise InvalidArgument(
+        f"there is no weight predictor {name!r}",
+        field="schedule.parameters.predictor",
+        hint="momentum, adam or discrepancy",
+    )
+
+
+def _velocity(parameter: nn.Parameter, optimizer: Optimizer | None) -> Tensor:
+    """Return lr times the velocity of SGD with momentum, zeros before its first step."""
+    found = {} if optimizer is None else optimizer.state.get(parameter, {})
+    velocity = found.get("momentum_buffer")
+    if velocity is None:
+        return torch.zeros_like(parameter)
+    assert optimizer is not None
+    return velocity * optimizer.param_groups[0]["lr"]
+
+
+def _adam_direction(parameter: nn.Parameter, optimizer: Optimizer | None) -> Tensor:
+    """Return lr times Adam's direction, zeros before its first step."""
+    found = {} if optimizer is None else optimizer.state.get(parameter, {})
+    if "exp_avg" not in found:
+        return torch.zeros_like(parameter)
+    assert optimizer is not None
+    group, step = optimizer.param_groups[0], float(found["step"])
+    first, second = (1.0 - beta**step for beta in group["betas"])
+    return group["lr"] * (found["exp_avg"] / first) / ((found["exp_avg_sq"] / second).sqrt() + group["eps"])
