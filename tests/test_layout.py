@@ -42,26 +42,6 @@ def test_plan_help_imports_neither_torch_nor_the_solvers():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(folder),
-        str(ROOT),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return next(folder.glob("*.whl"))
-
-
 def test_the_wheel_holds_the_package_once_and_its_data(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "stagewright/cli/systems_data/rows.json" in names

@@ -2,7 +2,8 @@
 
 A segment with layers [first, end) runs the whole forward, in which
 
-- layers before `first` are absent: their modules return placeholders of the right shape, without gradients;
+- layers before `first` are absent: their modules return placeholders in the structure of their output (see
+  `absent_output`), without gradients;
 - the entrance of layer `first` replaces the placeholder by the received tensors and switches gradients on;
 - the entrance of layer `end` ends the forward: its tensor arguments are the segment's value.
 
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stagewright.modeling.absent_output import fill_structure, input_key, output_structure
+from stagewright.modeling.attention_mode import active_attention
 from stagewright.modeling.batch import Batch, call_model
 from stagewright.modeling.layer import Layer
 from stagewright.modeling.seeding import seed_layer
@@ -58,9 +61,9 @@ class Placeholder(torch.Tensor):
             return absent[0]
 
 
-def placeholder(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Placeholder:
+def placeholder(shape: tuple[int, ...] | torch.Size, like: Tensor, *, dtype: torch.dtype | None = None) -> Placeholder:
     """Return a placeholder that takes no memory."""
-    return torch.zeros((), dtype=like.dtype, device=like.device).expand(shape).as_subclass(Placeholder)
+    return torch.zeros((), dtype=dtype or like.dtype, device=like.device).expand(shape).as_subclass(Placeholder)
 
 
 @dataclass
@@ -90,6 +93,7 @@ class OwnForward:
             (index, path, model.get_submodule(path)) for index, layer in enumerate(layers) for path in layer.modules
         ]
         self._wrapped: dict[str, Callable[..., object]] = {}
+        self._structures: dict[tuple[object, ...], object | None] = {}
 
     def run(
         self,
@@ -114,6 +118,17 @@ class OwnForward:
             loss = call_model(self._model, batch)
         except _Reached:
             return {end - 1: frame.value}
+        except InvalidArgument:
+            raise
+        except Exception as error:
+            if frame.entered >= 0:
+                raise
+            raise InvalidArgument(
+                f"the model's forward cannot pass over the layers before {self._layers[first].name!r}: "
+                f"{type(error).__name__}: {error}",
+                field="model",
+                hint=_HINT,
+            ) from error
         finally:
             self._frame = None
             torch.set_grad_enabled(frame.gradients)
@@ -181,10 +196,28 @@ class OwnForward:
             return own(*args, **kwargs)
         if index == frame.first - 1 and self._layers[frame.first].modules == ():
             return frame.received[0]
+        structure = self._structure(index, module, args, kwargs)
+        if structure is not None:
+            like = frame.received[0]
+            return fill_structure(structure, lambda part: placeholder(part.shape, like, dtype=part.dtype))
         if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor):
             return placeholder((*args[0].shape, module.embedding_dim), frame.received[0])
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         return placeholder(inputs[0].shape if index and inputs else frame.received[0].shape, frame.received[0])
+
+    def _structure(
+        self, index: int, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object | None:
+        """Return the structure of an absent layer's output, None where it cannot be known."""
+        key = (index, *input_key(args, kwargs))
+        if key not in self._structures:
+            frame, self._frame = self._frame, None
+            try:
+                divided = active_attention() is not None
+                self._structures[key] = None if divided else output_structure(module, args, kwargs)
+            finally:
+                self._frame = frame
+        return self._structures[key]
 
     def _after_last(self, module: nn.Module, args: object, output: Tensor) -> None:
         """The entrance of the loss."""
@@ -210,7 +243,9 @@ class OwnForward:
         keys = _placeholder_keys(places)
         if len(keys) != len(received):
             raise InvalidArgument(
-                f"layer {self._layers[index].name!r} takes {len(keys)} activations, {len(received)} were received"
+                f"layer {self._layers[index].name!r} takes {len(keys)} activations, {len(received)} were received",
+                field="model",
+                hint=_HINT,
             )
         for key, value in zip(keys, received, strict=True):
             places[key] = value
@@ -225,9 +260,10 @@ def _message(name: str) -> str:
 
 
 def _activation_keys(places: Mapping[int | str, Any]) -> tuple[int | str, ...]:
-    """Return the places of the first tensor and of every other that depends on parameters."""
+    """Return the places of every tensor that depends on parameters, and of the first one that may be an activation."""
     tensors = [key for key, value in places.items() if isinstance(value, Tensor)]
-    return tuple(key for key in tensors if key == tensors[0] or places[key].requires_grad)
+    candidates = [key for key in tensors if places[key].is_floating_point()] or tensors
+    return tuple(key for key in tensors if key == candidates[0] or places[key].requires_grad)
 
 
 def _placeholder_keys(places: Mapping[int | str, Any]) -> tuple[int | str, ...]:

@@ -87,10 +87,10 @@ def _drafts(model: nn.Module, path: str | None) -> list[_Draft]:
     before: list[str] = []
     repeated: list[_Draft] = []
     after: list[str] = []
-    for name, child in _siblings(model, path):
-        if not _has_parameters(child):
-            continue
-        position = _position(name, path, model)
+    siblings = [(name, child) for name, child in _siblings(model, path) if _has_parameters(child)]
+    positions = {name: _position(name, path, model) for name, _ in siblings}
+    for name, child in sorted(siblings, key=lambda item: positions[item[0]]):
+        position = positions[name]
         flattens = isinstance(child, nn.Sequential) or name == path
         if position <= 0 and flattens and (name == path or isinstance(child, nn.Sequential)):
             repeated += [_Draft(f"{name}.{key}", (f"{name}.{key}",), True) for key, _ in child.named_children()]
@@ -149,9 +149,15 @@ def _walk(module: nn.Module, prefix: str, steps: list[str]) -> Iterator[tuple[st
 
 
 def _position(name: str, path: str, model: nn.Module) -> int:
-    """Return -1, 0 or 1: registered before, at or after the repeated layers."""
+    """Return -1, 0 or 1: used before, at or after the repeated layers.
+
+    That is the order of registration, except for the norm of an embedding (`layernorm_embedding`), wherever it stands.
+    """
     if name == path:
         return 0
+    own = name.rpartition(".")[2]
+    if "norm" in own and "embed" in own:
+        return -1
     order = {other: index for index, (other, _) in enumerate(model.named_modules())}
     return -1 if order[name] < order[path] else 1
 

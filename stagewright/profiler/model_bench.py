@@ -216,8 +216,9 @@ class ModelBench:
         if self.chain.named_edges is not None or middle == 0:
             return 0.0
         marks: list[object] = []
+        values = self.chain.segment(0, middle)(batch)
+        received = {index: tuple(part.detach() for part in value) for index, value in values.items()}
         with torch.no_grad():
-            received = self.chain.segment(0, middle)(batch)
             hooks = LayerHooks(self.chain, entered=lambda index, tensors: marks.append(self._clock.mark()))
             with hooks:
                 hooks.expect(middle)

@@ -23,6 +23,7 @@ from torch import nn
 from stagewright.modeling import LayerChain
 from stagewright.planner.documents import ConfigurationCost, LayerClass, ModelProfile, Pedigree, Source
 from stagewright.planner.errors import InvalidArgument
+from stagewright.profiler.cut_check import refused_layers
 from stagewright.profiler.journal import Journal
 from stagewright.profiler.measured_layers import ConfigurationNumbers
 from stagewright.profiler.model_bench import Configuration, ModelBench, OptimizerName
@@ -154,6 +155,8 @@ def _profile_parts(
             warnings += [
                 f"{item.text} does not fit the device and was not measured" for item in group if item not in numbers
             ]
+            if numbers and degree == min(item.tensor_degree for item in missing):
+                warnings += _uncuttable(source, settings, measured, min(numbers))
             warnings += _judgement(numbers, measured, (before, device_state(settings.torch_device)))
         costs.drop_incomplete(len(shapes.structures))
         store.write(costs, [item for item in missing if item in costs.overheads])
@@ -183,6 +186,22 @@ def _measure(
     bench = ModelBench(source, measured.chain, settings.torch_device, settings.optimizer, own_time=own_time)
     with busy_siblings(source, settings, configurations, report, num_layers=shapes.num_layers):
         return Session(settings, bench, journal, report).measure(configurations)
+
+
+def _uncuttable(
+    source: ModelSource, settings: ProfileSettings, measured: MeasuredChain, item: Configuration
+) -> list[str]:
+    """Return a warning when stages cannot begin everywhere."""
+    chain = measured.chain
+    batch = source.batch(chain.model, item.microbatch, item.sequence_length, settings.torch_device)
+    refused = refused_layers(chain, batch)
+    if not refused:
+        return []
+    names = ", ".join(refused)
+    return [
+        f"no stage can begin at {names} ({next(iter(refused.values()))}): pin pp=1, or list the layers and what skips "
+        "them with stagewright_layers() and stagewright_edges()"
+    ]
 
 
 def _add(

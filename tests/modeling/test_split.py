@@ -202,6 +202,49 @@ def test_a_graph_of_layers_joins_two_inputs():
     assert torch.equal(loss, expected)
 
 
+class Recurrent(nn.Module):
+    """Layers that return a tuple: the output and a state that is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Embedding(50, 16)
+        self.rnns = nn.ModuleList([nn.LSTM(16, 16, batch_first=True) for _ in range(3)])
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, tokens, targets):
+        hidden = self.token(tokens)
+        for rnn in self.rnns:
+            hidden, _ = rnn(hidden)
+        return functional.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten())
+
+
+def test_layers_that_return_more_than_a_tensor_are_passed_over():
+    torch.manual_seed(0)
+    assert_every_cut_agrees(Recurrent(), (tokens(), tokens()))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "swin"])
+def test_encoder_decoder_and_hierarchical_models_cut_anywhere_agree(name):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    text = {"input_ids": tokens(), "labels": tokens()}
+    if name == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
+        config = transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
+        return assert_every_cut_agrees(transformers.T5ForConditionalGeneration(config), text)
+    if name == "bart":
+        halves = {f"{half}_{size}": 2 for half in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+        config = transformers.BartConfig(
+            d_model=16, vocab_size=50, encoder_ffn_dim=32, decoder_ffn_dim=32, dropout=0.0, **halves
+        )
+        return assert_every_cut_agrees(transformers.BartForConditionalGeneration(config), text)
+    config = transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[2, 2], window_size=4, drop_path_rate=0.0
+    )
+    images = {"pixel_values": torch.ones(2, 3, 16, 16), "labels": torch.tensor([0, 1])}
+    return assert_every_cut_agrees(transformers.SwinForImageClassification(config), images)
+
+
 def test_a_value_that_skips_layers_is_refused_and_never_wrong():
     torch.manual_seed(0)
     chain, batch = split(SkippingGPT()), (tokens(), tokens())

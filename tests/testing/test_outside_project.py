@@ -1,0 +1,78 @@
+"""A team's project of its own: it installs the wheel, without torch, and its CI fails when its plan stops fitting."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+
+TEAM_TEST = """
+import importlib.util
+
+import pytest
+import stagewright
+
+
+def test_torch_is_not_installed():
+    assert importlib.util.find_spec("torch") is None
+
+
+def test_the_package_is_the_installed_one():
+    assert "site-packages" in stagewright.__file__
+
+
+def test_our_layout_fits_80_gb(plan_factory, assert_plan_fits, assert_no_plan_regression):
+    plan = plan_factory(
+        "llama2-70b", "a100-sxm-80g:8x4", global_batch={global_batch}, sequence_length=4096,
+        tp=8, pp=4, dp=1, microbatch={microbatch}, recompute="none",
+    )
+    assert_plan_fits(plan, memory_bytes=80e9)
+    assert_no_plan_regression(plan, "baseline.json", tolerance=0.01)
+"""
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> Path:
+    """The interpreter of a fresh environment that holds the wheel, what it needs, and pytest."""
+    home = tmp_path_factory.mktemp("team") / "environment"
+    venv.create(home, with_pip=True)
+    interpreter = home / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    command = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += ["--constraint", str(CONSTRAINTS), str(wheel), "pytest"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode and "from versions: none" in done.stderr:
+        pytest.skip("no package index can be reached to fill a fresh environment")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return interpreter
+
+
+@pytest.fixture
+def ci(python, tmp_path):
+    """The team's CI: write its tests, run pytest in its environment, return the finished process."""
+
+    def run(*options: str, global_batch: int = 64, microbatch: int = 1) -> subprocess.CompletedProcess[str]:
+        test = TEAM_TEST.format(global_batch=global_batch, microbatch=microbatch)
+        (tmp_path / "test_team.py").write_text(test)
+        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
+
+    return run
+
+
+def test_a_project_with_the_wheel_pins_its_plan_and_fails_when_it_stops_fitting_80_gb(ci):
+    written = ci("--stagewright-update-baselines")
+    assert written.returncode == 0, written.stdout + written.stderr
+    assert "3 passed" in written.stdout
+    grown = ci(microbatch=16)
+    assert grown.returncode == 1, grown.stdout
+    assert "1 failed, 2 passed" in grown.stdout
+    assert "no plan for llama2-70b" in grown.stdout or "does not fit" in grown.stdout
