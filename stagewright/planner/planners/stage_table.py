@@ -215,11 +215,15 @@ class StageTable:
         with one level a stage stay infinite where they need recomputation. None when no partition fits.
         """
         ranks = self.num_ranks
-        rough = np.stack([self._rough(plain, self.in_flight(stage)) for stage in range(ranks)])
+        rough = self.with_uniform_levels(plain)
         known = least_bottleneck(rough, ranks)
         most = np.inf if known is None else slack * known.value
         exact = np.stack([self._exact(plain, self.in_flight(stage), most) for stage in range(ranks)])
         return exact if known is not None or np.isfinite(exact).any() else None
+
+    def with_uniform_levels(self, plain: Floats) -> Floats:
+        """Return `plain` plus the recomputation of the cheapest level that fits all layers of a stage, [D, L + 1, L + 1]."""
+        return np.stack([self._rough(plain, self.in_flight(stage)) for stage in range(self.num_ranks)])
 
     def _rough(self, plain: Floats, in_flight: int) -> Floats:
         """Return `plain` plus the cheapest uniform level that fits."""
