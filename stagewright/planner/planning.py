@@ -16,6 +16,10 @@ from stagewright.planner.documents.outcome import PlanOutcome, Progress
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.executors.executor import NAMES as EXECUTORS
+from stagewright.planner.executors.executor import executor as named_executor
+from stagewright.planner.executors.mapped_search import solve_mapped
+from stagewright.planner.objectives.step_time import below_deadline
 from stagewright.planner.planners.registry import planner as named_planner
 from stagewright.planner.replanning import replan
 from stagewright.planner.search.limits import Limits
@@ -47,7 +51,7 @@ def make_plan(
     num_devices : use at most this many; all of the cluster when None.
     top : alternatives to return beside the plan.
     gap, deadline_s : override the job's.
-    executor : "inline".
+    executor : "inline", "process" or "ray": where the parts of the search run (`executors`).
     previous : a plan that runs and that this one follows: the same global batch, little state moved (`replanning`).
     progress : called with the phase, the incumbent and the bound.
     should_stop : asked between steps; true ends the search with the best so far.
@@ -78,7 +82,12 @@ def make_plan(
         progress=progress,
         should_stop=should_stop,
     )
-    outcome = row.solve(problem, limits) if previous is None else replan(problem, limits, previous)
+    if executor != "inline":
+        outcome = below_deadline(problem, solve_mapped(problem, limits, named_executor(executor)))
+    elif previous is not None:
+        outcome = replan(problem, limits, previous)
+    else:
+        outcome = row.solve(problem, limits)
     if outcome.status == "infeasible" and outcome.diagnosis is None:
         outcome = outcome.model_copy(update={"diagnosis": diagnose(problem, limits)})
     return outcome.model_copy(update={"wall_s": time.perf_counter() - started})
@@ -99,11 +108,19 @@ def _refuse_unsearched(cluster: Cluster, job: TrainingJob, planner: str, executo
             field="objective",
             hint="leave --planner out, or ask for step-time without a deadline",
         )
+    elsewhere = planner != "exact" or job.objective != "step-time" or previous is not None
+    if executor not in ("inline", *EXECUTORS) or (executor != "inline" and elsewhere):
+        raise InvalidArgument(
+            f"executor {executor} is for the exact planner's least step, without --from"
+            if executor in EXECUTORS
+            else f"there is no executor {executor!r}",
+            field="executor",
+            hint="known: " + ", ".join(EXECUTORS) + "; inline does everything",
+        )
     refused = {
         "ties": space.ties or None,
         "target": space.target,
         "per_stage_degrees": "on" if space.per_stage_degrees else None,
-        "executor": executor if executor != "inline" else None,
     }
     for field, value in refused.items():
         if value is not None:

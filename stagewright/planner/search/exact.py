@@ -21,7 +21,7 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
     search = JointSearch(problem, limits)
     bound_s, termination = search.run()
     if search.best is None:
-        return _without_plan(search, termination)
+        return _without_plan(search, bound_s, termination)
     plans = _plans(search)
     best = plans[0]
     objective_s = best.prediction.step_time_s
@@ -84,13 +84,13 @@ def _complete_others(search: JointSearch, count: int) -> None:
             search.keep(index, completion)
 
 
-def _without_plan(search: JointSearch, termination: Termination) -> PlanOutcome:
+def _without_plan(search: JointSearch, bound_s: float, termination: Termination) -> PlanOutcome:
     stopped = termination in ("time_limit", "cancelled")
     return PlanOutcome(
         status="no_solution" if stopped else "infeasible",
         plan=None,
         objective_s=None,
-        bound_s=None,
+        bound_s=bound_s if stopped and np.isfinite(bound_s) else None,
         gap=None,
         candidates=search.num_candidates,
         evaluated=search.evaluated,

@@ -264,7 +264,8 @@ class JointSearch:
     @property
     def target_s(self) -> float:
         """A candidate that cannot get below this is closed."""
-        return self.incumbent_s / (1.0 + self.limits.gap)
+        known_s = float("inf") if self.limits.known is None else self.limits.known.least_s()
+        return min(self.incumbent_s, known_s) / (1.0 + self.limits.gap)
 
     def keep(self, index: int, completion: Completion) -> None:
         """Note a completion; it may be the new incumbent."""
@@ -274,6 +275,8 @@ class JointSearch:
             self.found[index] = completion
         if completion.step_s < self.incumbent_s:
             self.best = Solution(index, completion)
+            if self.limits.known is not None:
+                self.limits.known.offer(completion.step_s)
 
     def judged(self, index: int, completion: Completion) -> Completion:
         """Return the completion with its step on links that messages wait for, where they may wait."""

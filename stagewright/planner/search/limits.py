@@ -5,12 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from stagewright.planner.documents.outcome import Progress
 from stagewright.planner.documents.plan import Plan
 
 Termination = Literal["optimal", "gap", "time_limit", "cancelled"]
+
+
+class KnownStep(Protocol):
+    """The least step that any of several searches has found so far: all that they share."""
+
+    def least_s(self) -> float:
+        """Return it in seconds; infinite before the first plan."""
+
+    def offer(self, step_s: float) -> None:
+        """Tell the others of a plan."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class Limits:
     top : alternatives to return.
     executor : where candidates are solved.
     previous : plan to stay close to.
+    known : what searches of other parts of the space have found; None for a search alone.
     """
 
     gap: float = 0.01
@@ -34,6 +45,7 @@ class Limits:
     previous: Plan | None = None
     progress: Callable[[Progress], None] | None = None
     should_stop: Callable[[], bool] | None = None
+    known: KnownStep | None = None
     clock: Callable[[], float] = time.perf_counter
 
     def left_s(self) -> float:
