@@ -1,4 +1,4 @@
-"""Expert parallelism, dropless: experts are divided over a group, tokens travel to theirs and back.
+"""Expert parallelism: experts are divided over a group, tokens travel to theirs and back.
 
 Works on any module of experts with the interface that Hugging Face's have: parameters stacked along dimension 0, one row
 an expert, `num_experts`, and `forward(hidden [N, h], index [N, k], weights [N, k])`, which returns the weighted sum of
@@ -8,15 +8,20 @@ the chosen experts. With E experts over e ranks each rank keeps E / e, and a cal
 2. sends the tokens (all-to-all with uneven parts), runs the rank's own experts on what came, sends the results back;
 3. weighs and sums the k results of each token.
 
-Routing is the model's own and sees the rank's tokens only, so any top-k is exact and nothing is dropped. Gradients of an
-expert are summed over the ranks that own it, not over the group. An imbalanced routing costs time, never correctness.
+Routing is the model's own and sees the rank's tokens only, so any top-k is exact; nothing is dropped but what exceeds a
+limit on the experts (`expert_capacity`). Gradients of an expert are summed over the ranks that own it, not over the group.
+An imbalanced routing costs time, never correctness.
 
-Papers: Lepikhin et al., GShard, ICLR 2021; Fedus et al., Switch Transformer, JMLR 2022; Gale et al., MegaBlocks, 2023.
+The group may lie across the tensor-parallel one (folding): its ranks hold the same tokens, so each sends its share of them
+and the results are gathered; under sequence parallelism they hold different tokens already.
+
+Papers: Lepikhin et al., GShard, ICLR 2021; Fedus et al., Switch Transformer, JMLR 2022; Gale et al., MegaBlocks, 2023; Liu et
+al., MoE Parallel Folding, 2025.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -25,21 +30,29 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from stagewright.modeling.chain import LayerChain
-from stagewright.modeling.tensor_collectives import TensorGroup
+from stagewright.modeling.expert_capacity import Capacity, Forward, is_experts
+from stagewright.modeling.tensor_collectives import TensorGroup, join, split
 from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.planner.errors import InvalidArgument
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
-def divide_experts(chain: LayerChain, indices: Iterable[int], group: TensorGroup, shards: TensorShards) -> set[int]:
+def divide_experts(
+    chain: LayerChain,
+    indices: Iterable[int],
+    group: TensorGroup,
+    shards: TensorShards,
+    *,
+    same_tokens: TensorGroup | None = None,
+) -> set[int]:
     """Divide the experts of the layers over the group, in place; returns the ids of their parameters.
+
+    `same_tokens` are ranks that hold copies of this rank's tokens, each of which sends a part of them.
 
     Raises
     ------
     InvalidArgument : when the model has no experts, or the group does not divide their number.
     """
-    if not any(_is_experts(module) for module in chain.model.modules()):
+    if not any(is_experts(module) for module in chain.model.modules()):
         raise InvalidArgument(
             f"{type(chain.model).__name__} has no experts to divide", field="degrees.ep", hint="pin ep=1"
         )
@@ -47,23 +60,12 @@ def divide_experts(chain: LayerChain, indices: Iterable[int], group: TensorGroup
     for index in indices:
         for path in chain.layers[index].modules:
             for module in chain.model.get_submodule(path).modules():
-                if _is_experts(module):
-                    divided |= _divide(module, group, shards)
+                if is_experts(module):
+                    divided |= _divide(module, group, shards, same_tokens)
     return divided
 
 
-def _is_experts(module: nn.Module) -> bool:
-    count = getattr(module, "num_experts", None)
-    own = list(module.parameters(recurse=False))
-    return (
-        isinstance(count, int)
-        and bool(own)
-        and all(value.dim() >= 2 and value.shape[0] == count for value in own)
-        and (max(value.dim() for value in own) >= 3)
-    )
-
-
-def _divide(module: nn.Module, group: TensorGroup, shards: TensorShards) -> set[int]:
+def _divide(module: nn.Module, group: TensorGroup, shards: TensorShards, same_tokens: TensorGroup | None) -> set[int]:
     count = module.num_experts
     if count % group.size:
         raise InvalidArgument(f"{count} experts do not divide over ep = {group.size} ranks", field="degrees.ep")
@@ -74,21 +76,55 @@ def _divide(module: nn.Module, group: TensorGroup, shards: TensorShards) -> set[
         own = parameter.detach().chunk(group.size, dim=0)[group.index].clone()
         made = nn.Parameter(own, requires_grad=parameter.requires_grad)
         module._parameters[name] = made
+        shards.partial.discard(id(parameter))
         shards.dimensions[id(made)] = 0
         shards.groups[id(made)] = group
         divided.add(id(made))
     module.num_experts = count // group.size
-    module.forward = partial(_run, module.forward, group, count // group.size)
+    limit = module.forward if isinstance(module.forward, Capacity) else None
+    forward = module.forward if limit is None else limit.forward
+    module.forward = partial(_run, forward, group, count // group.size, same_tokens, limit)
     return divided
 
 
 def _run(
-    forward: Forward, group: TensorGroup, num_local: int, hidden: Tensor, index: Tensor, weights: Tensor
+    forward: Forward,
+    group: TensorGroup,
+    num_local: int,
+    same_tokens: TensorGroup | None,
+    limit: Capacity | None,
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    kept = torch.ones_like(index, dtype=torch.bool) if limit is None else limit.keep(index)
+    if same_tokens is None:
+        return _exchange_and_run(forward, group, num_local, hidden, index, weights, kept)
+    if len(hidden) % same_tokens.size:
+        raise InvalidArgument(
+            f"{len(hidden)} tokens do not divide over tp = {same_tokens.size} ranks",
+            field="degrees.ep",
+            hint="take a microbatch and sequence length whose product tp divides",
+        )
+    index, kept = same_tokens.part(index[None])[0], same_tokens.part(kept[None])[0]
+    hidden, weights = split(hidden[None], same_tokens)[0], split(weights[None], same_tokens)[0]
+    result = _exchange_and_run(forward, group, num_local, hidden, index, weights, kept)
+    return join(result[None], same_tokens)[0]
+
+
+def _exchange_and_run(
+    forward: Forward,
+    group: TensorGroup,
+    num_local: int,
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    kept: Tensor,
 ) -> Tensor:
     num_tokens, num_choices = index.shape
-    flat = index.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    expert = flat[order]
+    chosen = torch.nonzero(kept.reshape(-1)).squeeze(1)
+    order = chosen[torch.argsort(index.reshape(-1)[chosen], stable=True)]
+    expert = index.reshape(-1)[order]
     outgoing = torch.bincount(expert // num_local, minlength=group.size)
     incoming = torch.empty_like(outgoing)
     dist.all_to_all_single(incoming, outgoing, group=group.group)
@@ -99,7 +135,7 @@ def _run(
     if len(rows):
         rows = forward(rows, local[:, None], torch.ones_like(rows[:, :1]))
     results = _Exchange.apply(rows, back, there, group)
-    placed = torch.empty_like(results).index_copy(0, order, results)
+    placed = results.new_zeros((num_tokens * num_choices, *results.shape[1:])).index_copy(0, order, results)
     return (placed.view(num_tokens, num_choices, -1) * weights[..., None].to(placed.dtype)).sum(1)
 
 

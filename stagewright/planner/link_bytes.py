@@ -124,7 +124,12 @@ def _gradients(
     members, replicas = degrees.dp * degrees.cp, _replicas(plan, (stage,))
     owners = expert_shards(degrees) * replicas
     copies_of_experts = degrees.num_devices * replicas / owners
-    _add(total, "all-reduce/edp", 2 * (owners - 1) * experts * optimizer.gradient_bytes * copies_of_experts)
+    if degrees.zero == 0:
+        _add(total, "all-reduce/edp", 2 * (owners - 1) * experts * optimizer.gradient_bytes * copies_of_experts)
+    else:
+        each = (owners - 1) * _padded(experts, owners) * copies_of_experts
+        _add(total, "reduce-scatter/edp", each * optimizer.gradient_bytes)
+        _add(total, "all-gather/edp", each * optimizer.parameter_bytes)
     if degrees.zero == 0:
         size = sum(dense) * optimizer.gradient_bytes
         _add(total, "all-reduce/dp", 2 * (members * replicas - 1) * size * degrees.tp)

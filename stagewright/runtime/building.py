@@ -6,16 +6,21 @@ import torch
 from torch import nn
 
 from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.expert_capacity import limit_experts
 from stagewright.modeling.factory import load_object
 from stagewright.modeling.split import split
+from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument, InvalidDocument
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_model(reference: str, precision: str, *, seed: int) -> nn.Module:
-    """Return what the factory makes, in the job's precision; raises InvalidArgument when it makes no module."""
+def build_model(reference: str, plan: Plan, *, seed: int) -> nn.Module:
+    """Return what the factory makes, in the job's precision; raises InvalidArgument when it makes no module.
+
+    Experts take no more tokens than the plan's `capacity_factor` allows, where it has one.
+    """
     torch.manual_seed(seed)
     factory = load_object(reference)
     if not callable(factory):
@@ -23,7 +28,10 @@ def build_model(reference: str, precision: str, *, seed: int) -> nn.Module:
     model = factory()
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"{reference} returned {type(model).__name__}, no nn.Module", field="model")
-    return model.to(DTYPES[precision])
+    factor = plan.schedule.parameters.get("capacity_factor")
+    if factor is not None:
+        limit_experts(model, float(factor))
+    return model.to(DTYPES[plan.job.precision])
 
 
 def split_as_profiled(model: nn.Module, reference: str, profile: ModelProfile) -> LayerChain:

@@ -101,9 +101,9 @@ def _build(job: RunJob, plan: Plan) -> nn.Module:
     """Return the model, without values where it can be built so."""
     try:
         with without_values():
-            return build_model(job.model, plan.job.precision, seed=job.seed)
+            return build_model(job.model, plan, seed=job.seed)
     except (RuntimeError, NotImplementedError):
-        return build_model(job.model, plan.job.precision, seed=job.seed)
+        return build_model(job.model, plan, seed=job.seed)
 
 
 def _publish(book: ShapeBook, shapes: BoundaryShapes, worker: Worker, batch: Batch) -> None:

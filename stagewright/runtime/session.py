@@ -137,7 +137,7 @@ class Session:
 
     def _build(self) -> nn.Module:
         self._enter("building")
-        return build_model(self._job.model, self._plan.job.precision, seed=self._job.seed)
+        return build_model(self._job.model, self._plan, seed=self._job.seed)
 
     def _reference(self, chain: LayerChain, batches: list[Batch]) -> ReferenceRun | None:
         if not batches or self._rank != 0:

@@ -20,12 +20,19 @@ def check_supported(plan: Plan) -> None:
                 field=f"{field}.degrees",
                 hint="plan with equal degrees for all stages",
             )
-        if degrees.etp > 1 or (degrees.ep > 1 and (degrees.tp > 1 or degrees.zero or degrees.dp % degrees.ep)):
+        if degrees.etp > 1:
             raise InvalidArgument(
-                f"ep is {degrees.ep} and etp {degrees.etp} with dp {degrees.dp}, tp {degrees.tp}, zero {degrees.zero}; "
-                "the runtime divides experts over data-parallel replicas only",
-                field=f"{field}.degrees.ep",
-                hint="pin etp=1, tp=1 and zero=0, and an ep that divides dp",
+                f"etp is {degrees.etp}, the runtime divides experts and not the tensors of one",
+                field=f"{field}.degrees.etp",
+                hint="pin etp=1",
+            )
+        owners = degrees.num_devices // degrees.ep
+        if degrees.ep > 1 and degrees.zero > 1 and owners > 1:
+            raise InvalidArgument(
+                f"zero is {degrees.zero} with ep {degrees.ep} on {degrees.num_devices} devices; experts that {owners} "
+                "devices own are sharded at ZeRO stage 1 only",
+                field=f"{field}.degrees.zero",
+                hint="pin zero=1, or an ep that covers all devices of the stage",
             )
         if stage.batch_shares:
             raise InvalidArgument(

@@ -97,17 +97,23 @@ class Topology:
 
     @property
     def expert_ranks(self) -> tuple[int, ...]:
-        """Global ranks that divide this rank's experts with it: neighbouring data-parallel replicas."""
+        """Global ranks that divide this rank's experts with it: neighbours in the pipeline rank, across all its axes."""
         ranks = self.plan.mapping.pipeline_ranks[self.pipeline_rank]
-        stride, size = self.degrees.tp * self.degrees.cp, self.degrees.ep
-        first = self._place[1] - self.coordinates.dp % size * stride
-        return tuple(ranks[first + part * stride] for part in range(size))
+        first = self._place[1] // self.degrees.ep * self.degrees.ep
+        return tuple(ranks[first : first + self.degrees.ep])
 
     def expert_gradient_ranks(self, stage: int) -> tuple[int, ...]:
-        """Return those of `gradient_ranks` that own the same experts as this rank."""
+        """Return the global ranks that own the same experts of a stage as this rank."""
         size = self.degrees.ep
-        views = {rank: Topology(self.plan, rank) for rank in self.gradient_ranks(stage)}
-        return tuple(rank for rank, view in views.items() if view.coordinates.dp % size == self.coordinates.dp % size)
+        holders = {row[stage] for row in self.plan.schedule.placement}
+        return tuple(
+            sorted(
+                rank
+                for holder in holders
+                for index, rank in enumerate(self.plan.mapping.pipeline_ranks[holder])
+                if index % size == self._place[1] % size
+            )
+        )
 
     @property
     def num_microbatches(self) -> int:

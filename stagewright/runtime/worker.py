@@ -424,7 +424,8 @@ class Worker:
         if group is None:
             return set()
         expert_group = TensorGroup(group, self._traffic, "ep")
-        return divide_experts(self.chain, sorted(held), expert_group, self._shards)
+        copies = None if self.topology.degrees.sp else self._shards.group
+        return divide_experts(self.chain, sorted(held), expert_group, self._shards, same_tokens=copies)
 
     def _context_attention(self) -> Callable[[], ContextAttention] | None:
         """Return what makes the attention over this rank's context-parallel group, where it has one."""
@@ -511,7 +512,11 @@ class Worker:
             if any(value.requires_grad for value in parameters.values()):
                 buckets += self._buckets_of(parameters, group, holders, shared)
             owners = self._expert_gradient_group(min(shared))
-            if experts:
+            if experts and owners is not None and self.plan.stages[min(shared)].degrees.zero:
+                buckets.append(
+                    ShardedBucket(experts, owners, None, holders, 1, self._traffic, purpose="edp", shards=self._shards)
+                )
+            elif experts:
                 buckets.append(self._replicated("edp", experts, owners, holders, shared, always=True))
         return buckets
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from runtime_cases import CPU, GROUPS, PreparedCase, batches_of, make_model
 
 from stagewright.modeling import split
+from stagewright.modeling.expert_capacity import Capacity, capacity_of
 from stagewright.runtime.gradient_check import compare, reference_shapes
 from stagewright.runtime.memory import RankMemory, state_memory
 from stagewright.runtime.optimizers import OptimizerChoice
@@ -38,7 +39,7 @@ def make_worker(prepared: PreparedCase) -> Worker:
 
 def buckets_of_an_iteration(prepared: PreparedCase) -> BucketCounts:
     worker = make_worker(prepared)
-    worker.run(batches_of(prepared.plan, 1)[0], 0)
+    worker.run(batches_of(prepared, 1)[0], 0)
     buckets = [bucket for bucket in worker.buckets.buckets if isinstance(bucket, ReplicatedBucket)]
     size = sum(value.numel() * value.element_size() for bucket in buckets for value in bucket.optimized())
     return BucketCounts(
@@ -61,7 +62,7 @@ def sent_in_a_step(prepared: PreparedCase) -> dict[str, float]:
     """Return the bytes this rank sends in one iteration with its optimizer step."""
     worker = make_worker(prepared)
     worker.use_optimizer(OptimizerChoice("adamw", 1e-3))
-    batch = batches_of(prepared.plan, 1)[0]
+    batch = batches_of(prepared, 1)[0]
     worker.run(batch, 0)
     return worker.traffic()
 
@@ -85,7 +86,7 @@ def train_and_compare(argument: tuple[PreparedCase, PreparedCase, int]) -> Train
         worker = make_worker(prepared)
         worker.use_optimizer(OptimizerChoice("adamw", 1e-2))
         before = worker.weights()
-        for step, batch in enumerate(batches_of(prepared.plan, num_steps)):
+        for step, batch in enumerate(batches_of(prepared, num_steps)):
             worker.run(batch, step)
         changes.append({name: value - before[name] for name, value in worker.weights().items()})
     found = compare(worker, changes[1], changes[0] if dist.get_rank() == 0 else None, shapes)
@@ -95,3 +96,27 @@ def train_and_compare(argument: tuple[PreparedCase, PreparedCase, int]) -> Train
     return TrainedState(
         state_memory(worker), [float(bucket.num_bytes) for bucket in sharded], shards + window, found.max_relative_error
     )
+
+
+def dropped_choices(prepared: PreparedCase) -> tuple[int, int]:
+    """Return how many choices of experts this rank has dropped, and how many exceed the capacity on its microbatches."""
+    case, plan = prepared.case, prepared.plan
+    model = make_model(case, case.num_ranks * 2)
+    limits = [module.forward for module in model.modules() if isinstance(module.__dict__.get("forward"), Capacity)]
+    store = dist.PrefixStore(f"case/{prepared.number}", default_store())
+    worker = Worker(plan, prepared.schedule, split(model), WorkerSettings(CPU, seed=1), store=store, groups=GROUPS)
+    seen: list[int] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args, limit=limit: seen.append(_excess(args[1], limit)))
+        for module, limit in zip([m for m in model.modules() if hasattr(m, "inner")], limits, strict=True)
+    ]
+    worker.run(batches_of(prepared, 1)[0], 0)
+    for hook in hooks:
+        hook.remove()
+    return sum(limit.num_dropped for limit in limits), sum(seen)
+
+
+def _excess(index: torch.Tensor, limit: Capacity) -> int:
+    capacity = capacity_of(index.shape[0], index.shape[1], limit.num_experts, limit.factor)
+    load = torch.bincount(index.reshape(-1), minlength=limit.num_experts)
+    return int((load - capacity).clamp(min=0).sum())

@@ -13,6 +13,7 @@ from runtime_documents import plan_of, profile_of
 from runtime_models import LENGTH, VOCABULARY, TinyBranches, TinyModel, hugging_face
 
 from stagewright.modeling import split
+from stagewright.modeling.expert_capacity import limit_experts
 from stagewright.planner.documents import Degrees, Plan
 from stagewright.planner.prediction import schedule_of
 from stagewright.planner.schedules.costs import StageCosts
@@ -55,6 +56,7 @@ class Case:
     hugging_face: str = ""
     clip_norm: float | None = None
     num_choices: int = 0
+    capacity_factor: float = 0.0
     width: int = 16
     edges: tuple[tuple[int, int], ...] = ()
     reference_microbatch: int = 0
@@ -94,7 +96,10 @@ def make_model(case: Case, num_stages: int) -> torch.nn.Module:
         return TinyBranches().to(getattr(torch, case.dtype))
     num_blocks = case.num_blocks or max(3, num_stages - 2)
     sizes = {"dropout": case.dropout, "num_choices": case.num_choices, "width": case.width}
-    return TinyModel(num_blocks, tied=case.tied, **sizes).to(getattr(torch, case.dtype))
+    model = TinyModel(num_blocks, tied=case.tied, **sizes)
+    if case.capacity_factor:
+        limit_experts(model, case.capacity_factor)
+    return model.to(getattr(torch, case.dtype))
 
 
 def prepare(case: Case, number: int) -> PreparedCase:
