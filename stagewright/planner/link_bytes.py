@@ -21,8 +21,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
@@ -31,7 +29,7 @@ from stagewright.planner.schedules.lowering.parameters import with_parameter_gat
 from stagewright.planner.schedules.schedule import KIND, STAGE, Schedule
 from stagewright.planner.search.layer_costs import LayerCosts
 from stagewright.planner.search.order import Layout
-from stagewright.planner.search.pipeline_costs import boundary_bytes
+from stagewright.planner.search.pipeline_costs import sent_over
 
 Totals = dict[str, float]
 
@@ -51,12 +49,13 @@ def link_bytes(
         inside = slice(bounds[stage], bounds[stage + 1])
         for name, each in row.table.link_bytes.items():
             _add(total, name, float(each[inside].sum()) * plan.schedule.num_microbatches * degrees.num_devices)
-    sizes = np.tile(boundary_bytes(bounds, layers), layout.num_replicas)
-    for (first, second), size in zip(layout.hop_pairs.tolist(), sizes, strict=True):
+    for (first, second), edge in zip(layout.hop_pairs.tolist(), layout.edges * layout.num_replicas, strict=True):
         if first != second:
-            devices = len(plan.mapping.pipeline_ranks[first])
-            sent = 2 * float(size) * plan.schedule.num_microbatches * devices / layout.num_replicas
-            _add(total, "send-receive/pp", sent)
+            sent = sum(
+                sent_over(layout, bounds, layers[stage], edge) * plan.stages[stage].degrees.num_devices
+                for stage in edge
+            )
+            _add(total, "send-receive/pp", sent * plan.schedule.num_microbatches / layout.num_replicas)
     ties = shared_weights(plan, profile)
     for stage, row in enumerate(layers):
         _gradients(total, plan, schedule, stage, row, bounds, ties)

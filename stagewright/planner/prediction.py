@@ -41,7 +41,13 @@ from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.schedule import Schedule, encode
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
 from stagewright.planner.search.order import Layout, layout_of
-from stagewright.planner.search.pipeline_costs import PipelineCosts, Tie, Wiring, boundary_bytes, pipeline_costs
+from stagewright.planner.search.pipeline_costs import (
+    PipelineCosts,
+    Tie,
+    Wiring,
+    boundary_bytes,
+    pipeline_costs,
+)
 from stagewright.planner.simulation.network import Links
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.timeline import Timeline
@@ -74,6 +80,7 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
     bounds = stage_bounds(plan.stages)
     levels = recompute_indices(plan.stages)
     layout = layout_of(schedule)
+    check_stage_graph(layout, bounds, profile)
     wiring = wiring_of(plan, profile, layers)
     pipeline = pipeline_costs(
         layout,
@@ -81,8 +88,8 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
         levels,
         layers,
         wiring,
-        base_bytes=base_bytes(profile, device_of(plan.cluster, plan.stages[0].group)),
-        ties=ties_of(profile, plan.stages[0].degrees, plan.job),
+        base_bytes=np.array([base_bytes(profile, device) for device in rank_devices(plan)]),
+        ties=plan_ties(plan, profile),
         action_overhead_s=profile.action_overhead_s,
     )
     costs = stage_costs(pipeline, bounds, levels, layers)
@@ -141,6 +148,27 @@ def stage_bounds(stages: Sequence[StagePlan]) -> list[int]:
     return bounds
 
 
+def check_stage_graph(layout: Layout, bounds: Sequence[int], profile: ModelProfile) -> None:
+    """Raise InvalidDocument unless every tensor between layers stays on a stage or has an edge of the stage graph.
+
+    A chain of stages hands on what only later stages use, so it carries every tensor.
+    """
+    if layout.is_chain:
+        return
+    stage_of = np.searchsorted(bounds, np.arange(profile.num_layers), side="right") - 1
+    known = set(layout.edges)
+    for source, target in profile.edge_indices:
+        edge = (int(stage_of[source]), int(stage_of[target]))
+        if edge[0] != edge[1] and edge not in known:
+            names = profile.layer_names
+            raise InvalidDocument(
+                f"layer {names[target]!r} on stage {edge[1]} uses {names[source]!r} of stage {edge[0]}, and the stage "
+                f"graph has edges {sorted(known)} only",
+                field="schedule.edges",
+                hint=f"add the edge {list(edge)}",
+            )
+
+
 def recompute_indices(stages: Sequence[StagePlan]) -> list[int]:
     """Return the index in LEVELS of each layer's recomputation level."""
     return [LEVELS.index(level) for stage in stages for level in stage.recompute_levels()]
@@ -152,6 +180,15 @@ def device_of(cluster: Cluster, group: str | None) -> Device:
         if candidate.name == group:
             return candidate.device
     return cluster.groups[0].device
+
+
+def rank_devices(plan: Plan) -> list[Device]:
+    """Return the device of each pipeline rank, by the group of the stages it holds."""
+    found = [plan.cluster.groups[0].device] * plan.schedule.num_ranks
+    for row in plan.schedule.placement:
+        for stage, rank in zip(plan.stages, row, strict=True):
+            found[rank] = device_of(plan.cluster, stage.group)
+    return found
 
 
 def base_bytes(profile: ModelProfile, device: Device) -> float:
@@ -171,13 +208,58 @@ def ties_of(profile: ModelProfile, degrees: Degrees, job: TrainingJob) -> list[T
     return found
 
 
+def plan_ties(plan: Plan, profile: ModelProfile) -> list[Tie]:
+    """Return the pairs of layers that share a weight; where their stages differ, the larger gradient on one device."""
+    return max(
+        (ties_of(profile, degrees, plan.job) for degrees in dict.fromkeys(stage.degrees for stage in plan.stages)),
+        key=lambda ties: sum(tie.gradient_bytes for tie in ties),
+    )
+
+
+def stage_microbatches(plan: Plan) -> list[int]:
+    """Return the samples of a microbatch on one replica of each stage; raises InvalidDocument when dp does not divide.
+
+    `schedule.microbatch` is that of stage 0; over its replicas a microbatch has microbatch * dp samples, which every
+    stage shares out over its own.
+    """
+    whole = plan.schedule.microbatch * plan.stages[0].degrees.dp
+    for index, stage in enumerate(plan.stages):
+        if whole % stage.degrees.dp:
+            raise InvalidDocument(
+                f"stages[{index}].degrees.dp {stage.degrees.dp} does not divide a microbatch of {whole} samples",
+                field=f"stages[{index}].degrees.dp",
+                hint=f"microbatch {plan.schedule.microbatch} times dp {plan.stages[0].degrees.dp} of stage 0 is {whole}",
+            )
+    return [whole // stage.degrees.dp for stage in plan.stages]
+
+
 def wiring_of(plan: Plan, profile: ModelProfile, layers: Sequence[LayerCosts]) -> Wiring:
     """Return the links between the plan's pipeline ranks."""
-    width = max(len(ranks) for ranks in plan.mapping.pipeline_ranks)
-    device = np.array([np.resize(ranks, width) for ranks in plan.mapping.pipeline_ranks], dtype=np.int64)
-    degrees = plan.stages[0].degrees
     model = CostModel(profile, plan.cluster, plan.job, options_of(plan), plan.mapping.axis_order)
-    return wire(model, degrees, device, max(float(row.cut_bytes.max()) for row in layers), plan.stages[0].group)
+    first: list[StagePlan] = [plan.stages[0]] * plan.schedule.num_ranks
+    for row in reversed(plan.schedule.placement):
+        for stage, rank in reversed(list(zip(plan.stages, row, strict=True))):
+            first[rank] = stage
+    return wire_ranks(
+        model,
+        [(stage.degrees, stage.group) for stage in first],
+        plan.mapping.pipeline_ranks,
+        max(float(row.cut_bytes.max()) for row in layers),
+    )
+
+
+def wire_ranks(
+    model: CostModel,
+    ranks: Sequence[tuple[Degrees, str | None]],
+    devices: Sequence[Sequence[int]],
+    reference_bytes: float,
+) -> Wiring:
+    """Return the wiring of pipeline ranks with their own degrees and node groups; `devices` by rank."""
+    width = max(len(row) for row in devices)
+    device = np.array([np.resize(row, width) for row in devices], dtype=np.int64)
+    each = {key: wire(model, key[0], device, reference_bytes, key[1]).inside for key in dict.fromkeys(ranks)}
+    insides = tuple(each[key] for key in ranks) if len(each) > 1 else ()
+    return Wiring(model.cluster, device, reference_bytes, each[ranks[0]], insides)
 
 
 def wire(
@@ -198,13 +280,14 @@ def links_of(layout: Layout, bounds: Sequence[int], layers: Sequence[LayerCosts]
         line = wiring.line(first, second)
         for a, b in ((first, second), (second, first)):
             latency[a, b], bandwidth[a, b] = line.latency_s, line.bytes_per_s
-    return Links(latency_s=latency, bytes_per_s=bandwidth, boundary_bytes=boundary_bytes(bounds, layers))
+    return Links(latency_s=latency, bytes_per_s=bandwidth, boundary_bytes=boundary_bytes(layout, bounds, layers))
 
 
 def _layers_by_stage(plan: Plan, profile: ModelProfile) -> list[LayerCosts]:
     known: dict[tuple[Degrees, str | None], LayerCosts] = {}
+    microbatches = stage_microbatches(plan)
     model = CostModel(profile, plan.cluster, plan.job, options_of(plan), plan.mapping.axis_order)
-    for stage in plan.stages:
+    for stage, microbatch in zip(plan.stages, microbatches, strict=True):
         key = (stage.degrees, stage.group)
         if key not in known:
             known[key] = layer_costs(
@@ -212,7 +295,7 @@ def _layers_by_stage(plan: Plan, profile: ModelProfile) -> list[LayerCosts]:
                 Configuration(
                     stage.degrees,
                     plan.schedule.num_ranks,
-                    plan.schedule.microbatch,
+                    microbatch,
                     plan.schedule.num_microbatches,
                     plan.mapping.axis_order,
                     stage.group,
@@ -257,11 +340,10 @@ def _prediction(
     levels: Sequence[int],
     bounds: Sequence[int],
 ) -> Prediction:
-    job, spec = plan.job, plan.schedule
+    job = plan.job
     step_s = timeline.makespan_s + profile.step_overhead_s
     tokens = job.global_batch * job.sequence_length
-    model_flops, extra_flops = _flops(bounds, levels, layers)
-    batches = job.global_batch / spec.microbatch
+    model_flops, extra_flops = _flops(plan, bounds, levels, layers)
     peak = _peak_flops(plan)
     busy = timeline.busy_s()
     price = _price_per_s(plan)
@@ -271,8 +353,8 @@ def _prediction(
         step_time_s=step_s,
         tokens_per_s=tokens / step_s,
         samples_per_s=job.global_batch / step_s,
-        mfu=3 * model_flops * batches / (step_s * peak) if peak and model_flops else None,
-        hfu=(3 * model_flops + extra_flops) * batches / (step_s * peak) if peak and model_flops else None,
+        mfu=3 * model_flops / (step_s * peak) if peak and model_flops else None,
+        hfu=(3 * model_flops + extra_flops) / (step_s * peak) if peak and model_flops else None,
         bubble_over_total=float(np.clip(1.0 - busy.mean() / timeline.makespan_s, 0.0, 1.0)),
         peak_memory_bytes=tuple(pipeline.peak_bytes.tolist()),
         memory=tuple(_items(pipeline, rank, logits[rank]) for rank in range(layout.num_ranks)),
@@ -295,7 +377,7 @@ def _items(pipeline: PipelineCosts, rank: int, logits: float) -> MemoryItems:
         activations=float(pipeline.activation_bytes[rank]) - logits,
         logits=logits,
         workspace=float(pipeline.workspace_bytes[rank]),
-        framework=pipeline.base_bytes,
+        framework=float(np.broadcast_to(pipeline.base_bytes, pipeline.tail_s.shape)[rank]),
     )
 
 
@@ -325,12 +407,16 @@ def _rank_sum(layout: Layout, by_stage: Floats) -> Floats:
     return np.array([by_stage[[slot.stage for slot in slots]].sum() for slots in layout.slots])
 
 
-def _flops(bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]) -> tuple[float, float]:
-    """Return forward FLOPs of one microbatch of one replica, and those that recomputation runs again."""
+def _flops(
+    plan: Plan, bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]
+) -> tuple[float, float]:
+    """Return forward FLOPs of the global batch, and those that recomputation runs again."""
     model, extra = 0.0, 0.0
+    microbatches = stage_microbatches(plan)
     for stage, row in enumerate(layers):
+        batches = plan.job.global_batch / microbatches[stage]
         for layer in range(bounds[stage], bounds[stage + 1]):
-            flops = float(row.table.model_flops[layer])
+            flops = float(row.table.model_flops[layer]) * batches
             model += flops
             forward_s = float(row.forward_s[layer])
             if forward_s > 0:

@@ -19,12 +19,12 @@ from stagewright.planner.cost.data_parallel import ReplicaTraffic, replica_traff
 from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder, GroupShape, Tier, widest_link
 from stagewright.planner.cost.layer_cost import LayerCost, analytic_cost
 from stagewright.planner.cost.layer_table import Floats, LayerTable
-from stagewright.planner.cost.measured_cost import measured_cost, worst_source
+from stagewright.planner.cost.measured_cost import measured_cost, on_other_device, worst_source
 from stagewright.planner.cost.memory import MASTER_BYTES, StateBytes, device_state_bytes, state_divisors
 from stagewright.planner.cost.operator_cost import Setting
 from stagewright.planner.cost.options import DEFAULT_OPTIONS, CostOptions
 from stagewright.planner.cost.rank_groups import RankGroups
-from stagewright.planner.cost.roofline import Roofline
+from stagewright.planner.cost.roofline import Roofline, peak_flops
 from stagewright.planner.documents.cluster import Cluster, LinkLevel, NodeGroup
 from stagewright.planner.documents.job import Optimizer, TrainingJob, element_bytes
 from stagewright.planner.documents.operator import Architecture
@@ -146,6 +146,19 @@ class CostModel:
     def roofline(self, group: str | None = None) -> Roofline:
         """Return the rates of a group's device at the job's precision."""
         return Roofline.of(self.node_group(group).device, self.job.precision)
+
+    def slowness(self, group: NodeGroup) -> float:
+        """Return how many times longer a group's device computes than the one the profile was measured on.
+
+        The ratio of peak rates at the job's precision; the measured device is the one its pedigree names, where a mixed
+        cluster has it, else the fastest.
+        """
+        if not self.cluster.is_mixed:
+            return 1.0
+        devices = [other.device for other in self.cluster.groups]
+        named = [device for device in devices if device.name == self.profile.pedigree.device]
+        rates = [peak_flops(device, self.job.precision) for device in named or devices]
+        return max(rates) / peak_flops(group.device, self.job.precision)
 
     def rank_groups(self, degrees: Degrees, *, group: str | None = None, num_pipeline_ranks: int = 1) -> RankGroups:
         """Return the communication groups of one pipeline rank."""
@@ -321,7 +334,7 @@ class CostModel:
     def _layer_cost(self, layer: LayerClass, setting: Setting, roofline: Roofline, groups: RankGroups) -> LayerCost:
         cost = measured_cost(layer, setting, groups) if layer.costs else None
         if cost is not None:
-            return cost
+            return on_other_device(cost, self.slowness(groups.group))
         return analytic_cost(layer, setting, roofline, groups, self.options)
 
     def _assemble(self, costs: dict[str, LayerCost], roofline: Roofline) -> LayerTable:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stagewright.planner.cost.layer_cost import Exchange, LayerCost, price
 from stagewright.planner.cost.operator_cost import Setting
@@ -89,6 +89,26 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         freed_at_input_grad=_freed(found),
         optimizer_s=numbers["optimizer_s"] or None,
         source=_source(found, divided=degrees.cp > 1),
+    )
+
+
+def on_other_device(cost: LayerCost, slowness: float) -> LayerCost:
+    """Return a measured cost on a device that takes `slowness` times as long for every computation.
+
+    Exchanges keep their seconds, because they are priced on the links; the result is called fitted at best.
+    """
+    if slowness == 1.0:
+        return cost
+    forward_s = cost.forward_s - cost.exposed_forward_s
+    backward_s = cost.input_grad_s - cost.exposed_backward_s
+    return replace(
+        cost,
+        forward_s=forward_s * slowness + cost.exposed_forward_s,
+        input_grad_s=backward_s * slowness + cost.exposed_backward_s,
+        weight_grad_s=cost.weight_grad_s * slowness,
+        recompute_s=(0.0, cost.recompute_s[1] * slowness, cost.recompute_s[2] * slowness),
+        optimizer_s=None if cost.optimizer_s is None else cost.optimizer_s * slowness,
+        source=worst_source([cost.source, Source.FITTED]),
     )
 
 

@@ -55,6 +55,7 @@ class LayerCosts:
     workspace_bytes : highest temporary use.
     cut_bytes : [L + 1], what one device sends when the model is cut before each layer: every tensor that is made
         before the cut and used behind it. In a chain, the output of the layer before.
+    edges, edge_bytes : the tensors between layers, int64 [E, 2], and the bytes of each on one device, [E].
     state_bytes : parameters, gradients, optimizer on one device, [3, L].
     gradient_bytes : of the parameters on one device before ZeRO.
     tail_s, optimizer_s : once a step: reduction of the gradients, optimizer of what the device owns.
@@ -70,6 +71,8 @@ class LayerCosts:
     freed_share: Floats
     workspace_bytes: Floats
     cut_bytes: Floats
+    edges: npt.NDArray[np.int64]
+    edge_bytes: Floats
     state_bytes: Floats
     gradient_bytes: Floats
     tail_s: Floats
@@ -124,6 +127,8 @@ def layer_costs(model: CostModel, configuration: Configuration) -> LayerCosts:
         freed_share=table.freed_at_input_grad,
         workspace_bytes=workspace,
         cut_bytes=cut_bytes(model.profile, table.output_bytes, configuration.microbatch),
+        edges=np.array(model.profile.edge_indices, dtype=np.int64).reshape(-1, 2),
+        edge_bytes=edge_bytes(model.profile, table.output_bytes, configuration.microbatch),
         state_bytes=states,
         gradient_bytes=(table.dense_parameters + table.expert_parameters) * model.job.optimizer.gradient_bytes,
         tail_s=replicas.tail_s,
@@ -149,3 +154,14 @@ def cut_bytes(profile: ModelProfile, output_bytes: Floats, microbatch: int) -> F
     for source in range(count):
         crossing[source + 1 : last_use[source] + 1] += size[source]
     return crossing
+
+
+def edge_bytes(profile: ModelProfile, output_bytes: Floats, microbatch: int) -> Floats:
+    """Return the bytes of the tensor of each edge between layers, [E]."""
+    told = [None] * len(profile.edge_indices) if profile.edges is None else [e.bytes_per_sample for e in profile.edges]
+    return np.array(
+        [
+            float(output_bytes[source]) if size is None else size * microbatch
+            for (source, _), size in zip(profile.edge_indices, told, strict=True)
+        ]
+    )

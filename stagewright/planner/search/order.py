@@ -76,12 +76,14 @@ class Layout:
     Parameters
     ----------
     placement : rank of each stage, one row a replica.
+    edges : the stage graph, (from, to) by stage; a chain for most schedules.
     slots : for each rank, what it holds, by replica and stage.
     live : for each rank, float64 [vectors, 2, slots]: microbatches before their input gradient, and between it and W.
     split : input and weight gradients are apart somewhere.
     """
 
     placement: Ints
+    edges: tuple[tuple[int, int], ...]
     slots: tuple[tuple[Slot, ...], ...]
     live: tuple[Floats, ...]
     split: bool
@@ -100,12 +102,17 @@ class Layout:
 
     @property
     def num_hops(self) -> int:
-        return self.num_replicas * (self.num_stages - 1)
+        return self.num_replicas * len(self.edges)
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """Every stage feeds the next one and no other."""
+        return self.edges == chain_edges(self.num_stages)
 
     @cached_property
     def hop_pairs(self) -> Ints:
         """Ranks (from, to) of each hop in the forward direction, int32 [num_hops, 2]."""
-        pairs = [(row[s], row[s + 1]) for row in self.placement for s in range(self.num_stages - 1)]
+        pairs = [(row[source], row[target]) for row in self.placement for source, target in self.edges]
         return np.array(pairs, dtype=np.int32).reshape(-1, 2)
 
 
@@ -122,7 +129,8 @@ def layout_of(schedule: Schedule) -> Layout:
         live_vectors(rows[rank], slots[rank], stages, schedule.num_slices) / schedule.num_slices
         for rank in range(schedule.num_ranks)
     )
-    return Layout(placement, slots, live, any(bool((order[:, KIND] == _W).any()) for order in rows))
+    split = any(bool((order[:, KIND] == _W).any()) for order in rows)
+    return Layout(placement, schedule.edges, slots, live, split)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,6 +222,7 @@ def compile_search_order(schedule: Schedule, key: OrderKey) -> Order:
     code = np.where(kind >= 0, kind * stages + stage, 4 * stages).astype(np.int32)
     return Order(
         placement=layout.placement,
+        edges=layout.edges,
         slots=layout.slots,
         live=layout.live,
         split=layout.split,

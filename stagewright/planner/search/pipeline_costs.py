@@ -6,8 +6,9 @@ Given bounds b_0 = 0 <= b_1 <= ... <= b_S = L and a recomputation level for each
     tail_r = sum over stages s on rank r of reduction_s + optimizer_s, plus the sum of weights tied across ranks
     peak_r = states_r + max over live vectors (a, b) of sum a_s kept_s + b_s (kept_s - freed_s) + max workspace + base
 
-A message over boundary b_s costs the line of the slowest link between the two ranks at the boundary's bytes. The scorer
-and the search both call this and nothing else, so the number a search minimises is the number a plan predicts.
+A message between two stages costs the line of the slowest link between their ranks at the larger of what one device of
+the sender and one of the receiver carries: stages may differ in degrees and in the device group that holds them. The
+scorer and the search both call this and nothing else, so the number a search minimises is the number a plan predicts.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class PipelineCosts:
     reduction_s, optimizer_s : float64 [S], the parts of the tails; `tie_s` [D] is the rest.
     static_bytes : float64 [3, D], parameters, gradients and optimizer of each rank.
     activation_bytes, workspace_bytes : float64 [D].
-    base_bytes : of every rank: framework and buffers.
+    base_bytes : framework and buffers, of every rank or [D].
     """
 
     costs: Floats
@@ -64,7 +65,7 @@ class PipelineCosts:
     static_bytes: Floats
     activation_bytes: Floats
     workspace_bytes: Floats
-    base_bytes: float
+    base_bytes: float | Floats
 
     @cached_property
     def peak_bytes(self) -> Floats:
@@ -87,12 +88,14 @@ class Wiring:
     device : int [D, devices of a rank], the cluster's device of each coordinate.
     reference_bytes : the largest boundary tensor of one device.
     inside : the tensor-parallel group, when the boundary tensor is replicated over it; else a group of one.
+    insides : the same by rank, where ranks differ; a pair then takes the slower of its two ends.
     """
 
     cluster: Cluster
     device: npt.NDArray[np.int64]
     reference_bytes: float
     inside: GroupShape
+    insides: tuple[GroupShape, ...] = ()
 
     @cached_property
     def _lines(self) -> dict[tuple[int, int], Boundary]:
@@ -104,23 +107,26 @@ class Wiring:
             return SAME_DEVICE
         key = (min(first, second), max(first, second))
         if key not in self._lines:
-            self._lines[key] = self._line(self.link(*key))
+            link = self.link(*key)
+            groups = [self.insides[rank] for rank in key] if self.insides else [self.inside]
+            lines = [self._line(link, group) for group in groups]
+            self._lines[key] = max(lines, key=lambda line: line.seconds(self.reference_bytes))
         return self._lines[key]
 
     def link(self, first: int, second: int) -> LinkLevel | None:
         """Return the slowest link between the counterparts of two ranks."""
         return slowest_link(self.device[first], self.device[second], self.cluster)
 
-    def _line(self, link: LinkLevel | None) -> Boundary:
+    def _line(self, link: LinkLevel | None, inside: GroupShape) -> Boundary:
         size = self.reference_bytes
         direct = line_at(link, size)
-        members = self.inside.size
+        members = inside.size
         if members == 1 or link is None or size <= 0:
             return direct
         shared = line_at(link, size / members)
-        gather = self.inside.ring_bytes_per_s * members / (members - 1)
+        gather = inside.ring_bytes_per_s * members / (members - 1)
         scattered = Boundary(
-            shared.latency_s + self.inside.ring_latency_s, 1.0 / (1.0 / (shared.bytes_per_s * members) + 1.0 / gather)
+            shared.latency_s + inside.ring_latency_s, 1.0 / (1.0 / (shared.bytes_per_s * members) + 1.0 / gather)
         )
         return min(direct, scattered, key=lambda line: line.seconds(size))
 
@@ -189,7 +195,7 @@ def pipeline_costs(
     layers: Sequence[LayerCosts],
     wiring: Wiring,
     *,
-    base_bytes: float,
+    base_bytes: float | Floats,
     ties: Sequence[Tie] = (),
     action_overhead_s: float = 0.0,
 ) -> PipelineCosts:
@@ -238,14 +244,31 @@ def pipeline_costs(
     )
 
 
-def boundary_bytes(bounds: Sequence[int] | Ints, layers: Sequence[LayerCosts]) -> Floats:
-    """Return the bytes one device sends over each boundary, [S - 1]."""
-    return np.array([layers[stage].cut_bytes[bounds[stage + 1]] for stage in range(len(bounds) - 2)])
+def boundary_bytes(layout: Layout, bounds: Sequence[int] | Ints, layers: Sequence[LayerCosts]) -> Floats:
+    """Return the bytes of a message over each edge of the stage graph, [num_edges]: the busier end's for one device.
+
+    In a chain, everything that is made before a boundary and used behind it crosses it, from stage to stage; in a graph
+    of stages each edge carries what its target uses of its source.
+    """
+    return np.array([max(sent_over(layout, bounds, layers[end], edge) for end in edge) for edge in layout.edges])
+
+
+def sent_over(layout: Layout, bounds: Sequence[int] | Ints, row: LayerCosts, edge: tuple[int, int]) -> float:
+    """Return the bytes that one device of a stage with these costs sends (or receives) over an edge."""
+    source, target = edge
+    if layout.is_chain:
+        return float(row.cut_bytes[bounds[target]])
+    inside = (row.edges[:, 0] >= bounds[source]) & (row.edges[:, 0] < bounds[source + 1])
+    inside &= (row.edges[:, 1] >= bounds[target]) & (row.edges[:, 1] < bounds[target + 1])
+    tensors: dict[int, float] = {}
+    for layer, size in zip(row.edges[inside, 0].tolist(), row.edge_bytes[inside].tolist(), strict=True):
+        tensors[layer] = max(tensors.get(layer, 0.0), size)
+    return sum(tensors.values())
 
 
 def hop_seconds(layout: Layout, bounds: Sequence[int] | Ints, layers: Sequence[LayerCosts], wiring: Wiring) -> Floats:
     """Return the seconds of a message over each hop, [num_hops]."""
-    sizes = np.tile(boundary_bytes(bounds, layers), layout.num_replicas)
+    sizes = np.tile(boundary_bytes(layout, bounds, layers), layout.num_replicas)
     pairs = layout.hop_pairs.tolist()
     return np.array(
         [wiring.line(a, b).seconds(size) if a != b else 0.0 for (a, b), size in zip(pairs, sizes, strict=True)]

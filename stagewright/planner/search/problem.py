@@ -248,8 +248,14 @@ class Problem:
     def order_of(self, key: OrderKey, rule: FamilyRule) -> Order:
         """Return the compiled order of a family at some sizes; raises InvalidArgument when it refuses them."""
         if key not in self._orders:
-            self._orders[key] = compile_search_order(self._schedule(key, rule), key)
+            self._orders[key] = compile_search_order(_generated(key, rule), key)
         return self._orders[key]
+
+    def schedule_of(self, key: OrderKey, rule: FamilyRule) -> Schedule:
+        """Return the schedule of a family at some sizes, and keep it: for the few that are judged by the rich simulator."""
+        if key not in self._schedules:
+            self._schedules[key] = _generated(key, rule)
+        return self._schedules[key]
 
     def layout_of(self, key: OrderKey, rule: FamilyRule) -> Layout:
         """Return who holds what and how much lives at once, at least; raises InvalidArgument when it refuses the sizes.
@@ -262,14 +268,8 @@ class Problem:
         if rule.steady and count > 5 * ranks:
             key = key._replace(num_microbatches=4 * ranks + count % ranks)
         if key not in self._layouts:
-            self._layouts[key] = layout_of(self._schedule(key, rule))
+            self._layouts[key] = layout_of(_generated(key, rule))
         return self._layouts[key]
-
-    def _schedule(self, key: OrderKey, rule: FamilyRule) -> Schedule:
-        request = ScheduleRequest(
-            key.num_ranks, key.num_microbatches, num_chunks=key.num_chunks, parameters=dict(rule.parameters)
-        )
-        return generate(key.family, request)
 
     def takes(self, candidate: Candidate) -> bool:
         """Tell whether the candidate's family takes its sizes."""
@@ -337,12 +337,10 @@ class Problem:
 
     def judged_step_s(self, candidate: Candidate, partition: Partition) -> float:
         """Return the step of the rich simulator, where a link carries one message at a time; what plans predict."""
-        key = candidate.key
-        if key not in self._schedules:
-            self._schedules[key] = self._schedule(key, candidate.rule)
-        layers = [self.costs(candidate.configuration)] * self._schedules[key].num_stages
+        schedule = self.schedule_of(candidate.key, candidate.rule)
+        layers = [self.costs(candidate.configuration)] * schedule.num_stages
         timeline = simulate(
-            self._schedules[key],
+            schedule,
             stage_costs(self.pipeline(candidate, partition), partition.bounds, partition.levels, layers),
             links=links_of(self.order(candidate), partition.bounds, layers, self.wiring(candidate.configuration)),
             tail_s=self.pipeline(candidate, partition).tail_s,
@@ -357,7 +355,7 @@ class Problem:
             StagePlan(
                 layers=(partition.bounds[stage], partition.bounds[stage + 1]),
                 degrees=configuration.degrees,
-                recompute=_runs(partition.levels[partition.bounds[stage] : partition.bounds[stage + 1]]),
+                recompute=recompute_runs(partition.levels[partition.bounds[stage] : partition.bounds[stage + 1]]),
                 group=configuration.group or self.cluster.groups[0].name,
             )
             for stage in range(order.num_stages)
@@ -381,11 +379,18 @@ class Problem:
                 placement=tuple(tuple(row) for row in order.placement.tolist()),
                 parameters=dict(candidate.rule.parameters),
             ),
-            prediction=_NO_PREDICTION,
+            prediction=NO_PREDICTION,
         )
 
 
-_NO_PREDICTION = Prediction(
+def _generated(key: OrderKey, rule: FamilyRule) -> Schedule:
+    request = ScheduleRequest(
+        key.num_ranks, key.num_microbatches, num_chunks=key.num_chunks, parameters=dict(rule.parameters)
+    )
+    return generate(key.family, request)
+
+
+NO_PREDICTION = Prediction(
     step_time_s=0.0,
     tokens_per_s=0.0,
     samples_per_s=0.0,
@@ -418,7 +423,7 @@ def pipeline_ranks(configuration: Configuration) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in device_grid(configuration).tolist())
 
 
-def _runs(levels: tuple[int, ...]) -> tuple[RecomputeRun, ...]:
+def recompute_runs(levels: tuple[int, ...]) -> tuple[RecomputeRun, ...]:
     """Return the run-length code of a stage's levels; empty when nothing is recomputed."""
     if not any(levels):
         return ()

@@ -1,0 +1,439 @@
+"""The search over device pools: which pools lie along the pipeline, their ranks and degrees, and how layers are cut.
+
+    1  skeletons   a sequence of pools, ranks for each, samples of a microbatch: bounded with every pool at its best
+    2  choices     degrees for each pool; a choice that cannot beat the incumbent beside the best of the others leaves
+    3  candidates  products of choices with every single-chunk schedule, in order of bound
+    4  close       `stage_closing`, with target X = incumbent / (1 + gap)
+
+Rank r starts behind one forward of the layers before it and then works T t_r, so with f the least share of a forward in
+a layer's seconds, T t_r + f sum_{q<r} t_q <= step. Weighing rank r with (1 - f/T)^(D-1-r) makes all ranks of a pool alike:
+layers [j, i) on its D ranks need at least
+
+    f / (1 - (1 - f/T)^D) sum t   behind the forward of the layers before j,
+
+which is T/D sum t for large T, and at least T times what the rank with most layers of one class has. A chain of pools
+costs at least the least maximum over cuts. All bounds hold for every partition and recomputation, so what is left out is
+proved to be no better than X; the proved bound is the least of X and the bounds of what a limit left open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.cost.cost_model import CostModel
+from stagewright.planner.errors import InvalidArgument, InvalidSchedule
+from stagewright.planner.prediction import OPTIONS
+from stagewright.planner.search.limits import Limits, Termination
+from stagewright.planner.search.order import OrderKey
+from stagewright.planner.search.pools import Pool, pool_sequences, used_first
+from stagewright.planner.search.pricing import Priced
+from stagewright.planner.search.problem import Partition, Problem
+from stagewright.planner.search.space import PIPELINE_OUTSIDE, FamilyRule, allows, divisors
+from stagewright.planner.search.stage_candidate import Levels, PoolChoice, StageCandidate
+from stagewright.planner.search.stage_choice import GroupChoices, choices_by_group
+from stagewright.planner.search.stage_closing import StageCloser
+
+Floats = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
+
+NUM_STARTS = 16
+MOST_NODES = 400
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Pools along the pipeline, pipeline ranks of each, and samples of a microbatch."""
+
+    pools: tuple[Pool, ...]
+    ranks: tuple[int, ...]
+    samples: int
+
+    @property
+    def num_ranks(self) -> int:
+        return sum(self.ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class Completed:
+    """A completed candidate with its simulated step."""
+
+    step_s: float
+    candidate: StageCandidate
+    partition: Partition
+
+
+@dataclass(eq=False)
+class PoolSearch:
+    """The state of one search."""
+
+    problem: Problem
+    limits: Limits
+    split: bool = False
+    known_s: float = float("inf")
+    best: Completed | None = None
+    kept: dict[str, Completed] = field(default_factory=dict)
+    pruned: dict[str, int] = field(default_factory=dict)
+    num_candidates: int = 0
+    evaluated: int = 0
+    simulated: int = 0
+    open_bound_s: float = float("inf")
+    _models: dict[tuple[str, ...], CostModel] = field(default_factory=dict)
+
+    @cached_property
+    def sequences(self) -> list[tuple[Pool, ...]]:
+        return pool_sequences(self.problem.cluster, split=self.split)
+
+    @cached_property
+    def choices(self) -> dict[str, GroupChoices]:
+        """Degrees and costs by node group."""
+        return choices_by_group(self.problem, {pool for pools in self.sequences for pool in pools})
+
+    @cached_property
+    def rules(self) -> list[FamilyRule]:
+        """The families of one stage a rank."""
+        return single_chunk(self.problem.rules)
+
+    @cached_property
+    def levels(self) -> Levels:
+        return Levels(self.problem.classes, self.problem.levels)
+
+    @property
+    def incumbent_s(self) -> float:
+        return min(self.known_s, self.best.step_s if self.best is not None else float("inf"))
+
+    @property
+    def target_s(self) -> float:
+        """A candidate that cannot get below this is closed."""
+        return self.incumbent_s / (1.0 + self.limits.gap)
+
+    def count(self, reason: str, number: int = 1) -> None:
+        """Count what left for a reason."""
+        if number:
+            self.pruned[reason] = self.pruned.get(reason, 0) + number
+
+    # ---- the space -------------------------------------------------------------------------------------------------
+
+    def skeletons(self) -> Iterator[Skeleton]:
+        """Yield every skeleton in a fixed order."""
+        job, layers = self.problem.job, self.problem.profile.num_layers
+        for pools in self.sequences:
+            for ranks in product(*(divisors(pool.num_devices) for pool in pools)):
+                if sum(ranks) > layers or not allows(job.space, "pp", sum(ranks)):
+                    continue
+                if not allows(job.space, "chunks", 1):
+                    continue
+                sizes = [pool.num_devices // count for pool, count in zip(pools, ranks, strict=True)]
+                if self.split and len(pools) > 1 and not _aligned(pools, sizes, self.problem):
+                    continue
+                for samples in divisors(job.global_batch):
+                    yield Skeleton(pools, ranks, samples)
+
+    def rows(self, skeleton: Skeleton) -> list[tuple[GroupChoices, Priced, Longs]]:
+        """Return for each pool its choices and the rows of them that take the skeleton's microbatch."""
+        found = []
+        for pool, count in zip(skeleton.pools, skeleton.ranks, strict=True):
+            group = self.choices[pool.group]
+            priced, samples = group.priced(pool.num_devices // count)
+            found.append((group, priced, np.flatnonzero(samples == skeleton.samples)))
+        return found
+
+    # ---- bounds of pools -------------------------------------------------------------------------------------------
+
+    def needs(self, skeleton: Skeleton) -> list[Floats] | None:
+        """Return what each choice of each pool needs for layers [j, i), [choices, L + 1, L + 1]; None without a choice."""
+        of_layer = self.problem.classes.of_layer
+        microbatches = self.problem.job.global_batch // skeleton.samples
+        allowed = list(self.problem.levels)
+        found = []
+        head = np.zeros(len(of_layer) + 1)
+        ahead = np.full(len(of_layer), np.inf)
+        for (group, priced, rows), count in zip(self.rows(skeleton), skeleton.ranks, strict=True):
+            if not len(rows):
+                return None
+            extra = priced.recompute_s[rows][:, allowed].min(axis=1)
+            forward = priced.forward_s[rows]
+            time = forward + priced.input_grad_s[rows] + priced.weight_grad_s[rows] + extra
+            least = priced.state_bytes[rows] + priced.kept_bytes[rows][:, allowed].min(axis=1)
+            need = pool_needs(
+                time[:, of_layer],
+                forward[:, of_layer],
+                priced.step_s[rows][:, of_layer],
+                least[:, of_layer],
+                of_layer.astype(np.int64),
+                priced.latency_s[rows] + 2.0 * microbatches * self.problem.profile.action_overhead_s,
+                microbatches,
+                count,
+                group.room_bytes,
+            )
+            found.append(need + head[None, :, None])
+            ahead = np.minimum(ahead, forward[:, of_layer].min(axis=0))
+            head = np.concatenate((np.zeros(1), np.cumsum(ahead)))
+        return found
+
+    # ---- candidates ------------------------------------------------------------------------------------------------
+
+    def candidate(self, skeleton: Skeleton, chosen: Sequence[int], rule: FamilyRule) -> StageCandidate | None:
+        """Return a candidate; None when the family refuses its sizes."""
+        key = OrderKey(rule.name, skeleton.num_ranks, self.problem.job.global_batch // skeleton.samples, 1)
+        try:
+            order = self.problem.order_of(key, rule)
+        except (InvalidArgument, InvalidSchedule):
+            self.count("schedule")
+            return None
+        choices = tuple(
+            PoolChoice(pool, count, group, priced.shape[row])
+            for pool, count, (group, priced, _), row in zip(
+                skeleton.pools, skeleton.ranks, self.rows(skeleton), chosen, strict=True
+            )
+        )
+        return StageCandidate(
+            self.problem, self.model(skeleton.pools), choices, skeleton.samples, rule, order, self.levels
+        )
+
+    def model(self, pools: tuple[Pool, ...]) -> CostModel:
+        """Return the cost model of the cluster with the used groups first."""
+        cluster = used_first(self.problem.cluster, pools)
+        key = tuple(group.name for group in cluster.groups)
+        if key not in self._models:
+            self._models[key] = CostModel(self.problem.profile, cluster, self.problem.job, OPTIONS, PIPELINE_OUTSIDE)
+        return self._models[key]
+
+    def keep(self, candidate: StageCandidate, partition: Partition, step_s: float) -> None:
+        """Note a simulated partition that may be the new incumbent, with its step on links that messages wait for."""
+        if step_s >= self.incumbent_s:
+            return
+        if candidate.may_wait(partition):
+            step_s = max(step_s, candidate.judged_step_s(partition))
+        known = self.kept.get(candidate.summary)
+        if known is None or step_s < known.step_s:
+            self.kept[candidate.summary] = Completed(step_s, candidate, partition)
+        if step_s < self.incumbent_s:
+            self.best = self.kept[candidate.summary]
+
+    # ---- the run ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> tuple[float, Termination]:
+        """Search; return the proved bound over the space and why the search ended."""
+        bounded = self._bounded_skeletons()
+        self._find_incumbents(bounded)
+        stopped: Termination | None = None
+        for place, (bound_s, skeleton) in enumerate(bounded):
+            if bound_s >= self.target_s:
+                self.count("pool bound", len(bounded) - place)
+                break
+            stopped = self.limits.reached()
+            if stopped is not None:
+                self.open_bound_s = min(self.open_bound_s, bound_s)
+                break
+            self._search(skeleton, bound_s)
+            self.limits.report("pools", place + 1, len(bounded), self.best.step_s if self.best else None, bound_s)
+        proved = min(self.open_bound_s, self.target_s)
+        if stopped is None and self.open_bound_s < self.target_s:
+            stopped = self.limits.reached() or "time_limit"
+        return proved, stopped or "gap"
+
+    def _find_incumbents(self, bounded: Sequence[tuple[float, Skeleton]]) -> None:
+        """Complete the skeletons of least bound and idle time, each at the choices of its bound, under every family."""
+
+        def guess(pair: tuple[float, Skeleton]) -> float:
+            microbatches = self.problem.job.global_batch / pair[1].samples
+            return pair[0] * (1.0 + 0.5 * (pair[1].num_ranks - 1) / microbatches)
+
+        for _, skeleton in sorted(bounded, key=guess)[:NUM_STARTS]:
+            needs = self.needs(skeleton)
+            assert needs is not None
+            chosen = _best_choices(needs)
+            rows = self.rows(skeleton)
+            at = [int(rows[pool][2][index]) for pool, index in enumerate(chosen)]
+            for rule in self._rules(skeleton):
+                if self.limits.reached() is not None:
+                    return
+                candidate = self.candidate(skeleton, at, rule)
+                if candidate is not None:
+                    self._closer(candidate, most_nodes=1).run()
+
+    def _bounded_skeletons(self) -> list[tuple[float, Skeleton]]:
+        """Return the skeletons that may hold the model, by bound."""
+        found = []
+        extra_s = self.problem.profile.step_overhead_s
+        for skeleton in self.skeletons():
+            needs = self.needs(skeleton)
+            if needs is None:
+                continue
+            best = [need.min(axis=0) for need in needs]
+            value = float(_forward(best)[-1][-1]) + extra_s
+            self.num_candidates += int(np.prod([len(need) for need in needs])) * len(self._rules(skeleton))
+            if np.isfinite(value):
+                found.append((value, skeleton))
+            else:
+                self.count("memory")
+        found.sort(key=lambda pair: pair[0])
+        return found
+
+    def _rules(self, skeleton: Skeleton) -> list[FamilyRule]:
+        count = self.problem.job.global_batch // skeleton.samples
+        fitting = [rule for rule in self.rules if rule.fits(skeleton.num_ranks, count, 1)]
+        return fitting[:1] if skeleton.num_ranks == 1 else fitting
+
+    def _search(self, skeleton: Skeleton, bound_s: float) -> None:
+        """Search one skeleton: products of choices in order of bound, each with every family."""
+        needs = self.needs(skeleton)
+        assert needs is not None
+        extra_s = self.problem.profile.step_overhead_s
+        products = products_below(needs, self.target_s - extra_s)
+        self.count("choice bound", int(np.prod([len(need) for need in needs])) - len(products))
+        rows = self.rows(skeleton)
+        for value, chosen in products:
+            for rule in self._rules(skeleton):
+                if max(value + extra_s, bound_s) >= self.target_s:
+                    self.count("choice bound")
+                    continue
+                if self.limits.reached() is not None:
+                    self.open_bound_s = min(self.open_bound_s, max(value + extra_s, bound_s))
+                    return
+                at = [int(rows[pool][2][index]) for pool, index in enumerate(chosen)]
+                candidate = self.candidate(skeleton, at, rule)
+                if candidate is not None:
+                    self._close(candidate)
+
+    def _closer(self, candidate: StageCandidate, *, most_nodes: int = MOST_NODES) -> StageCloser:
+        return StageCloser(
+            candidate,
+            windows=chain_windows(candidate.order.num_stages, self.problem.profile.num_layers),
+            target_s=lambda: self.target_s,
+            found=lambda partition, step_s: self.keep(candidate, partition, step_s),
+            should_stop=lambda: self.limits.reached() is not None,
+            most_nodes=most_nodes,
+        )
+
+    def _close(self, candidate: StageCandidate) -> None:
+        closer = self._closer(candidate)
+        value = closer.run()
+        self.evaluated += 1
+        self.simulated += closer.simulated
+        if value < self.target_s:
+            self.open_bound_s = min(self.open_bound_s, value)
+            self.count("left open")
+
+
+def single_chunk(rules: Sequence[FamilyRule]) -> list[FamilyRule]:
+    """Return the families that place one stage on each rank, once."""
+    return [rule for rule in rules if rule.num_replicas == 1 and tuple(rule.chunks(8)) == (1,)]
+
+
+def chain_windows(num_stages: int, num_layers: int) -> Longs:
+    """Return where each stage may start, each stage holding at least one layer, int64 [S + 1, 2]."""
+    stage = np.arange(num_stages + 1)
+    return (
+        np.stack((np.where(stage < num_stages, stage, num_layers), num_layers - (num_stages - stage)), axis=1)
+        * (stage > 0)[:, None]
+    )
+
+
+def pool_needs(
+    time_s: Floats,
+    forward_s: Floats,
+    step_s: Floats,
+    least_bytes: Floats,
+    class_of: Longs,
+    constant_s: Floats,
+    num_microbatches: int,
+    num_ranks: int,
+    room_bytes: float,
+) -> Floats:
+    """Return the least seconds that layers [j, i) take on `num_ranks` ranks, [choices, L + 1, L + 1].
+
+    Arrays are [choices, L]. Infinite for fewer layers than ranks, or where states and one microbatch never fit; an empty
+    range is not allowed, because a pool that is there is used.
+    """
+    num_choices, num_layers = time_s.shape
+    share = np.divide(forward_s, time_s, out=np.ones_like(time_s), where=time_s > 0).min(axis=1)
+    left = 1.0 - share / num_microbatches
+    factor = np.where(share > 1e-9, share / -np.expm1(num_ranks * np.log(np.maximum(left, 1e-300))), np.nan)
+    factor = np.where(np.isfinite(factor), factor, num_microbatches / num_ranks)
+    weight = np.where(left < 1.0, (1.0 - left) / -np.expm1(num_ranks * np.log(np.maximum(left, 1e-300))), 1 / num_ranks)
+    between = _between(factor[:, None] * time_s)
+    # A rank's tail counts with its own weight, at least the first rank's.
+    between += _between(step_s * (weight * left ** (num_ranks - 1))[:, None])
+    needed = between
+    if num_ranks > 1:
+        for kind in np.unique(class_of):
+            numbers = np.concatenate((np.zeros(1), np.cumsum(class_of == kind)))
+            most = np.ceil((numbers[None, :] - numbers[:, None]) / num_ranks)
+            layer = int(np.flatnonzero(class_of == kind)[0])
+            each = num_microbatches * time_s[:, layer] + step_s[:, layer]
+            np.maximum(needed, most[None, :, :] * each[:, None, None], out=needed)
+    size = np.arange(num_layers + 1)
+    short = (size[None, :] - size[:, None]) < num_ranks
+    full = _between(least_bytes) > num_ranks * room_bytes * (1 + 1e-12)
+    needed += constant_s[:, None, None]
+    needed[full | short[None, :, :]] = np.inf
+    return needed
+
+
+def _between(each: Floats) -> Floats:
+    """Return the sums over layers [j, i) of [choices, L], [choices, L + 1, L + 1]."""
+    before = np.zeros((each.shape[0], each.shape[1] + 1))
+    np.cumsum(each, axis=1, out=before[:, 1:])
+    return before[:, None, :] - before[:, :, None]
+
+
+def _best_choices(needs: Sequence[Floats]) -> list[int]:
+    """Return the choice of each pool on the cut of least maximum over pools at their best."""
+    best = [need.min(axis=0) for need in needs]
+    before = _forward(best)
+    end, chosen = best[0].shape[0] - 1, []
+    for index in range(len(needs) - 1, -1, -1):
+        first = int(np.argmin(np.maximum(before[index], best[index][:, end])))
+        chosen.append(int(np.argmin(needs[index][:, first, end])))
+        end = first
+    return chosen[::-1]
+
+
+def _forward(needs: Sequence[Floats]) -> list[Floats]:
+    """Return the least maximum over the first pools when they hold the layers before each place, one row a pool."""
+    found = [np.concatenate((np.zeros(1), np.full(needs[0].shape[0] - 1, np.inf)))]
+    for need in needs:
+        found.append(np.maximum(found[-1][:, None], need).min(axis=0))
+    return found
+
+
+def _backward(needs: Sequence[Floats]) -> list[Floats]:
+    """Return the least maximum over the pools from each one on when they hold the layers from each place on."""
+    found = [np.concatenate((np.full(needs[0].shape[0] - 1, np.inf), np.zeros(1)))]
+    for need in reversed(needs):
+        found.append(np.maximum(found[-1][None, :], need).min(axis=1))
+    return found[::-1]
+
+
+def products_below(needs: Sequence[Floats], target_s: float) -> list[tuple[float, tuple[int, ...]]]:
+    """Return the products of choices whose bound is below the target, by bound."""
+    best = [need.min(axis=0) for need in needs]
+    before, behind = _forward(best), _backward(best)
+    left: list[list[int]] = []
+    for index, need in enumerate(needs):
+        value = np.maximum(np.maximum(before[index][None, :, None], need), behind[index + 1][None, None, :])
+        left.append(np.flatnonzero(value.min(axis=(1, 2)) < target_s).tolist())
+    found = []
+    for chosen in product(*left):
+        value = float(_forward([need[row] for need, row in zip(needs, chosen, strict=True)])[-1][-1])
+        if value < target_s:
+            found.append((value, chosen))
+    found.sort()
+    return found
+
+
+def _aligned(pools: Sequence[Pool], sizes: Sequence[int], problem: Problem) -> bool:
+    """Tell whether the ranks of every pool start where blocks of their size start in a node."""
+    node = problem.cluster.groups[0].devices_per_node
+    for pool, size in zip(pools, sizes, strict=True):
+        unit = size if size <= node else node
+        if pool.first % unit or (size < node and node % size) or (size > node and size % node):
+            return False
+    return True

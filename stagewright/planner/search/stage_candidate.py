@@ -1,0 +1,373 @@
+"""One candidate of a search by stages: its choices along the pipeline, its order, and what a partition of it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.cost.cost_model import CostModel
+from stagewright.planner.documents.plan import Degrees, Plan, RankMapping, ScheduleSpec, StagePlan
+from stagewright.planner.prediction import evaluate, links_of, stage_costs, ties_of, wire_ranks
+from stagewright.planner.search.layer_costs import LayerCosts
+from stagewright.planner.search.order import Order
+from stagewright.planner.search.pipeline_costs import PipelineCosts, Tie, Wiring, pipeline_costs
+from stagewright.planner.search.pools import Pool
+from stagewright.planner.search.pricing import LayerClasses, configuration_of
+from stagewright.planner.search.problem import NO_PREDICTION, Partition, Problem, recompute_runs
+from stagewright.planner.search.recompute import LayerGroup, Recomputation, least_recompute
+from stagewright.planner.search.space import PIPELINE_OUTSIDE, FamilyRule
+from stagewright.planner.search.stage_choice import GroupChoices
+from stagewright.planner.search.stage_ranges import StageTables
+from stagewright.planner.simulation.simulate import simulate
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class PoolChoice:
+    """A pool, the pipeline ranks it is divided into, and the degrees of each.
+
+    Parameters
+    ----------
+    shape : int32 [12], a row of `pricing.SHAPE` for one rank.
+    """
+
+    pool: Pool
+    num_ranks: int
+    choices: GroupChoices
+    shape: Ints
+
+    @cached_property
+    def degrees(self) -> Degrees:
+        return configuration_of(self.shape).degrees
+
+    @cached_property
+    def costs(self) -> LayerCosts:
+        return self.choices.costs(self.shape)
+
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        return (self.choices.group, self.shape.tobytes())
+
+    @property
+    def summary(self) -> str:
+        """The choice in words."""
+        degrees = self.degrees
+        parts = [f"{name}={getattr(degrees, name)}" for name in ("dp", "tp", "cp", "ep") if getattr(degrees, name) > 1]
+        parts += ["sp"] if degrees.sp else []
+        parts += [f"zero={degrees.zero}"] if degrees.zero else []
+        return f"{self.num_ranks} stages on {self.pool.group} ({' '.join(parts) or 'one device'})"
+
+
+@dataclass(eq=False)
+class Levels:
+    """Exact least recomputation of a range of layers under a choice, remembered by counts of equal layers."""
+
+    classes: LayerClasses
+    allowed: tuple[int, ...]
+    _known: dict[tuple[object, ...], Recomputation | None] = field(default_factory=dict)
+
+    def of(self, choice: PoolChoice, live: Floats, first: int, end: int) -> list[int] | None:
+        """Return the level of each layer of [first, end) with the least seconds that fits; None when none does."""
+        kinds = self.classes.of_layer[first:end]
+        names, numbers = np.unique(kinds, return_counts=True)
+        key = (choice.key, live.tobytes(), names.tobytes(), numbers.tobytes())
+        if key not in self._known:
+            self._known[key] = self._solve(choice, live, names.tolist(), numbers.tolist())
+        found = self._known[key]
+        if found is None:
+            return None
+        left = {
+            kind: [level for level, count in zip(self.allowed, counts, strict=True) for _ in range(count)]
+            for kind, counts in zip(names.tolist(), found.counts, strict=True)
+        }
+        return [left[kind].pop() for kind in kinds.tolist()]
+
+    def _solve(self, choice: PoolChoice, live: Floats, names: list[int], numbers: list[int]) -> Recomputation | None:
+        costs, allowed = choice.costs, list(self.allowed)
+        groups = []
+        budget = choice.choices.room_bytes * (1 + 1e-12)
+        for name, count in zip(names, numbers, strict=True):
+            layer = int(self.classes.first[name])
+            kept = costs.kept_bytes[allowed, layer]
+            late = kept * (1.0 - costs.freed_share[allowed, layer])
+            groups.append(
+                LayerGroup(
+                    count,
+                    costs.recompute_s[allowed, layer],
+                    live[:, 0, :1] * kept[None, :] + live[:, 1, :1] * late[None, :],
+                    costs.workspace_bytes[allowed, layer],
+                )
+            )
+            budget -= count * float(costs.static_bytes[layer])
+        return least_recompute(groups, np.full(len(live), budget))
+
+
+@dataclass(eq=False)
+class StageCandidate:
+    """Choices by pool, samples of a microbatch, and a schedule of one stage a rank.
+
+    Parameters
+    ----------
+    model : cost model on the plan's cluster, whose groups stand with the used ones first.
+    samples : of a microbatch, over all replicas of a stage.
+    order : the compiled order; its stages form a chain, or the graph of a `graphpipe` schedule.
+    """
+
+    problem: Problem
+    model: CostModel
+    choices: tuple[PoolChoice, ...]
+    samples: int
+    rule: FamilyRule
+    order: Order
+    levels: Levels
+
+    @cached_property
+    def by_stage(self) -> list[PoolChoice]:
+        """The choice of each stage."""
+        return [choice for choice in self.choices for _ in range(choice.num_ranks)]
+
+    @cached_property
+    def devices(self) -> tuple[tuple[int, ...], ...]:
+        """Global ranks of each pipeline rank, in (tp, cp, dp) order."""
+        cluster, known = self.model.cluster, self.problem.cluster
+        shift: dict[str, int] = {}
+        for owner, sign in ((cluster, 1), (known, -1)):
+            first = 0
+            for group in owner.groups:
+                shift[group.name] = shift.get(group.name, 0) + sign * first
+                first += group.num_devices
+        found = []
+        for choice in self.choices:
+            start, size = choice.pool.first + shift[choice.pool.group], choice.degrees.num_devices
+            found += [tuple(range(start + rank * size, start + (rank + 1) * size)) for rank in range(choice.num_ranks)]
+        return tuple(found)
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.problem.job.global_batch // self.samples
+
+    @property
+    def summary(self) -> str:
+        """The choice in words."""
+        return ", ".join(choice.summary for choice in self.choices) + f", microbatch={self.samples} {self.rule.name}"
+
+    @cached_property
+    def layers(self) -> list[LayerCosts]:
+        return [choice.costs for choice in self.by_stage]
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        return wire_ranks(
+            self.model,
+            [(choice.degrees, choice.pool.group) for choice in self.by_stage],
+            self.devices,
+            max(float(choice.costs.cut_bytes.max()) for choice in self.choices),
+        )
+
+    @cached_property
+    def ties(self) -> list[Tie]:
+        """The weights that layers share, as the scorer counts them."""
+        each = [ties_of(self.problem.profile, choice.degrees, self.problem.job) for choice in self.choices]
+        return max(each, key=lambda ties: sum(tie.gradient_bytes for tie in ties))
+
+    @cached_property
+    def base_bytes(self) -> Floats:
+        return np.array([choice.choices.problem.base_bytes for choice in self.by_stage])
+
+    @cached_property
+    def tables(self) -> StageTables:
+        """Prefix sums of the stages for the bounds."""
+        return stage_tables(self)
+
+    @cached_property
+    def hop_s(self) -> Floats:
+        """Seconds of a message over each edge when its target starts at a layer, [E, L + 1]."""
+        found = np.zeros((len(self.order.edges), self.layers[0].num_layers + 1))
+        for index, ((source, target), (a, b)) in enumerate(
+            zip(self.order.edges, self.order.hop_pairs.tolist(), strict=True)
+        ):
+            sizes = np.maximum(self.layers[source].cut_bytes, self.layers[target].cut_bytes)
+            line = self.wiring.line(a, b)
+            found[index] = line.latency_s + sizes / line.bytes_per_s
+        return found
+
+    def complete(self, cuts: Sequence[int]) -> Partition | None:
+        """Return a partition with its exact least recomputation; None when a stage does not fit."""
+        levels: list[int] = []
+        for stage, choice in enumerate(self.by_stage):
+            found = self.levels.of(choice, self.order.live[stage], cuts[stage], cuts[stage + 1])
+            if found is None:
+                return None
+            levels += found
+        return Partition(tuple(int(cut) for cut in cuts), tuple(levels))
+
+    def pipeline(self, partition: Partition) -> PipelineCosts:
+        """Return the costs of the stages of a partition."""
+        return pipeline_costs(
+            self.order,
+            partition.bounds,
+            partition.levels,
+            self.layers,
+            self.wiring,
+            base_bytes=self.base_bytes,
+            ties=self.ties,
+            action_overhead_s=self.problem.profile.action_overhead_s,
+        )
+
+    def step_s(self, partition: Partition) -> float:
+        """Return the simulated step with links that never wait: at most the scorer's."""
+        pipeline = self.pipeline(partition)
+        makespan = self.order.makespan(pipeline.costs, pipeline.hop_s, pipeline.tail_s)
+        return makespan + self.problem.profile.step_overhead_s
+
+    def may_wait(self, partition: Partition) -> bool:
+        """Tell whether a message could find its link busy.
+
+        A rank issues messages to another at the ends of its own actions, so two of them are at least one such action
+        apart: where every transfer is shorter, none waits.
+        """
+        pipeline = self.pipeline(partition)
+        backward = pipeline.costs[1] if self.order.split else pipeline.costs[1] + pipeline.costs[2]
+        for hop, (source, target) in zip(pipeline.hop_s, self.order.edges, strict=True):
+            if hop > pipeline.costs[0, source] or hop > backward[target]:
+                return True
+        return False
+
+    def judged_step_s(self, partition: Partition) -> float:
+        """Return the step of the rich simulator, where a link carries one message at a time."""
+        pipeline = self.pipeline(partition)
+        timeline = simulate(
+            self.problem.schedule_of(self.order.key, self.rule),
+            stage_costs(pipeline, partition.bounds, partition.levels, self.layers),
+            links=links_of(self.order, partition.bounds, self.layers, self.wiring),
+            tail_s=pipeline.tail_s,
+            trace=False,
+        )
+        return timeline.makespan_s + self.problem.profile.step_overhead_s
+
+    def scored(self, partition: Partition, planner: str) -> Plan:
+        """Return the plan document with the scorer's prediction."""
+        plan = self.plan(partition, planner)
+        return plan.model_copy(update={"prediction": evaluate(plan, self.problem.profile).prediction})
+
+    def plan(self, partition: Partition, planner: str) -> Plan:
+        """Return the plan document, its prediction still empty."""
+        profile, bounds = self.problem.profile, partition.bounds
+        stages = tuple(
+            StagePlan(
+                layers=(bounds[stage], bounds[stage + 1]),
+                degrees=choice.degrees,
+                recompute=recompute_runs(partition.levels[bounds[stage] : bounds[stage + 1]]),
+                group=choice.pool.group,
+            )
+            for stage, choice in enumerate(self.by_stage)
+        )
+        return Plan(
+            model=profile.name,
+            profile_digest=profile.digest,
+            layer_digest=profile.layer_digest,
+            num_layers=profile.num_layers,
+            cluster=self.model.cluster,
+            job=self.problem.job,
+            planner=planner,
+            stages=stages,
+            mapping=RankMapping(axis_order=PIPELINE_OUTSIDE, pipeline_ranks=self.devices),
+            schedule=ScheduleSpec(
+                name=self.rule.name,
+                num_ranks=self.order.num_ranks,
+                num_microbatches=self.num_microbatches,
+                microbatch=self.samples // self.choices[0].degrees.dp,
+                placement=tuple(tuple(row) for row in self.order.placement.tolist()),
+                edges=() if self.order.is_chain else self.order.edges,
+                parameters=dict(self.rule.parameters),
+            ),
+            prediction=NO_PREDICTION,
+        )
+
+
+def stage_tables(candidate: StageCandidate) -> StageTables:
+    """Return the prefix sums of a candidate's stages."""
+    allowed = list(candidate.levels.allowed)
+    each = {choice.key: _choice_rows(choice, allowed) for choice in candidate.choices}
+    rows = [each[choice.key] for choice in candidate.by_stage]
+    live = [vectors[np.argmax(vectors[:, :, 0].sum(axis=1)), :, 0] for vectors in candidate.order.live]
+
+    def stacked(name: str) -> Floats:
+        return np.ascontiguousarray(np.stack([row[name] for row in rows]))
+
+    time = stacked("forward") + stacked("input_grad") + stacked("weight_grad")
+    forward = stacked("forward")
+    return StageTables(
+        forward=forward,
+        input_grad=stacked("input_grad"),
+        weight_grad=stacked("weight_grad"),
+        state=stacked("state"),
+        step=stacked("step"),
+        kept=stacked("kept"),
+        late=stacked("late"),
+        full_kept=stacked("full_kept"),
+        full_late=stacked("full_late"),
+        workspace=stacked("workspace"),
+        saving=stacked("saving").ravel(),
+        latency=stacked("latency").ravel(),
+        live=np.array([vector[0] for vector in live]),
+        late_live=np.array([vector[1] for vector in live]),
+        room=np.array([choice.choices.room_bytes * (1 + 1e-12) for choice in candidate.by_stage]),
+        head=_least_before(time),
+        head_forward=_least_before(forward),
+        rest=_least_behind(time),
+    )
+
+
+def _choice_rows(choice: PoolChoice, allowed: list[int]) -> dict[str, Floats]:
+    costs = choice.costs
+    recompute, kept = costs.recompute_s[allowed], costs.kept_bytes[allowed]
+    late = kept * (1.0 - costs.freed_share[allowed])
+    order = np.lexsort((kept, recompute), axis=0)
+    base = order[0]
+    at = (base, np.arange(costs.num_layers))
+    slower = recompute - recompute[at]
+    saved = np.maximum(kept[at] - kept, late[at] - late)
+    ratio = np.divide(saved, slower, out=np.zeros_like(saved), where=(slower > 0) & (saved > 0))
+    return {
+        "forward": _before(costs.forward_s),
+        "input_grad": _before(costs.input_grad_s + recompute[at]),
+        "weight_grad": _before(costs.weight_grad_s),
+        "state": _before(costs.static_bytes),
+        "step": _before(costs.step_s),
+        "kept": _before(kept.min(axis=0)),
+        "late": _before(late.min(axis=0)),
+        "full_kept": _before(kept[at]),
+        "full_late": _before(np.minimum(late[at], kept[at])),
+        "workspace": costs.workspace_bytes[allowed].min(axis=0),
+        "saving": np.array([ratio.max(initial=0.0)]),
+        "latency": np.array([costs.stage_latency_s]),
+    }
+
+
+def _before(values: Floats) -> Floats:
+    return np.concatenate((np.zeros(1), np.cumsum(values)))
+
+
+def _least_before(prefix: Floats) -> Floats:
+    """Return for each stage the seconds of the layers before a start, each at its least over the stages before."""
+    each = np.diff(prefix, axis=1)
+    least = np.minimum.accumulate(each, axis=0)
+    before = np.vstack((least[:1], least[:-1]))
+    return np.concatenate((np.zeros((len(each), 1)), np.cumsum(before, axis=1)), axis=1)
+
+
+def _least_behind(prefix: Floats) -> Floats:
+    """Return for each stage the seconds of the layers from an end on, each at its least over the stages behind."""
+    each = np.diff(prefix, axis=1)
+    least = np.minimum.accumulate(each[::-1], axis=0)[::-1]
+    behind = np.vstack((least[1:], least[-1:]))
+    total = np.cumsum(behind[:, ::-1], axis=1)[:, ::-1]
+    return np.concatenate((total, np.zeros((len(each), 1))), axis=1)

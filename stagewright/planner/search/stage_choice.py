@@ -1,0 +1,117 @@
+"""What each stage may choose on the devices of a pool: degrees and ZeRO stage, priced by class of layers.
+
+A microbatch of M samples flows through all stages; a stage of dp replicas gives each M / dp of them. For every number of
+devices that a rank of the pool can have, the rows are those of the common space (`space.shapes`) without a pipeline,
+priced by the common price list on the pool's node group. A choice that is no better than another one in any cost or
+memory term, for the same devices and M, is dropped: the step and every peak are monotone in all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.documents.cluster import Cluster
+from stagewright.planner.documents.job import TrainingJob
+from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.search.layer_costs import Configuration, LayerCosts
+from stagewright.planner.search.pools import Pool
+from stagewright.planner.search.pricing import AXES, DP, MICROBATCH, PP, SP, TP, Priced, configuration_of
+from stagewright.planner.search.problem import Problem
+from stagewright.planner.search.space import shapes
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(eq=False)
+class GroupChoices:
+    """The choices on one node group, by devices of a rank.
+
+    Parameters
+    ----------
+    problem : the question with this group first, which the price list and the capacity speak of.
+    """
+
+    problem: Problem
+    group: str
+    _priced: dict[int, tuple[Priced, Longs]] = field(default_factory=dict)
+    _costs: dict[Configuration, LayerCosts] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, profile: ModelProfile, cluster: Cluster, job: TrainingJob, group: str) -> GroupChoices:
+        """Return the empty list for a node group."""
+        order = sorted(cluster.groups, key=lambda other: other.name != group)
+        pins = job.space.pins.model_copy(update={"pp": None})
+        space = job.space.model_copy(update={"pins": pins})
+        return cls(
+            Problem(
+                profile,
+                cluster.model_copy(update={"groups": tuple(order)}),
+                job.model_copy(update={"space": space}),
+                cluster.num_devices,
+            ),
+            group,
+        )
+
+    @cached_property
+    def room_bytes(self) -> float:
+        """Bytes of a device for what depends on the plan."""
+        return self.problem.capacity_bytes - self.problem.base_bytes
+
+    @property
+    def per_node(self) -> int:
+        return self.problem.cluster.groups[0].devices_per_node
+
+    def priced(self, num_devices: int) -> tuple[Priced, Longs]:
+        """Return the undominated choices of ranks of `num_devices`, and the samples M of a microbatch of each."""
+        if num_devices not in self._priced:
+            rows = shapes(self.problem.profile, self.problem.job, num_devices, self.per_node)
+            rows = rows[(rows[:, PP] == 1) & (rows[:, AXES] == 0)]
+            priced = self.problem.price_list.price(rows)
+            samples = priced.shape[:, DP].astype(np.int64) * priced.shape[:, MICROBATCH]
+            keep = np.concatenate(
+                [np.zeros(0, np.int64)]
+                + [undominated(priced, np.flatnonzero(samples == value)) for value in np.unique(samples)]
+            )
+            self._priced[num_devices] = (priced.take(keep), samples[keep])
+        return self._priced[num_devices]
+
+    def costs(self, shape: Ints) -> LayerCosts:
+        """Return the layer costs of a row, as the scorer computes them."""
+        configuration = replace(configuration_of(shape), num_ranks=1, num_microbatches=1, group=self.group)
+        if configuration not in self._costs:
+            self._costs[configuration] = self.problem.costs(configuration)
+        return self._costs[configuration]
+
+
+def undominated(priced: Priced, rows: Longs) -> Longs:
+    """Return the rows that no other of them equals or beats in every term; of equal rows the first stays."""
+    if len(rows) < 2:
+        return rows
+    late = priced.kept_bytes[rows] * (1.0 - priced.freed_share[rows])
+    names = ("forward_s", "input_grad_s", "weight_grad_s", "state_bytes", "step_s")
+    parts = [getattr(priced, name)[rows] for name in names]
+    parts += [priced.recompute_s[rows], priced.kept_bytes[rows], priced.workspace_bytes[rows], late]
+    parts += [priced.latency_s[rows][:, None]]
+    values = np.concatenate([part.reshape(len(rows), -1) for part in parts], axis=1)
+    # A tensor that tensor parallelism replicates may cross in tp parts, so its choice counts with one part of it.
+    parts_of = np.where(priced.shape[rows, SP] == 1, 1, priced.shape[rows, TP])[:, None]
+    sent = priced.cut_bytes[rows]
+    order = np.argsort(values.sum(axis=1), kind="stable")
+    kept: list[int] = []
+    for index in order.tolist():
+        better = (values[kept] <= values[index]).all(axis=1) & (sent[kept] <= sent[index] / parts_of[index]).all(axis=1)
+        if not better.any():
+            kept.append(index)
+    return np.sort(rows[kept])
+
+
+def choices_by_group(problem: Problem, pools: set[Pool]) -> dict[str, GroupChoices]:
+    """Return the choices of each node group that some pool uses."""
+    names = sorted({pool.group for pool in pools})
+    return {name: GroupChoices.of(problem.profile, problem.cluster, problem.job, name) for name in names}
