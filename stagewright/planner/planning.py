@@ -25,6 +25,7 @@ from stagewright.planner.replanning import replan
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import check_pins
+from stagewright.planner.search.stage_answer import largest_group
 
 Report = Callable[[Progress], None]
 
@@ -89,18 +90,18 @@ def make_plan(
     else:
         outcome = row.solve(problem, limits)
     if outcome.status == "infeasible" and outcome.diagnosis is None:
-        outcome = outcome.model_copy(update={"diagnosis": diagnose(problem, limits)})
+        outcome = outcome.model_copy(update={"diagnosis": diagnose(largest_group(problem), limits)})
     return outcome.model_copy(update={"wall_s": time.perf_counter() - started})
 
 
 def _refuse_unsearched(cluster: Cluster, job: TrainingJob, planner: str, executor: str, previous: Plan | None) -> None:
     """Raise InvalidArgument for what no planner here searches yet, rather than answer another question."""
     space = job.space
-    if cluster.is_mixed:
+    if cluster.is_mixed and planner != "exact":
         raise InvalidArgument(
-            f"cluster {cluster.name} has {len(cluster.groups)} groups, plans are searched on one kind of device",
+            f"cluster {cluster.name} has {len(cluster.groups)} groups, planner {planner} knows one kind of device",
             field="cluster",
-            hint="plan each group alone",
+            hint="take the exact planner, or plan each group alone",
         )
     if planner != "exact" and (job.objective != "step-time" or job.step_deadline_s is not None):
         raise InvalidArgument(
@@ -117,10 +118,19 @@ def _refuse_unsearched(cluster: Cluster, job: TrainingJob, planner: str, executo
             field="executor",
             hint="known: " + ", ".join(EXECUTORS) + "; inline does everything",
         )
+    differ = cluster.is_mixed or space.per_stage_degrees
+    if differ and (job.objective != "step-time" or previous is not None or executor != "inline"):
+        raise InvalidArgument(
+            "stages that differ (a mixed cluster, or per_stage_degrees) are searched for step-time, inline and from "
+            f"nothing, not for {job.objective} with executor {executor}"
+            + (" from a previous plan" if previous is not None else ""),
+            field="objective",
+            hint="ask for step-time, without --from and --executor",
+        )
     refused = {
         "ties": space.ties or None,
         "target": space.target,
-        "per_stage_degrees": "on" if space.per_stage_degrees else None,
+        "per_stage_degrees": "on" if space.per_stage_degrees and planner != "exact" else None,
     }
     for field, value in refused.items():
         if value is not None:

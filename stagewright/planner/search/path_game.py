@@ -33,8 +33,8 @@ def play(lengths: Floats) -> Mixtures | None:
     num_paths, num_partitions = lengths.shape
     scale = 1.0 / max(float(lengths.max()), 1e-300)
     solver = highspy.Highs()
-    for option, value in (("output_flag", False), ("presolve", "off"), ("threads", 1)):
-        solver.setOptionValue(option, value)
+    for option, setting in (("output_flag", False), ("presolve", "off"), ("threads", 1)):
+        solver.setOptionValue(option, setting)
     solver.addVar(-highspy.kHighsInf, highspy.kHighsInf)
     solver.changeColCost(0, 1.0)
     solver.addVars(num_partitions, np.zeros(num_partitions), np.full(num_partitions, highspy.kHighsInf))

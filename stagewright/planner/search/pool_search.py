@@ -30,7 +30,7 @@ from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.prediction import OPTIONS
 from stagewright.planner.search.limits import Limits, Termination
-from stagewright.planner.search.order import OrderKey
+from stagewright.planner.search.order import Order, OrderKey
 from stagewright.planner.search.pools import Pool, pool_sequences, used_first
 from stagewright.planner.search.pricing import Priced
 from stagewright.planner.search.problem import Partition, Problem
@@ -180,10 +180,8 @@ class PoolSearch:
 
     def candidate(self, skeleton: Skeleton, chosen: Sequence[int], rule: FamilyRule) -> StageCandidate | None:
         """Return a candidate; None when the family refuses its sizes."""
-        key = OrderKey(rule.name, skeleton.num_ranks, self.problem.job.global_batch // skeleton.samples, 1)
-        try:
-            order = self.problem.order_of(key, rule)
-        except (InvalidArgument, InvalidSchedule):
+        order = self.order(skeleton, rule)
+        if order is None:
             self.count("schedule")
             return None
         choices = tuple(
@@ -195,6 +193,14 @@ class PoolSearch:
         return StageCandidate(
             self.problem, self.model(skeleton.pools), choices, skeleton.samples, rule, order, self.levels
         )
+
+    def order(self, skeleton: Skeleton, rule: FamilyRule) -> Order | None:
+        """Return the compiled order of a family; None when the family refuses its sizes."""
+        key = OrderKey(rule.name, skeleton.num_ranks, self.problem.job.global_batch // skeleton.samples, 1)
+        try:
+            return self.problem.order_of(key, rule)
+        except (InvalidArgument, InvalidSchedule):
+            return None
 
     def model(self, pools: tuple[Pool, ...]) -> CostModel:
         """Return the cost model of the cluster with the used groups first."""
@@ -251,12 +257,14 @@ class PoolSearch:
             chosen = _best_choices(needs)
             rows = self.rows(skeleton)
             at = [int(rows[pool][2][index]) for pool, index in enumerate(chosen)]
-            for rule in self._rules(skeleton):
+            for rule in self.rules_for(skeleton):
                 if self.limits.reached() is not None:
                     return
                 candidate = self.candidate(skeleton, at, rule)
                 if candidate is not None:
-                    self._closer(candidate, most_nodes=1).run()
+                    closer = self._closer(candidate, most_nodes=1)
+                    closer.run()
+                    self.simulated += closer.simulated
 
     def _bounded_skeletons(self) -> list[tuple[float, Skeleton]]:
         """Return the skeletons that may hold the model, by bound."""
@@ -268,7 +276,7 @@ class PoolSearch:
                 continue
             best = [need.min(axis=0) for need in needs]
             value = float(_forward(best)[-1][-1]) + extra_s
-            self.num_candidates += int(np.prod([len(need) for need in needs])) * len(self._rules(skeleton))
+            self.num_candidates += int(np.prod([len(need) for need in needs])) * len(self.rules_for(skeleton))
             if np.isfinite(value):
                 found.append((value, skeleton))
             else:
@@ -276,7 +284,8 @@ class PoolSearch:
         found.sort(key=lambda pair: pair[0])
         return found
 
-    def _rules(self, skeleton: Skeleton) -> list[FamilyRule]:
+    def rules_for(self, skeleton: Skeleton) -> list[FamilyRule]:
+        """Return the families that take the skeleton's sizes; on one rank the first, since orders do not matter."""
         count = self.problem.job.global_batch // skeleton.samples
         fitting = [rule for rule in self.rules if rule.fits(skeleton.num_ranks, count, 1)]
         return fitting[:1] if skeleton.num_ranks == 1 else fitting
@@ -290,7 +299,7 @@ class PoolSearch:
         self.count("choice bound", int(np.prod([len(need) for need in needs])) - len(products))
         rows = self.rows(skeleton)
         for value, chosen in products:
-            for rule in self._rules(skeleton):
+            for rule in self.rules_for(skeleton):
                 if max(value + extra_s, bound_s) >= self.target_s:
                     self.count("choice bound")
                     continue
@@ -352,7 +361,7 @@ def pool_needs(
     Arrays are [choices, L]. Infinite for fewer layers than ranks, or where states and one microbatch never fit; an empty
     range is not allowed, because a pool that is there is used.
     """
-    num_choices, num_layers = time_s.shape
+    num_layers = time_s.shape[1]
     share = np.divide(forward_s, time_s, out=np.ones_like(time_s), where=time_s > 0).min(axis=1)
     left = 1.0 - share / num_microbatches
     factor = np.where(share > 1e-9, share / -np.expm1(num_ranks * np.log(np.maximum(left, 1e-300))), np.nan)
@@ -420,11 +429,11 @@ def products_below(needs: Sequence[Floats], target_s: float) -> list[tuple[float
     for index, need in enumerate(needs):
         value = np.maximum(np.maximum(before[index][None, :, None], need), behind[index + 1][None, None, :])
         left.append(np.flatnonzero(value.min(axis=(1, 2)) < target_s).tolist())
-    found = []
+    found: list[tuple[float, tuple[int, ...]]] = []
     for chosen in product(*left):
-        value = float(_forward([need[row] for need, row in zip(needs, chosen, strict=True)])[-1][-1])
-        if value < target_s:
-            found.append((value, chosen))
+        least_s = float(_forward([need[row] for need, row in zip(needs, chosen, strict=True)])[-1][-1])
+        if least_s < target_s:
+            found.append((least_s, chosen))
     found.sort()
     return found
 

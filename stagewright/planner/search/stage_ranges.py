@@ -79,7 +79,7 @@ class StageTables:
 
         `windows` [S + 1, 2] holds the least and the largest first layer of each stage, and of the end.
         """
-        return range_bounds(
+        found: tuple[Floats, Floats] = range_bounds(
             self.forward,
             self.input_grad,
             self.weight_grad,
@@ -104,6 +104,7 @@ class StageTables:
             windows,
             below_s,
         )
+        return found
 
 
 @njit(cache=True)

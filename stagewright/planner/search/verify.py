@@ -11,7 +11,7 @@ from __future__ import annotations
 from stagewright.planner.documents.plan import Plan, Prediction
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
-from stagewright.planner.prediction import device_of, evaluate
+from stagewright.planner.prediction import evaluate, rank_devices
 
 _TOLERANCE = 1e-6
 
@@ -48,9 +48,8 @@ def verify_certificate(plan: Plan, profile: ModelProfile) -> None:
             f"the certificate says optimal with a gap of {certificate.gap!r}, it may be {_TOLERANCE}",
             field="certificate.status",
         )
-    memory = device_of(plan.cluster, plan.stages[0].group).memory_bytes
-    room = memory * (1.0 - plan.job.space.memory_headroom)
-    for rank, needed in enumerate(prediction.peak_memory_bytes):
+    for rank, (needed, device) in enumerate(zip(prediction.peak_memory_bytes, rank_devices(plan), strict=True)):
+        room = device.memory_bytes * (1.0 - plan.job.space.memory_headroom)
         if needed > room * (1 + _TOLERANCE):
             raise InvalidDocument(
                 f"pipeline rank {rank} needs {needed:.0f} bytes, the device leaves {room:.0f}",
