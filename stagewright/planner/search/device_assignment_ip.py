@@ -13,6 +13,7 @@ bound, and its bottleneck is recomputed from the stages alone.
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pulp
 
@@ -60,7 +61,7 @@ def assign_by_programme(problem: AssignmentProblem, *, time_limit_s: float = 60.
         )
     of_layer = [max(devices, key=lambda k, at=layer: w[at, k].value() or 0.0) for layer in layers]  # type: ignore[misc]
     cuts = [0, *(layer for layer in layers[1:] if of_layer[layer] != of_layer[layer - 1]), problem.num_layers]
-    stages = tuple((of_layer[first], first, end) for first, end in zip(cuts, cuts[1:], strict=False))
+    stages = tuple((of_layer[first], first, end) for first, end in pairwise(cuts))
     value = bottleneck_s(problem, stages)
     if bound is None:
         bound = value * scale if model.sol_status == pulp.LpSolutionOptimal else 0.0
