@@ -40,13 +40,16 @@ class NamedPlanner:
 def planners() -> tuple[NamedPlanner, ...]:
     """Return all planners, the exact one first."""
     from stagewright.planner.planners import (
+        aceso,
         adapipe,
         alpa,
         autopipe,
         dapple,
+        device_placement,
         efftra,
         exact,
         exhaustive,
+        flexflow,
         galvatron,
         mcap,
         megatron,
@@ -67,11 +70,14 @@ def planners() -> tuple[NamedPlanner, ...]:
 
     first = (exact.PLANNER, exhaustive.PLANNER, megatron.PLANNER, random.PLANNER)
     named = (
+        aceso,
         adapipe,
         alpa,
         autopipe,
         dapple,
+        device_placement,
         efftra,
+        flexflow,
         galvatron,
         mcap,
         metis,
