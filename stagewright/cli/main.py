@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "catalog": Command("catalog", "List known devices, models and clusters."),
     "plan": Command("plan", "Find the best parallel training plan, with a proven bound."),
     "explain": Command("explain", "Say what binds a plan, what came behind it, and why not another choice."),
+    "templates": Command("templates", "Plan a pipeline for every node count, ready for every loss of nodes."),
     "simulate": Command("simulate", "Simulate a plan again."),
     "validate": Command("validate", "Check a plan against a cluster."),
     "export": Command("export", "Write a plan in the files of another framework."),
