@@ -18,9 +18,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 
 class ReportsProgress(Protocol):
-    """What long work calls: the phase in words, how much is done, of how much."""
+    """What long work calls: the phase in words, how much is done, of how much, and what is known so far."""
 
-    def __call__(self, phase: str, done: int, total: int) -> None: ...
+    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None: ...
 
 
 def print_document(document: Mapping[str, object] | list[object]) -> None:
@@ -64,18 +64,19 @@ def progress_bar(*, quiet: bool = False) -> Iterator[ReportsProgress]:
         tasks: dict[str, object] = {}
         finished: set[str] = set()
 
-        def report(phase: str, done: int, total: int) -> None:
+        def report(phase: str, done: int, total: int, note: str = "") -> None:
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=max(total, 1))
-            bars.update(tasks[phase], completed=done, total=max(total, 1))  # type: ignore[arg-type]
+            text = f"{phase}: {note}" if note else phase
+            bars.update(tasks[phase], completed=done, total=max(total, 1), description=text)  # type: ignore[arg-type]
             if done >= total and not screen.is_terminal and phase not in finished:
                 finished.add(phase)
-                sys.stderr.write(f"{phase}: done\n")
+                sys.stderr.write(f"{phase}: done{f', {note}' if note else ''}\n")
 
         yield report
 
 
-def _silent(phase: str, done: int, total: int) -> None:
+def _silent(phase: str, done: int, total: int, note: str = "") -> None:
     """Report nothing."""
 
 

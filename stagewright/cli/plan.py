@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stagewright.cli.output import ReportsProgress
     from stagewright.planner.documents import Cluster, ModelProfile, Plan, TrainingJob
     from stagewright.planner.documents.migration import Migration
-    from stagewright.planner.documents.outcome import Diagnosis, FrontierPoint, PlanOutcome
+    from stagewright.planner.documents.outcome import Diagnosis, FrontierPoint, PlanOutcome, Progress
 
 INFEASIBLE, NO_SOLUTION = 3, 4
 
@@ -103,7 +103,7 @@ def plan(
             deadline_s=deadline,
             executor=executor,
             previous=previous,
-            progress=lambda state: report(state.phase, state.done, state.total),
+            progress=lambda state: report(state.phase, state.done, state.total, _known_text(state)),
         )
     if verify and outcome.plan is not None:
         from stagewright.planner.search.verify import verify_certificate
@@ -134,6 +134,14 @@ def profile_sequence(profile: ModelProfile, told: int | None) -> int:
     raise InvalidArgument(
         "the model does not say its sequence length", field="sequence_length", hint="give --sequence-length"
     )
+
+
+def _known_text(state: Progress) -> str:
+    """Return the best step so far, its bound and the gap between them, as far as they are known."""
+    best = "" if state.incumbent_s is None else f"best {seconds_text(state.incumbent_s)}"
+    bound = "" if not state.bound_s or state.bound_s == float("inf") else f"bound {seconds_text(state.bound_s)}"
+    gap = "" if state.gap is None or not bound else f"gap {state.gap:.2%}"
+    return ", ".join(text for text in (best, bound, gap) if text)
 
 
 def _machines(text: str | None, previous: Plan | None, report: ReportsProgress) -> Cluster:

@@ -23,7 +23,7 @@ _GIB = 2.0**30
 
 MOST_TRIED = 100
 NEAR = 1.02
-MOST_S, LEAST_S = 20.0, 2.0
+MOST_S, LEAST_S = 20.0, 0.2
 
 
 def diagnose(problem: Problem, limits: Limits | None = None) -> Diagnosis:
