@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from typer import Context
 
     from stagewright.planner.documents import Cluster, ModelProfile
+    from stagewright.planner.documents.document import Document
     from stagewright.profiler.profile_diff import ProfileDiff
+    from stagewright.profiler.ranks import ReportsProgress
+
+Shown = TypeVar("Shown", bound="Document")
 
 
 class _MeasuresByDefault(TyperGroup):
@@ -61,6 +65,9 @@ def model(
         str | None, typer.Option(help="Pattern of the modules that are layers, such as 'model.layers.*'.")
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile each layer with torch.compile first.")] = False,
+    cache_policy: Annotated[
+        str, typer.Option(help="hot: a layer finds what the one before it left in the caches; flushed: nothing.")
+    ] = "hot",
     budget: Annotated[float, typer.Option(help="About how many seconds measuring may take.")] = 30.0,
     cache: Annotated[
         Path | None, typer.Option(help="Folder of what was measured; the user's cache unless told.")
@@ -94,6 +101,7 @@ def model(
             data=data,
             layers=layers,
             compiled=compile,
+            cache_policy=_choice(cache_policy, ("hot", "flushed"), "cache-policy"),  # type: ignore[arg-type]
             budget_s=budget,
             cache=folder,
             resume=resume,
@@ -101,14 +109,7 @@ def model(
             name=name,
             progress=report,
         )
-    if output is not None:
-        document.save(output)
-    if json:
-        print_document(document.model_dump(mode="json"))
-    else:
-        print_profile(document)
-        if output is not None:
-            console().print(f"written to {output}")
+    _deliver(document, output, json, print_profile)
 
 
 @app.command("network")
@@ -125,29 +126,17 @@ def network(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Measure this machine's devices and the links between them, or read nccl-tests output.
+    """Measure devices and the links between them, here or (under torchrun) over every node of a job; or read nccl-tests.
 
     Example: stagewright profile network -o cluster.json
     """
     _check_writable(output)
     with progress_bar(quiet=json) as report:
-        if from_log:
-            document = _network_from_logs(from_log, cluster)
-        else:
-            from stagewright.profiler.discover import discover_local
-
-            document = discover_local(
-                max_devices=ranks,
-                device=_choice(device, ("auto", "cpu", "cuda"), "device"),  # type: ignore[arg-type]
-                budget_s=budget,
-                progress=report,
-            )
-    if output is not None:
-        document.save(output)
-    if json:
-        print_document(document.model_dump(mode="json"))
-    else:
-        print_network(document)
+        document = (
+            _network_from_logs(from_log, cluster) if from_log else _measured_network(ranks, device, budget, report)
+        )
+    if document is not None:
+        _deliver(document, output, json, print_network)
 
 
 @app.command("show")
@@ -167,10 +156,7 @@ def show(
     document = ModelProfile.load(profile)
     if html is not None:
         write_text(html, profile_html(document))
-    if json:
-        print_document(document.model_dump(mode="json"))
-    else:
-        print_profile(document)
+    _deliver(document, None, json, print_profile)
 
 
 @app.command("diff")
@@ -209,12 +195,7 @@ def merge(
 
     _check_writable(output)
     document = merge_profiles([ModelProfile.load(path) for path in profiles])
-    if output is not None:
-        document.save(output)
-    if json:
-        print_document(document.model_dump(mode="json"))
-    else:
-        print_profile(document)
+    _deliver(document, output, json, print_profile)
 
 
 @app.command("calibrate")
@@ -339,6 +320,18 @@ def print_diff(found: ProfileDiff) -> None:
         screen.print("no number changed beyond its spread")
 
 
+def _measured_network(ranks: int | None, device: str, budget_s: float, report: ReportsProgress) -> Cluster | None:
+    """Return the cluster of the job that torchrun started (None but on its first rank), or of this machine."""
+    from stagewright.profiler.discover import discover_local
+    from stagewright.profiler.network_groups import job_of, profile_job
+
+    _choice(device, ("auto", "cpu", "cuda"), "device")
+    job = job_of(os.environ)
+    if job is not None:
+        return profile_job(job, device=device, budget_s=budget_s, progress=report)
+    return discover_local(max_devices=ranks, device=device, budget_s=budget_s, progress=report)  # type: ignore[arg-type]
+
+
 def _network_from_logs(logs: Sequence[Path], cluster: str | None) -> Cluster:
     from stagewright.planner.catalog import resolve_cluster
     from stagewright.profiler.nccl_tests import apply_nccl_tests, read_nccl_tests
@@ -348,6 +341,18 @@ def _network_from_logs(logs: Sequence[Path], cluster: str | None) -> Cluster:
             "--from needs the cluster that was measured", field="cluster", hint="for example --cluster h100-sxm:8x1"
         )
     return apply_nccl_tests(resolve_cluster(cluster), [read_nccl_tests(path) for path in logs])
+
+
+def _deliver(document: Shown, output: Path | None, json: bool, show: Callable[[Shown], None]) -> None:
+    """Write the document where it is wanted and print it, as JSON or for people."""
+    if output is not None:
+        document.save(output)
+    if json:
+        print_document(document.model_dump(mode="json"))
+        return
+    show(document)
+    if output is not None:
+        console().print(f"written to {output}")
 
 
 def _numbers(text: str, field: str) -> tuple[int, ...]:

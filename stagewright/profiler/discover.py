@@ -118,11 +118,22 @@ def measure_rank(context: RankContext, device: str, dtypes: Sequence[DType], bud
     return {"curves": curves, "memory_bytes_per_s": bandwidth}
 
 
+def discovered_dtypes(kind: Literal["cpu", "cuda"]) -> list[DType]:
+    """Return the dtypes whose rates are measured."""
+    return ["fp32", "bf16", "fp16"] if kind == "cuda" else ["fp32", "bf16"]
+
+
+def device_of_ranks(kind: Literal["cpu", "cuda"], devices_per_node: int, rates: list[dict[str, object]]) -> Device:
+    """Return this machine's device with the rates that ranks measured; CPU ranks share the machine's memory."""
+    if kind == "cpu":
+        return _device(cpu_name(), "cpu", available_memory_bytes() / devices_per_node, rates)
+    properties = [torch.cuda.get_device_properties(index) for index in range(devices_per_node)]
+    return _device(properties[0].name, "cuda", float(min(item.total_memory for item in properties)), rates)
+
+
 def _discover_cpu(count: int, measure_network: bool, budget_s: float, progress: ReportsProgress | None) -> Cluster:
-    dtypes: list[DType] = ["fp32", "bf16"]
-    device = _device(
-        cpu_name(), "cpu", available_memory_bytes() / count, _measure(count, "cpu", dtypes, budget_s / 3, progress)
-    )
+    rates = _measure(count, "cpu", discovered_dtypes("cpu"), budget_s / 3, progress)
+    device = device_of_ranks("cpu", count, rates)
     level = LinkLevel(name="loopback", num_devices=count, latency_s=1e-4, bytes_per_s=1.5e9)
     if measure_network and count > 1:
         network = profile_network(
@@ -142,9 +153,8 @@ def _discover_cuda(count: int, measure_network: bool, budget_s: float, progress:
             field="device",
             hint="choose equal ones with CUDA_VISIBLE_DEVICES; mixed nodes are described in a cluster file",
         )
-    dtypes: list[DType] = ["fp32", "bf16", "fp16"]
-    memory = min(item.total_memory for item in properties)
-    device = _device(names[0], "cuda", float(memory), _measure(count, "cuda", dtypes, budget_s / 3, progress))
+    rates = _measure(count, "cuda", discovered_dtypes("cuda"), budget_s / 3, progress)
+    device = device_of_ranks("cuda", count, rates)
     level = LinkLevel(name="node", num_devices=count, latency_s=1e-5, bytes_per_s=2e10)
     if measure_network and count > 1:
         sizes = tuple(2**power for power in range(10, 29, 2))

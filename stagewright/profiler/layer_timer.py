@@ -1,4 +1,8 @@
-"""Seconds of each layer's forward and backward within one microbatch of the running model."""
+"""Seconds of each layer's forward and backward within one microbatch of the running model.
+
+The caches a layer finds are those its neighbours leave (hot), or with a `flush` between the layers none (flushed); the
+flush is in nobody's seconds.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from torch import Tensor
 from stagewright.modeling import Batch, LayerChain
 from stagewright.profiler.layer_hooks import LayerHooks
 from stagewright.profiler.timing import Clock, CpuClock
+
+_Boundary = tuple[object, object]
 
 _SEED = 1  # a run seeds every layer of every microbatch, and that takes time too
 
@@ -35,12 +41,13 @@ def busy_share(clock: Clock, busy_s: float, wall_s: float) -> float:
 class LayerTimer:
     """Runs microbatches of a whole chain and times its layers; enter `hooks` once around all of them."""
 
-    def __init__(self, chain: LayerChain, clock: Clock) -> None:
+    def __init__(self, chain: LayerChain, clock: Clock, *, flush: Callable[[], object] | None = None) -> None:
         self._chain = chain
         self._clock = clock
+        self._flush = flush
         self._segment = chain.segment(0, chain.num_layers)
-        self._forward: list[object] = []
-        self._backward: dict[int, object] = {}
+        self._forward: list[_Boundary] = []
+        self._backward: dict[int, _Boundary] = {}
         targets = {target for _, target in chain.edges}
         self._first_layers = frozenset(range(chain.num_layers)) - targets
         self._holds_first_boundary = False
@@ -84,34 +91,44 @@ class LayerTimer:
         first = clock.mark()
         self.hooks.begin()
         (loss,) = self._segment(batch, seed=_SEED)[self._chain.num_layers - 1]
-        turn = clock.mark()
+        turn = self._boundary()
         backward(loss)
-        end = clock.mark()
+        end = self._boundary()
         del loss
         last = clock.mark()
         clock.synchronize()
         wall, busy = time.perf_counter() - wall, time.process_time() - busy
         forward_s = self._between([*self._forward, turn])
         backward_s = self._backward_seconds(turn, end)
-        outside_s = clock.seconds(first, last) - sum(forward_s) - sum(backward_s)
+        flushed_s = sum(clock.seconds(*pair) for pair in (*self._forward, turn, *self._backward.values(), end))
+        outside_s = clock.seconds(first, last) - sum(forward_s) - sum(backward_s) - flushed_s
         return LayerTimes(forward_s, backward_s, max(outside_s, 0.0), busy_share(clock, busy, wall))
 
-    def _backward_seconds(self, turn: object, end: object) -> tuple[float, ...]:
+    def _boundary(self) -> _Boundary:
+        """Return the marks at the end of what was before and at the beginning of what comes: one, or around a flush."""
+        end = self._clock.mark()
+        if self._flush is None:
+            return end, end
+        self._flush()
+        return end, self._clock.mark()
+
+    def _backward_seconds(self, turn: _Boundary, end: _Boundary) -> tuple[float, ...]:
         """A layer whose output had no gradient is done when the backward is."""
         count = self._chain.num_layers
         marks = [self._backward.get(index, end) for index in range(count - 1)]
         return tuple(reversed(self._between([turn, *reversed(marks), end])))
 
-    def _between(self, marks: list[object]) -> tuple[float, ...]:
-        pairs = itertools.pairwise(marks)
-        return tuple(max(self._clock.seconds(first, second), 0.0) for first, second in pairs)
+    def _between(self, boundaries: list[_Boundary]) -> tuple[float, ...]:
+        pairs = itertools.pairwise(boundaries)
+        return tuple(max(self._clock.seconds(first[1], second[0]), 0.0) for first, second in pairs)
 
     def _mark_forward(self, index: int, tensors: tuple[Tensor, ...]) -> None:
-        self._forward.append(self._clock.mark())
+        self._forward.append(self._boundary())
 
     def _hold_first_boundary(self, index: int, tensors: tuple[Tensor, ...]) -> None:
         if self._holds_first_boundary and index in self._first_layers:
             self._first_boundary += tensors
 
     def _mark_backward(self, index: int) -> None:
-        self._backward.setdefault(index, self._clock.mark())
+        if index not in self._backward:
+            self._backward[index] = self._boundary()

@@ -37,9 +37,10 @@ from stagewright.profiler.layer_timer import LayerTimer, LayerTimes, busy_share
 from stagewright.profiler.memory_trace import layer_growth_bytes, layer_workspace_bytes
 from stagewright.profiler.model_source import ModelSource
 from stagewright.profiler.saved_bytes import layer_bytes, storage_bytes, storage_key
-from stagewright.profiler.timing import Clock, clock_of
+from stagewright.profiler.timing import Clock, clock_of, flush_of
 
 Kind = Literal["step", "split", "full", "selective", "memory"]
+CachePolicy = Literal["hot", "flushed"]
 OptimizerName = Literal["adamw", "adam", "sgd", "sgd-momentum"]
 Numbers = dict[str, Any]
 
@@ -70,12 +71,13 @@ class ModelBench:
         optimizer: OptimizerName = "adamw",
         *,
         own_time: bool = False,
+        cache_policy: CachePolicy = "hot",
     ) -> None:
         self.chain = chain
         self.device = device
         self._source = source
         self._clock: Clock = clock_of(device, own_time=own_time)
-        self._timer = LayerTimer(chain, self._clock)
+        self._timer = LayerTimer(chain, self._clock, flush=flush_of(device) if cache_policy == "flushed" else None)
         self._batches: dict[tuple[int, int], Batch] = {}
         self._own_parameters = _own_parameters(chain)
         self._optimizer = _optimizer(self._own_parameters, optimizer)

@@ -26,7 +26,7 @@ from stagewright.planner.errors import InvalidArgument
 from stagewright.profiler.cut_check import refused_layers
 from stagewright.profiler.journal import Journal
 from stagewright.profiler.measured_layers import ConfigurationNumbers
-from stagewright.profiler.model_bench import Configuration, ModelBench, OptimizerName
+from stagewright.profiler.model_bench import CachePolicy, Configuration, ModelBench, OptimizerName
 from stagewright.profiler.model_shapes import MeasuredChain, ModelShapes, expert_parameters, replicated_parameters
 from stagewright.profiler.model_source import ModelSource
 from stagewright.profiler.profile_cache import Costs, Overheads, ProfileCache
@@ -57,6 +57,7 @@ def profile_model(
     data: str | None = None,
     layers: str | None = None,
     compiled: bool = False,
+    cache_policy: CachePolicy = "hot",
     budget_s: float = 30.0,
     cache: Path | str | None = None,
     resume: bool = False,
@@ -77,6 +78,7 @@ def profile_model(
     data : reference of a data factory; else the `data` beside the model's factory, or random inputs.
     layers : pattern of the modules that are layers, such as `model.layers.*`, where they are not found well.
     compiled : compile each layer with torch.compile first.
+    cache_policy : hot leaves the caches as the layer before left them, as in a run; flushed empties them before each.
     budget_s : about how long measuring may take; each measurement is made at least a few times all the same.
     cache : folder of journal and cache entries; nothing is kept without one.
     resume : go on from the journal of an interrupted profile with the same settings.
@@ -98,6 +100,7 @@ def profile_model(
         dtype=dtype,
         optimizer=optimizer,
         compiled=compiled,
+        cache_policy=cache_policy,
         budget_s=budget_s,
     )
     if source.module is not None and num_busy_ranks > 1:
@@ -183,7 +186,14 @@ def _measure(
     if settings.compiled:
         _compile(measured.chain)
     own_time = not settings.oversubscribed
-    bench = ModelBench(source, measured.chain, settings.torch_device, settings.optimizer, own_time=own_time)
+    bench = ModelBench(
+        source,
+        measured.chain,
+        settings.torch_device,
+        settings.optimizer,
+        own_time=own_time,
+        cache_policy=settings.cache_policy,
+    )
     with busy_siblings(source, settings, configurations, report, num_layers=shapes.num_layers):
         return Session(settings, bench, journal, report).measure(configurations)
 
@@ -286,7 +296,7 @@ def _document(
         versions={**versions(device), "optimizer": settings.optimizer},
         driver=parts.states[1].driver,
         clock_hz=parts.states[1].clock_hz,
-        cache_policy="none",
+        cache_policy=settings.cache_policy,
         compiled=settings.compiled,
         taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
         duration_s=duration_s,

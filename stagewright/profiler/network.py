@@ -176,14 +176,15 @@ def sweep(
     budget_s: float,
     overlap: bool,
     progress: ReportsProgress,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, object]:
-    """Return the raw points of this rank over the default group, which every rank must enter together.
+    """Return the raw points of this rank over a group (all ranks unless told), which every member must enter together.
 
     All pairs of operation and size are measured in each of three rounds, so that a disturbance does not fall on one.
     """
-    num_ranks = dist.get_world_size()
+    num_ranks = dist.get_world_size(group)
     calls = {
-        (operation, size): _call(operation, size, num_ranks, device) for operation in operations for size in sizes_bytes
+        (operation, size): _call(operation, size, group, device) for operation in operations for size in sizes_bytes
     }
     usable = {key: call for key, call in calls.items() if call is not None}
     share_s = budget_s / max(len(usable), 1) / _ROUNDS
@@ -192,14 +193,14 @@ def sweep(
     for index in range(_ROUNDS):
         for position, (key, call) in enumerate(usable.items()):
             progress("network", index * len(usable) + position, _ROUNDS * len(usable))
-            counts[key] = counts.get(key) or _calls_within(call, share_s, device)
+            counts[key] = counts.get(key) or _calls_within(call, share_s, device, group)
             samples.setdefault(key, []).extend(_time_together(call, counts[key], device))
     progress("network", _ROUNDS * len(usable), _ROUNDS * len(usable))
     points = [
         (*key, statistics.median(values) / (2 if key[0] == "send-receive" else 1), len(values))
         for key, values in samples.items()
     ]
-    compute, communication = _overlap(device) if overlap and num_ranks > 1 else (1.0, 1.0)
+    compute, communication = _overlap(device, group) if overlap and num_ranks > 1 else (1.0, 1.0)
     return {"points": points, "compute_slowdown": compute, "communication_slowdown": communication}
 
 
@@ -210,19 +211,22 @@ def _rank_device(backend: str, rank: int) -> torch.device:
     return torch.device("cuda", rank)
 
 
-def _call(operation: str, size_bytes: int, num_ranks: int, device: torch.device) -> Callable[[], object] | None:
+def _call(
+    operation: str, size_bytes: int, group: dist.ProcessGroup | None, device: torch.device
+) -> Callable[[], object] | None:
     """Return one call of the operation (a round trip for send-receive), or None when this group cannot do it."""
+    num_ranks = dist.get_world_size(group)
     count = max(size_bytes // 4 // num_ranks, 1) * num_ranks
     full = torch.zeros(count, device=device)
     if operation == "send-receive":
-        return _round_trip(torch.zeros(max(size_bytes // 4, 1), device=device))
+        return _round_trip(torch.zeros(max(size_bytes // 4, 1), device=device), group)
     part = torch.zeros(count // num_ranks, device=device)
     other = torch.zeros(count, device=device)
     calls: dict[str, Callable[[], object]] = {
-        "all-reduce": lambda: dist.all_reduce(full),
-        "all-gather": lambda: dist.all_gather_into_tensor(full, part),
-        "reduce-scatter": lambda: dist.reduce_scatter_tensor(part, full),
-        "all-to-all": lambda: dist.all_to_all_single(other, full),
+        "all-reduce": lambda: dist.all_reduce(full, group=group),
+        "all-gather": lambda: dist.all_gather_into_tensor(full, part, group=group),
+        "reduce-scatter": lambda: dist.reduce_scatter_tensor(part, full, group=group),
+        "all-to-all": lambda: dist.all_to_all_single(other, full, group=group),
     }
     call = calls[operation]
     try:
@@ -232,25 +236,28 @@ def _call(operation: str, size_bytes: int, num_ranks: int, device: torch.device)
     return call
 
 
-def _round_trip(message: torch.Tensor) -> Callable[[], object]:
+def _round_trip(message: torch.Tensor, group: dist.ProcessGroup | None) -> Callable[[], object]:
     """Between neighbours (0, 1), (2, 3), ... all pairs at once; a rank without neighbour stays out."""
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    peer = rank ^ 1
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    other = rank ^ 1
+    peer = other if group is None or other >= num_ranks else dist.get_global_rank(group, other)
 
     def call() -> None:
-        if peer >= num_ranks:
+        if other >= num_ranks:
             return
-        if rank < peer:
-            dist.send(message, peer)
-            dist.recv(message, peer)
+        if rank < other:
+            dist.send(message, peer, group=group)
+            dist.recv(message, peer, group=group)
         else:
-            dist.recv(message, peer)
-            dist.send(message, peer)
+            dist.recv(message, peer, group=group)
+            dist.send(message, peer, group=group)
 
     return call
 
 
-def _calls_within(call: Callable[[], object], budget_s: float, device: torch.device) -> int:
+def _calls_within(
+    call: Callable[[], object], budget_s: float, device: torch.device, group: dist.ProcessGroup | None
+) -> int:
     """Return how many calls fit; the ranks agree on the count, so that none waits for another."""
     call()
     _synchronize(device)
@@ -258,7 +265,7 @@ def _calls_within(call: Callable[[], object], budget_s: float, device: torch.dev
     call()
     _synchronize(device)
     guess = torch.tensor([max(time.perf_counter() - first, 1e-6)], dtype=torch.float64, device=device)
-    dist.all_reduce(guess, op=dist.ReduceOp.MAX)
+    dist.all_reduce(guess, op=dist.ReduceOp.MAX, group=group)
     return int(min(max(budget_s / float(guess.item()), 2), 200))
 
 
@@ -272,7 +279,7 @@ def _time_together(call: Callable[[], object], num_calls: int, device: torch.dev
     return samples
 
 
-def _overlap(device: torch.device) -> tuple[float, float]:
+def _overlap(device: torch.device, group: dist.ProcessGroup | None) -> tuple[float, float]:
     """Return (compute, communication) slowdown while the other runs all the time, at least 1 each."""
     width = 512 if device.type == "cpu" else 8192
     left = torch.ones(width, width, device=device)
@@ -283,26 +290,26 @@ def _overlap(device: torch.device) -> tuple[float, float]:
         _synchronize(device)
 
     def communicate() -> None:
-        dist.all_reduce(message)
+        dist.all_reduce(message, group=group)
 
     compute_alone: list[float] = []
     communication_alone: list[float] = []
     compute_busy: list[float] = []
     communication_busy: list[float] = []
-    pending = 1 + _calls_within(communicate, 0.03, device)
-    products = 1 + _calls_within(compute, 0.06, device)
+    pending = 1 + _calls_within(communicate, 0.03, device, group)
+    products = 1 + _calls_within(compute, 0.06, device, group)
     for _ in range(4):
         compute_alone += _time_together(compute, 5, device)
         communication_alone += _time_together(communicate, 5, device)
-        dist.barrier()
-        works = [dist.all_reduce(message, async_op=True) for _ in range(pending)]
+        dist.barrier(group=group)
+        works = [dist.all_reduce(message, group=group, async_op=True) for _ in range(pending)]
         while not works[-1].is_completed() and len(compute_busy) < 1000:
             compute_busy += _time_together(compute, 1, device)
         for work in works:
             work.wait()
-        dist.barrier()
+        dist.barrier(group=group)
         start = time.perf_counter()
-        work = dist.all_reduce(message, async_op=True)
+        work = dist.all_reduce(message, group=group, async_op=True)
         for _ in range(products):
             if work.is_completed():
                 break

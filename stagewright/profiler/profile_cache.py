@@ -74,6 +74,7 @@ class ProfileCache:
             "load": [settings.num_busy_ranks, settings.num_threads],
             "optimizer": settings.optimizer,
             "compiled": settings.compiled,
+            "cache_policy": settings.cache_policy,
         }
         self._structures = structures
         self._layers = [[layer.name, structures[layer.layer_class]] for layer in chain.layers]

@@ -10,7 +10,7 @@ import torch
 
 from stagewright.planner.errors import InvalidArgument
 from stagewright.profiler.discover import num_cores
-from stagewright.profiler.model_bench import Configuration, Kind, OptimizerName
+from stagewright.profiler.model_bench import CachePolicy, Configuration, Kind, OptimizerName
 
 DTypeName = Literal["fp64", "fp32", "bf16", "fp16"]
 
@@ -33,6 +33,7 @@ class ProfileSettings:
     device : as torch writes it.
     optimizer : whose step is timed.
     compiled : whether layers are compiled with torch.compile first.
+    cache_policy : what a layer finds in the caches: what its neighbours left (hot), or nothing (flushed).
     budget_s : about how long measuring may take.
     """
 
@@ -43,6 +44,7 @@ class ProfileSettings:
     dtype: DTypeName = "fp32"
     optimizer: OptimizerName = "adamw"
     compiled: bool = False
+    cache_policy: CachePolicy = "hot"
     budget_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -51,6 +53,10 @@ class ProfileSettings:
             raise InvalidArgument(
                 f"num_busy_ranks {self.num_busy_ranks} and num_threads {self.num_threads} must be at least 1",
                 field="num_busy_ranks",
+            )
+        if self.cache_policy not in ("hot", "flushed"):
+            raise InvalidArgument(
+                f"cache_policy {self.cache_policy!r} is neither hot nor flushed", field="cache_policy"
             )
         if self.dtype not in DTYPES:
             raise InvalidArgument(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}", field="dtype")

@@ -16,6 +16,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+_CPU_FLUSH_BYTES = 2**27
+_CUDA_FLUSH_BYTES = 2**28
+
 
 class Clock(Protocol):
     """Marks instants on a device; two marks give seconds once the device is synchronised."""
@@ -74,6 +77,12 @@ class CudaClock:
 def clock_of(device: torch.device, *, own_time: bool = False) -> Clock:
     """Return the clock of a device; `own_time` matters on CPU only."""
     return CudaClock(device) if device.type == "cuda" else CpuClock(own_time=own_time)
+
+
+def flush_of(device: torch.device) -> Callable[[], object]:
+    """Return a call that leaves nothing of use in the device's caches, by writing more than they hold."""
+    size = _CUDA_FLUSH_BYTES if device.type == "cuda" else _CPU_FLUSH_BYTES
+    return torch.empty(size, dtype=torch.uint8, device=device).zero_
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,16 @@ def test_every_layer_is_marked_once_in_forward_and_once_in_backward(chain, batch
     assert times.backward_s == (1.0,) * chain.num_layers
 
 
+def test_a_flush_between_layers_is_in_no_layers_seconds(chain, batch):
+    clock, flushes = CountingClock(), []
+    timer = LayerTimer(chain, clock, flush=lambda: flushes.append(clock.mark()))
+    with timer.hooks:
+        times = timer.full(batch)
+    assert times.forward_s == times.backward_s == (1.0,) * chain.num_layers
+    assert len(flushes) == 2 * chain.num_layers + 1
+    assert times.outside_s == 2.0
+
+
 def test_input_gradients_leave_no_gradient_in_any_parameter(chain, batch):
     timer = LayerTimer(chain, CountingClock())
     with timer.hooks:

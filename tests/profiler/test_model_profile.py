@@ -123,6 +123,7 @@ def test_a_parameter_outside_all_layers_is_refused_by_name():
         ({"num_busy_ranks": 0}, "num_busy_ranks 0"),
         ({"device": "tpu"}, "device 'tpu'"),
         ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"cache_policy": "cold"}, "cache_policy 'cold'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tiny_model_file, settings, message):
@@ -184,6 +185,15 @@ def test_a_graph_is_profiled_with_its_edges(monkeypatch):
     assert cost(profile, "stem").output_bytes == 8 * 4
     assert cost(profile, "left").forward_s > 0
     assert cost(profile, "join").input_grad_s + cost(profile, "join").weight_grad_s > 0
+
+
+def test_the_cache_policy_is_recorded(tiny_model_file):
+    settings = {"microbatches": (1,), "sequence_length": 16, "budget_s": 0.0, "device": "cpu"}
+    hot, flushed = (
+        profile_model(f"{tiny_model_file}:build", cache_policy=policy, **settings) for policy in ("hot", "flushed")
+    )
+    assert (hot.pedigree.cache_policy, flushed.pedigree.cache_policy) == ("hot", "flushed")
+    assert flushed.digest != hot.digest
 
 
 def test_the_profiles_layers_are_those_a_run_will_find(profile, tiny_model_file):
