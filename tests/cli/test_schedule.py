@@ -240,8 +240,7 @@ def test_an_unwritable_path_is_refused(call, tmp_path):
 def registered():
     from stagewright.planner.schedules.registry import families
 
-    searches = {"tessel"}  # for seconds
-    return [pytest.param(row.name, marks=[pytest.mark.soak] if row.name in searches else []) for row in families()]
+    return [row.name for row in families()]
 
 
 @pytest.mark.parametrize("name", registered())

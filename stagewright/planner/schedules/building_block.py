@@ -62,6 +62,11 @@ def v_blocks(num_ranks: int, offsets: tuple[int, int, int, int]) -> list[Block]:
     return sorted((b for b in blocks if b.peak_chunks == least), key=lambda b: (int(b.slots.max()), b.gaps))
 
 
+def block_peak(num_ranks: int, offsets: tuple[int, int, int, int]) -> int:
+    """Return the live chunks on each rank in the steady state of the best block with the given offsets."""
+    return v_blocks(num_ranks, offsets)[0].peak_chunks
+
+
 @njit(cache=True)
 def _place_block(num_ranks: int, offsets: Ints, gaps: Ints, slots: Ints) -> int:
     """Fill the start slots and return the steady peak in chunks, -1 on a conflict."""

@@ -57,6 +57,8 @@ class ScheduleFamily:
     default_chunks : virtual stages on a rank unless told.
     weight_policy : how weights change under the microbatches.
     constraint : the rule on D, T, v, K in words, with the reason; empty when any sizes do.
+    improves : the constructed order is improved for the costs, within `parameters["effort"]`, which takes most of its time.
+    held_chunks : most live chunks of a rank, from D, whatever the costs, where the construction fixes it.
     """
 
     name: str
@@ -69,3 +71,5 @@ class ScheduleFamily:
     default_chunks: int = 1
     weight_policy: WeightPolicy = WeightPolicy.FLUSH
     constraint: str = ""
+    improves: bool = False
+    held_chunks: Callable[[int], int] | None = None

@@ -66,4 +66,5 @@ FAMILY = ScheduleFamily(
     split_backward=True,
     default_chunks=2,
     constraint="T is a multiple of D, because a partial group leaves holes between the chunks",
+    improves=True,
 )

@@ -163,4 +163,5 @@ FAMILY = ScheduleFamily(
     one_f_one_b_v,
     aliases=("v-1f1b",),
     default_chunks=2,
+    improves=True,
 )

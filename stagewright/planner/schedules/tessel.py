@@ -1,18 +1,24 @@
 """Tessel: a repeating unit ("repetend") of few microbatches with the shortest period, then unrolled.
 
-Every action b of a microbatch (F, then B or I and W of each virtual stage, on the rank that holds it) gets a start t[b] in
-one period of its rank and an offset n[b] of whole periods; microbatch m runs it at t[b] + (n[b] + m) P. For a period P
+Every action b of a microbatch (F, I, W of each virtual stage, on the rank that holds it) gets a start t[b]; microbatch m runs it
+at t[b] + m P. With o[b] the place of b within the period of its rank, t[b] = o[b] modulo P, so a period holds actions of
+t[b] // P earlier microbatches, and
 
-    t[c] + n[c] P >= t[b] + n[b] P + d[b] (+ latency)     for b before c
-    t[b] - t[c] >= d[c]  or  t[c] - t[b] >= d[b]          for b, c on one rank
-    u[r] <= t[b] <= u[r] + P - d[b],  0 <= n[b] < N       u[r] is the phase of rank r
+    t[c] >= t[b] + d[b] (+ latency)      for b before c
+    o                                    the actions of a rank follow each other without overlap
 
-is a mixed integer programme in PuLP. P is bisected between the busiest rank's work, which no period can undercut, and the
-serial time; for standard placements the bound is reached. Sorting the unrolled starts gives each rank's order, which is
-free of deadlock because it is the order of a schedule with times. A cap on live activations is checked on the unrolled
-order, and N grows from 1 until it is met with the shortest period.
+Any cyclic order of a rank's actions will do, since an action can wait until its place comes round. So the busiest rank's work,
+which no period can undercut, is always reached; what the orders decide is how many microbatches are in flight, and so the
+memory. A seeded search over the cyclic orders and the phases of the ranks lowers
 
-Minimal period for the given N; the makespan for few microbatches is not claimed to be minimal.
+    excess over the cap, microbatches in flight, summed lives of the activations      (in this order)
+
+at the least period, then at growing ones until the caps hold, at last one microbatch at a time; bisection goes back from there. Sorting the unrolled starts gives each rank's order,
+which is free of deadlock because it is the order of a schedule with times; warm-up and cool-down hold subsets of the
+repetend's activations, so they keep the cap.
+
+The period is the least one without a cap; with one it is not claimed to be, nor are the microbatches in flight (the paper's SMT solver
+proves them on small placements). O(S) for each of at most 40,000 orders of a period.
 
 Paper: Lin et al., Tessel: Boosting Distributed Execution of Large DNN Models via Flexible Schedule Search, HPCA 2024.
 """
@@ -20,33 +26,70 @@ Paper: Lin et al., Tessel: Boosting Distributed Execution of Large DNN Models vi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pulp
+from numba import njit
 
 from stagewright.planner.errors import Infeasible
-from stagewright.planner.schedules.action import Action, Kind
+from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
-from stagewright.planner.schedules.peak import peak_activations
-from stagewright.planner.schedules.schedule import Schedule, encode, wave_placement
-from stagewright.planner.schedules.sizes import costs_of, require, sizes_of
+from stagewright.planner.schedules.list_scheduling import Floats, Ints
+from stagewright.planner.schedules.schedule import KIND, MICROBATCH, SLICE, STAGE, Schedule, wave_placement
+from stagewright.planner.schedules.sizes import costs_of, effort_of, require, sizes_of
 
-MOST_MICROBATCHES = 6
-PERIOD_TOLERANCE = 1e-6
-TIME_LIMIT_S = 60.0
+FIRST_STEP, STEP_GROWTH = 0.04, 1.5  # of the period, while no repetend keeps the caps
+BISECTIONS = 3  # between the last period without a repetend and the first with one
+STARTS = 2  # of the search at one period
+MOST_ORDERS = 20_000  # of one start
+LEAST_ORDERS = 50
+_KINDS = (Kind.F, Kind.I, Kind.W)
+_FORWARD, _INPUT_GRAD, _WEIGHT_GRAD = 0, 1, 2
+
+State = npt.NDArray[np.uint64]
 
 
-@dataclass(frozen=True)
+class Problem(NamedTuple):
+    """The actions of one microbatch by letter, 3 * stage + (0 for F, 1 for I, 2 for W).
+
+    Parameters
+    ----------
+    rank, duration_s : of each letter.
+    chain : letters in an order that puts predecessors first.
+    before : predecessor of each letter, -1 for none.
+    delay_s : latency from the predecessor.
+    activation, freed : of each stage: held from F, and the share freed at I.
+    cap : most live activation of each rank.
+    """
+
+    rank: Ints
+    duration_s: Floats
+    chain: Ints
+    before: Ints
+    delay_s: Floats
+    activation: Floats
+    freed: Floats
+    cap: Floats
+
+    @property
+    def least_period_s(self) -> float:
+        """The busiest rank's work for one microbatch."""
+        return float(np.bincount(self.rank, weights=self.duration_s).max())
+
+
+@dataclass(frozen=True, eq=False)
 class Repetend:
-    """One period: (kind, stage), start and offset of each action of a microbatch."""
+    """Period and start of each letter of microbatch 0."""
 
     period_s: float
-    actions: tuple[tuple[Kind, int], ...]
-    start_s: tuple[float, ...]
-    offset: tuple[int, ...]
+    start_s: Floats
+
+    @property
+    def num_in_flight(self) -> int:
+        """Microbatches of which one period runs actions."""
+        return int(np.floor(self.start_s.max() / self.period_s + 1e-9)) + 1
 
 
 def tessel(request: ScheduleRequest) -> Schedule:
@@ -60,113 +103,238 @@ def tessel(request: ScheduleRequest) -> Schedule:
         field="placement",
     )
     costs = costs_of(request, sizes)
-    problem = _Problem(placement[0], costs, request.latency_s)
-    found: Schedule | None = None
-    best = np.inf
-    for most in range(1, MOST_MICROBATCHES + 1):
-        repetend = shortest_repetend(problem, most, upper_s=best)
-        if repetend is None:
-            continue
-        schedule = unrolled(repetend, placement, sizes.num_microbatches)
-        if request.memory_cap is None or _peak(schedule, costs) <= request.memory_cap + 1e-9:
-            found, best = schedule, repetend.period_s
-            if best <= problem.least_period_s * (1 + PERIOD_TOLERANCE):
-                break
-    if found is None:
+    cap = np.inf if request.memory_cap is None else request.memory_cap
+    problem = make_problem(placement[0], costs, latency_s=request.latency_s, cap=cap)
+    held = np.bincount(placement[0], weights=costs.activation)
+    orders = int(np.clip(effort_of(request, actions=3e5) / len(problem.rank), LEAST_ORDERS, MOST_ORDERS))
+    repetend = shortest_repetend(problem, orders=orders)
+    if repetend is None:
         raise Infeasible(
-            f"no repetend of up to {MOST_MICROBATCHES} microbatches fits {request.memory_cap:g} activations",
+            f"one microbatch holds {float(held.max()):g} activations on a rank, the cap is {cap:g}",
             field="memory_cap",
-            hint="give a larger cap, or take v-min",
+            hint=f"give a cap of at least {float(held.max()):g}",
         )
-    return found
+    return unrolled(repetend, placement, sizes.num_microbatches)
 
 
-class _Problem:
-    """The actions of one microbatch with durations, ranks and precedences."""
-
-    def __init__(self, rank_of_stage: npt.NDArray[np.int32], costs: StageCosts, latency_s: float) -> None:
-        stages = range(len(rank_of_stage))
-        self.actions = [(kind, stage) for stage in stages for kind in (Kind.F, Kind.I, Kind.W)]
-        seconds = {Kind.F: costs.forward_s, Kind.I: costs.input_grad_s, Kind.W: costs.weight_grad_s}
-        self.seconds = [float(seconds[kind][stage]) for kind, stage in self.actions]
-        self.rank = [int(rank_of_stage[stage]) for _, stage in self.actions]
-        index = {action: position for position, action in enumerate(self.actions)}
-        last = len(rank_of_stage) - 1
-        self.before = [(index[Kind.F, last], index[Kind.I, last], 0.0)]
-        for stage in stages:
-            self.before.append((index[Kind.I, stage], index[Kind.W, stage], 0.0))
-            if stage < last:
-                hop = latency_s if rank_of_stage[stage] != rank_of_stage[stage + 1] else 0.0
-                self.before.append((index[Kind.F, stage], index[Kind.F, stage + 1], hop))
-                self.before.append((index[Kind.I, stage + 1], index[Kind.I, stage], hop))
-
-    @property
-    def least_period_s(self) -> float:
-        """The busiest rank's work for one microbatch."""
-        return float(np.bincount(self.rank, weights=self.seconds).max())
+def make_problem(placement: npt.NDArray[np.int32], costs: StageCosts, *, latency_s: float, cap: float) -> Problem:
+    """Return the letters of a chain of stages on ranks [num_stages]."""
+    stages = np.arange(len(placement))
+    forward, input_grad, weight_grad = (3 * stages + kind for kind in range(3))
+    before = np.full(3 * len(stages), -1, dtype=np.int64)
+    before[forward[1:]] = forward[:-1]
+    before[input_grad[-1]] = forward[-1]
+    before[input_grad[:-1]] = input_grad[1:]
+    before[weight_grad] = input_grad
+    rank = np.repeat(placement, 3).astype(np.int64)
+    seconds = np.stack((costs.forward_s, costs.input_grad_s + costs.recompute_s, costs.weight_grad_s), axis=1).ravel()
+    return Problem(
+        rank,
+        seconds,
+        np.concatenate((forward, input_grad[::-1], weight_grad[::-1])),
+        before,
+        np.where((before >= 0) & (rank != rank[before]), latency_s, 0.0),
+        costs.activation,
+        costs.freed_at_input_grad,
+        np.full(int(placement.max()) + 1, cap * (1.0 + 1e-9)),
+    )
 
 
-def shortest_repetend(problem: _Problem, num_microbatches: int, *, upper_s: float = np.inf) -> Repetend | None:
-    """Return the repetend of at most `num_microbatches` with the shortest period below `upper_s`, if there is one."""
-    low = problem.least_period_s
-    high = min(sum(problem.seconds) + sum(hop for _, _, hop in problem.before), upper_s)
-    best = _repetend_at(problem, num_microbatches, low)
-    if best is not None:
-        return best
-    while high - low > PERIOD_TOLERANCE * high:
-        middle = (low + high) / 2
-        found = _repetend_at(problem, num_microbatches, middle)
-        if found is None:
-            low = middle
-        else:
-            high, best = middle, found
-        if high - low < 0.01 * problem.least_period_s:
-            break
+def shortest_repetend(problem: Problem, *, orders: int) -> Repetend | None:
+    """Return the repetend of the shortest period at which one within the caps is found, the least period tried first.
+
+    None when one microbatch at a time, which is the last period tried, is over a cap.
+    """
+    serial_s = _serial_starts(problem)
+    last_s = float((serial_s + problem.duration_s).max())
+
+    def repetend_of(period_s: float) -> Repetend | None:
+        start_s = np.empty(len(problem.rank))
+        for seed in range(STARTS):
+            if search(problem, period_s, orders, np.array([seed], dtype=np.uint64), start_s) <= 0.0:
+                return Repetend(period_s, start_s)
+        return None
+
+    low_s, period_s, step = 0.0, problem.least_period_s, FIRST_STEP
+    best: Repetend | None = None
+    while period_s < last_s and best is None:
+        best = repetend_of(period_s)
+        if best is None:
+            low_s, period_s, step = period_s, period_s * (1.0 + step), STEP_GROWTH * step
+    if best is None:
+        held = np.bincount(problem.rank[::3], weights=problem.activation)
+        return Repetend(last_s, serial_s) if (held <= problem.cap).all() else None
+    for _ in range(BISECTIONS if low_s > 0.0 else 0):
+        middle_s = (low_s + best.period_s) / 2
+        found = repetend_of(middle_s)
+        best, low_s = (best, middle_s) if found is None else (found, low_s)
     return best
 
 
-def _repetend_at(problem: _Problem, num_microbatches: int, period_s: float) -> Repetend | None:
-    model = pulp.LpProblem("repetend", pulp.LpMinimize)
-    actions = range(len(problem.actions))
-    start = [pulp.LpVariable(f"t_{b}", 0, 2 * period_s) for b in actions]
-    offset = [pulp.LpVariable(f"n_{b}", 0, num_microbatches - 1, cat="Integer") for b in actions]
-    phase = [pulp.LpVariable(f"u_{rank}", 0, period_s) for rank in range(max(problem.rank) + 1)]
-    model += pulp.lpSum(offset)
-    for b in actions:
-        model += start[b] >= phase[problem.rank[b]]
-        model += start[b] <= phase[problem.rank[b]] + period_s - problem.seconds[b]
-    for b, c, hop in problem.before:
-        model += start[c] + period_s * offset[c] >= start[b] + period_s * offset[b] + problem.seconds[b] + hop
-    for b, c in combinations(actions, 2):
-        if problem.rank[b] == problem.rank[c]:
-            first = pulp.LpVariable(f"x_{b}_{c}", cat="Binary")
-            model += start[c] >= start[b] + problem.seconds[b] - 2 * period_s * (1 - first)
-            model += start[b] >= start[c] + problem.seconds[c] - 2 * period_s * first
-    model.solve(pulp.HiGHS(msg=False, timeLimit=TIME_LIMIT_S))
-    if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        return None
-    return Repetend(
-        period_s,
-        tuple(problem.actions),
-        tuple(float(variable.value()) for variable in start),
-        tuple(round(variable.value()) for variable in offset),
-    )
+def _serial_starts(problem: Problem) -> Floats:
+    """Return starts of the letters, one after the other along the chain."""
+    start_s = np.zeros(len(problem.rank))
+    time_s = 0.0
+    for letter in problem.chain.tolist():
+        start_s[letter] = time_s + problem.delay_s[letter]
+        time_s = start_s[letter] + problem.duration_s[letter]
+    return start_s
+
+
+@njit(cache=True)
+def search(problem: Problem, period_s: float, orders: int, state: State, best_start_s: Floats) -> float:
+    """Return the excess over the caps of the best repetend of this period; `best_start_s` [letters] becomes its starts."""
+    letters, ranks = len(problem.rank), len(problem.cap)
+    first = np.zeros(ranks + 1, dtype=np.int64)
+    for letter in range(letters):
+        first[problem.rank[letter] + 1] += 1
+    first = np.cumsum(first)
+    order = np.empty(letters, dtype=np.int64)
+    spare_s = np.full(ranks, period_s)
+    filled = first[:-1].copy()
+    for letter in problem.chain:
+        rank = problem.rank[letter]
+        order[filled[rank]] = letter
+        filled[rank] += 1
+        spare_s[rank] -= problem.duration_s[letter]
+    # The phase of a rank, and how much of its spare time stands in front of each letter.
+    gap = np.zeros(letters)
+    phase_s = np.zeros(ranks)
+    for rank in range(1, ranks):
+        phase_s[rank] = phase_s[rank - 1] + problem.duration_s[order[first[rank - 1]]]
+    start_s, offset_s = np.empty(letters), np.empty(letters)
+    best = _value(problem, order, first, gap, spare_s, phase_s, period_s, offset_s, start_s)
+    best_start_s[:] = start_s
+    for _ in range(orders):
+        if best[0] <= 0.0 and best[1] == 0.0:
+            break
+        rank = int(_uniform(state) * ranks)
+        low, high = first[rank], first[rank + 1]
+        source, target = low + int(_uniform(state) * (high - low)), low + int(_uniform(state) * (high - low))
+        draw = _uniform(state)
+        old_phase_s, old_gap = phase_s[rank], gap[source]
+        if draw < 0.6:
+            _insert(order, source, target)
+        elif draw < 0.8 and spare_s[rank] > 1e-9 * period_s:
+            gap[source] = 0.0 if _uniform(state) < 0.5 else _uniform(state)
+        else:
+            # Mostly such that the letter starts when its input arrives.
+            letter = order[source]
+            arrival_s = _uniform(state) * period_s
+            if problem.before[letter] >= 0 and _uniform(state) < 0.8:
+                earlier = problem.before[letter]
+                arrival_s = start_s[earlier] + problem.duration_s[earlier] + problem.delay_s[letter]
+            phase_s[rank] = (phase_s[rank] + arrival_s - start_s[letter]) % period_s
+        value = _value(problem, order, first, gap, spare_s, phase_s, period_s, offset_s, start_s)
+        if value <= best:
+            best = value
+            best_start_s[:] = start_s
+        else:
+            phase_s[rank], gap[source] = old_phase_s, old_gap
+            if draw < 0.6:
+                _insert(order, target, source)
+            start_s[:] = best_start_s
+    return best[0]
+
+
+@njit(cache=True)
+def _value(
+    problem: Problem, order: Ints, first: Ints, gap: Floats, spare_s: Floats, phase_s: Floats, period_s: float,
+    offset_s: Floats, start_s: Floats,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Time the letters and return (excess over the caps in shares of a cap, microbatches in flight, lives in periods)."""
+    ranks = len(problem.cap)
+    for rank in range(ranks):
+        wished = 1e-9
+        for at in range(first[rank], first[rank + 1]):
+            wished += gap[at]
+        time_s = phase_s[rank]
+        for at in range(first[rank], first[rank + 1]):
+            time_s += spare_s[rank] * gap[at] / max(wished, 1.0)
+            offset_s[order[at]] = time_s
+            time_s += problem.duration_s[order[at]]
+    last_s = 0.0
+    for letter in problem.chain:
+        ready_s = 0.0
+        earlier = problem.before[letter]
+        if earlier >= 0:
+            ready_s = start_s[earlier] + problem.duration_s[earlier] + problem.delay_s[letter]
+        turns = np.ceil((ready_s - offset_s[letter]) / period_s - 1e-9)
+        start_s[letter] = offset_s[letter] + turns * period_s
+        last_s = max(last_s, start_s[letter])
+    excess, lives = 0.0, 0.0
+    for rank in range(ranks):
+        peak = 0.0
+        for at in range(first[rank], first[rank + 1]):
+            if order[at] % 3 != _FORWARD:
+                continue
+            now_s, live = start_s[order[at]], 0.0
+            for other in range(first[rank], first[rank + 1]):
+                if order[other] % 3 != _FORWARD:
+                    continue
+                letter = order[other]
+                stage = letter // 3
+                half_s = start_s[letter + 1] + problem.duration_s[letter + 1]
+                end_s = start_s[letter + 2] + problem.duration_s[letter + 2]
+                entered = np.floor((now_s - start_s[letter]) / period_s + 1e-9) + 1.0
+                half = np.floor((now_s - half_s) / period_s + 1e-9) + 1.0
+                gone = np.floor((now_s - end_s) / period_s + 1e-9) + 1.0
+                share = problem.freed[stage]
+                live += problem.activation[stage] * (entered - share * half - (1.0 - share) * gone)
+            peak = max(peak, live)
+            lives += (start_s[order[at] + 2] - now_s) / period_s
+        if peak > problem.cap[rank]:
+            excess += (peak - problem.cap[rank]) / problem.cap[rank]
+    return excess, np.floor(last_s / period_s + 1e-9), lives
+
+
+@njit(cache=True)
+def _insert(order: Ints, source: int, target: int) -> None:
+    letter = order[source]
+    step = 1 if target > source else -1
+    for at in range(source, target, step):
+        order[at] = order[at + step]
+    order[target] = letter
+
+
+@njit(cache=True)
+def _uniform(state: State) -> float:
+    """Return a number in [0, 1) and advance the state (SplitMix64)."""
+    state[0] += np.uint64(0x9E3779B97F4A7C15)
+    mixed = state[0]
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed = mixed ^ (mixed >> np.uint64(31))
+    return float(mixed >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
 def unrolled(repetend: Repetend, placement: npt.NDArray[np.int32], num_microbatches: int) -> Schedule:
     """Return the order of `num_microbatches` copies of the repetend, one period apart."""
-    ranks = int(placement.max()) + 1
-    timed: list[list[tuple[float, int, Action]]] = [[] for _ in range(ranks)]
-    for (kind, stage), start, offset in zip(repetend.actions, repetend.start_s, repetend.offset, strict=True):
-        for microbatch in range(num_microbatches):
-            time = round(start + (offset + microbatch) * repetend.period_s, 9)
-            timed[int(placement[0, stage])].append((time, int(kind), Action(kind, stage, microbatch)))
-    orders = tuple(encode([action for _, _, action in sorted(rows)]) for rows in timed)
-    return Schedule("tessel", num_microbatches, placement, orders, parameters={"period_s": repetend.period_s})
-
-
-def _peak(schedule: Schedule, costs: StageCosts) -> float:
-    return float(peak_activations(schedule, costs).max())
+    letters = np.arange(len(repetend.start_s))
+    microbatch = np.arange(num_microbatches)
+    time_s = np.round(repetend.start_s[:, None] / repetend.period_s + microbatch, 9)
+    kinds = np.array(_KINDS, dtype=np.int32)
+    rank_of = placement[0][letters // 3]
+    orders = []
+    for rank in range(int(placement.max()) + 1):
+        own = letters[rank_of == rank]
+        times_s, letter, index = (
+            column.ravel() for column in np.broadcast_arrays(time_s[own], own[:, None], microbatch[None, :])
+        )
+        by_time = np.lexsort((letter, times_s))
+        order = np.zeros((len(by_time), 6), dtype=np.int32)
+        order[:, KIND] = kinds[letter[by_time] % 3]
+        order[:, STAGE] = letter[by_time] // 3
+        order[:, MICROBATCH] = index[by_time]
+        order[:, SLICE] = -1
+        orders.append(order)
+    return Schedule(
+        "tessel",
+        num_microbatches,
+        placement,
+        tuple(orders),
+        parameters={"period_s": repetend.period_s, "in_flight": repetend.num_in_flight},
+    )
 
 
 FAMILY = ScheduleFamily(
@@ -175,4 +343,5 @@ FAMILY = ScheduleFamily(
     tessel,
     split_backward=True,
     default_chunks=2,
+    improves=True,
 )

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stagewright.planner.schedules.building_block import best_of_blocks, v_blocks
+from stagewright.planner.schedules.building_block import best_of_blocks, block_peak, v_blocks
 from stagewright.planner.schedules.descent import Goal
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.list_scheduling import chains_of, orders_of
@@ -57,4 +57,6 @@ FAMILY = ScheduleFamily(
     v_half,
     split_backward=True,
     default_chunks=2,
+    improves=True,
+    held_chunks=lambda num_ranks: block_peak(num_ranks, _OFFSETS),
 )

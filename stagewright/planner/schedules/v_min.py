@@ -16,6 +16,7 @@ Paper: Qi et al., Pipeline Parallelism with Controllable Memory, NeurIPS 2024.
 
 from __future__ import annotations
 
+from stagewright.planner.schedules.building_block import block_peak
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.schedules.v_half import from_block
@@ -34,4 +35,6 @@ FAMILY = ScheduleFamily(
     v_min,
     split_backward=True,
     default_chunks=2,
+    improves=True,
+    held_chunks=lambda num_ranks: block_peak(num_ranks, _OFFSETS),
 )

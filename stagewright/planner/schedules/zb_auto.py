@@ -159,4 +159,5 @@ FAMILY = ScheduleFamily(
     zb_auto,
     aliases=("zb", "zb-1p", "zb-2p"),
     split_backward=True,
+    improves=True,
 )

@@ -66,4 +66,5 @@ FAMILY = ScheduleFamily(
     "Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024",
     zb_h1,
     split_backward=True,
+    improves=True,
 )

@@ -43,4 +43,5 @@ FAMILY = ScheduleFamily(
     zb_h2,
     split_backward=True,
     constraint="T is at least 2 D - 1, the warm-up of the first rank",
+    improves=True,
 )

@@ -104,4 +104,6 @@ FAMILY = ScheduleFamily(
     aliases=("v-zb", "zbv", "zbvzerobubble"),
     split_backward=True,
     default_chunks=2,
+    improves=True,
+    held_chunks=lambda num_ranks: 2 * num_ranks,
 )

@@ -15,6 +15,7 @@ from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.dhelix import paired_s
 from stagewright.planner.schedules.dynapipe import order_under_cap, padding_waste, split_batch
 from stagewright.planner.schedules.family import ScheduleRequest
+from stagewright.planner.schedules.peak import peak_activations
 from stagewright.planner.schedules.pipefisher import filled
 from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.slicing import equal_work_slices, fastest_slices
@@ -161,14 +162,38 @@ def test_dhelix_with_overlapping_pairs_is_faster_than_without():
     assert overlapped.makespan_s < apart
 
 
-@pytest.mark.parametrize("num_chunks", [1, 2])
-def test_a_repetend_reaches_the_busiest_ranks_work(num_chunks):
-    costs = StageCosts.uniform(2 * num_chunks, num_chunks=num_chunks)
-    schedule = generate("tessel", ScheduleRequest(2, 12, num_chunks=num_chunks, costs=costs))
+@pytest.mark.parametrize(("num_ranks", "num_chunks"), [(2, 1), (2, 2), (4, 1), (4, 2), (8, 2), (16, 4)])
+@pytest.mark.parametrize("is_uneven", [False, True])
+def test_a_repetend_reaches_the_busiest_ranks_work(num_ranks, num_chunks, is_uneven):
+    stages = num_ranks * num_chunks
+    costs = StageCosts.uniform(stages, num_chunks=num_chunks)
+    if is_uneven:
+        costs = StageCosts.of(*np.random.default_rng(stages).uniform(0.5, 1.5, (3, stages)))
+    schedule = generate("tessel", ScheduleRequest(num_ranks, 24, num_chunks=num_chunks, costs=costs))
     validate(schedule)
-    assert schedule.parameters["period_s"] == pytest.approx(3.0)
-    timeline = simulate(schedule, costs)
-    assert timeline.makespan_s == pytest.approx(3.0 * 12, abs=6.0)
+    work_s = (costs.forward_s + costs.input_grad_s + costs.weight_grad_s) @ (
+        schedule.placement[0][:, None] == np.arange(num_ranks)
+    )
+    assert schedule.parameters["period_s"] == pytest.approx(work_s.max())
+    latest_s = schedule.parameters["in_flight"] * work_s.max()
+    assert simulate(schedule, costs).makespan_s <= (24 * work_s.max() + latest_s) * (1 + 1e-9)
+
+
+def test_a_repetend_needs_no_more_activations_than_1f1b_and_fewer_on_a_v():
+    for num_chunks, cap in ((1, 4.0), (2, 3.0)):
+        costs = StageCosts.uniform(4 * num_chunks, num_chunks=num_chunks)
+        schedule = generate("tessel", ScheduleRequest(4, 16, num_chunks=num_chunks, costs=costs, memory_cap=cap))
+        assert schedule.parameters["period_s"] == pytest.approx(3.0)
+        assert peak_activations(schedule, costs).max() <= cap
+
+
+def test_a_repetend_of_one_microbatch_is_the_last_resort():
+    costs = StageCosts.uniform(8, num_chunks=2)
+    serial = generate("tessel", ScheduleRequest(4, 6, costs=costs, memory_cap=1.0))
+    validate(serial, costs=costs, memory_cap=1.0)
+    assert serial.parameters["in_flight"] == 1
+    with pytest.raises(Infeasible, match=r"holds 1 activations on a rank, the cap is 0.9"):
+        generate("tessel", ScheduleRequest(4, 6, costs=costs, memory_cap=0.9))
 
 
 def test_filling_bubbles_lengthens_nothing_and_uses_them():

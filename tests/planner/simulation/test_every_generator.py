@@ -18,7 +18,6 @@ from stagewright.planner.simulation.network import Links
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.validate import validate
 
-SEARCHING = {"tessel"}  # takes seconds beyond two ranks
 NAMES = sorted(row.name for row in families())
 
 requests = st.tuples(
@@ -34,8 +33,6 @@ requests = st.tuples(
 
 def check(case):
     name, ranks, microbatches, chunks, slices, waves, latency_s = case
-    if name in SEARCHING:
-        ranks, microbatches = min(ranks, 2), min(microbatches, 4)
     request = ScheduleRequest(
         ranks,
         microbatches,

@@ -28,17 +28,24 @@ from stagewright.planner.schedules.auto.sweep import sweep
 
 INFEASIBLE_S = 1e9  # cost of a block over its cap, before its excess
 RESTART_AFTER = 4000  # blocks without a better one
+SCAN = 64  # blocks without slack, of growing stretch, that the first climb starts from
+SCAN_STEP = 0.02
+LETTERS_PER_MOVE = 25  # letters placed in the time of an annealing move
+ACTIONS_PER_MOVE = 80  # actions of an order written and timed in the time of an annealing move
 
 
-def search_blocks(instance: Instance, *, evaluations: int, seed: int) -> tuple[float, Ints]:
-    """Return the best makespan and words among `evaluations` blocks; infinite when no block keeps the caps."""
+def search_blocks(instance: Instance, *, moves: int, seed: int) -> tuple[float, Ints]:
+    """Return the best makespan and words among the blocks that cost as much as `moves` annealing moves.
+
+    The makespan is infinite when no block keeps the caps.
+    """
     words = empty_words(instance)
     best = climb_blocks(
         instance.tables,
         instance.costs.activation,
         instance.costs.freed_at_input_grad,
         stages_by_rank(instance),
-        evaluations,
+        moves,
         seeded(seed),
         words,
     )
@@ -47,7 +54,7 @@ def search_blocks(instance: Instance, *, evaluations: int, seed: int) -> tuple[f
 
 @njit(cache=True)
 def climb_blocks(
-    tables: Tables, activation: Floats, freed: Floats, stages: Ints, evaluations: int, state: State, best_words: Ints
+    tables: Tables, activation: Floats, freed: Floats, stages: Ints, moves: int, state: State, best_words: Ints
 ) -> float:
     """Return the best value; `best_words` is overwritten with its order when it keeps the caps."""
     num_letters = len(tables.rank)
@@ -64,8 +71,13 @@ def climb_blocks(
     slack = np.zeros(num_letters)
     trial = slack.copy()
     stretch = 1.0
-    since_better = RESTART_AFTER
-    for _ in range(evaluations):
+    since_better = 0
+    placing_cost = 1 + num_letters // LETTERS_PER_MOVE
+    timing_cost = num_letters * tables.num_microbatches // ACTIONS_PER_MOVE
+    spent, block = 0, -1
+    while spent < moves:
+        block += 1
+        spent += placing_cost
         if since_better >= RESTART_AFTER:
             since_better = 0
             current = np.inf
@@ -75,7 +87,9 @@ def climb_blocks(
             stretch = 1.0 + 1.2 * uniform(state) ** 2
         trial[:] = slack
         trial_stretch = stretch
-        if current < np.inf:
+        if block < SCAN:
+            trial_stretch = 1.0 + SCAN_STEP * block
+        elif current < np.inf:
             for _ in range(1 + below(state, 3)):
                 trial[below(state, num_letters)] = _draw_slack(mean_s, 0.6, state)
             if uniform(state) < 0.3:
@@ -89,6 +103,7 @@ def climb_blocks(
             if excess > 0.0:
                 value = INFEASIBLE_S * (1.0 + excess) + _lifetime(tables, start_s)
             else:
+                spent += timing_cost
                 _unroll(tables, stages, period_s, start_s, words)
                 value = sweep(tables, words, end_s)
         since_better += 1

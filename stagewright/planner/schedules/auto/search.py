@@ -38,7 +38,7 @@ Progress = Callable[[float, float], None]
 
 TEMPERATURES = (0.1, 0.03, 0.2, 0.01)  # first temperatures in shares of the mean action
 FIRST_SHARE, EXACT_SHARE, BOUND_SHARE = 0.35, 0.1, 0.05  # of the budget; leaders anneal with the rest
-BLOCK_SHARE, CLIMB_SHARE = 0.25, 0.1  # of a placement's first visit
+BLOCK_SHARE, CLIMB_SHARE = 0.35, 0.1  # of a placement's first visit
 LEADERS = 2
 ROUNDS = 4  # annealing runs of each leader
 EXACT_ACTIONS = 12  # on a rank; up to this size the exact search goes on until it ends
@@ -122,9 +122,9 @@ class _Search:
     def _first_visit(self, visit: _Visit, budget: int) -> None:
         instance = visit.instance
         seed = self.request.seed
-        blocks = int(budget * BLOCK_SHARE) // _moves_per_order(instance, 80)
+        blocks = int(budget * BLOCK_SHARE)
         if blocks and not self.is_late():
-            visit.pool.add(*search_blocks(instance, evaluations=blocks, seed=seed))
+            visit.pool.add(*search_blocks(instance, moves=blocks, seed=seed))
             visit.evaluations += blocks
         climbs = int(budget * CLIMB_SHARE) // _moves_per_order(instance, 8)
         if climbs and not self.is_late():

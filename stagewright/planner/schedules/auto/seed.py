@@ -1,27 +1,34 @@
 """The named schedules as starting orders: what the search returns is never worse than any of them.
 
-Each family is generated once for each number of chunks, with the cap when it can use one, and its orders start the search on the
-placement that they assume. Tessel is left out: its generator is itself a search over periods, slower than this one.
+Every family that fits the placements is tried for each number of chunks, with the cap when it can use one. Fixed orders come first
+and cost little. A family that improves its order for the costs is drawn up without improvement; only then, the most promising
+first, it is generated in full, and only where it could still matter. It is left out
+
+- when its floor, a bound on every order of its placement under the caps, is not below the best order known. The floor counts a
+  full backward as one action where the family does not split it, and holds the chunks that its construction allows;
+- when the order it is drawn up with is over the caps on every placement: improvement fills memory, it does not save any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from stagewright.planner.errors import StagewrightError
 from stagewright.planner.schedules import registry
 from stagewright.planner.schedules.action import Kind
+from stagewright.planner.schedules.auto.bound import lower_bound
 from stagewright.planner.schedules.auto.instance import Instance, Ints
 from stagewright.planner.schedules.auto.site import Site
 from stagewright.planner.schedules.auto.sweep import end_times
 from stagewright.planner.schedules.auto.word import fits, fused_makespan, words_of
+from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.schedule import KIND, STAGE, Schedule
 
-SEARCHES = frozenset({"tessel"})  # families that are searches themselves
+IN_FULL = 1.0  # parameters["effort"] of a family when a user names it
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,31 +41,77 @@ class Seed:
     words: Ints
 
 
+class _Seeds:
+    """The seeds found so far, by site."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        self.sites = sites
+        self.found: list[list[Seed]] = [[] for _ in sites]
+        self.best_s = np.inf
+
+    def add(self, family: ScheduleFamily, chunks: int, effort: float) -> list[Seed]:
+        """Generate the family's orders of this number of chunks, keep and return those that fit."""
+        same = [(index, site) for index, site in enumerate(self.sites) if site.num_chunks == chunks]
+        kept = []
+        for schedule in _schedules(family, same[0][1], effort):
+            for index, site in same:
+                seed = _seed(family.name, schedule, site.instance)
+                if seed is not None:
+                    self.found[index].append(seed)
+                    self.best_s = min(self.best_s, seed.split_s)
+                    kept.append(seed)
+        return kept
+
+    def floor_s(self, family: ScheduleFamily, chunks: int) -> float:
+        """Return seconds that no order of the family undercuts, as it is named, on any site."""
+        return min(_floor_s(family, site.instance) for site in self.sites if site.num_chunks == chunks)
+
+
 def seeds(sites: list[Site], *, is_late: Callable[[], bool]) -> list[list[Seed]]:
-    """Return, for each site, every named order of its placement that keeps the caps, best split makespan first.
+    """Return named orders of each site that keep its caps, best split makespan first; no named order beats the best of them.
 
     `is_late` is asked before each family; once it says so, what was found so far is returned.
     """
-    found: list[list[Seed]] = [[] for _ in sites]
-    families = [
-        family
+    collected = _Seeds(sites)
+    choices = [
+        (family, chunks)
+        for chunks in sorted({site.num_chunks for site in sites})
         for family in registry.families()
-        if family.synchronous and family.num_replicas == 1 and family.name not in SEARCHES
+        if family.synchronous and family.num_replicas == 1
     ]
-    for chunks in sorted({site.num_chunks for site in sites}):
-        same = [(index, site) for index, site in enumerate(sites) if site.num_chunks == chunks]
-        for family in families:
-            if is_late():
-                break
-            for schedule in _schedules(family, same[0][1]):
-                for index, site in same:
-                    seed = _seed(family.name, schedule, site.instance)
-                    if seed is not None:
-                        found[index].append(seed)
-    return [sorted(site_seeds, key=lambda seed: (seed.split_s, seed.named_s)) for site_seeds in found]
+    promising: list[tuple[float, ScheduleFamily, int]] = []
+    for family, chunks in choices:
+        if is_late():
+            break
+        drawn = collected.add(family, chunks, 0.0 if family.improves else IN_FULL)
+        if family.improves and drawn:
+            promising.append((min(seed.split_s for seed in drawn), family, chunks))
+    for _, family, chunks in sorted(promising, key=lambda choice: choice[0]):
+        if is_late():
+            break
+        if collected.floor_s(family, chunks) < collected.best_s:
+            collected.add(family, chunks, IN_FULL)
+    return [sorted(found, key=lambda seed: (seed.split_s, seed.named_s)) for found in collected.found]
 
 
-def _schedules(family: ScheduleFamily, site: Site) -> Iterator[Schedule]:
+def _floor_s(family: ScheduleFamily, instance: Instance) -> float:
+    costs, cap = instance.costs, instance.cap
+    if not family.split_backward:
+        costs = replace(
+            costs,
+            input_grad_s=costs.input_grad_s + costs.weight_grad_s,
+            weight_grad_s=np.zeros(costs.num_stages),
+            freed_at_input_grad=np.zeros(costs.num_stages),
+        )
+    floor_s = lower_bound(replace(instance, costs=costs), rounds=0)
+    if family.held_chunks is None:
+        return floor_s
+    counted = replace(costs, activation=np.ones(costs.num_stages), freed_at_input_grad=np.zeros(costs.num_stages))
+    held = np.full(instance.num_ranks, float(family.held_chunks(instance.num_ranks)))
+    return max(floor_s, lower_bound(replace(instance, costs=counted, cap=held), rounds=0))
+
+
+def _schedules(family: ScheduleFamily, site: Site, effort: float) -> Iterator[Schedule]:
     """Yield the family's schedule of this size: under the tightest cap where the family can meet it, else without."""
     instance = site.instance
     caps: list[float | None] = [None]
@@ -76,6 +129,7 @@ def _schedules(family: ScheduleFamily, site: Site) -> Iterator[Schedule]:
                 latency_s=instance.latency_s,
                 memory_cap=cap,
                 placement=placement,
+                parameters={"effort": effort},
             )
             try:
                 yield family.generate(request)

@@ -25,17 +25,8 @@ SIZES = ((2, 4), (4, 8), (4, 12), (6, 12), (8, 16))
 
 
 def registry_cases():
-    """Every family at every size; the ones that search for long at more than two ranks only in the long run."""
-    return [
-        pytest.param(
-            family.name,
-            ranks,
-            microbatches,
-            marks=[pytest.mark.soak] if family.name == "tessel" and ranks > 2 else [],
-        )
-        for family in families()
-        for ranks, microbatches in SIZES
-    ]
+    """Every family at every size."""
+    return [(family.name, ranks, microbatches) for family in families() for ranks, microbatches in SIZES]
 
 
 @pytest.mark.parametrize(("name", "ranks", "microbatches"), registry_cases())
