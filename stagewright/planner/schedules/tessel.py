@@ -234,7 +234,7 @@ def search(problem: Problem, period_s: float, orders: int, state: State, best_st
             if draw < 0.6:
                 _insert(order, target, source)
             start_s[:] = best_start_s
-    return best[0]
+    return float(best[0])
 
 
 @njit(cache=True)

@@ -24,7 +24,6 @@ from stagewright.planner.schedules.auto.instance import Instance, Ints
 from stagewright.planner.schedules.auto.site import Site
 from stagewright.planner.schedules.auto.sweep import end_times
 from stagewright.planner.schedules.auto.word import fits, fused_makespan, words_of
-from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.schedule import KIND, STAGE, Schedule
 
@@ -95,7 +94,7 @@ def seeds(sites: list[Site], *, is_late: Callable[[], bool]) -> list[list[Seed]]
 
 
 def _floor_s(family: ScheduleFamily, instance: Instance) -> float:
-    costs, cap = instance.costs, instance.cap
+    costs = instance.costs
     if not family.split_backward:
         costs = replace(
             costs,
