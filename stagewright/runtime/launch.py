@@ -26,7 +26,7 @@ from stagewright.runtime.status import StatusFile
 Progress = Callable[[str, int, int], None]
 
 _POLL_S = 0.05
-_SETTLE_S = 1.5
+_SETTLE_S = 2.5
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -146,7 +146,9 @@ class _Watch:
             here = self._status.read(rank)
             if here.pid and rank not in self._dead and here.phase != "done" and not _is_rank(here.pid):
                 place = self._describe(rank, here.step, here.position) or f"while {here.phase}"
-                self._dead[rank] = RankFailure(rank, DIED, place, "died without a word (killed?)", time_s=now())
+                self._dead[rank] = RankFailure(
+                    rank, DIED, place, "died without a word (killed, or cut off from its peers)", time_s=now()
+                )
         return bool(self._dead) or next(self._directory.glob("failure.*.json"), None) is not None
 
     def settle(self, process: subprocess.Popen[bytes]) -> None:

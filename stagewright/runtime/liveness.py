@@ -26,6 +26,7 @@ from stagewright.runtime.status import StatusFile
 BEAT_S = 0.5
 LOST_AFTER_S = 5.0
 STARTUP_S = 120.0
+CUT_OFF = "was cut off: the store cannot be reached"
 
 
 class Liveness:
@@ -79,7 +80,7 @@ class Liveness:
             try:
                 self._stores[0].set(f"beat/{self._rank}", json.dumps([beats, here.step, here.position]))
             except RuntimeError:
-                self._end(RankFailure(self._rank, SILENT, "", "the store cannot be reached", time_s=now()))
+                self._end(RankFailure(self._rank, SILENT, "", CUT_OFF, time_s=now()))
 
     def _watch(self) -> None:
         store = self._stores[1]
@@ -92,7 +93,7 @@ class Liveness:
                     self._end(RankFailure(**json.loads(store.get("lost"))))
                 beats = {rank: store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b"" for rank in watched}
             except RuntimeError:
-                self._end(RankFailure(self._rank, SILENT, "", "the store cannot be reached", time_s=now()))
+                self._end(RankFailure(self._rank, SILENT, "", CUT_OFF, time_s=now()))
             moment = time.monotonic()
             paused = moment - last_round > LOST_AFTER_S / 2  # this very process was stopped: nobody else is to blame
             last_round = moment

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 from stagewright.runtime.failure import CONNECTION, OWN, RankFailure, now
 from stagewright.runtime.job import RunJob
 from stagewright.runtime.status import RankStatus, StatusFile
+
+_SECOND_LOOK_S = 1.0
 
 
 def main(path: str) -> int:
@@ -28,6 +31,8 @@ def main(path: str) -> int:
         _run(job, rank, world, status)
     except BaseException as error:
         signal.alarm(0)
+        if _is_connection(error):
+            time.sleep(_SECOND_LOOK_S)  # when it is this rank that was cut off, its own beat finds out meanwhile
         _report(job, rank, status, error)
         traceback.print_exc()
         sys.stderr.flush()

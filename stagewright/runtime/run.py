@@ -19,7 +19,7 @@ from stagewright.runtime.program import describe_action, program_of
 from stagewright.runtime.replay import compose, replayed_ranks
 from stagewright.runtime.replay import replay as run_replays
 from stagewright.runtime.report import RunReport, make_replay_report, make_report
-from stagewright.runtime.support import check_supported
+from stagewright.runtime.support import check_memory, check_supported, check_world
 
 CHECKS = ("gradients", "memory", "traffic", "time")
 
@@ -66,8 +66,11 @@ def run_plan(
     if steps < 1:
         raise InvalidArgument(f"steps is {steps}, it must be at least 1", field="steps")
     check_supported(plan)
+    check_world(plan, torchrun_arguments)
     replayed = None if replay is None else replayed_ranks(plan, replay)
     schedule, evaluation = program_of(plan, profile)
+    if not emulate:
+        check_memory(plan, evaluation.prediction.peak_memory_bytes)
     if not evaluation.schedule.is_synchronous:
         checks = tuple(check for check in checks if check != "gradients")  # one process has no delayed weights
     with _run_directory(directory) as path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.prediction import device_of
 
 PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
 
@@ -47,4 +50,33 @@ def check_supported(plan: Plan) -> None:
     if plan.job.precision not in PRECISIONS:
         raise InvalidArgument(
             f"the runtime does not train in {plan.job.precision}", field="job.precision", hint=", ".join(PRECISIONS)
+        )
+
+
+def check_memory(plan: Plan, peak_memory_bytes: Sequence[float]) -> None:
+    """Raise InvalidArgument when a pipeline rank's predicted peak exceeds the memory of its device."""
+    for rank, peak in enumerate(peak_memory_bytes):
+        stage = next(s for row in plan.schedule.placement for s, holder in enumerate(row) if holder == rank)
+        memory = device_of(plan.cluster, plan.stages[stage].group).memory_bytes
+        if peak > memory:
+            raise InvalidArgument(
+                f"pipeline rank {rank} needs {peak / 2**30:.1f} GiB, its device has {memory / 2**30:.1f}",
+                field="memory",
+                hint="plan again for this cluster, recompute more layers, or emulate the plan with --emulate",
+            )
+
+
+def check_world(plan: Plan, torchrun_arguments: Sequence[str]) -> None:
+    """Raise InvalidArgument when torchrun is told another number of ranks than the plan has."""
+    told = dict(
+        argument.lstrip("-").replace("_", "-").split("=", 1) for argument in torchrun_arguments if "=" in argument
+    )
+    each, nodes = told.get("nproc-per-node"), told.get("nnodes", "1")
+    if each is None or not each.isdecimal() or not nodes.isdecimal():
+        return
+    if int(each) * int(nodes) != plan.num_devices:
+        raise InvalidArgument(
+            f"torchrun is told {nodes} nodes x {each} ranks = {int(each) * int(nodes)}, the plan has {plan.num_devices}",
+            field="nproc-per-node",
+            hint="leave it out, or plan for that many devices",
         )

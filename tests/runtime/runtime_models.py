@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -158,6 +164,23 @@ class BrokenBlock(TinyBlock):
 
 def build() -> nn.Module:
     return TinyModel(3)
+
+
+def build_to_cut() -> nn.Module:
+    """As `build`, on a rank that closes its own connections when the file that the environment names says its number."""
+    threading.Thread(
+        target=_cut_when_told, args=(Path(os.environ["CUT_FILE"]), os.environ["RANK"]), daemon=True
+    ).start()
+    return build()
+
+
+def _cut_when_told(file: Path, rank: str) -> None:
+    while not file.exists() or file.read_text() != rank:
+        time.sleep(0.02)
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if str(entry.readlink()).startswith("socket:"):
+                socket.socket(fileno=os.dup(int(entry.name))).shutdown(socket.SHUT_RDWR)
 
 
 def build_wide() -> nn.Module:

@@ -34,7 +34,7 @@ def cases() -> list[Case]:
                 ranks,
                 1 if family.name == "naive" else ranks * factor,
                 num_slices=2 if sliced else 1,
-                dropout=0.0 if sliced else 0.1,
+                dropout=0.0 if sliced or family.name == "autopipe" else 0.1,  # halves draw other masks than wholes
                 dtype=dtype,
                 num_steps=2,
                 tied=factor == 1,

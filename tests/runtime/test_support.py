@@ -12,7 +12,7 @@ from stagewright.modeling import split
 from stagewright.planner.documents import Degrees
 from stagewright.planner.errors import InvalidArgument
 from stagewright.runtime.run import run_plan
-from stagewright.runtime.support import check_supported
+from stagewright.runtime.support import check_memory, check_supported
 
 
 def documents(**degrees):
@@ -60,3 +60,17 @@ def test_an_unknown_check_is_refused(name):
     plan, profile = documents()
     with pytest.raises(InvalidArgument, match=f"no check '{name}'"):
         run_plan(plan, profile, model="nothing:imported", checks=(name,))
+
+
+def test_a_plan_that_does_not_fit_its_devices_is_refused_with_both_numbers():
+    plan, _ = documents()
+    memory = plan.cluster.groups[0].device.memory_bytes
+    check_memory(plan, (memory, memory))
+    with pytest.raises(InvalidArgument, match=r"pipeline rank 1 needs 160\.0 GiB, its device has 74\.5"):
+        check_memory(plan, (memory, 160 * 2**30))
+
+
+def test_another_number_of_ranks_than_the_plans_is_refused_before_a_rank_starts():
+    plan, profile = documents()
+    with pytest.raises(InvalidArgument, match=r"1 nodes x 3 ranks = 3, the plan has 2"):
+        run_plan(plan, profile, model="nothing:imported", torchrun_arguments=("--nproc-per-node=3",))
