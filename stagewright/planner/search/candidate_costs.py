@@ -257,6 +257,7 @@ class CandidateCosts:
             replica_latency_s=self.replica_latency_s,
             capacity_bytes=self.capacity_bytes,
             step_overhead_s=self.step_overhead_s,
+            microbatches_each=order.key.num_microbatches / order.num_replicas,
         )
 
     def may_wait(self, counts: Longs, bounds: Sequence[int] | Longs) -> bool:

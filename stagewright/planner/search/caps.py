@@ -173,7 +173,7 @@ def _cap(
     if min(limit - step, limit - back) < 0.0:
         return -1
     unit = each * time + tables.step_s[bulk]
-    low, high = -1, number
+    low, high = -1, number * len(tables.placement)
     while low < high:
         middle = (low + high + 1) // 2
         spare = min(limit - step - middle * unit, limit - back - middle * each * time) / each

@@ -31,8 +31,8 @@ LIGHT_ITERATIONS = 25
 FULL_ITERATIONS = 40
 _SMOOTHING = 0.85
 _TOLERANCE = 1e-7
+_PROMISING = 1.06  # a rounded point this far above the incumbent is not improved
 _CLOSE_ENOUGH = 1e-3  # between a program's bound and its simulated point, where it cannot close any more
-_ROUNDINGS = (0.5, 0.35, 0.65)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class Closer:
         return Closed(incumbent_s if best is None else best.step_s, "enumerated", best, simulated)
 
     def close(
-        self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None, *, complete: bool = True
+        self, costs: CandidateCosts, target_s: float, incumbent_s: float, rank_layers: tuple[Longs, Longs] | None
     ) -> Closed:
         """Return a bound of at least `target_s`, or the best bound, with the completion its program leads to."""
         self.num_programs += 1
@@ -77,12 +77,9 @@ class Closer:
         if full.bound_s >= target_s:
             return Closed(full.bound_s, "full program", simulated=simulated)
         best: Completion | None = None
-        if complete and full.point is not None:
-            for share in _ROUNDINGS:
-                found, made = improve(costs, _rounded(costs, full.point, share))
-                simulated += made
-                if found is not None and (best is None or found.step_s < best.step_s):
-                    best = found
+        if full.point is not None:
+            best, made = improve(costs, _rounded(costs, full.point), give_up_s=_PROMISING * incumbent_s)
+            simulated += made
         return Closed(max(light.bound_s, full.bound_s), "open", best, simulated)
 
     def _kelley(
@@ -138,15 +135,32 @@ class Closer:
         return _Run(bound, best if best is not None else point, simulated)
 
 
-def _rounded(costs: CandidateCosts, point: Point, share: float) -> Longs:
-    """Return bounds near a program's point: cumulative layers plus `share`, rounded down, at least a layer a stage."""
-    ends = np.floor(np.cumsum(point.layers.sum(axis=1)) + share).astype(np.int64)
-    bounds = np.zeros(costs.num_stages + 1, dtype=np.int64)
-    for stage in range(costs.num_stages):
-        left = costs.num_stages - 1 - stage
-        bounds[stage + 1] = min(max(int(ends[stage]), int(bounds[stage]) + 1), costs.num_layers - left)
-    bounds[-1] = costs.num_layers
-    return bounds
+def _rounded(costs: CandidateCosts, point: Point) -> Longs:
+    """Return bounds near a program's point: ranks to whole layers by largest remainders, then stages inside each rank.
+
+    Every stage keeps at least one layer. With two replicas the stages are rounded at once.
+    """
+    wanted = point.layers.sum(axis=1)
+    if costs.order.num_replicas > 1:
+        sizes = _whole(wanted, costs.num_layers)
+    else:
+        held = [[slot.stage for slot in slots] for slots in costs.order.slots]
+        ranks = _whole(np.array([wanted[stages].sum() for stages in held]), costs.num_layers, [len(s) for s in held])
+        sizes = np.ones(costs.num_stages, dtype=np.int64)
+        for stages, total in zip(held, ranks.tolist(), strict=True):
+            sizes[stages] = _whole(wanted[stages], total)
+    return np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(sizes)))
+
+
+def _whole(wanted: Floats, total: int, least: list[int] | None = None) -> Longs:
+    """Return integers near `wanted` that sum to `total`, each at least its least (1): largest remainders."""
+    lowest = np.ones(len(wanted), dtype=np.int64) if least is None else np.array(least, dtype=np.int64)
+    sizes = np.maximum(np.floor(wanted + 1e-9).astype(np.int64), lowest)
+    while sizes.sum() < total:
+        sizes[int(np.argmax(wanted - sizes))] += 1
+    while sizes.sum() > total:
+        sizes[int(np.argmin(np.where(sizes > lowest, wanted - sizes, np.inf)))] -= 1
+    return sizes
 
 
 @dataclass(frozen=True, eq=False)

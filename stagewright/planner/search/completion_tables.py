@@ -20,9 +20,14 @@ Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+_POWER = 32
+
 
 class CompletionTables(NamedTuple):
-    """The fields of a candidate's costs and order, as numba takes them; names as in `CandidateCosts` and `Order`."""
+    """The fields of a candidate's costs and order, as numba takes them; names as in `CandidateCosts` and `Order`.
+
+    `microbatches_each` run through a slot.
+    """
 
     before: Ints
     across: Ints
@@ -56,6 +61,7 @@ class CompletionTables(NamedTuple):
     replica_latency_s: Floats
     capacity_bytes: float
     step_overhead_s: float
+    microbatches_each: float
 
 
 class Scratch(NamedTuple):
@@ -207,3 +213,21 @@ def _fill_seconds(tables: CompletionTables, bounds: Longs, counts: Longs, scratc
             if a != b:
                 tail_s[a] += tables.tie_s[tie, a, b]
                 tail_s[b] += tables.tie_s[tie, a, b]
+
+
+@njit(cache=True)
+def crowding(tables: CompletionTables, scratch: Scratch, step_s: float) -> float:
+    """Return a power mean of the ranks' own work over the step, in 0 to about 1: what many equally full ranks hide.
+
+    Moves that leave the step alone but take work from one of several fullest ranks lower it.
+    """
+    stages = tables.placement.shape[1]
+    total = 0.0
+    for rank in range(len(tables.slot_stage)):
+        work = scratch.tail_s[rank]
+        for place in range(tables.slot_stage.shape[1]):
+            stage = tables.slot_stage[rank, place]
+            if stage >= 0:
+                work += tables.microbatches_each * (scratch.seconds[stage] + scratch.seconds[stages + stage])
+        total += (work / step_s) ** _POWER
+    return float(total / len(tables.slot_stage))

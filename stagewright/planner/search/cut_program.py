@@ -6,7 +6,7 @@
          lo_r <= sum of n of the largest class over the stages of rank r <= hi_r           caps at the target
          1 <= sum_k n[s, k];  n[s, k] = 0 where run k cannot reach stage s
          sum_l e[s, k, l] <= n[s, k]                                  layers raised above the weakest level
-         states + live vectors . bytes + workspace <= capacity        for every rank and vector
+         states + live vectors . bytes + workspace <= capacity        for every rank and up to 4 of its vectors
 
 n and e are real: a relaxation, so its optimum bounds every completion of the candidate from below. The light program has
 no e and no memory rows. F, I, W and the tails are linear in n and e; hops take the least tensor that may cross.
@@ -28,6 +28,8 @@ from stagewright.planner.search.order import Cut
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
+
+MOST_VECTORS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +113,7 @@ class CutProgram:
                 cells = [(slot.stage, run) for slot in slots for run in bulk]
                 self._sum_row(float(rank_layers[0][rank]), float(rank_layers[1][rank]), cells)
         if self._memory:
-            self._memory_rows()
+            self._memory_rows(rank_layers)
 
     def _sum_row(self, lower: float, upper: float, cells: list[tuple[int, int]]) -> None:
         """Add a row over the layers of some (stage, run), a cell named twice counting twice."""
@@ -122,7 +124,7 @@ class CutProgram:
                 total[column] = total.get(column, 0.0) + 1.0
         self._add(lower, upper, list(total), list(total.values()))
 
-    def _memory_rows(self) -> None:
+    def _memory_rows(self, rank_layers: tuple[Longs, Longs] | None) -> None:
         stages, runs = self._shape
         if self._raise:
             for stage in range(stages):
@@ -132,24 +134,41 @@ class CutProgram:
                     index = [self._raised(p, stage, run) for p in range(len(self._raise))]
                     self._add(-np.inf, 0.0, [*index, self._index(stage, run)], [1.0] * len(index) + [-1.0])
         costs = self._costs
-        workspace = costs.runs.workspace_bytes[costs.levels].min(axis=0)
         scale = 1.0 / max(costs.capacity_bytes, 1.0)
         for rank in range(costs.order.num_ranks):
-            least = min(float(workspace.max()), self._least_workspace(rank, workspace))
-            for live in costs.order.live[rank]:
-                index, value = self._bytes_row(rank, live)
+            most = costs.num_layers if rank_layers is None else int(rank_layers[1][rank])
+            least = self._least_workspace(rank)
+            steps = self._workspace_steps(rank, least, most)
+            for live in _some(costs.order.live[rank]):
+                index, value = self._bytes_row(rank, live, steps)
                 self._add(-np.inf, (costs.capacity_bytes - least) * scale, index, np.array(value) * scale)
 
-    def _least_workspace(self, rank: int, workspace: Floats) -> float:
-        """Return what the rank's workspace is at least: that of a run which must stand on one of its stages."""
-        reach = reachable(self._costs)
-        least = np.inf
-        for slot in self._costs.order.slots[rank]:
-            least = min(least, float(workspace[reach[slot.stage]].min()))
-        return float(least)
+    def _least_workspace(self, rank: int) -> float:
+        """Return what the rank's workspace is at least: on every stage stands some layer that reaches it."""
+        costs, reach = self._costs, reachable(self._costs)
+        workspace = costs.runs.workspace_bytes[costs.levels].min(axis=0)
+        sure = [float(workspace[reach[slot.stage]].min()) for slot in costs.order.slots[rank]]
+        ends = {0: 0, costs.num_stages - 1: costs.runs.num_runs - 1}
+        sure += [float(workspace[ends[slot.stage]]) for slot in costs.order.slots[rank] if slot.stage in ends]
+        return max(sure)
 
-    def _bytes_row(self, rank: int, live: Floats) -> tuple[list[int], list[float]]:
-        runs = self._costs.runs
+    def _workspace_steps(self, rank: int, least: float, most: int) -> Floats:
+        """Return bytes that a layer of the largest class at each level adds to the row for its workspace, [3].
+
+        A rank of at most m such layers that recomputes any at level l needs that level's workspace w_l, and e_l / m is at
+        most 1 if there are any: with w rising, w >= w_0 + sum_l (w_l - w_{l-1}) (e_l + ... + e_2) / m.
+        """
+        workspace = self._costs.runs.workspace_bytes[:, self._costs.bulk_run]
+        steps, before = np.zeros(3), least
+        for level in self._raise:
+            rise = max(float(workspace[level]) - before, 0.0)
+            steps[level] = (steps[level - 1] if level > self._base + 1 else 0.0) + rise / max(most, 1)
+            before += rise
+        return steps
+
+    def _bytes_row(self, rank: int, live: Floats, steps: Floats) -> tuple[list[int], list[float]]:
+        runs, of_class = self._costs.runs, self._costs.classes.run_class
+        alike = of_class == of_class[self._costs.bulk_run]
         index: list[int] = []
         value: list[float] = []
         for place, slot in enumerate(self._costs.order.slots[rank]):
@@ -161,6 +180,8 @@ class CutProgram:
                 value.append(float(runs.state_bytes[run] + each[self._base, run]))
                 for position, level in enumerate(self._raise):
                     saved = float(each[level, run] - each[self._base, run])
+                    if alike[run]:
+                        saved += float(steps[level])
                     if saved != 0.0:
                         index.append(self._raised(position, slot.stage, run))
                         value.append(saved)
@@ -234,6 +255,13 @@ class CutProgram:
         """Return the multipliers of the cuts, clipped at zero, [num_cuts]."""
         rows = np.array(self._solver.getSolution().row_dual)
         return np.asarray(np.maximum(rows[len(rows) - self.num_cuts :], 0.0))
+
+
+def _some(live: Floats) -> Floats:
+    """Return a few of a rank's live vectors, evenly spaced: fewer rows are a relaxation, and one mostly binds."""
+    if len(live) <= MOST_VECTORS:
+        return live
+    return live[np.unique(np.linspace(0, len(live) - 1, MOST_VECTORS).astype(int))]
 
 
 def reachable(costs: CandidateCosts) -> npt.NDArray[np.bool_]:

@@ -20,7 +20,7 @@ from stagewright.planner.search.order import Cut
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
-_TRIES, _MOST_STEPS = 12, 80
+_TRIES, _MOST_STEPS = 30, 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +38,20 @@ class Completion:
 
 
 def improve(
-    costs: CandidateCosts, bounds: Sequence[int] | Longs, *, tries: int = _TRIES, most_steps: int = _MOST_STEPS
+    costs: CandidateCosts,
+    bounds: Sequence[int] | Longs,
+    *,
+    tries: int = _TRIES,
+    most_steps: int = _MOST_STEPS,
+    give_up_s: float = np.inf,
 ) -> tuple[Completion | None, int]:
-    """Return the completion that moves from a partition reach, None when it does not fit, and the simulations made."""
-    value, reached, counts, made = descend(costs.tables, np.asarray(bounds, dtype=np.int64), tries, most_steps)
+    """Return the completion that moves from a partition reach, None when it does not fit, and the simulations made.
+
+    A partition that takes longer than `give_up_s` is not moved.
+    """
+    value, reached, counts, made = descend(
+        costs.tables, np.asarray(bounds, dtype=np.int64), tries, most_steps, give_up_s
+    )
     if not np.isfinite(value):
         return None, made
     ends = tuple(reached.tolist())

@@ -85,6 +85,7 @@ class JointSearch:
     _costs: dict[int, CandidateCosts] = field(default_factory=dict)
     _slots: dict[OrderKey, RankSlots] = field(default_factory=dict)
     _rank_slots: dict[int, RankSlots] = field(default_factory=dict)
+    _rows: dict[tuple[object, ...], Floats] = field(default_factory=dict)
     _lines: dict[tuple[object, ...], tuple[Floats, Floats]] = field(default_factory=dict)
 
     # ---- the space -------------------------------------------------------------------------------------------------
@@ -455,7 +456,10 @@ class JointSearch:
         for members in groups.values():
             if len(members) < 2:
                 continue
-            rows = np.array([self._features(index) for index in members])
+            try:
+                rows = np.array([self._features(index) for index in members])
+            except (InvalidArgument, InvalidSchedule):
+                continue
             order = np.argsort(rows.sum(axis=1), kind="stable")
             kept: list[int] = []
             for place in order.tolist():
@@ -469,8 +473,12 @@ class JointSearch:
     def _features(self, index: int) -> Floats:
         """Return all that a candidate's completions cost and keep, one row."""
         row = int(self.crossed[0][index])
+        layout = self._layout(index)
+        key = (row, layout.placement.shape, layout.placement.tobytes())
+        if key in self._rows:
+            return self._rows[key]
         priced = self.priced
-        latency, per_byte = self._hop_lines(row, self._layout(index))
+        latency, per_byte = self._hop_lines(row, layout)
         ties = self.problem.tie_seconds(configuration_of(priced.shape[row]))
         columns = [
             priced.forward_s[row],
@@ -488,7 +496,8 @@ class JointSearch:
             per_byte,
             *(seconds.ravel() for _, _, seconds in ties),
         ]
-        return np.concatenate(columns)
+        self._rows[key] = np.concatenate(columns)
+        return self._rows[key]
 
     def _close(self, index: int, closer: Closer) -> float:
         """Return a bound of the candidate that is at least the target, or the best that was proved."""
@@ -505,7 +514,7 @@ class JointSearch:
         self.evaluated += 1
         closed = closer.enumerated(costs, self.incumbent_s, lambda found: self.judged(index, found))
         if closed is None:
-            closed = closer.close(costs, self.target_s, rank_layers)
+            closed = closer.close(costs, self.target_s, self.incumbent_s, rank_layers)
         self.simulated += closed.simulated
         self.count(closed.reason)
         if closed.completion is not None:
@@ -522,11 +531,9 @@ class JointSearch:
         except (InvalidArgument, InvalidSchedule):
             return True, None
         row = int(self.crossed[0][index])
-        key = layout_key = id(layout)
-        del key
-        if layout_key not in self._rank_slots:
-            self._rank_slots[layout_key] = RankSlots.of(layout)
-        slots = self._rank_slots[layout_key]
+        if id(layout) not in self._rank_slots:  # the problem keeps layouts, so ids stay
+            self._rank_slots[id(layout)] = RankSlots.of(layout)
+        slots = self._rank_slots[id(layout)]
         priced, classes, profile = self.priced, self.problem.classes, self.problem.profile
         of_run = classes.run_class
         tables = RankTables(

@@ -6,7 +6,8 @@ recomputes, the recomputation that its bytes force:
     price_s = sum_k n[s, k] / n[s] * (cF f_k + cI i_k + cW w_k + slope_r * (state_k + live_s kept_k))
 
 with slope_r the weighted seconds a byte of rank r costs at the margin. Moves from dear to cheap stages are tried in order
-of the difference of prices, stages between them shift; the first better one is taken. A local optimum of these moves.
+of the difference of prices, stages between them shift; the first better one is taken. Better means a shorter step with a
+tie-break (`crowding`), because steps are maxima and often stay. A local optimum of these moves.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from stagewright.planner.search.completion_tables import CompletionTables, evaluate, scratch_of
+from stagewright.planner.search.completion_tables import CompletionTables, crowding, evaluate, scratch_of
 from stagewright.planner.search.order import trace_back
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
+_CROWDING = 0.02  # weight of the tie-break
 _PARTNERS = 8  # dearest and cheapest stages that are paired
 
 
 @njit(cache=True)
-def descend(tables: CompletionTables, start: Longs, tries: int, most_steps: int) -> tuple[float, Longs, Longs, int]:
+def descend(
+    tables: CompletionTables, start: Longs, tries: int, most_steps: int, give_up_s: float
+) -> tuple[float, Longs, Longs, int]:
     """Return the step, bounds and counts [S, K, 3] that single-layer moves from `start` reach, and the evaluations.
 
-    The step is infinite when no recomputation was found with which the first partition fits.
+    The step is infinite when no recomputation was found with which the first partition fits, and moves are not tried when
+    its step is beyond `give_up_s`.
     """
     stages, runs = len(start) - 1, len(tables.forward_s)
     scratch = scratch_of(tables)
@@ -38,8 +43,9 @@ def descend(tables: CompletionTables, start: Longs, tries: int, most_steps: int)
     weight: Floats = np.ones(stages)
     value: float = evaluate(tables, bounds, weight, counts, scratch)
     made = 1
-    if not np.isfinite(value):
+    if not np.isfinite(value) or value > give_up_s:
         return value, bounds, counts, made
+    goal = value * (1.0 + _CROWDING * crowding(tables, scratch, value))
     path = np.zeros(3 * stages + len(tables.hop_latency_s) + 1, dtype=np.int32)
     stale = False
     for _ in range(most_steps):
@@ -62,18 +68,8 @@ def descend(tables: CompletionTables, start: Longs, tries: int, most_steps: int)
         weights = path[stages : 2 * stages]
         weight[:] = weights + 0.05 * max(1.0, float(weights.max()))
         give, take = _prices(tables, bounds, counts, path, weight)
-        givers, takers = np.argsort(-give)[:_PARTNERS], np.argsort(take)[:_PARTNERS]
-        gain = np.empty(len(givers) * len(takers))
-        for first in range(len(givers)):
-            for second in range(len(takers)):
-                gain[first * len(takers) + second] = give[givers[first]] - take[takers[second]]
         found = False
-        for place in np.argsort(-gain)[:tries]:
-            if not gain[place] > 0.0:
-                break
-            giver, taker = givers[place // len(takers)], takers[place % len(takers)]
-            if giver == taker or bounds[giver + 1] - bounds[giver] <= 1:
-                continue
+        for giver, taker in _moves(tables, bounds, give, take, tries):
             trial[:] = bounds
             if giver < taker:
                 trial[giver + 1 : taker + 1] -= 1
@@ -82,8 +78,11 @@ def descend(tables: CompletionTables, start: Longs, tries: int, most_steps: int)
             made += 1
             stale = True
             new: float = evaluate(tables, trial, weight, trial_counts, scratch)
-            if new < value * (1.0 - 1e-9):
-                value = new
+            if not np.isfinite(new):
+                continue
+            new_goal = new * (1.0 + _CROWDING * crowding(tables, scratch, new))
+            if new_goal < goal * (1.0 - 1e-9):
+                value, goal = new, new_goal
                 bounds, trial = trial, bounds
                 counts, trial_counts = trial_counts, counts
                 found, stale = True, False
@@ -91,6 +90,31 @@ def descend(tables: CompletionTables, start: Longs, tries: int, most_steps: int)
         if not found:
             break
     return value, bounds, counts, made
+
+
+@njit(cache=True)
+def _moves(tables: CompletionTables, bounds: Longs, give: Floats, take: Floats, tries: int) -> list[tuple[int, int]]:
+    """Return (giver, taker): the `tries` dearest moves that promise anything, then those between chunks of one rank.
+
+    Between chunks of a rank the work stays and the live bytes change.
+    """
+    givers, takers = np.argsort(-give)[:_PARTNERS], np.argsort(take)[:_PARTNERS]
+    gain = np.empty(len(givers) * len(takers))
+    for first in range(len(givers)):
+        for second in range(len(takers)):
+            gain[first * len(takers) + second] = give[givers[first]] - take[takers[second]]
+    moves = []
+    for place in np.argsort(-gain)[:tries]:
+        giver, taker = int(givers[place // len(takers)]), int(takers[place % len(takers)])
+        if gain[place] > 0.0 and giver != taker and bounds[giver + 1] - bounds[giver] > 1:
+            moves.append((giver, taker))
+    if tries > 0:
+        for rank in range(len(tables.slot_stage)):
+            for giver in tables.slot_stage[rank]:
+                for taker in tables.slot_stage[rank]:
+                    if giver >= 0 and taker >= 0 and giver != taker and bounds[giver + 1] - bounds[giver] > 1:
+                        moves.append((int(giver), int(taker)))
+    return moves
 
 
 @njit(cache=True)

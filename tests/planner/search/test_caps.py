@@ -1,0 +1,95 @@
+"""The caps never deny a completion that exists, and short orders' live vectors stand for long ones'."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stagewright.planner.errors import InvalidArgument, InvalidSchedule
+from stagewright.planner.schedules.family import ScheduleRequest
+from stagewright.planner.schedules.registry import generate
+from stagewright.planner.search.brute_force import best_completion
+from stagewright.planner.search.caps import order_caps
+from stagewright.planner.search.joint_search import JointSearch
+from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.order import Layout, layout_of
+from stagewright.planner.search.space import RULES, FamilyRule
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from random_problems import random_problem
+
+
+def _check_caps(seeds: range) -> tuple[int, int]:
+    """Check the candidates of some problems; return how many completions were allowed and how many targets denied."""
+    allowed = denied = 0
+    for seed in seeds:
+        problem = random_problem(seed, most_layers=5)
+        search = JointSearch(problem, Limits())
+        if not len(problem.priced):
+            continue
+        for index in range(search.num_candidates):
+            costs = search.costs(index)
+            if costs is None:
+                continue
+            count = costs.order.key.num_microbatches
+            oracle = best_completion(problem, search.candidate(index))
+            if oracle is None:
+                continue
+            step_s, partition = oracle
+            reach, caps = order_caps(costs.rank_tables, count, step_s)
+            assert reach, (seed, search.candidate(index).summary)
+            of_class = problem.classes.run_class
+            bulk = of_class == of_class[costs.bulk_run]
+            layers = costs.layers_of(partition.bounds)[:, bulk].sum(axis=1)
+            for rank, slots in enumerate(costs.order.slots):
+                assert sum(layers[slot.stage] for slot in slots) <= caps[rank]
+            allowed += 1
+            denied += not order_caps(costs.rank_tables, count, 0.6 * step_s)[0]
+    return allowed, denied
+
+
+def test_the_best_simulated_completion_is_within_the_caps_at_its_own_step() -> None:
+    allowed, denied = _check_caps(range(12))
+    assert allowed >= 8 and denied >= 5
+
+
+@pytest.mark.soak
+def test_the_best_simulated_completion_is_within_the_caps_on_two_hundred_problems() -> None:
+    allowed, denied = _check_caps(range(2000, 2200))
+    assert allowed >= 500 and denied >= 50
+
+
+def _layout(rule: FamilyRule, ranks: int, count: int, chunks: int) -> Layout | None:
+    try:
+        request = ScheduleRequest(ranks, count, num_chunks=chunks, parameters=dict(rule.parameters))
+        return layout_of(generate(rule.name, request))
+    except (InvalidArgument, InvalidSchedule):
+        return None
+
+
+def _is_covered(vector: np.ndarray, others: np.ndarray) -> bool:
+    first, both = others[:, 0], others.sum(axis=1)
+    return bool(((first >= vector[0]).all(axis=1) & (both >= vector.sum(axis=0)).all(axis=1)).any())
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.steady], ids=lambda rule: rule.name)
+def test_live_vectors_of_four_rounds_are_covered_by_those_of_more(rule: FamilyRule) -> None:
+    checked = 0
+    for ranks in (2, 3, 4, 6, 8):
+        for chunks in rule.chunks(4):
+            for rest in range(min(ranks, 3)):
+                short = 4 * ranks + rest
+                for count in (short + 2 * ranks, short + 7 * ranks):
+                    if not (rule.fits(ranks, short, chunks) and rule.fits(ranks, count, chunks)):
+                        continue
+                    few, many = _layout(rule, ranks, short, chunks), _layout(rule, ranks, count, chunks)
+                    if few is None or many is None:
+                        continue
+                    for own, others in zip(few.live, many.live, strict=True):
+                        assert all(_is_covered(vector, others) for vector in own)
+                        checked += 1
+    assert checked >= 8
