@@ -261,7 +261,7 @@ def _some(live: Floats) -> Floats:
     """Return a few of a rank's live vectors, evenly spaced: fewer rows are a relaxation, and one mostly binds."""
     if len(live) <= MOST_VECTORS:
         return live
-    return live[np.unique(np.linspace(0, len(live) - 1, MOST_VECTORS).astype(int))]
+    return np.asarray(live[np.unique(np.linspace(0, len(live) - 1, MOST_VECTORS).astype(int))])
 
 
 def reachable(costs: CandidateCosts) -> npt.NDArray[np.bool_]:
