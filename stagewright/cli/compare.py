@@ -36,7 +36,7 @@ def compare(
 
     Example: stagewright compare gpt2 --cluster a100-sxm-80g:8x1 --planners exact,megatron
     """
-    if len(inputs) == 1 and not Path(inputs[0]).name.endswith(".json"):
+    if len(inputs) == 1 and (cluster is not None or not Path(inputs[0]).name.endswith(".json")):
         rows = _planner_rows(inputs[0], planners, cluster, global_batch, sequence_length, deadline, quiet=json)
     else:
         rows = [_plan_row(Path(path)) for path in inputs]
