@@ -5,7 +5,8 @@ Known to work: torch 2.11, 2.12 and 2.13 (tested: 2.13). A name that a version l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,3 +33,19 @@ def cpu_allocation_changes(work: Callable[[], object]) -> list[int]:
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
     ]
     return [size for _, size in sorted(events, key=lambda event: event[0])]
+
+
+def pipeline_schedule_runtime(
+    stages: list[object],
+    num_microbatches: int,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    placement: Mapping[int, int],
+    csv: Path,
+) -> object:
+    """Return torch's runtime of the compute-only schedule in a CSV file."""
+    from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+
+    runtime = _PipelineScheduleRuntime(stages, num_microbatches, loss_fn=loss, scale_grads=True)
+    runtime.stage_index_to_group_rank = dict(placement)
+    runtime._load_csv(str(csv), format="compute_only")
+    return runtime

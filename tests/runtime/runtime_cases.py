@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from delayed_recurrence import delayed_changes, elastic_changes
 from runtime_documents import plan_of, profile_of
-from runtime_models import LENGTH, VOCABULARY, TinyBranches, TinyModel, hugging_face
+from runtime_models import LENGTH, VOCABULARY, TinyBranches, TinyModel, hugging_face, sequential
 
 from stagewright.modeling import split
+from stagewright.modeling.batch import default_loss
 from stagewright.modeling.expert_capacity import limit_experts
 from stagewright.planner.documents import Degrees, Plan
 from stagewright.planner.prediction import schedule_of
@@ -28,6 +29,7 @@ from stagewright.runtime.microbatches import IGNORED, samples_of
 from stagewright.runtime.optimizers import OptimizerChoice
 from stagewright.runtime.reference import run_reference
 from stagewright.runtime.torch_adapter import default_store
+from stagewright.runtime.torch_pipelining import TorchPipeline
 from stagewright.runtime.worker import Worker, WorkerSettings
 
 CPU = torch.device("cpu")
@@ -60,6 +62,8 @@ class Case:
     width: int = 16
     edges: tuple[tuple[int, int], ...] = ()
     reference_microbatch: int = 0
+    sequential: bool = False
+    num_frozen: int = 0
 
     @property
     def world(self) -> int:
@@ -91,6 +95,8 @@ class CaseResult:
 def make_model(case: Case, num_stages: int) -> torch.nn.Module:
     if case.hugging_face:
         return hugging_face(case.hugging_face)[0].to(getattr(torch, case.dtype))
+    if case.sequential:
+        return sequential(num_stages + 1).to(getattr(torch, case.dtype))
     torch.manual_seed(5)
     if case.edges:
         return TinyBranches().to(getattr(torch, case.dtype))
@@ -245,6 +251,30 @@ def post_validated_and_synchronous(argument: tuple[PreparedCase, float | None, i
 def _with_a_broken_loss(iteration, broken, batch, step):
     weight = {"loss_weight": float("nan")} if step == broken else {}
     return {unit: replace(each, **weight) for unit, each in iteration(batch, step).items()}
+
+
+def on_torchs_own_runtime(prepared: PreparedCase) -> float:
+    """Return the largest error of the gradients here against those of the same schedule on torch's own runtime."""
+    case, plan = prepared.case, prepared.plan
+    (batch,) = batches_of(prepared, 1)
+    model = make_model(case, case.num_ranks * (case.num_chunks or 2))
+    other = copy.deepcopy(model)
+    chain = split(model)
+    store = dist.PrefixStore(f"case/{prepared.number}", default_store())
+    worker = Worker(plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS)
+    worker.run(batch, 0)
+    mine = {
+        stage: torch.nn.Sequential(*(other[index] for index in plan.stages[stage].layer_indices))
+        for _, stage in worker.topology.stages
+    }
+    theirs = TorchPipeline(schedule_of(plan.schedule), mine, default_loss, CPU)
+    theirs.step(*batch)
+    expected = dict(other.named_parameters())
+    scale = max(float(value.norm()) for value in worker.gradients().values())
+    return max(
+        float((value - expected[name].grad).norm()) / max(float(value.norm()), 1e-6 * scale)
+        for name, value in worker.gradients().items()
+    )
 
 
 def delayed_weights(argument: tuple[PreparedCase, OptimizerChoice]) -> float:

@@ -112,6 +112,13 @@ class TinyModel(nn.Module):
         }
 
 
+def sequential(num_blocks: int) -> nn.Sequential:
+    """A chain whose layers are a sequence's children, for runtimes that take nothing else."""
+    torch.manual_seed(5)
+    blocks = [TinyBlock(16, 0.0) for _ in range(num_blocks)]
+    return nn.Sequential(nn.Embedding(VOCABULARY, 16), *blocks, nn.Linear(16, VOCABULARY))
+
+
 class Join(nn.Module):
     """What two branches lead to: their mean through a linear map and a loss."""
 

@@ -213,3 +213,10 @@ def test_the_experts_of_a_hugging_face_mixtral_are_divided_unchanged(rank_pools)
     pytest.importorskip("transformers")
     case = Case("1f1b", 2, 2, hugging_face="mixtral", dropout=0.0, num_steps=2, degrees={"dp": 2, "ep": 2})
     assert_equal_to_one_process(rank_pools, case)
+
+
+def test_the_rest_of_a_model_with_a_frozen_prefix_equals_one_process(rank_pools):
+    sizes = {"tied": False, "dtype": "float64", "num_blocks": 4}
+    assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 4, num_frozen=3, **sizes))  # a whole stage and more
+    assert_equal_to_one_process(rank_pools, Case("zb-h1", 2, 4, num_frozen=2, degrees={"dp": 2, "zero": 1}, **sizes))
+    assert_equal_to_one_process(rank_pools, Case("zb-v", 2, 4, num_frozen=3, recompute=("full",), **sizes))

@@ -1,0 +1,333 @@
+"""How close executed steps are to simulated ones, and to torch's own pipeline runtime.
+
+emulated   4 ranks on gloo, 12 schedules, actions that wait 20 ms: measured over simulated, and measured over torch's
+           runtime on the same schedule in interleaved pairs; targets: median at most 1.04, and the lower end of the 95 %
+           interval of the mean ratio to torch at most 1.00.
+real       2 ranks, 20 plans of the example GPT and a Hugging Face Llama: step-time error (target: median absolute at most
+           5 %), peak memory (3 %), bytes sent (exact).
+
+Usage: python benchmarks/runtime_fidelity.py [emulated|real ...] [--pairs 20] [--action-ms 20] [--steps 10]
+Writes benchmarks/results/runtime_fidelity.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import machine  # noqa: E402
+from stagewright.planner.catalog import resolve_cluster  # noqa: E402
+from stagewright.planner.cost.even_plan import even_plan  # noqa: E402
+from stagewright.planner.cost.step_time import Choice  # noqa: E402
+from stagewright.planner.documents import (  # noqa: E402
+    Cluster,
+    ConfigurationCost,
+    Degrees,
+    LayerClass,
+    LayerRun,
+    ModelProfile,
+    Optimizer,
+    Plan,
+    RankMapping,
+    Recompute,
+    ScheduleSpec,
+    Source,
+    StagePlan,
+    TrainingJob,
+)
+from stagewright.planner.prediction import with_prediction  # noqa: E402
+from stagewright.planner.schedules.family import ScheduleRequest  # noqa: E402
+from stagewright.planner.schedules.registry import generate  # noqa: E402
+from stagewright.runtime.program import program_of  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "runtime_fidelity.json"
+NUM_RANKS, NUM_MICROBATCHES = 4, 8
+SCHEDULES = (
+    "gpipe", "1f1b", "interleaved", "breadth-first", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "wave",
+    "dualpipe-v", "interleaved-zb",
+)  # fmt: skip
+REAL_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
+
+
+def main() -> int:
+    """Run the parts and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[[], "emulated", "real"], default=[])
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--action-ms", type=float, default=20.0)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--budget", type=float, default=30.0)
+    arguments = parser.parse_args()
+    parts = arguments.parts or ["emulated", "real"]
+    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found = {name: known[name] for name in ("emulated", "real") if name in known}
+    if "emulated" in parts:
+        found["emulated"] = emulated(arguments.pairs, arguments.action_ms / 1e3)
+    if "real" in parts:
+        found["real"] = real(arguments.steps, arguments.budget)
+    RESULT.write_text(json.dumps({**machine("python benchmarks/runtime_fidelity.py"), **found}, indent=1) + "\n")
+    return 0
+
+
+def emulated(pairs: int, action_s: float) -> dict[str, object]:
+    """Return ratios of measured to simulated and to torch's runtime, by schedule."""
+    rows = []
+    for name in SCHEDULES:
+        plan, profile = emulated_plan(name, action_s)
+        rows.append(_on_ranks(_emulate, (plan.model_dump_json(), profile.model_dump_json(), pairs, action_s)))
+        rows[-1]["schedule"] = name
+        print(
+            f"{name:15s} over simulated {rows[-1]['over_simulated']:.3f}, over torch {rows[-1]['over_torch']:.3f} "
+            f"({rows[-1]['over_torch_low']:.3f} to {rows[-1]['over_torch_high']:.3f})",
+            flush=True,
+        )
+    ratios = [ratio for row in rows for ratio in row["ratios"]]
+    low, high = _interval(ratios)
+    return {
+        "pairs": pairs,
+        "action_s": action_s,
+        "median_over_simulated": statistics.median(row["over_simulated"] for row in rows),
+        "over_torch_low": low,
+        "over_torch_high": high,
+        "rows": rows,
+    }
+
+
+def emulated_plan(name: str, action_s: float) -> tuple[Plan, ModelProfile]:
+    """Return a plan whose forwards, input and weight gradients take `action_s` each, and its profile."""
+    made = generate(name, ScheduleRequest(NUM_RANKS, NUM_MICROBATCHES))
+    cost = ConfigurationCost(
+        microbatch=1, sequence_length=8, forward_s=action_s, input_grad_s=action_s, weight_grad_s=action_s,
+        activation_bytes=dict.fromkeys(Recompute, 1e3), output_bytes=1024.0, source=Source.MOCKED,
+    )  # fmt: skip
+    profile = ModelProfile(
+        name="sleep",
+        layers=tuple(LayerRun(name=f"layer-{index}", layer_class="sleep") for index in range(made.num_stages)),
+        classes={"sleep": LayerClass(kind="block", parameters=16, costs=(cost,))},
+    )
+    chunks = made.num_stages // NUM_RANKS
+    plan = Plan(
+        model="sleep", profile_digest=profile.digest, layer_digest=profile.layer_digest, num_layers=made.num_stages,
+        cluster=_loopback(), job=_job(NUM_MICROBATCHES, 8), planner="benchmark",
+        stages=tuple(StagePlan(layers=(stage, stage + 1)) for stage in range(made.num_stages)),
+        mapping=RankMapping(pipeline_ranks=tuple((rank,) for rank in range(NUM_RANKS))),
+        schedule=ScheduleSpec(
+            name=name, num_ranks=NUM_RANKS, num_microbatches=NUM_MICROBATCHES, microbatch=1, num_chunks=chunks,
+            placement=tuple(tuple(row) for row in made.placement.tolist()),
+        ),
+        prediction={
+            "step_time_s": 0.0, "tokens_per_s": 0.0, "samples_per_s": 0.0, "bubble_over_total": 0.0,
+            "peak_memory_bytes": (), "memory": (), "source": Source.MOCKED,
+        },
+    )  # fmt: skip
+    return with_prediction(plan, profile), profile
+
+
+def _loopback() -> Cluster:
+    """Return four processors joined by this machine's loopback."""
+    cluster = resolve_cluster("h100-sxm:4x1")
+    group = cluster.groups[0]
+    link = group.links[0].model_copy(
+        update={"latency_s": 1e-4, "bytes_per_s": 5e9, "segments": (), "collectives": {}, "num_devices": 4}
+    )
+    device = group.device.model_copy(update={"kind": "cpu"})
+    return cluster.model_copy(update={"groups": (group.model_copy(update={"device": device, "links": (link,)}),)})
+
+
+def _job(global_batch: int, sequence_length: int) -> TrainingJob:
+    return TrainingJob(
+        global_batch=global_batch, sequence_length=sequence_length, precision="fp32",
+        optimizer=Optimizer.standard("sgd-momentum", "fp32"),
+    )  # fmt: skip
+
+
+def _emulate(argument: tuple[str, str, int, float]) -> dict[str, object]:
+    """Time our emulated step and torch's in turn, on one rank."""
+    from stagewright.runtime.emulation import EmulatedWorker
+    from stagewright.runtime.torch_adapter import default_store
+    from stagewright.runtime.torch_pipelining import TorchPipeline
+
+    plan_text, profile_text, pairs, action_s = argument
+    plan, profile = Plan.model_validate_json(plan_text), ModelProfile.model_validate_json(profile_text)
+    schedule, evaluation = program_of(plan, profile)
+    worker = EmulatedWorker(
+        plan, profile, schedule, evaluation, store=dist.PrefixStore("ours", default_store()), at_action=lambda _: None
+    )
+    held = {stage for _, stage in worker.topology.stages}
+    theirs = TorchPipeline(
+        evaluation.schedule,
+        {stage: SleepingStage(action_s) for stage in held},
+        lambda output, target: output.sum(),
+        torch.device("cpu"),
+        weight_gradients={stage: lambda: lambda: _sleep(action_s) for stage in held},
+    )
+    inputs = torch.zeros(NUM_MICROBATCHES, 256)
+    ours_s, theirs_s = [], []
+    for pair in range(pairs + 1):
+        first = _timed(lambda: worker.run(None, 0))
+        second = _timed(lambda: theirs.step(inputs, inputs))
+        if pair:  # the first one finds shapes and opens connections
+            ours_s.append(first)
+            theirs_s.append(second)
+    simulated = evaluation.timeline.makespan_s
+    ratios = [a / b for a, b in zip(ours_s, theirs_s, strict=True)]
+    low, high = _interval(ratios)
+    return {
+        "simulated_s": simulated,
+        "over_simulated": statistics.median(ours_s) / simulated,
+        "torch_over_simulated": statistics.median(theirs_s) / simulated,
+        "over_torch": statistics.mean(ratios),
+        "over_torch_low": low,
+        "over_torch_high": high,
+        "ratios": ratios,
+    }
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Return the seconds from the first rank's begin to the last one's end."""
+    dist.barrier()
+    begin = time.monotonic()
+    work()
+    span = torch.tensor([-begin, time.monotonic()], dtype=torch.float64)
+    dist.all_reduce(span, op=dist.ReduceOp.MAX)
+    return float(span.sum())
+
+
+class SleepingStage(nn.Module):
+    """A stage that waits in its forward and in its input gradient."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seconds = seconds
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Wait and return the value."""
+        return _Sleep.apply(value, self.weight, self.seconds)
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, value: Tensor, weight: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        if value.device.type != "meta":
+            _sleep(seconds)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        _sleep(ctx.seconds)
+        return gradient.clone(), torch.zeros(1), None
+
+
+def _sleep(seconds: float) -> None:
+    """Wait as the emulation does."""
+    end = time.monotonic() + seconds
+    time.sleep(seconds)
+    while time.monotonic() < end:
+        time.sleep(0)
+
+
+def _interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean."""
+    mean = statistics.mean(values)
+    half = 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return mean - half, mean + half
+
+
+def _on_ranks(function: Callable[[tuple], dict[str, object]], argument: tuple) -> dict[str, object]:
+    """Return what rank 0 of a fresh group of ranks finds."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    queue = context.SimpleQueue()
+    ranks = [
+        context.Process(target=_rank, args=(rank, port, function.__name__, argument, queue))
+        for rank in range(NUM_RANKS)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        raise RuntimeError("a rank failed")
+    return queue.get()
+
+
+def _rank(rank: int, port: int, function: str, argument: tuple, queue: object) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=NUM_RANKS)
+    found = globals()[function](argument)
+    if rank == 0:
+        queue.put(found)
+    dist.destroy_process_group()
+
+
+def llama(num_layers: int = 6) -> nn.Module:
+    """Return a Llama that two processors train."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        num_hidden_layers=num_layers, hidden_size=384, intermediate_size=1024, num_attention_heads=6,
+        num_key_value_heads=2, vocab_size=2048, max_position_embeddings=256, use_cache=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def real(steps: int, budget_s: float) -> dict[str, object]:
+    """Return errors of predicted step time and peak memory, and whether traffic was exact, by plan."""
+    from stagewright.profiler.discover import discover_local
+    from stagewright.profiler.model_profile import profile_model
+    from stagewright.runtime.run import run_plan
+
+    cluster = discover_local()
+    rows = []
+    for model in (f"{ROOT / 'examples' / 'gpt.py'}:build_untied", f"{Path(__file__).resolve()}:llama"):
+        profile = profile_model(
+            model, microbatches=(1, 2), sequence_length=128, num_busy_ranks=2, optimizer="sgd-momentum",
+            budget_s=budget_s,
+        )  # fmt: skip
+        for name in REAL_SCHEDULES:
+            for microbatch, recompute in ((1, Recompute.NONE), (2, Recompute.FULL)):
+                chunks = 2 if name in ("interleaved", "zb-v") else 1
+                choice = Choice(Degrees(), 2, chunks, microbatch, name, recompute)
+                plan = with_prediction(even_plan(profile, cluster, _job(8 * microbatch, 128), choice), profile)
+                with tempfile.TemporaryDirectory() as folder:
+                    report = run_plan(
+                        plan, profile, model=model, steps=steps, checks=("memory", "traffic", "time"),
+                        directory=Path(folder),
+                    )  # fmt: skip
+                row = {
+                    "model": model.rpartition(":")[2], "schedule": name, "microbatch": microbatch,
+                    "recompute": recompute.value, "step_error": report.error["step_time"],
+                    "peak_error": report.error["peak_memory_max"], "traffic_exact": report.checks["traffic"]["passed"],
+                }  # fmt: skip
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    return {
+        "median_absolute_step_error": statistics.median(abs(row["step_error"]) for row in rows),
+        "largest_peak_error": max((row["peak_error"] for row in rows), key=abs),
+        "traffic_exact": all(row["traffic_exact"] for row in rows),
+        "rows": rows,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
