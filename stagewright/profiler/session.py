@@ -53,6 +53,7 @@ class Session:
         self._journal = journal
         self._report = report
         self._now_s = now_s
+        self._too_large: set[Configuration] = set()
 
     def measure(self, configurations: Sequence[Configuration]) -> dict[Configuration, ConfigurationNumbers]:
         """Return the numbers of each configuration that fits the device, measuring what the journal does not hold."""
@@ -70,11 +71,21 @@ class Session:
                 if self._is_wanted(configuration, kind, late=self._now_s() >= end_s):
                     done = sum(min(self._count(*pair), WANTED[pair[1]]) for pair in pairs)
                     self._report("profile", done, total)
-                    numbers = self._bench.measure(configuration, kind)
-                    self._journal.add(Record(_key(configuration), kind, numbers))
+                    self._take(configuration, kind)
             forwards = not forwards
         self._report("profile", total, total)
-        return {configuration: self._numbers(configuration) for configuration in configurations}
+        fitting = [configuration for configuration in configurations if configuration not in self._too_large]
+        return {configuration: self._numbers(configuration) for configuration in fitting}
+
+    def _take(self, configuration: Configuration, kind: Kind) -> None:
+        """Make one measurement; a kind that needs more memory than a step may show that a configuration does not fit."""
+        try:
+            numbers = self._bench.measure(configuration, kind)
+        except torch.OutOfMemoryError:
+            self._too_large.add(configuration)
+            self._bench.forget(configuration)
+            return
+        self._journal.add(Record(_key(configuration), kind, numbers))
 
     def _fits(self, configuration: Configuration) -> bool:
         """Warm a configuration up; False when the device's memory does not suffice for it."""
@@ -90,6 +101,8 @@ class Session:
 
     def _is_wanted(self, configuration: Configuration, kind: Kind, *, late: bool) -> bool:
         """Whether one more measurement would help: late, only the least count matters."""
+        if configuration in self._too_large:
+            return False
         count = self._count(configuration, kind)
         if kind in _LEVELS and not self._is_worthwhile(configuration, _LEVELS[kind]):
             return False

@@ -102,7 +102,10 @@ def _cpu_clock_hz() -> dict[str, float]:
 
 def _cuda_state(device: torch.device) -> DeviceState:
     index = device.index or 0
-    row = _nvidia_smi(f"--query-gpu={','.join(_QUERY)}", index)
+    fields = ",".join(_QUERY)
+    row = _nvidia_smi(f"--query-gpu={fields}", index)
+    if len(row) != len(_QUERY):  # newer drivers know the reasons under another name
+        row = _nvidia_smi(f"--query-gpu={fields.replace('clocks_throttle', 'clocks_event')}", index)
     if len(row) != len(_QUERY):
         return DeviceState(clock_hz={})
     values = dict(zip(_QUERY, row, strict=True))
@@ -116,9 +119,13 @@ def _cuda_state(device: torch.device) -> DeviceState:
         for field in _QUERY
         if field.startswith("clocks_throttle") and values[field].lower() == "active"
     )
-    pids = [value for value in _nvidia_smi("--query-compute-apps=pid", index) if value.isdigit()]
-    foreign = len({int(pid) for pid in pids} - {os.getpid()})
-    return DeviceState(clocks, values["driver_version"], reasons, foreign)
+    pids = {int(value) for value in _nvidia_smi("--query-compute-apps=pid", index) if value.isdigit()}
+    return DeviceState(clocks, values["driver_version"], reasons, num_foreign(pids))
+
+
+def num_foreign(pids: set[int]) -> int:
+    """Return how many of a device's processes are not this one, which in a container has another number outside."""
+    return len(pids - {os.getpid()}) if os.getpid() in pids else max(len(pids) - 1, 0)
 
 
 def _nvidia_smi(query: str, index: int) -> list[str]:

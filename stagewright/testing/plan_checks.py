@@ -23,11 +23,12 @@ from stagewright.planner.documents import (
 )
 from stagewright.planner.documents.document import read_json, write_text
 from stagewright.planner.documents.job import Precision
-from stagewright.planner.errors import Infeasible, InvalidDocument
+from stagewright.planner.errors import Infeasible, InvalidDocument, NoIncumbent
 from stagewright.planner.planning import make_plan
 from stagewright.planner.prediction import evaluate
 
 DEFAULT_TOLERANCE = 0.02
+DEFAULT_DEADLINE_S = 300.0  # the first plan in a new environment compiles, on a busy machine for a minute
 
 
 def plan_for(
@@ -38,7 +39,7 @@ def plan_for(
     sequence_length: int,
     precision: Precision = "bf16",
     memory_headroom: float = 0.0,
-    deadline_s: float = 60.0,
+    deadline_s: float = DEFAULT_DEADLINE_S,
     schedules: Sequence[str] = (),
     pins: Mapping[str, object] | None = None,
 ) -> Plan:
@@ -47,6 +48,7 @@ def plan_for(
     Raises
     ------
     Infeasible : when no plan under the pins fits, with the reason and the nearest plan.
+    NoIncumbent : when the deadline came first.
     """
     profile = resolve_model(model) if isinstance(model, str) else model
     machines = resolve_cluster(cluster) if isinstance(cluster, str) else cluster
@@ -57,10 +59,16 @@ def plan_for(
     outcome = make_plan(profile, machines, job, deadline_s=deadline_s)
     if outcome.plan is None:
         diagnosis = outcome.diagnosis
+        if diagnosis is None:
+            raise NoIncumbent(
+                f"no plan for {profile.name} on {machines.name} was found in {deadline_s:g} s",
+                field="deadline_s",
+                hint="give deadline_s more seconds",
+            )
         raise Infeasible(
-            f"no plan for {profile.name} on {machines.name}: {diagnosis.message if diagnosis else outcome.status}",
-            field=diagnosis.binding if diagnosis else None,
-            hint="; ".join(item.change for item in diagnosis.relaxations) if diagnosis else None,
+            f"no plan for {profile.name} on {machines.name}: {diagnosis.message}",
+            field=diagnosis.binding,
+            hint="; ".join(item.change for item in diagnosis.relaxations),
         )
     return outcome.plan
 

@@ -51,14 +51,14 @@ def cluster_factory() -> Callable[..., Cluster]:
 def plan_factory() -> Callable[..., Plan]:
     """A function that plans a model (profile or catalogue name) on a cluster, with degrees pinned by keyword."""
     from stagewright.planner.documents.job import PIN_NAMES
-    from stagewright.planner.errors import Infeasible
+    from stagewright.planner.errors import Infeasible, NoIncumbent
     from stagewright.testing.plan_checks import plan_for
 
     def factory(model: ModelProfile | str, cluster: Cluster | str, **settings: object) -> Plan:
         pins = {name: settings.pop(name) for name in PIN_NAMES if name in settings}
         try:
             return plan_for(model, cluster, pins=pins, **settings)  # type: ignore[arg-type]
-        except Infeasible as error:
+        except (Infeasible, NoIncumbent) as error:
             pytest.fail(
                 f"{error.message} (what would fit: {error.hint})" if error.hint else error.message, pytrace=False
             )

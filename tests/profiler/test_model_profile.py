@@ -150,6 +150,24 @@ def test_a_configuration_that_does_not_fit_is_left_out_and_said(tiny_model_file,
         profile_model(f"{tiny_model_file}:build", microbatches=(2,), **settings)
 
 
+def test_a_configuration_whose_split_backward_does_not_fit_is_left_out_too(tiny_model_file, monkeypatch):
+    from stagewright.profiler.model_bench import ModelBench
+
+    measure = ModelBench.measure
+
+    def refuse(self, configuration, kind):
+        if configuration.microbatch == 2 and kind == "split":
+            raise torch.OutOfMemoryError("out of memory")
+        return measure(self, configuration, kind)
+
+    monkeypatch.setattr(ModelBench, "measure", refuse)
+    profile = profile_model(
+        f"{tiny_model_file}:build", microbatches=(1, 2), sequence_length=16, budget_s=0.1, device="cpu"
+    )
+    assert {entry.microbatch for value in profile.classes.values() for entry in value.costs} == {1}
+    assert "microbatch 2, sequence 16 does not fit the device and was not measured" in profile.pedigree.warnings
+
+
 class Branches(nn.Module):
     """A stem whose output two branches take, and a join: a graph that is no chain."""
 
