@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.errors import InvalidArgument
@@ -37,63 +38,39 @@ class NamedPlanner:
     aliases: tuple[str, ...] = ()
 
 
-def planners() -> tuple[NamedPlanner, ...]:
-    """Return all planners, the exact one first."""
-    from stagewright.planner.planners import (
-        aceso,
-        adapipe,
-        alpa,
-        autopipe,
-        dapple,
-        device_placement,
-        efftra,
-        exact,
-        exhaustive,
-        flexflow,
-        galvatron,
-        mcap,
-        megatron,
-        metis,
-        mist,
-        optcnn,
-        pipedream,
-        pipedream_2bw,
-        piper,
-        random,
-        tarnawski_dp,
-        tarnawski_ip,
-        tensoropt,
-        torchgpipe,
-        varuna,
-        vpipe,
-    )
+MODULES = (
+    "exact",
+    "exhaustive",
+    "megatron",
+    "random",
+    "aceso",
+    "adapipe",
+    "alpa",
+    "autopipe",
+    "dapple",
+    "device_placement",
+    "efftra",
+    "flexflow",
+    "galvatron",
+    "mcap",
+    "metis",
+    "mist",
+    "optcnn",
+    "pipedream",
+    "pipedream_2bw",
+    "piper",
+    "tarnawski_dp",
+    "tarnawski_ip",
+    "tensoropt",
+    "torchgpipe",
+    "varuna",
+    "vpipe",
+)
 
-    first = (exact.PLANNER, exhaustive.PLANNER, megatron.PLANNER, random.PLANNER)
-    named = (
-        aceso,
-        adapipe,
-        alpa,
-        autopipe,
-        dapple,
-        device_placement,
-        efftra,
-        flexflow,
-        galvatron,
-        mcap,
-        metis,
-        mist,
-        optcnn,
-        pipedream,
-        pipedream_2bw,
-        piper,
-        tarnawski_dp,
-        tarnawski_ip,
-        tensoropt,
-        torchgpipe,
-        varuna,
-        vpipe,
-    )
-    return (*first, *(module.PLANNER for module in named))
+
+def planners() -> tuple[NamedPlanner, ...]:
+    """Return all planners, the exact one first; their modules are imported here, since they import this one."""
+    return tuple(import_module(f"{__package__}.{name}").PLANNER for name in MODULES)
 
 
 def planner(name: str) -> NamedPlanner:
