@@ -54,6 +54,9 @@ def plan(
     forbid: Annotated[
         list[str] | None, typer.Option(help="NAME or NAME=VALUE the plan must not have; may repeat.")
     ] = None,
+    tie: Annotated[
+        list[str] | None, typer.Option(help="NAME=NAME of two degrees that must be equal, e.g. ep=dp.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="Search only what this format can express.")] = None,
     gap: Annotated[float | None, typer.Option(help="Gap to prove before stopping; 0 is the long run.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds until the best so far is the answer.")] = None,
@@ -90,6 +93,7 @@ def plan(
             },
             pin,
             forbid,
+            tie,
             target,
         )
         outcome = make_plan(
@@ -178,6 +182,7 @@ def _job(
     changes: Mapping[str, str | float | None],
     pin: list[str] | None,
     forbid: list[str] | None,
+    tie: list[str] | None,
     target: str | None,
 ) -> TrainingJob:
     from stagewright.cli.inputs import parse_forbids, parse_pins
@@ -188,6 +193,8 @@ def _job(
         space["pins"] = parse_pins(pin).model_dump(mode="json")
     if forbid:
         space["forbids"] = [item.model_dump(mode="json") for item in parse_forbids(forbid)]
+    if tie:
+        space["equal"] = [text.split("=", 1) for text in tie]
     if target is not None:
         space["target"] = target
     return TrainingJob.from_object(

@@ -129,7 +129,8 @@ def _refuse_unsearched(cluster: Cluster, job: TrainingJob, planner: str, executo
         )
     refused = {
         "ties": space.ties or None,
-        "target": space.target,
+        "target": space.target if differ or planner != "exact" else None,
+        "equal": space.equal or None if differ or planner != "exact" else None,
         "per_stage_degrees": "on" if space.per_stage_degrees and planner != "exact" else None,
     }
     for field, value in refused.items():

@@ -18,8 +18,8 @@ from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.migration import migration
 from stagewright.planner.plan_summary import alternative_of
-from stagewright.planner.search.exact import OPTIMAL_GAP, solve
-from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.exact import solve
+from stagewright.planner.search.limits import OPTIMAL_GAP, Limits
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import check_pins
 

@@ -175,8 +175,8 @@ def test_a_model_by_code_is_refused_where_a_profile_is_wanted(capsys, cluster):
     "options",
     [
         ["--objective", "frontier", "--planner", "megatron"],
-        ["--target", "megatron-args"],
-        ["--executor", "ray"],
+        ["--target", "skypilot"],
+        ["--executor", "threads"],
         ["--cluster", "a100-sxm-80g:8x1+h100-sxm:8x1"],
     ],
 )

@@ -57,6 +57,7 @@ class Pins(Part):
     recompute: Recompute | None = None
 
 
+EqualName = Literal["tp", "cp", "dp", "pp", "ep", "etp", "microbatch"]
 PIN_NAMES = tuple(Pins.model_fields)
 
 
@@ -81,6 +82,7 @@ class SearchSpace(Part):
     schedules : families of the registry; empty for every synchronous one the executor can run.
     pins, forbids : values that must or must not be.
     ties : groups of layer names that must share a stage.
+    equal : pairs of degrees that must have the same value.
     max_microbatch, max_chunks : largest microbatch (samples) and virtual stages a rank.
     zero, recompute : levels to consider.
     per_stage_degrees : stages may differ in their degrees.
@@ -92,6 +94,7 @@ class SearchSpace(Part):
     pins: Pins = Pins()
     forbids: tuple[Forbid, ...] = ()
     ties: tuple[tuple[Name, ...], ...] = ()
+    equal: tuple[tuple[EqualName, EqualName], ...] = ()
     max_microbatch: Count = 64
     max_chunks: Count = 8
     zero: tuple[Annotated[int, Field(ge=0, le=3)], ...] = (0, 1, 2, 3)

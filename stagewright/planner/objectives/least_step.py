@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.documents.plan import Certificate, Plan
 from stagewright.planner.plan_summary import alternative_of
-from stagewright.planner.search.exact import OPTIMAL_GAP, solve
+from stagewright.planner.search.exact import solve
 from stagewright.planner.search.joint_search import JointSearch
-from stagewright.planner.search.limits import Limits, Termination
+from stagewright.planner.search.limits import OPTIMAL_GAP, Limits, Termination
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import divisors
 

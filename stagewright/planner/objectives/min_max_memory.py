@@ -24,8 +24,7 @@ from stagewright.planner.objectives.least_step import (
     unanswered,
 )
 from stagewright.planner.objectives.step_time import below_deadline
-from stagewright.planner.search.exact import OPTIMAL_GAP
-from stagewright.planner.search.limits import Limits, Termination
+from stagewright.planner.search.limits import OPTIMAL_GAP, Limits, Termination
 from stagewright.planner.search.problem import Problem
 
 SLACK = 1e-9

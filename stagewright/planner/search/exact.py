@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from stagewright.planner.documents.outcome import PlanOutcome
@@ -10,14 +12,25 @@ from stagewright.planner.plan_summary import alternative_of
 from stagewright.planner.prediction import evaluate
 from stagewright.planner.search.incumbent import start
 from stagewright.planner.search.joint_search import JointSearch
-from stagewright.planner.search.limits import Limits, Termination
+from stagewright.planner.search.limits import OPTIMAL_GAP, LeastStep, Limits, Termination
 from stagewright.planner.search.problem import Problem
-
-OPTIMAL_GAP = 1e-6
+from stagewright.planner.search.targets import target_jobs
+from stagewright.planner.search.union import united
 
 
 def solve(problem: Problem, limits: Limits) -> PlanOutcome:
-    """Return the plan of least simulated step over the declared space, with its certificate."""
+    """Return the plan of least simulated step over the declared space, with its certificate.
+
+    A target format's space is a union of disjoint parts, solved one after the other with the least step shared.
+    """
+    jobs = target_jobs(problem.job)
+    if jobs is None:
+        return _solve_space(problem, limits)
+    shared = replace(limits, known=limits.known or LeastStep())
+    return united(problem, limits, [_solve_space(replace(problem, job=job), shared) for job in jobs])
+
+
+def _solve_space(problem: Problem, limits: Limits) -> PlanOutcome:
     search = JointSearch(problem, limits)
     bound_s, termination = search.run()
     if search.best is None:

@@ -13,6 +13,9 @@ from stagewright.planner.documents.plan import Plan
 Termination = Literal["optimal", "gap", "time_limit", "cancelled"]
 
 
+OPTIMAL_GAP = 1e-6
+
+
 class KnownStep(Protocol):
     """The least step that any of several searches has found so far: all that they share."""
 
@@ -21,6 +24,19 @@ class KnownStep(Protocol):
 
     def offer(self, step_s: float) -> None:
         """Tell the others of a plan."""
+
+
+@dataclass
+class LeastStep:
+    """The least step found so far, in one process."""
+
+    step_s: float = float("inf")
+
+    def least_s(self) -> float:
+        return self.step_s
+
+    def offer(self, step_s: float) -> None:
+        self.step_s = min(self.step_s, step_s)
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,13 @@ SHAPE = (
 TP, CP, DP, PP, EP, ETP, SP, VOCAB, ZERO, MICROBATCH, NUM_MICROBATCHES, AXES = range(12)
 
 
+def with_equal(shapes: Ints, equal: Sequence[tuple[str, str]]) -> Ints:
+    """Return the rows whose columns of each pair are equal."""
+    for first, second in equal:
+        shapes = shapes[shapes[:, SHAPE.index(first)] == shapes[:, SHAPE.index(second)]]
+    return shapes
+
+
 def configuration_of(row: Sequence[int] | Ints) -> Configuration:
     """Return the configuration of a row of SHAPE columns."""
     tp, cp, dp, pp, ep, etp, sp, vocabulary, zero, microbatch, count, axes = (int(value) for value in row)

@@ -41,6 +41,7 @@ from stagewright.planner.search.pricing import (
     PriceList,
     classes_of,
     configuration_of,
+    with_equal,
 )
 from stagewright.planner.search.space import (
     PIPELINE_OUTSIDE,
@@ -166,7 +167,8 @@ class Problem:
     def shapes(self) -> Ints:
         """All configurations before the cost model's legality, int32 [n, 12]."""
         per_node = max(group.devices_per_node for group in self.cluster.groups)
-        return np.concatenate([shapes(self.profile, self.job, count, per_node) for count in self.device_counts])
+        rows = [shapes(self.profile, self.job, count, per_node) for count in self.device_counts]
+        return with_equal(np.concatenate(rows), self.job.space.equal)
 
     @cached_property
     def priced(self) -> Priced:
@@ -216,6 +218,8 @@ class Problem:
             "recompute": [LEVELS[level].value for level in self.levels],
             "axis_orders": [",".join(axes) for axes in AXIS_ORDERS],
             **({} if np.isinf(self.most_bytes) else {"most_bytes": self.most_bytes}),
+            **({"target": space.target} if space.target is not None else {}),
+            **({"equal": [" = ".join(pair) for pair in space.equal]} if space.equal else {}),
             "stages": "contiguous layer ranges of at least one layer, uneven",
             "degrees": "equal on all stages",
             "pins": [f"{name}={value}" for name, value in space.pins if value is not None],

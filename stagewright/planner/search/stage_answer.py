@@ -15,7 +15,7 @@ from stagewright.planner.documents.outcome import Alternative, PlanOutcome
 from stagewright.planner.documents.plan import Certificate, Plan
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.search import exact
-from stagewright.planner.search.limits import Limits, Termination
+from stagewright.planner.search.limits import OPTIMAL_GAP, Limits, Termination
 from stagewright.planner.search.pool_search import Completed, PoolSearch
 from stagewright.planner.search.problem import Problem
 
@@ -100,7 +100,7 @@ def _outcome(
     objective_s = best.prediction.step_time_s
     bound_s = min(bound_s, objective_s)
     gap = max(0.0, objective_s / bound_s - 1.0)
-    status = "optimal" if gap <= exact.OPTIMAL_GAP else "within_gap" if gap <= limits.gap + 1e-9 else "feasible"
+    status = "optimal" if gap <= OPTIMAL_GAP else "within_gap" if gap <= limits.gap + 1e-9 else "feasible"
     certificate = Certificate(
         status=status,
         objective_name="step_time_s",

@@ -15,12 +15,12 @@ from stagewright.cli.main import run
 from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.executors.executor import executor
-from stagewright.planner.executors.inline import InlineExecutor, LeastStep
+from stagewright.planner.executors.inline import InlineExecutor
 from stagewright.planner.executors.mapped_search import solve_mapped
 from stagewright.planner.executors.process import ProcessExecutor, SharedStep
 from stagewright.planner.planning import make_plan
 from stagewright.planner.search.exact import solve
-from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.limits import LeastStep, Limits
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.verify import verify_certificate
 from stagewright.testing.mocked_cluster import cluster_factory
