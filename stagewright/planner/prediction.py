@@ -33,7 +33,7 @@ from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.plan import Degrees, MemoryItems, Plan, Prediction, ScheduleSpec, StagePlan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
-from stagewright.planner.link_bytes import gathers_by_run, link_bytes, sharding_group
+from stagewright.planner.link_bytes import gathers_by_run, link_bytes, shared_weights, sharding_group
 from stagewright.planner.schedules.action import Action, parse_action
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
@@ -92,11 +92,28 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
         ties=plan_ties(plan, profile),
         action_overhead_s=profile.action_overhead_s,
     )
+    static = pipeline.static_bytes - _shared_state_bytes(plan, profile, layout, layers)
+    pipeline = replace(pipeline, static_bytes=static)
     costs = stage_costs(pipeline, bounds, levels, layers)
     links = links_of(layout, bounds, layers, wiring)
     timeline = simulate(schedule, costs, links=links, tail_s=pipeline.tail_s)
     prediction = _prediction(plan, profile, schedule, layout, pipeline, timeline, layers, levels, bounds)
     return Evaluation(prediction, timeline, schedule, costs, pipeline, links)
+
+
+def _shared_state_bytes(plan: Plan, profile: ModelProfile, layout: Layout, layers: Sequence[LayerCosts]) -> Floats:
+    """Return the bytes [3, D] of parameters, gradients and optimizer that layers of one rank share and each counts."""
+    shared = np.zeros((3, layout.num_ranks))
+    stage_of = {layer: index for index, stage in enumerate(plan.stages) for layer in stage.layer_indices}
+    for tie in shared_weights(plan, profile):
+        for rank, slots in enumerate(layout.slots):
+            held = {slot.stage for slot in slots}
+            for layer in [layer for layer in tie.layers if stage_of[layer] in held][1:]:
+                row = layers[stage_of[layer]]
+                parameters = float(row.table.dense_parameters[layer])
+                if parameters > 0:
+                    shared[:, rank] += row.state_bytes[:, layer] * min(1.0, tie.num_parameters / parameters)
+    return shared
 
 
 def options_of(plan: Plan) -> CostOptions:

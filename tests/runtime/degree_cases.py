@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from runtime_cases import CPU, GROUPS, PreparedCase, batches_of, make_model
+from runtime_models import hugging_face
 
 from stagewright.modeling import split
 from stagewright.modeling.expert_capacity import Capacity, capacity_of
@@ -62,8 +63,8 @@ def sent_in_a_step(prepared: PreparedCase) -> dict[str, float]:
     """Return the bytes this rank sends in one iteration with its optimizer step."""
     worker = make_worker(prepared)
     worker.use_optimizer(OptimizerChoice("adamw", 1e-3))
-    batch = batches_of(prepared, 1)[0]
-    worker.run(batch, 0)
+    name = prepared.case.hugging_face
+    worker.run(hugging_face(name)[1] if name else batches_of(prepared, 1)[0], 0)
     return worker.traffic()
 
 
