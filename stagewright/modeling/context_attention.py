@@ -8,7 +8,8 @@ P = u r ranks hold s/P positions each, in any layout: contiguous, striped (round
 
       lse = log(exp(lse) + exp(lse_j)),   O = exp(lse_old - lse) O + exp(lse_j - lse) O_j
 
-  The backward sends keys and values round again, with their gradients, which return after r hops:
+  The backward sends keys and values round again, followed from the second rank on by the gradients that other ranks add,
+  which are home after r - 1 hops:
 
       P_j = exp(S_j - lse),  dV_j += P_j^T dO,  dS_j = P_j * (dO V_j^T - rowsum(dO * O)),  dQ += dS_j K_j,  dK_j += dS_j^T Q
 
@@ -212,8 +213,9 @@ class _Ring(torch.autograd.Function):
         row = (gradient * output).sum(-1, keepdim=True)
         query_gradient = torch.zeros_like(query)
         travelling = torch.stack((key, value))
-        gradients = torch.zeros_like(travelling)
+        at_home, abroad = torch.zeros_like(travelling), torch.zeros_like(travelling)
         for hop in range(size):
+            gradients = abroad if hop else at_home
             source = (index - hop) % size
             mask = _mask(positions[index], positions[source], causal, query.device)
             if mask is None or bool(mask.any()):
@@ -224,9 +226,10 @@ class _Ring(torch.autograd.Function):
                 gradients[0] += _gathered(inner.transpose(-1, -2) @ query, repeats)
             if hop + 1 < size:
                 travelling = _rotate(travelling, groups)
-            if size > 1:
-                gradients = _rotate(gradients, groups)
-        return query_gradient, gradients[0], gradients[1], None, None, None, None, None
+            if hop:
+                abroad = _rotate(abroad, groups)
+        key_gradient, value_gradient = at_home + abroad
+        return query_gradient, key_gradient, value_gradient, None, None, None, None, None
 
 
 def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.documents.plan import Plan
-from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.documents.profile import LayerClass, ModelProfile
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.lowering.parameters import with_parameter_gathers
 from stagewright.planner.schedules.schedule import KIND, STAGE, Schedule
@@ -45,10 +45,7 @@ def link_bytes(
     """Return the bytes by "operation/group"; names without bytes are left out."""
     total: Totals = {}
     for stage, row in enumerate(layers):
-        degrees = plan.stages[stage].degrees
-        inside = slice(bounds[stage], bounds[stage + 1])
-        for name, each in row.table.link_bytes.items():
-            _add(total, name, float(each[inside].sum()) * plan.schedule.num_microbatches * degrees.num_devices)
+        _own_collectives(total, plan, profile, stage, row)
     for (first, second), edge in zip(layout.hop_pairs.tolist(), layout.edges * layout.num_replicas, strict=True):
         if first != second:
             sent = sum(
@@ -63,6 +60,43 @@ def link_bytes(
         if len(tie.stages) > 1:
             _shared_gradients(total, plan, tie)
     return {name: total[name] for name in sorted(total) if total[name] > 0}
+
+
+def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: int, row: LayerCosts) -> None:
+    """Add the collectives inside one stage's layers.
+
+    Under sequence parallelism the sequence is split at the first block and joined behind the last, which gathers gradients
+    at the one and values at the other; embedding and head lie outside and sum whole tensors. Parameters of blocks that
+    tensor parallelism copies see a part of the sequence each, so their gradients are summed: once an iteration, or before
+    each scatter of ZeRO-2 and 3.
+    """
+    degrees = plan.stages[stage].degrees
+    devices, repeats = degrees.num_devices, plan.schedule.num_microbatches
+    units = repeats * max(plan.schedule.num_slices, 1)
+    kinds = [profile.classes[name].kind for name in profile.layer_classes]
+    blocks = [layer for layer, kind in enumerate(kinds) if kind == "block"]
+    ends = (blocks[0], blocks[-1] + 1) if blocks and degrees.sp else ()
+    for layer in plan.stages[stage].layer_indices:
+        summed = degrees.sp and kinds[layer] in ("embedding", "head", "loss")
+        for name, each in row.table.link_bytes.items():
+            purpose = name.partition("/")[2]
+            sent = float(each[layer]) * repeats * devices
+            _add(total, "all-reduce/tp" if summed and purpose == "tp" else name, sent)
+        if layer in ends and kinds[layer] != "loss":
+            _add(
+                total, "all-gather/tp", float(row.table.output_bytes[blocks[0]]) * (degrees.tp - 1) * repeats * devices
+            )
+        if degrees.sp and kinds[layer] == "block":
+            size = copied_parameters(profile.classes[profile.layer_classes[layer]]) * plan.job.optimizer.gradient_bytes
+            sums = units if degrees.zero >= 2 and degrees.dp * degrees.cp > 1 else len(plan.schedule.placement)
+            _add(total, "all-reduce/tp", 2 * (degrees.tp - 1) / degrees.tp * size * devices * sums)
+
+
+def copied_parameters(layer: LayerClass) -> int:
+    """Return the parameters of a layer that tensor parallelism does not split."""
+    if not layer.operators:
+        return layer.replicated_parameters
+    return sum(op.parameters for op in layer.operators if not set(op.split) & {"tp", "kv", "vocab", "ep"})
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.plan import Degrees, MemoryItems, Plan, Prediction, ScheduleSpec, StagePlan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
-from stagewright.planner.link_bytes import gathers_by_run, link_bytes, shared_weights, sharding_group
+from stagewright.planner.link_bytes import gathers_by_run, link_bytes, sharding_group, shared_weights
 from stagewright.planner.schedules.action import Action, parse_action
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest

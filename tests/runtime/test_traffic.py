@@ -7,8 +7,10 @@ import pytest
 pytest.importorskip("torch")
 from runtime_cases import LENGTH, Case, make_model, prepare
 from runtime_documents import profile_of
+from runtime_models import hugging_face
 
 from stagewright.modeling import split
+from stagewright.planner.models.hugging_face import profile_from_config
 from stagewright.planner.prediction import evaluate
 
 pytestmark = pytest.mark.ranks
@@ -47,6 +49,34 @@ def test_bytes_sent_are_the_predicted_ones(rank_pools, case):
     chain = split(make_model(case, case.num_ranks * chunks))
     profile = profile_of(chain, sequence_length=LENGTH, output_bytes=BOUNDARY_BYTES)
     predicted = evaluate(prepared.plan, profile).prediction.link_bytes
+    results = pool.run("degree_cases.sent_in_a_step", prepared)
+    measured = {name: sum(sent.get(name, 0.0) for sent in results) for sent in results for name in sent}
+    assert {name: value for name, value in measured.items() if value} == pytest.approx(predicted, rel=1e-9)
+
+
+SPLIT = [
+    {"tp": 2},
+    {"tp": 2, "sp": True},
+    {"tp": 2, "vocab_parallel": True},
+    {"tp": 2, "sp": True, "vocab_parallel": True},
+    {"cp": 2},
+    {"cp": 4},
+    {"cp": 2, "ulysses": 2},
+    {"cp": 4, "ulysses": 2},
+    {"tp": 2, "sp": True, "dp": 2, "zero": 2},
+]
+
+
+@pytest.mark.parametrize("degrees", SPLIT, ids=str)
+def test_collectives_inside_the_layers_of_a_llama_are_the_predicted_ones(rank_pools, degrees):
+    pytest.importorskip("transformers")
+    case = Case("gpipe", 1, 4 // degrees.get("dp", 1), degrees=degrees, dropout=0.0, hugging_face="llama")
+    pool = rank_pools(case.world)
+    prepared = prepare(case, pool.next_number())
+    profile = profile_from_config(hugging_face("llama")[0].config.to_dict(), "llama")
+    assert profile.num_layers == prepared.plan.num_layers
+    plan = prepared.plan.model_copy(update={"layer_digest": profile.layer_digest})
+    predicted = evaluate(plan, profile).prediction.link_bytes
     results = pool.run("degree_cases.sent_in_a_step", prepared)
     measured = {name: sum(sent.get(name, 0.0) for sent in results) for sent in results for name in sent}
     assert {name: value for name, value in measured.items() if value} == pytest.approx(predicted, rel=1e-9)
