@@ -177,7 +177,7 @@ def test_a_model_by_code_is_refused_where_a_profile_is_wanted(capsys, cluster):
         ["--objective", "frontier", "--planner", "megatron"],
         ["--target", "skypilot"],
         ["--executor", "threads"],
-        ["--cluster", "a100-sxm-80g:8x1+h100-sxm:8x1"],
+        ["--cluster", "a100-sxm-80g:8x1+h100-sxm:8x1", "--objective", "frontier"],
     ],
 )
 def test_what_is_not_searched_yet_is_refused_and_not_ignored(capsys, profile, cluster, options):
