@@ -119,10 +119,11 @@ def _refuse_unsearched(cluster: Cluster, job: TrainingJob, planner: str, executo
             hint="known: " + ", ".join(EXECUTORS) + "; inline does everything",
         )
     differ = cluster.is_mixed or space.per_stage_degrees
-    if differ and (job.objective != "step-time" or previous is not None or executor != "inline"):
+    asked = job.objective != "step-time" or job.step_deadline_s is not None
+    if differ and (asked or previous is not None or executor != "inline"):
         raise InvalidArgument(
-            "stages that differ (a mixed cluster, or per_stage_degrees) are searched for step-time, inline and from "
-            f"nothing, not for {job.objective} with executor {executor}"
+            "stages that differ (a mixed cluster, or per_stage_degrees) are searched for step-time without a deadline, "
+            f"inline and from nothing, not for {job.objective} with executor {executor}"
             + (" from a previous plan" if previous is not None else ""),
             field="objective",
             hint="ask for step-time, without --from and --executor",

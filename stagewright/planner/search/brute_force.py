@@ -65,7 +65,12 @@ def best_by_stage(candidate: StageCandidate) -> tuple[float, Partition] | None:
     """Return the same for a candidate whose stages differ, judged as the scorer judges its plan."""
     rooms = np.array([choice.choices.room_bytes * (1 + 1e-12) for choice in candidate.by_stage])
     stages = _Stages(candidate.problem, candidate.order, candidate.layers, candidate.wiring, candidate.ties)
-    return _best(stages, rooms, lambda partition: candidate.scored(partition, "exhaustive").prediction.step_time_s)
+    return _best(
+        stages,
+        rooms,
+        lambda partition: candidate.scored(partition, "exhaustive").prediction.step_time_s,
+        admits=lambda bounds: bool(((candidate.windows[:, 0] <= bounds) & (candidate.windows[:, 1] >= bounds)).all()),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +85,16 @@ class _Stages:
 
 
 def _best(
-    stages: _Stages, rooms: Floats, judged_step_s: Callable[[Partition], float]
+    stages: _Stages,
+    rooms: Floats,
+    judged_step_s: Callable[[Partition], float],
+    *,
+    admits: Callable[[tuple[int, ...]], bool] = lambda bounds: True,
 ) -> tuple[float, Partition] | None:
     order, num_layers = stages.order, stages.layers[0].num_layers
     levels = all_levels(num_layers, stages.problem.levels)
     best: tuple[float, Partition] | None = None
-    for bounds in all_partitions(num_layers, order.num_stages):
+    for bounds in filter(admits, all_partitions(num_layers, order.num_stages)):
         fits = np.flatnonzero((_peaks(stages, bounds, levels) <= rooms).all(axis=1))
         if not len(fits):
             continue

@@ -38,6 +38,15 @@ from stagewright.planner.search.space import PIPELINE_OUTSIDE, FamilyRule, allow
 from stagewright.planner.search.stage_candidate import Levels, PoolChoice, StageCandidate
 from stagewright.planner.search.stage_choice import GroupChoices, choices_by_group
 from stagewright.planner.search.stage_closing import StageCloser
+from stagewright.planner.search.stage_graph import (
+    GRAPHPIPE,
+    MOST_RANKS,
+    Edges,
+    StageGraph,
+    compile_graph_order,
+    graph_schedule,
+    stage_graphs,
+)
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
@@ -48,11 +57,12 @@ MOST_NODES = 400
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Pools along the pipeline, pipeline ranks of each, and samples of a microbatch."""
+    """Pools along the pipeline, pipeline ranks of each, samples of a microbatch; a graph unless stages form a chain."""
 
     pools: tuple[Pool, ...]
     ranks: tuple[int, ...]
     samples: int
+    graph: StageGraph | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -70,11 +80,19 @@ class Completed:
 
 @dataclass(eq=False)
 class PoolSearch:
-    """The state of one search."""
+    """The state of one search.
+
+    Parameters
+    ----------
+    split : cut one kind of device in two pools as well.
+    chains : search chains of stages; else graphs of stages alone.
+    known_s : a step that is known to be reached.
+    """
 
     problem: Problem
     limits: Limits
     split: bool = False
+    chains: bool = True
     known_s: float = float("inf")
     best: Completed | None = None
     kept: dict[str, Completed] = field(default_factory=dict)
@@ -84,6 +102,8 @@ class PoolSearch:
     simulated: int = 0
     open_bound_s: float = float("inf")
     _models: dict[tuple[str, ...], CostModel] = field(default_factory=dict)
+    _graphs: dict[int, list[StageGraph | None]] = field(default_factory=dict)
+    _graph_orders: dict[tuple[Edges, int], Order] = field(default_factory=dict)
 
     @cached_property
     def sequences(self) -> list[tuple[Pool, ...]]:
@@ -131,8 +151,24 @@ class PoolSearch:
                 sizes = [pool.num_devices // count for pool, count in zip(pools, ranks, strict=True)]
                 if self.split and len(pools) > 1 and not _aligned(pools, sizes, self.problem):
                     continue
-                for samples in divisors(job.global_batch):
-                    yield Skeleton(pools, ranks, samples)
+                for graph in self.graphs(sum(ranks)):
+                    for samples in divisors(job.global_batch):
+                        yield Skeleton(pools, ranks, samples, graph)
+
+    def graphs(self, num_ranks: int) -> list[StageGraph | None]:
+        """Return the stage graphs of a depth, None for the chain; others only for a model that is no chain."""
+        if num_ranks not in self._graphs:
+            branching = num_ranks <= MOST_RANKS and self.side_by_side
+            found = stage_graphs(self.problem.profile, num_ranks) if branching else ()
+            self._graphs[num_ranks] = [*([None] if self.rules and self.chains else []), *found]
+        return self._graphs[num_ranks]
+
+    @cached_property
+    def side_by_side(self) -> bool:
+        """Tell whether the model has branches and the job admits the schedule that runs them side by side."""
+        space = self.problem.job.space
+        wanted = not space.schedules or GRAPHPIPE.name in space.schedules
+        return wanted and allows(space, "schedule", GRAPHPIPE.name) and not self.problem.profile.is_chain
 
     def rows(self, skeleton: Skeleton) -> list[tuple[GroupChoices, Priced, Longs]]:
         """Return for each pool its choices and the rows of them that take the skeleton's microbatch."""
@@ -170,8 +206,9 @@ class PoolSearch:
                 microbatches,
                 count,
                 group.room_bytes,
+                chain=skeleton.graph is None,
             )
-            found.append(need + head[None, :, None])
+            found.append(need if skeleton.graph is not None else need + head[None, :, None])
             ahead = np.minimum(ahead, forward[:, of_layer].min(axis=0))
             head = np.concatenate((np.zeros(1), np.cumsum(ahead)))
         return found
@@ -191,16 +228,33 @@ class PoolSearch:
             )
         )
         return StageCandidate(
-            self.problem, self.model(skeleton.pools), choices, skeleton.samples, rule, order, self.levels
+            self.problem,
+            self.model(skeleton.pools),
+            choices,
+            skeleton.samples,
+            rule,
+            order,
+            windows_of(skeleton, self.problem.profile.num_layers),
+            self.levels,
         )
 
     def order(self, skeleton: Skeleton, rule: FamilyRule) -> Order | None:
         """Return the compiled order of a family; None when the family refuses its sizes."""
+        if skeleton.graph is not None:
+            return self._graph_order(skeleton.graph, self.problem.job.global_batch // skeleton.samples)
         key = OrderKey(rule.name, skeleton.num_ranks, self.problem.job.global_batch // skeleton.samples, 1)
         try:
             return self.problem.order_of(key, rule)
         except (InvalidArgument, InvalidSchedule):
             return None
+
+    def _graph_order(self, graph: StageGraph, num_microbatches: int) -> Order:
+        key = (graph.edges, num_microbatches)
+        if key not in self._graph_orders:
+            self._graph_orders[key] = compile_graph_order(
+                graph_schedule(graph.edges, graph.num_stages, num_microbatches)
+            )
+        return self._graph_orders[key]
 
     def model(self, pools: tuple[Pool, ...]) -> CostModel:
         """Return the cost model of the cluster with the used groups first."""
@@ -286,6 +340,8 @@ class PoolSearch:
 
     def rules_for(self, skeleton: Skeleton) -> list[FamilyRule]:
         """Return the families that take the skeleton's sizes; on one rank the first, since orders do not matter."""
+        if skeleton.graph is not None:
+            return [GRAPHPIPE]
         count = self.problem.job.global_batch // skeleton.samples
         fitting = [rule for rule in self.rules if rule.fits(skeleton.num_ranks, count, 1)]
         return fitting[:1] if skeleton.num_ranks == 1 else fitting
@@ -314,7 +370,6 @@ class PoolSearch:
     def _closer(self, candidate: StageCandidate, *, most_nodes: int = MOST_NODES) -> StageCloser:
         return StageCloser(
             candidate,
-            windows=chain_windows(candidate.order.num_stages, self.problem.profile.num_layers),
             target_s=lambda: self.target_s,
             found=lambda partition, step_s: self.keep(candidate, partition, step_s),
             should_stop=lambda: self.limits.reached() is not None,
@@ -336,6 +391,13 @@ def single_chunk(rules: Sequence[FamilyRule]) -> list[FamilyRule]:
     return [rule for rule in rules if rule.num_replicas == 1 and tuple(rule.chunks(8)) == (1,)]
 
 
+def windows_of(skeleton: Skeleton, num_layers: int) -> Longs:
+    """Return where each stage of a skeleton may start, int64 [S + 1, 2]."""
+    if skeleton.graph is not None:
+        return np.array(skeleton.graph.windows, dtype=np.int64)
+    return chain_windows(skeleton.num_ranks, num_layers)
+
+
 def chain_windows(num_stages: int, num_layers: int) -> Longs:
     """Return where each stage may start, each stage holding at least one layer, int64 [S + 1, 2]."""
     stage = np.arange(num_stages + 1)
@@ -355,18 +417,22 @@ def pool_needs(
     num_microbatches: int,
     num_ranks: int,
     room_bytes: float,
+    *,
+    chain: bool = True,
 ) -> Floats:
     """Return the least seconds that layers [j, i) take on `num_ranks` ranks, [choices, L + 1, L + 1].
 
-    Arrays are [choices, L]. Infinite for fewer layers than ranks, or where states and one microbatch never fit; an empty
+    Ranks that form no `chain` need not wait for each other, so theirs is T/D of the sum. Arrays are [choices, L]. Infinite for fewer layers than ranks, or where states and one microbatch never fit; an empty
     range is not allowed, because a pool that is there is used.
     """
     num_layers = time_s.shape[1]
     share = np.divide(forward_s, time_s, out=np.ones_like(time_s), where=time_s > 0).min(axis=1)
+    share = share if chain else np.zeros_like(share)
     left = 1.0 - share / num_microbatches
-    factor = np.where(share > 1e-9, share / -np.expm1(num_ranks * np.log(np.maximum(left, 1e-300))), np.nan)
-    factor = np.where(np.isfinite(factor), factor, num_microbatches / num_ranks)
-    weight = np.where(left < 1.0, (1.0 - left) / -np.expm1(num_ranks * np.log(np.maximum(left, 1e-300))), 1 / num_ranks)
+    waits = share > 1e-9
+    shrink = np.where(waits, -np.expm1(num_ranks * np.log(np.maximum(left, 1e-300))), 1.0)
+    weight = np.where(waits, (1.0 - left) / shrink, 1.0 / num_ranks)
+    factor = weight * num_microbatches
     between = _between(factor[:, None] * time_s)
     # A rank's tail counts with its own weight, at least the first rank's.
     between += _between(step_s * (weight * left ** (num_ranks - 1))[:, None])

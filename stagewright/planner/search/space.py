@@ -24,6 +24,9 @@ from stagewright.planner.schedules.registry import families, family
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 
+# Runs branches of a model side by side; searched over stage graphs (`stage_graph`), not over chains.
+STAGE_GRAPH_FAMILY = "graphpipe"
+
 PIPELINE_OUTSIDE: AxisOrder = ("tp", "cp", "dp", "pp")
 PIPELINE_INSIDE: AxisOrder = ("tp", "cp", "pp", "dp")
 
@@ -150,7 +153,7 @@ def allowed_rules(space: SearchSpace, *, all_rules: Sequence[FamilyRule] = RULES
                 field="space.pins.schedule",
             )
         wanted = {pinned}
-    for name in wanted - {rule.name for rule in rules}:
+    for name in wanted - {rule.name for rule in rules} - {STAGE_GRAPH_FAMILY}:
         raise InvalidArgument(
             f"the search does not cover schedule {name!r}",
             field="space.schedules",

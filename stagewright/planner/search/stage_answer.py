@@ -1,8 +1,8 @@
-"""Plans whose stages differ, answered with a certificate: mixed clusters, and degrees by stage where they are asked for.
+"""Plans whose stages differ, answered with a certificate: mixed clusters, degrees by stage, branches side by side.
 
-On a mixed cluster the space is that of `pool_search` alone. On one kind of device, asking for degrees by stage adds that
-space to the one of equal degrees: both are searched, the better plan is returned, and the lower of the two bounds holds
-for their union, which is what the certificate declares.
+On a mixed cluster the space is that of `pool_search` alone. On one kind of device, asking for degrees by stage, or a
+model with branches, adds that space to the one of equal degrees on a chain of stages: both are searched, the better plan
+is returned, and the lower of the two bounds holds for their union, which is what the certificate declares.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from stagewright.planner.search import exact
 from stagewright.planner.search.limits import OPTIMAL_GAP, Limits, Termination
 from stagewright.planner.search.pool_search import Completed, PoolSearch
 from stagewright.planner.search.problem import Problem
+from stagewright.planner.search.stage_graph import GRAPHPIPE, MOST_RANKS
 
 Space = dict[str, str | int | float | list[str] | list[int]]
 
@@ -40,11 +41,15 @@ def solve_mixed(problem: Problem, limits: Limits) -> PlanOutcome:
 
 
 def solve_by_stage(problem: Problem, limits: Limits) -> PlanOutcome:
-    """Return the better of the best plan of equal degrees and the best one over pools, with a bound for both spaces."""
+    """Return the better of the best plan of equal degrees on a chain and the best one over pools and stage graphs.
+
+    The bound is the lower one of the two spaces, so it holds for both.
+    """
     left_s = limits.left_s()
     first = limits if left_s == float("inf") else replace(limits, deadline_s=limits.deadline_s - 0.5 * left_s)  # type: ignore[operator]
     equal = exact.solve(problem, first)
-    search = PoolSearch(problem, limits, split=True, known_s=equal.objective_s or float("inf"))
+    split = problem.job.space.per_stage_degrees
+    search = PoolSearch(problem, limits, split=split, chains=split, known_s=equal.objective_s or float("inf"))
     bound_s, termination = search.run()
     if equal.plan is None and search.best is None:
         return equal if equal.status == "no_solution" else _without_plan(search, termination)
@@ -66,11 +71,19 @@ def pool_space(problem: Problem, search: PoolSearch) -> Space:
     words.update(
         {
             "devices": [problem.cluster.num_devices],
-            "schedules": [rule.name for rule in search.rules],
+            "schedules": [
+                *([rule.name for rule in search.rules] if search.chains else []),
+                *([GRAPHPIPE.name] if search.side_by_side else []),
+            ],
             "max_chunks": 1,
             "axis_orders": ["tp,cp,dp,pp"],
             "pools": [" then ".join(f"{pool.num_devices} of {pool.group}" for pool in row) for row in search.sequences],
             "stages": "contiguous layer ranges of at least one layer, uneven, one on each pipeline rank",
+            "stage_graphs": (
+                f"chains, and up to {MOST_RANKS} stages every graph of chains that branches of the model form"
+                if search.side_by_side
+                else "chains"
+            ),
             "degrees": "equal on the ranks of a pool, different from pool to pool; a pool is used whole",
         }
     )

@@ -12,15 +12,17 @@ import numpy.typing as npt
 from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.documents.plan import Degrees, Plan, RankMapping, ScheduleSpec, StagePlan
 from stagewright.planner.prediction import evaluate, links_of, stage_costs, ties_of, wire_ranks
+from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.search.layer_costs import LayerCosts
 from stagewright.planner.search.order import Order
-from stagewright.planner.search.pipeline_costs import PipelineCosts, Tie, Wiring, pipeline_costs
+from stagewright.planner.search.pipeline_costs import PipelineCosts, Tie, Wiring, pipeline_costs, sent_over
 from stagewright.planner.search.pools import Pool
 from stagewright.planner.search.pricing import LayerClasses, configuration_of
 from stagewright.planner.search.problem import NO_PREDICTION, Partition, Problem, recompute_runs
 from stagewright.planner.search.recompute import LayerGroup, Recomputation, least_recompute
 from stagewright.planner.search.space import PIPELINE_OUTSIDE, FamilyRule
 from stagewright.planner.search.stage_choice import GroupChoices
+from stagewright.planner.search.stage_graph import graph_schedule
 from stagewright.planner.search.stage_ranges import StageTables
 from stagewright.planner.simulation.simulate import simulate
 
@@ -118,6 +120,7 @@ class StageCandidate:
     model : cost model on the plan's cluster, whose groups stand with the used ones first.
     samples : of a microbatch, over all replicas of a stage.
     order : the compiled order; its stages form a chain, or the graph of a `graphpipe` schedule.
+    windows : int64 [S + 1, 2], least and largest first layer of each stage, and of the end.
     """
 
     problem: Problem
@@ -126,6 +129,7 @@ class StageCandidate:
     samples: int
     rule: FamilyRule
     order: Order
+    windows: Longs
     levels: Levels
 
     @cached_property
@@ -190,13 +194,32 @@ class StageCandidate:
     def hop_s(self) -> Floats:
         """Seconds of a message over each edge when its target starts at a layer, [E, L + 1]."""
         found = np.zeros((len(self.order.edges), self.layers[0].num_layers + 1))
-        for index, ((source, target), (a, b)) in enumerate(
-            zip(self.order.edges, self.order.hop_pairs.tolist(), strict=True)
-        ):
-            sizes = np.maximum(self.layers[source].cut_bytes, self.layers[target].cut_bytes)
+        for index, (edge, (a, b)) in enumerate(zip(self.order.edges, self.order.hop_pairs.tolist(), strict=True)):
+            sizes = np.maximum(*(self._sizes(self.layers[end], edge) for end in edge))
             line = self.wiring.line(a, b)
             found[index] = line.latency_s + sizes / line.bytes_per_s
         return found
+
+    def _sizes(self, row: LayerCosts, edge: tuple[int, int]) -> Floats:
+        """Return the bytes of one device with these costs over an edge when its target starts at a layer, [L + 1]."""
+        if self.order.is_chain:
+            return row.cut_bytes
+        low, high = self.windows[edge[1]].tolist()
+        sizes = np.zeros(row.num_layers + 1)
+        if low == high:
+            sizes[low] = sent_over(self.order, self.windows[:, 0], row, edge)
+            return sizes
+        # Inside a segment of a stage graph, the layer before a cut feeds the one behind it and no other.
+        following = row.edges[:, 1] == row.edges[:, 0] + 1
+        sizes[row.edges[following, 1]] = row.edge_bytes[following]
+        return sizes
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The schedule that the order was compiled from."""
+        if self.order.is_chain:
+            return self.problem.schedule_of(self.order.key, self.rule)
+        return graph_schedule(self.order.edges, self.order.num_stages, self.num_microbatches)
 
     def complete(self, cuts: Sequence[int]) -> Partition | None:
         """Return a partition with its exact least recomputation; None when a stage does not fit."""
@@ -244,7 +267,7 @@ class StageCandidate:
         """Return the step of the rich simulator, where a link carries one message at a time."""
         pipeline = self.pipeline(partition)
         timeline = simulate(
-            self.problem.schedule_of(self.order.key, self.rule),
+            self.schedule,
             stage_costs(pipeline, partition.bounds, partition.levels, self.layers),
             links=links_of(self.order, partition.bounds, self.layers, self.wiring),
             tail_s=pipeline.tail_s,

@@ -46,13 +46,11 @@ class StageCloser:
 
     Parameters
     ----------
-    windows : int64 [S + 1, 2], least and largest first layer of each stage, and of the end.
     target_s : asked anew at every step, because incumbents move it.
     found : told each partition that was simulated, with its step on links that never wait.
     """
 
     candidate: StageCandidate
-    windows: Longs
     target_s: Callable[[], float]
     found: Callable[[Partition, float], None]
     should_stop: Callable[[], bool]
@@ -64,7 +62,7 @@ class StageCloser:
 
     def run(self) -> float:
         """Return a lower bound on the step of every partition that was not simulated; the target or more when closed."""
-        waiting = [(0.0, self.windows)]
+        waiting = [(0.0, self.candidate.windows)]
         least = float("inf")
         while waiting:
             at = min(range(len(waiting)), key=lambda index: (waiting[index][0], -index))

@@ -10,7 +10,7 @@ import numpy as np
 
 from stagewright.planner.documents import Recompute, TrainingJob
 from stagewright.planner.documents.job import SearchSpace
-from stagewright.planner.search.pool_search import PoolSearch, Skeleton
+from stagewright.planner.search.pool_search import PoolSearch, Skeleton, windows_of
 from stagewright.planner.search.pricing import AXES, DP, MICROBATCH, PP
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import shapes
@@ -26,6 +26,13 @@ def random_mixed_problem(seed: int, *, most_layers: int = 5) -> Problem:
     draw = Random(seed)
     layers = draw.randint(2, most_layers)
     blocks = draw.random() < 0.5
+
+    edges = None
+    if layers >= 4 and draw.random() < 0.5:
+        # Two branches that meet in a layer.
+        second = draw.randint(1, layers - 2)
+        join = draw.randint(second + 1, layers - 1)
+        edges = [(i, i + 1) for i in range(layers - 1) if i != second - 1] + [(second - 1, join)]
 
     def each(low: float, high: float) -> float | list[float]:
         return draw.uniform(low, high) if blocks else [draw.uniform(low, high) for _ in range(layers)]
@@ -44,6 +51,7 @@ def random_mixed_problem(seed: int, *, most_layers: int = 5) -> Problem:
         tensor_degrees=draw.choice([(1,), (1, 2)]),
         microbatches=(1, 2, 4),
         tied=[(0, layers - 1)] if draw.random() < 0.3 else (),
+        edges=edges,
         framework_bytes=draw.choice([0.0, 1e6]),
         step_overhead_s=draw.choice([0.0, 5e-4]),
         action_overhead_s=draw.choice([0.0, 5e-5]),
@@ -74,7 +82,7 @@ def random_mixed_problem(seed: int, *, most_layers: int = 5) -> Problem:
         sequence_length=128,
         precision="fp32",
         space=SearchSpace(
-            schedules=tuple(sorted(draw.sample(SINGLE_CHUNK, 2))),
+            schedules=(*sorted(draw.sample(SINGLE_CHUNK, 2)), *(("graphpipe",) if edges else ())),
             zero=tuple(sorted(draw.sample(range(4), 2))),
             recompute=draw.choice([tuple(Recompute), (Recompute.NONE, Recompute.FULL), (Recompute.NONE,)]),
             per_stage_degrees=not mixed,
@@ -103,5 +111,12 @@ def _with_rules(search: PoolSearch, skeleton: Skeleton, choices: tuple[PoolChoic
         order = search.order(skeleton, rule)
         if order is not None:
             yield StageCandidate(
-                search.problem, search.model(skeleton.pools), choices, skeleton.samples, rule, order, search.levels
+                search.problem,
+                search.model(skeleton.pools),
+                choices,
+                skeleton.samples,
+                rule,
+                order,
+                windows_of(skeleton, search.problem.profile.num_layers),
+                search.levels,
             )

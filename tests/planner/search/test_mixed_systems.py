@@ -1,0 +1,152 @@
+"""Published systems for devices that differ: what each of them gains is found by the search over pools."""
+
+from __future__ import annotations
+
+import pytest
+
+from stagewright.planner.documents import Cluster, Plan, TrainingJob
+from stagewright.planner.documents.job import Pins, SearchSpace
+from stagewright.planner.documents.outcome import PlanOutcome
+from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.planning import make_plan
+from stagewright.planner.prediction import with_prediction
+from stagewright.planner.search.verify import verify_certificate
+from stagewright.testing.mocked_cluster import cluster_factory, mixed_cluster_factory
+from stagewright.testing.mocked_profile import profile_factory
+
+
+def _cluster(speed: float, *, memory_bytes: float = 80e9, devices: int = 2) -> Cluster:
+    return cluster_factory(devices, 1, device=f"device-{speed}", flops=300e12 * speed, memory_bytes=memory_bytes)
+
+
+def _mixed(speed: float, *, memory_bytes: float = 80e9) -> Cluster:
+    return mixed_cluster_factory([_cluster(1.0), _cluster(speed, memory_bytes=memory_bytes)], bytes_per_s=10e9)
+
+
+def _job(**space: object) -> TrainingJob:
+    return TrainingJob(
+        global_batch=32,
+        sequence_length=128,
+        precision="fp32",
+        space=SearchSpace(**{"schedules": ("1f1b", "gpipe"), **space}),  # type: ignore[arg-type]
+    )
+
+
+PROFILE = profile_factory(
+    12, forward_s=1e-3, parameters=20_000_000, activation_bytes=4e6, output_bytes=1e6, microbatches=(1, 2, 4, 8)
+)
+
+
+def _best(outcome: PlanOutcome) -> Plan:
+    assert outcome.plan is not None
+    return outcome.plan
+
+
+def _on(plan: Plan, cluster: Cluster) -> Plan:
+    """Return a plan made for equal devices as it runs on a mixed cluster, stage by stage on the groups in order."""
+    groups = [cluster.group_of(ranks[0]).name for ranks in plan.mapping.pipeline_ranks]
+    stages = tuple(
+        stage.model_copy(update={"group": groups[rank]})
+        for stage, rank in zip(plan.stages, plan.schedule.placement[0], strict=True)
+    )
+    return with_prediction(plan.model_copy(update={"cluster": cluster, "stages": stages, "certificate": None}), PROFILE)
+
+
+def test_metis_gives_the_slower_group_fewer_layers_and_beats_the_plan_for_equal_devices() -> None:
+    cluster = _mixed(0.5)
+    found = make_plan(PROFILE, cluster, _job(), gap=0.0)
+    plan = _best(found)
+    equal = _best(make_plan(PROFILE, _cluster(1.0, devices=4), _job(pins=Pins(pp=2)), gap=0.0))
+    assert found.status == "optimal"
+    assert plan.prediction.step_time_s < 0.85 * _on(equal, cluster).prediction.step_time_s
+    by_group = {stage.group: 0 for stage in plan.stages}
+    for stage in plan.stages:
+        by_group[stage.group] += stage.num_layers
+    fast, slow = (group.name for group in cluster.groups)
+    assert by_group[fast] == 8
+    assert by_group[slow] == 4
+    verify_certificate(plan, PROFILE)
+
+
+def test_a_straggling_node_is_a_group_of_lower_rate_and_planning_again_moves_layers_off_it() -> None:
+    healthy, straggling = _mixed(1.0), _mixed(0.6)
+    before = _best(make_plan(PROFILE, healthy, _job(pins=Pins(pp=2)), gap=0.0))
+    after = _best(make_plan(PROFILE, straggling, _job(pins=Pins(pp=2)), gap=0.0))
+    kept = _on(before, straggling)
+    assert [stage.num_layers for stage in before.stages] == [6, 6]
+    assert after.prediction.step_time_s < 0.9 * kept.prediction.step_time_s
+    slow = straggling.groups[1].name
+    assert sum(stage.num_layers for stage in after.stages if stage.group == slow) < 6
+
+
+def test_a_group_of_less_memory_holds_fewer_layers_and_no_rank_overflows() -> None:
+    cluster = _mixed(1.0, memory_bytes=0.9e9)
+    plan = _best(make_plan(PROFILE, cluster, _job(zero=(0,)), gap=0.0))
+    limits = {group.name: group.device.memory_bytes * 0.95 for group in cluster.groups}
+    groups = [plan.cluster.group_of(ranks[0]).name for ranks in plan.mapping.pipeline_ranks]
+    assert all(peak <= limits[name] for peak, name in zip(plan.prediction.peak_memory_bytes, groups, strict=True))
+    small = cluster.groups[1].name
+    assert sum(stage.num_layers for stage in plan.stages if stage.group == small) == 4
+
+
+def test_groups_take_devices_and_degrees_of_their_own_by_stage() -> None:
+    cluster = mixed_cluster_factory([_cluster(1.0, devices=2), _cluster(0.8, devices=1)], bytes_per_s=10e9)
+    plan = _best(make_plan(PROFILE, cluster, _job(), gap=0.0))
+    sizes = {stage.group: stage.degrees.num_devices for stage in plan.stages}
+    assert plan.num_devices == 3
+    assert sorted(sizes.values()) in ([1, 1], [1, 2])
+    samples = {stage.degrees.dp for stage in plan.stages}
+    assert plan.schedule.num_microbatches * plan.schedule.microbatch * plan.stages[0].degrees.dp == 32
+    assert all(plan.schedule.microbatch * plan.stages[0].degrees.dp % dp == 0 for dp in samples)
+
+
+def test_two_branches_of_two_stages_and_a_join_run_side_by_side_at_depth_three() -> None:
+    profile = profile_factory(
+        5, forward_s=1e-3, output_bytes=1.0, edges=[(0, 1), (1, 4), (2, 3), (3, 4)], microbatches=(1,)
+    )
+    cluster = _cluster(1.0, devices=5)
+    job = TrainingJob(
+        global_batch=4, sequence_length=128, precision="fp32", space=SearchSpace(pins=Pins(pp=5, microbatch=1))
+    )
+
+    def planned(*schedules: str) -> Plan:
+        space = job.space.model_copy(update={"schedules": schedules})
+        return _best(make_plan(profile, cluster, job.model_copy(update={"space": space}), gap=0.0))
+
+    graph, chain = planned("1f1b", "gpipe", "graphpipe"), planned("1f1b")
+    assert graph.schedule.name == "graphpipe"
+    assert graph.schedule.edges == ((0, 1), (1, 4), (2, 3), (3, 4))
+    assert graph.prediction.bubble_over_total == pytest.approx(1 / 3, abs=2e-3)
+    assert chain.prediction.bubble_over_total == pytest.approx(1 / 2, abs=2e-3)
+    assert graph.prediction.step_time_s < 0.76 * chain.prediction.step_time_s
+    verify_certificate(graph, profile)
+
+
+def test_an_encoder_and_a_language_model_take_degrees_of_their_own_where_they_are_asked_for() -> None:
+    encoder, text, decoder = 3, 1, 6
+    layers = encoder + text + decoder
+    join = encoder + text
+    profile = profile_factory(
+        layers,
+        forward_s=[0.4e-3] * encoder + [0.05e-3] * text + [1.5e-3] * decoder,
+        parameters=[2_000_000] * encoder + [1_000_000] * text + [40_000_000] * decoder,
+        activation_bytes=2e6,
+        output_bytes=1e5,
+        edges=[(i, i + 1) for i in range(layers - 1) if i != encoder - 1] + [(encoder - 1, join)],
+        microbatches=(1, 2, 4, 8),
+    )
+    cluster = _cluster(1.0, devices=4)
+
+    def planned(per_stage: bool) -> PlanOutcome:
+        return make_plan(profile, cluster, _job(per_stage_degrees=per_stage, zero=(0,)), gap=0.0)
+
+    uniform, by_stage = planned(False), planned(True)
+    assert by_stage.objective_s is not None and uniform.objective_s is not None
+    assert by_stage.objective_s < 0.99 * uniform.objective_s
+    assert len({stage.degrees.num_devices for stage in _best(by_stage).stages}) == 2
+    verify_certificate(_best(by_stage), profile)
+
+
+def test_running_side_by_side_is_refused_where_the_model_has_no_branches() -> None:
+    with pytest.raises(InvalidArgument, match="has none"):
+        make_plan(PROFILE, _cluster(1.0), _job(pins=Pins(schedule="graphpipe"), schedules=()))
