@@ -505,10 +505,14 @@ def products_below(needs: Sequence[Floats], target_s: float) -> list[tuple[float
 
 
 def _aligned(pools: Sequence[Pool], sizes: Sequence[int], problem: Problem) -> bool:
-    """Tell whether the ranks of every pool start where blocks of their size start in a node."""
-    node = problem.cluster.groups[0].devices_per_node
+    """Tell whether the ranks of every pool spread over as few units of every link level as the first devices would.
+
+    The cost model prices a rank's groups at the start of its node group.
+    """
     for pool, size in zip(pools, sizes, strict=True):
-        unit = size if size <= node else node
-        if pool.first % unit or (size < node and node % size) or (size > node and size % node):
-            return False
+        for level in problem.cluster.groups[0].links:
+            unit = level.num_devices
+            for start in range(pool.first, pool.first + pool.num_devices, size):
+                if (start + size - 1) // unit - start // unit != (size - 1) // unit:
+                    return False
     return True

@@ -9,7 +9,6 @@ two ends of a chain, take degrees of their own (DistMM, GraphPipe).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -32,7 +31,7 @@ def pool_sequences(cluster: Cluster, *, split: bool) -> list[tuple[Pool, ...]]:
     """Return the sequences of pools that plans may lay along the pipeline.
 
     With `split`, a cluster of one group is also cut in two: at whole nodes, or at a power of two devices inside the
-    first node. Raises InvalidArgument for more than 4 groups.
+    first or the last node. Raises InvalidArgument for more than 4 groups.
     """
     if len(cluster.groups) > MOST_GROUPS:
         raise InvalidArgument(
@@ -67,13 +66,8 @@ def _cut(pool: Pool, size: int) -> tuple[Pool, Pool]:
     return Pool(pool.group, pool.first, size), Pool(pool.group, pool.first + size, pool.num_devices - size)
 
 
-def _first_sizes(cluster: Cluster) -> Iterator[int]:
+def _first_sizes(cluster: Cluster) -> list[int]:
     group = cluster.groups[0]
     node, total = group.devices_per_node, group.num_devices
-    size = 1
-    while size < min(node, total):
-        yield size
-        if node < total:
-            yield total - size
-        size *= 2
-    yield from range(node, total, node)
+    small = [1 << power for power in range(min(node, total).bit_length()) if 1 << power < min(node, total)]
+    return sorted({*small, *(total - size for size in small), *range(node, total, node)})
