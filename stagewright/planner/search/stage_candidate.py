@@ -207,7 +207,7 @@ class StageCandidate:
         low, high = self.windows[edge[1]].tolist()
         sizes = np.zeros(row.num_layers + 1)
         if low == high:
-            sizes[low] = sent_over(self.order, self.windows[:, 0], row, edge)
+            sizes[low] = sent_over(self.order, self.windows[:, 0].tolist(), row, edge)
             return sizes
         # Inside a segment of a stage graph, the layer before a cut feeds the one behind it and no other.
         following = row.edges[:, 1] == row.edges[:, 0] + 1
