@@ -41,7 +41,7 @@ def load_checkpoint(worker: Worker, directory: Path | str) -> int:
     """
     reader = torch_checkpoint.FileSystemReader(str(directory))
     stored = reader.read_metadata().state_dict_metadata
-    names = _names(worker)
+    names = canonical_names(worker)
     weights = worker.weights()
     state: dict[str, Tensor] = {"step": torch.tensor(0)}
     for name, value in weights.items():
@@ -71,12 +71,12 @@ def _matching(stored: dict[str, object], entry: str, value: Tensor) -> Tensor:
     return torch.empty_like(value)
 
 
-def _names(worker: Worker) -> dict[str, str]:
+def canonical_names(worker: Worker) -> dict[str, str]:
     """Return the name a parameter is saved under by the name the worker has for it."""
     first = {name: tie.parameter for tie in worker.chain.ties for name in tie.names}
     return {name: first.get(name, name) for name in worker.parameters()}
 
 
 def _canonical(worker: Worker, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = _names(worker)
+    names = canonical_names(worker)
     return {names[name]: value.contiguous() for name, value in values.items()}

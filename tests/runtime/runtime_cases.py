@@ -21,9 +21,10 @@ from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.simulation.nccl import check_nccl
-from stagewright.runtime.checkpoint import load_checkpoint, save_checkpoint
+from stagewright.runtime.checkpoint import canonical_names, load_checkpoint, save_checkpoint
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
 from stagewright.runtime.groups import Groups
+from stagewright.runtime.handover import continue_from, held_state
 from stagewright.runtime.memory import measure_memory
 from stagewright.runtime.microbatches import IGNORED, samples_of
 from stagewright.runtime.optimizers import OptimizerChoice
@@ -341,3 +342,37 @@ def continue_under_another_plan(argument: tuple[PreparedCase, PreparedCase, str]
     names = {name: tie.parameter for tie in worker.chain.ties for name in tie.names}
     changes = {name: value - start[names.get(name, name)] for name, value in worker.weights().items()}
     return compare(worker, changes, expected, shapes).max_relative_error
+
+
+def live_move(argument: tuple[PreparedCase, PreparedCase]) -> tuple[float, float]:
+    """Train under one plan, go on under the other from what the ranks hold; the largest error, and bytes received."""
+    first, second = argument
+    case = first.case
+    batches = batches_of(first, 4)
+    optimizer = OptimizerChoice("adamw", 1e-2)
+    original = make_model(case, 0)
+    expected = None
+    if dist.get_rank() == 0:
+        whole = split(copy.deepcopy(original))
+        expected = run_reference(
+            whole, batches, microbatch=case.microbatch, seed=1, device=CPU, optimizer=optimizer
+        ).changes
+    start = {name: value.detach().clone() for name, value in original.named_parameters()}
+    workers = []
+    received = 0.0
+    for prepared, steps in ((first, (0, 1)), (second, (2, 3))):
+        chain = split(copy.deepcopy(original))
+        shapes = reference_shapes(chain)
+        store = dist.PrefixStore(f"case/{prepared.number}", default_store())
+        worker = Worker(
+            prepared.plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS
+        )
+        worker.use_optimizer(optimizer)
+        if workers:
+            received = continue_from(worker, held_state(workers[-1]))
+        workers.append(worker)
+        for step in steps:
+            worker.run(batches[step], step)
+    names = canonical_names(worker)
+    changes = {name: value - start[names[name]] for name, value in worker.weights().items()}
+    return compare(worker, changes, expected, shapes).max_relative_error, received
