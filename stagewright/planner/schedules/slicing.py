@@ -9,12 +9,15 @@ For a bound t_max on the slices, S(i) = min over k <= i of S(i - k) + t(k, i - k
 t that occurs is tried as t_max, ascending, and the search stops when (D - 1) t_max + S alone cannot win: exact.
 Seq1F1B cuts so that every slice has the same work.
 
-Papers: Li et al., TeraPipe, ICML 2021; Sun et al., Seq1F1B, NAACL 2025.
+SlimPipe keeps uniform slices and lets ranks that work on late slices hand attention to ranks that work on early ones, so
+that all ranks take equally long at any moment (context exchange).
+
+Papers: Li et al., TeraPipe, ICML 2021; Sun et al., Seq1F1B, NAACL 2025; Li et al., SlimPipe, 2025.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -82,3 +85,29 @@ def equal_work_slices(num_tokens: int, num_slices: int, linear: float, quadratic
     edges = np.maximum.accumulate(np.maximum(edges, np.arange(num_slices + 1)))
     edges = np.minimum(edges, num_tokens - np.arange(num_slices, -1, -1))
     return tuple(int(length) for length in np.diff(edges))
+
+
+def context_exchange(work_s: Sequence[float]) -> tuple[tuple[int, int, float], ...]:
+    """Return (from, to, seconds) of attention handed over so that ranks with `work_s` at hand all take the mean.
+
+    The total handed over is the least that does it, the sum of what is above the mean; there are fewer transfers than ranks.
+    """
+    values = np.asarray(work_s, dtype=np.float64)
+    if not len(values) or not np.isfinite(values).all() or (values < 0.0).any():
+        raise InvalidArgument(f"work_s is {values.tolist()}, each must be finite and at least 0", field="work_s")
+    slack = 1e-12 * float(values.sum())
+    over = values - values.mean()
+    givers = [rank for rank in np.argsort(-over, kind="stable").tolist() if over[rank] > slack]
+    takers = [rank for rank in np.argsort(over, kind="stable").tolist() if over[rank] < -slack]
+    moves: list[tuple[int, int, float]] = []
+    while givers and takers:
+        giver, taker = givers[0], takers[0]
+        amount = float(min(over[giver], -over[taker]))
+        moves.append((giver, taker, amount))
+        over[giver] -= amount
+        over[taker] += amount
+        if over[giver] <= slack:
+            givers.pop(0)
+        if over[taker] >= -slack:
+            takers.pop(0)
+    return tuple(moves)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.planners.dapple import pivot_latency_s
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import generate
@@ -79,6 +80,26 @@ def test_alpas_closed_form_is_gpipes_makespan_and_not_below_1f1bs() -> None:
         }
         assert times["gpipe"] == pytest.approx(closed_s)
         assert closed_s / 1.14 <= times["1f1b"] <= closed_s + 1e-9
+
+
+@pytest.mark.parametrize("num_ranks", [4, 5, 6, 7, 8])
+def test_dapples_pivot_formula_is_never_above_1f1b_and_up_to_a_fifth_below(num_ranks: int) -> None:
+    """O16: on 300 stage vectors U(0.5, 1.5) with tB = 2 tF the latency with a pivot stage is 0 to 22 % too low.
+
+    With fewer than 2 D microbatches it is up to 26 % too low.
+    """
+    draw = np.random.default_rng(num_ranks)
+    below = []
+    for _ in range(300):
+        num_microbatches = int(draw.integers(2 * num_ranks, 33))
+        forward_s = draw.uniform(0.5, 1.5, num_ranks)
+        request = ScheduleRequest(num_ranks, num_microbatches)
+        simulated_s = makespan(compile_order(generate("1f1b", request)), forward_s, forward_s, forward_s)
+        closed_s, _ = pivot_latency_s(forward_s, 2 * forward_s, np.zeros(num_ranks), num_microbatches)
+        below.append(1.0 - closed_s / simulated_s)
+    assert min(below) >= -1e-12
+    assert max(below) <= 0.22
+    assert 0.017 <= np.mean(below) <= 0.051
 
 
 @pytest.mark.parametrize("alias", ["dapple", "pipedream-flush"])

@@ -207,6 +207,21 @@ def test_filling_bubbles_lengthens_nothing_and_uses_them():
     assert again.busy_s().tolist() == (timeline.busy_s() + 3.5).tolist()
 
 
+def test_encoder_work_in_the_bubbles_shortens_the_step():
+    """Optimus: the encoder of the next batch runs in bubbles of the language model instead of in front of its first stage."""
+    encoder_s = 0.5  # of a microbatch
+    costs = StageCosts.uniform(4)
+    schedule = generate("1f1b", ScheduleRequest(4, 8))
+    in_front = StageCosts.of([1.0 + encoder_s, 1.0, 1.0, 1.0], [1.0 + encoder_s, 1, 1, 1], [1.0 + encoder_s, 1, 1, 1])
+    items_s = [[encoder_s] * (3 * 8 // 4)] * 4  # forward and backward of all microbatches, dealt to the ranks
+    found = filled(schedule, simulate(schedule, costs), items_s)
+    assert found.num_left_out == 0
+    validate(found.schedule)
+    beside_s = simulate(found.schedule, costs, shares=Shares(fill_s=found.fill_s)).makespan_s
+    assert beside_s == simulate(schedule, costs).makespan_s
+    assert beside_s < 0.85 * simulate(schedule, in_front).makespan_s
+
+
 def test_a_rank_of_1f1b_idles_nine_forwards_at_four_ranks():
     costs = StageCosts.of([1.0] * 4, [1.0] * 4, [1.0] * 4)
     timeline = simulate(generate("1f1b", ScheduleRequest(4, 8)), costs)
