@@ -97,7 +97,8 @@ def best_plan(profile: ModelProfile, cluster: Cluster, job: TrainingJob, report:
 
 
 def save_run(out: Path, plan: Plan, report: RunReport) -> None:
-    """Write run.json and timeline.html into `out`."""
+    """Write run.json, timeline.html and trace.json (of the measured step, for Perfetto) into `out`."""
+    from stagewright.formats.chrome_trace import chrome_trace
     from stagewright.formats.timeline_html import timeline_html
 
     write_text(out / "run.json", json.dumps(report.to_json(), indent=1) + "\n")
@@ -118,6 +119,7 @@ def save_run(out: Path, plan: Plan, report: RunReport) -> None:
         memory_limit_bytes=memory if memory < 4 * peak else None,
     )
     write_text(out / "timeline.html", page)
+    write_text(out / "trace.json", json.dumps(chrome_trace(report.timeline, name=plan.model)) + "\n")
 
 
 def print_report(report: RunReport) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,7 @@ def run_reference(
     device: torch.device,
     optimizer: OptimizerChoice | None,
     clip_norm: float | None = None,
+    learning_rate_factor: Callable[[int], float] | None = None,
 ) -> ReferenceRun:
     """Return gradients of the first batch and, with an optimizer, the change of the weights after a step on each batch.
 
@@ -61,6 +62,9 @@ def run_reference(
         if clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         if stepper is not None:
+            if learning_rate_factor is not None and optimizer is not None:
+                for group in stepper.param_groups:
+                    group["lr"] = optimizer.learning_rate * learning_rate_factor(step)
             stepper.step()
     model.zero_grad(set_to_none=True)
     changes = {}

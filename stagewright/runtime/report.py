@@ -161,7 +161,10 @@ def _traffic(predicted: Mapping[str, float], measured: Mapping[str, float]) -> d
 
 
 def _time(plan: Plan, simulated: Timeline, measured: Timeline) -> dict[str, object]:
-    """Compare spans of compute, action by action, over the first device of each pipeline rank."""
+    """Compare spans of compute, action by action, over the first device of each pipeline rank.
+
+    `critical_path` compares the seconds of the actions on the simulated longest path.
+    """
     first = {ranks[0]: index for index, ranks in enumerate(plan.mapping.pipeline_ranks)}
     expected = {
         (int(rank), *row[:5]): end - start
@@ -169,14 +172,21 @@ def _time(plan: Plan, simulated: Timeline, measured: Timeline) -> dict[str, obje
             simulated.rank, simulated.action.tolist(), simulated.start_s, simulated.end_s, strict=True
         )
     }
+    path = {
+        (int(simulated.rank[span]), *simulated.action[span, :5].tolist()) for span in simulated.critical_path.tolist()
+    }
     by_action: dict[str, list[tuple[float, float]]] = {}
+    along_path: list[tuple[float, float]] = []
     for rank, lane, row, start, end in zip(
         measured.rank, measured.lane, measured.action.tolist(), measured.start_s, measured.end_s, strict=True
     ):
         key = (first.get(int(rank), -1), *row[:5])
         if lane == 0 and key in expected:
             name = str(Action(Kind(row[0]), row[2]))
-            by_action.setdefault(name, []).append((float(expected[key]), float(end - start)))
+            pair = (float(expected[key]), float(end - start))
+            by_action.setdefault(name, []).append(pair)
+            if key in path:
+                along_path.append(pair)
     actions = {
         name: {
             "predicted_s": float(np.median([p for p, _ in pairs])),
@@ -191,6 +201,11 @@ def _time(plan: Plan, simulated: Timeline, measured: Timeline) -> dict[str, obje
             "measured": measured.bubble_over_total if len(measured.end_s) else None,
         },
         "makespan_s": {"predicted": simulated.makespan_s, "measured": measured.makespan_s},
+        "critical_path": {
+            "actions": len(along_path),
+            "predicted_s": sum(predicted for predicted, _ in along_path),
+            "measured_s": sum(taken for _, taken in along_path),
+        },
     }
 
 

@@ -64,6 +64,7 @@ class WorkerSettings:
     clip_norm : largest 2-norm of the gradient of the whole model; None does not clip.
     skip_nonfinite : take no step when a gradient of the model is not finite.
     post_validation : step before the norm of the whole model is known, and amend later (`post_validation`).
+    learning_rate_factor : what the optimizer's learning rate is multiplied with in a step, given its number from 0.
     clock : what spans are recorded with.
     """
 
@@ -72,6 +73,7 @@ class WorkerSettings:
     clip_norm: float | None = None
     skip_nonfinite: bool = False
     post_validation: bool = False
+    learning_rate_factor: Callable[[int], float] | None = None
     clock: Callable[[], float] = now_s
 
 
@@ -224,6 +226,7 @@ class Worker:
         )
         self.recorder.clear()
         self._factor, self._is_scaled = 1.0, False
+        self._set_learning_rates(step)
         interpreter.run(steps, iteration)
         losses = [
             float(loss) * iteration[unit].loss_weight
@@ -346,6 +349,13 @@ class Worker:
             bucket.finish()
             total += bucket.squared_norm()
         return float(total)
+
+    def _set_learning_rates(self, step: int) -> None:
+        factor = self.settings.learning_rate_factor
+        if factor is not None:
+            for optimizer in self._optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor(step)
 
     def _scale_once(self) -> None:
         """Scale all gradients before the first optimizer step of the iteration; all ranks meet here."""

@@ -65,6 +65,7 @@ class Case:
     reference_microbatch: int = 0
     sequential: bool = False
     num_frozen: int = 0
+    warm_up_steps: int = 0
 
     @property
     def world(self) -> int:
@@ -169,6 +170,7 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     if case.hugging_face:
         batches = [_in_dtype(hugging_face(case.hugging_face)[1], case.dtype)] * case.num_steps
     optimizer = OptimizerChoice("sgd-momentum", 0.5)
+    warm_up = (lambda step: min(1.0, (step + 1) / case.warm_up_steps)) if case.warm_up_steps else None
     reference = None
     if dist.get_rank() == 0:
         whole = split(copy.deepcopy(model))
@@ -180,6 +182,7 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
             device=CPU,
             optimizer=optimizer,
             clip_norm=case.clip_norm,
+            learning_rate_factor=warm_up,
         )
     chain = split(model)
     shapes = reference_shapes(chain)
@@ -188,7 +191,7 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
         plan,
         prepared.schedule,
         chain,
-        WorkerSettings(CPU, seed=1, clip_norm=case.clip_norm),
+        WorkerSettings(CPU, seed=1, clip_norm=case.clip_norm, learning_rate_factor=warm_up),
         store=store,
         groups=GROUPS,
     )

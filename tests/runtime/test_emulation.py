@@ -24,6 +24,9 @@ def test_an_emulated_run_takes_at_least_the_simulated_time_and_sends_the_predict
     assert simulated * 0.999 <= measured <= 5 * simulated + 0.5
     assert report.checks["traffic"]["passed"], report.checks["traffic"]
     assert set(report.checks) == {"traffic", "time"}
+    path = report.checks["time"]["critical_path"]
+    assert path["actions"] >= 4
+    assert path["predicted_s"] * 0.99 <= path["measured_s"]
 
 
 def test_a_run_is_replayed_or_emulated_and_not_both():

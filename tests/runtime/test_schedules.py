@@ -220,3 +220,8 @@ def test_the_rest_of_a_model_with_a_frozen_prefix_equals_one_process(rank_pools)
     assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 4, num_frozen=3, **sizes))  # a whole stage and more
     assert_equal_to_one_process(rank_pools, Case("zb-h1", 2, 4, num_frozen=2, degrees={"dp": 2, "zero": 1}, **sizes))
     assert_equal_to_one_process(rank_pools, Case("zb-v", 2, 4, num_frozen=3, recompute=("full",), **sizes))
+
+
+def test_a_learning_rate_that_warms_up_equals_one_process(rank_pools):
+    case = Case("1f1b", 2, 4, degrees={"dp": 2, "zero": 1}, dropout=0.0, dtype="float64", warm_up_steps=3)
+    assert_equal_to_one_process(rank_pools, case)
