@@ -17,6 +17,7 @@ from stagewright.planner.relaxations import LeastMemory, least_memory, relaxatio
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.pricing import PP
 from stagewright.planner.search.problem import Candidate, Partition, Problem
+from stagewright.planner.search.targets import target_jobs
 
 _GIB = 2.0**30
 
@@ -38,6 +39,8 @@ def diagnose(problem: Problem, limits: Limits | None = None) -> Diagnosis:
         empty = _empty_space(problem)
         return empty.model_copy(update={"relaxations": relaxations(problem, limits, None)})
     shortfalls = _shortfalls(plan, problem.capacity_bytes)
+    if not shortfalls:
+        return _outside_target(problem, limits, plan)
     worst = max(shortfalls, key=lambda item: item.short_bytes)
     return Diagnosis(
         message=(
@@ -49,6 +52,21 @@ def diagnose(problem: Problem, limits: Limits | None = None) -> Diagnosis:
         nearest=plan,
         shortfalls=shortfalls,
         relaxations=relaxations(problem, limits, least),
+    )
+
+
+def _outside_target(problem: Problem, limits: Limits, plan: Plan) -> Diagnosis:
+    """Return the diagnosis where plans fit, and none of them is one that the target can express."""
+    target = problem.job.space.target
+    reasons = sorted(
+        {reason for job in target_jobs(problem.job) or () for reason in replace(problem, job=job).refusals()}
+    )
+    return Diagnosis(
+        message=f"{plan_summary(plan)} fits, but {target or 'the search'} has no plan of this space"
+        + (": " + "; ".join(reasons[:3]) if reasons else ""),
+        binding="target" if target is not None else "space",
+        nearest=plan,
+        relaxations=relaxations(problem, limits, None),
     )
 
 

@@ -118,6 +118,10 @@ def _loosened(job: TrainingJob) -> Iterator[tuple[str, TrainingJob]]:
     for index, item in enumerate(space.forbids):
         left = space.forbids[:index] + space.forbids[index + 1 :]
         yield f"{item.name}{f'={item.value}' if item.value else ''} not forbidden", _in_space(job, forbids=left)
+    if space.target is not None:
+        yield f"target {space.target} not required", _in_space(job, target=None)
+    for index, pair in enumerate(space.equal):
+        yield f"{pair[0]} and {pair[1]} not tied", _in_space(job, equal=space.equal[:index] + space.equal[index + 1 :])
     missing = [level for level in Recompute if level not in space.recompute]
     if missing:
         yield (

@@ -66,3 +66,13 @@ def test_equal_degrees_are_equal_and_the_best_of_those() -> None:
     assert outcome.plan.stages[0].degrees.dp == outcome.plan.schedule.num_ranks == 2
     pinned = job.model_copy(update={"space": space.model_copy(update={"equal": (), "pins": Pins(dp=2, pp=2)})})
     assert outcome.objective_s == pytest.approx(make_plan(profile, cluster, pinned).objective_s, rel=1e-9)
+
+
+def test_a_space_that_the_target_cannot_express_says_so_and_what_would_help() -> None:
+    space = SearchSpace(target="megatron-args", pins=Pins(tp=2))
+    job = TrainingJob(global_batch=16, sequence_length=1024, space=space)
+    outcome = make_plan(resolve_model("gpt2"), resolve_cluster("a100-sxm-80g:2x1"), job)
+    assert outcome.status == "infeasible" and outcome.diagnosis is not None
+    assert outcome.diagnosis.binding == "target" and "50257" in outcome.diagnosis.message
+    changes = [item.change for item in outcome.diagnosis.relaxations]
+    assert "target megatron-args not required" in changes and "tp not pinned to 2" in changes
