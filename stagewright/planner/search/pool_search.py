@@ -70,6 +70,39 @@ class Skeleton:
 
 
 @dataclass(frozen=True, eq=False)
+class PoolCosts:
+    """What bounds need of some choices, by class of layers, [choices, C]; `share` and `latency_s` [choices].
+
+    Parameters
+    ----------
+    share : least share of the forward in a layer's seconds.
+    least_bytes : states and one microbatch at the level that keeps least.
+    """
+
+    time_s: Floats
+    forward_s: Floats
+    share: Floats
+    step_s: Floats
+    least_bytes: Floats
+    latency_s: Floats
+
+    @classmethod
+    def of(cls, priced: Priced, levels: list[int]) -> PoolCosts:
+        """Return the costs of priced rows under the allowed recomputation levels."""
+        forward = priced.forward_s
+        time = forward + priced.input_grad_s + priced.weight_grad_s + priced.recompute_s[:, levels].min(axis=1)
+        share = np.divide(forward, time, out=np.ones_like(time), where=time > 0)
+        least = priced.state_bytes + priced.kept_bytes[:, levels].min(axis=1)
+        return cls(time, forward, share.min(axis=1, initial=1.0), priced.step_s, least, priced.latency_s)
+
+    def together(self) -> PoolCosts:
+        """Return one row that is at most every row, none of none."""
+        if not len(self.latency_s):
+            return self
+        return PoolCosts(*(getattr(self, name).min(axis=0, keepdims=True) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True, eq=False)
 class Completed:
     """A completed candidate with its simulated step."""
 
@@ -102,6 +135,7 @@ class PoolSearch:
     simulated: int = 0
     open_bound_s: float = float("inf")
     _models: dict[tuple[str, ...], CostModel] = field(default_factory=dict)
+    _costs: dict[tuple[str, int, int, bool], PoolCosts] = field(default_factory=dict)
     _graphs: dict[int, list[StageGraph | None]] = field(default_factory=dict)
     _graph_orders: dict[tuple[Edges, int], Order] = field(default_factory=dict)
 
@@ -181,37 +215,44 @@ class PoolSearch:
 
     # ---- bounds of pools -------------------------------------------------------------------------------------------
 
-    def needs(self, skeleton: Skeleton) -> list[Floats] | None:
-        """Return what each choice of each pool needs for layers [j, i), [choices, L + 1, L + 1]; None without a choice."""
+    def needs(self, skeleton: Skeleton, *, together: bool = False) -> list[Floats] | None:
+        """Return what each choice of each pool needs for layers [j, i), [choices, L + 1, L + 1]; None without a choice.
+
+        With `together`, one row a pool that bounds all of its choices: each layer at the least of any of them.
+        """
         of_layer = self.problem.classes.of_layer
         microbatches = self.problem.job.global_batch // skeleton.samples
-        allowed = list(self.problem.levels)
         found = []
         head = np.zeros(len(of_layer) + 1)
         ahead = np.full(len(of_layer), np.inf)
-        for (group, priced, rows), count in zip(self.rows(skeleton), skeleton.ranks, strict=True):
-            if not len(rows):
+        for pool, count in zip(skeleton.pools, skeleton.ranks, strict=True):
+            costs = self._pool_costs(pool.group, pool.num_devices // count, skeleton.samples, together)
+            if not len(costs.latency_s):
                 return None
-            extra = priced.recompute_s[rows][:, allowed].min(axis=1)
-            forward = priced.forward_s[rows]
-            time = forward + priced.input_grad_s[rows] + priced.weight_grad_s[rows] + extra
-            least = priced.state_bytes[rows] + priced.kept_bytes[rows][:, allowed].min(axis=1)
             need = pool_needs(
-                time[:, of_layer],
-                forward[:, of_layer],
-                priced.step_s[rows][:, of_layer],
-                least[:, of_layer],
+                costs.time_s[:, of_layer],
+                costs.share,
+                costs.step_s[:, of_layer],
+                costs.least_bytes[:, of_layer],
                 of_layer.astype(np.int64),
-                priced.latency_s[rows] + 2.0 * microbatches * self.problem.profile.action_overhead_s,
+                costs.latency_s + 2.0 * microbatches * self.problem.profile.action_overhead_s,
                 microbatches,
                 count,
-                group.room_bytes,
+                self.choices[pool.group].room_bytes,
                 chain=skeleton.graph is None,
             )
             found.append(need if skeleton.graph is not None else need + head[None, :, None])
-            ahead = np.minimum(ahead, forward[:, of_layer].min(axis=0))
+            ahead = np.minimum(ahead, costs.forward_s[:, of_layer].min(axis=0))
             head = np.concatenate((np.zeros(1), np.cumsum(ahead)))
         return found
+
+    def _pool_costs(self, name: str, num_devices: int, samples: int, together: bool) -> PoolCosts:
+        key = (name, num_devices, samples, together)
+        if key not in self._costs:
+            priced, of_row = self.choices[name].priced(num_devices)
+            each = PoolCosts.of(priced.take(np.flatnonzero(of_row == samples)), list(self.problem.levels))
+            self._costs[key] = each.together() if together else each
+        return self._costs[key]
 
     # ---- candidates ------------------------------------------------------------------------------------------------
 
@@ -324,15 +365,24 @@ class PoolSearch:
         """Return the skeletons that may hold the model, by bound."""
         found = []
         extra_s = self.problem.profile.step_overhead_s
+        known: dict[tuple[object, ...], float] = {}
         for skeleton in self.skeletons():
-            needs = self.needs(skeleton)
-            if needs is None:
+            if self.limits.reached() is not None:
+                self.open_bound_s = 0.0
+                break
+            key = (skeleton.pools, skeleton.ranks, skeleton.samples, skeleton.graph is None)
+            if key not in known:
+                needs = self.needs(skeleton, together=True)
+                known[key] = float("nan") if needs is None else float(_forward([n[0] for n in needs])[-1][-1]) + extra_s
+            if np.isnan(known[key]):
                 continue
-            best = [need.min(axis=0) for need in needs]
-            value = float(_forward(best)[-1][-1]) + extra_s
-            self.num_candidates += int(np.prod([len(need) for need in needs])) * len(self.rules_for(skeleton))
-            if np.isfinite(value):
-                found.append((value, skeleton))
+            numbers = [
+                len(self._pool_costs(pool.group, pool.num_devices // count, skeleton.samples, False).latency_s)
+                for pool, count in zip(skeleton.pools, skeleton.ranks, strict=True)
+            ]
+            self.num_candidates += int(np.prod(numbers)) * len(self.rules_for(skeleton))
+            if np.isfinite(known[key]):
+                found.append((known[key], skeleton))
             else:
                 self.count("memory")
         found.sort(key=lambda pair: pair[0])
@@ -409,7 +459,7 @@ def chain_windows(num_stages: int, num_layers: int) -> Longs:
 
 def pool_needs(
     time_s: Floats,
-    forward_s: Floats,
+    share: Floats,
     step_s: Floats,
     least_bytes: Floats,
     class_of: Longs,
@@ -422,11 +472,11 @@ def pool_needs(
 ) -> Floats:
     """Return the least seconds that layers [j, i) take on `num_ranks` ranks, [choices, L + 1, L + 1].
 
-    Ranks that form no `chain` need not wait for each other, so theirs is T/D of the sum. Arrays are [choices, L]. Infinite for fewer layers than ranks, or where states and one microbatch never fit; an empty
-    range is not allowed, because a pool that is there is used.
+    Ranks that form no `chain` need not wait for each other, so theirs is T/D of the sum. `share` [choices] is the least
+    share of a forward in a layer; other arrays are [choices, L]. Infinite for fewer layers than ranks, or where states
+    and one microbatch never fit; an empty range is not allowed, because a pool that is there is used.
     """
     num_layers = time_s.shape[1]
-    share = np.divide(forward_s, time_s, out=np.ones_like(time_s), where=time_s > 0).min(axis=1)
     share = share if chain else np.zeros_like(share)
     left = 1.0 - share / num_microbatches
     waits = share > 1e-9
