@@ -8,6 +8,7 @@ milliseconds by MiB, and the factor by which overlapped communication slows comp
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,6 +104,29 @@ def read_galvatron_profile(computation: Path | str, memory: Path | str) -> Galva
         {int(key): float(value) for key, value in states.items()},
         {int(key): float(value) for key, value in other_activation.items()},
     )
+
+
+def computation_text(profile: GalvatronProfile) -> str:
+    """Return the `computation_profiling` file of the profile."""
+    sequence = profile.sequence_length
+    times = {f"layertype_0_bsz{batch}_seq{sequence}": value for batch, value in profile.layer_ms.items()}
+    times |= {f"layertype_other_bsz{batch}_seq{sequence}": value for batch, value in profile.other_ms.items()}
+    return json.dumps(times, indent=4) + "\n"
+
+
+def memory_text(profile: GalvatronProfile) -> str:
+    """Return the `memory_profiling` file of the profile."""
+    activation: dict[str, float] = {str(degree): value for degree, value in profile.activation_mib.items()}
+    layer = {
+        "parameter_size": profile.parameter_mib,
+        "tp_activation_per_bsz_dict": activation | {"checkpoint": profile.checkpoint_mib},
+    }
+    other = {
+        "model_states": {str(degree): value for degree, value in profile.other_states_mib.items()},
+        "activation": {str(degree): value for degree, value in profile.other_activation_mib.items()},
+    }
+    sequence = str(profile.sequence_length)
+    return json.dumps({"layertype_0": {sequence: layer}, "other_memory_pp_off": {sequence: other}}, indent=4) + "\n"
 
 
 def profile_from_galvatron(profile: GalvatronProfile, *, name: str, num_layers: int, hidden_size: int) -> ModelProfile:

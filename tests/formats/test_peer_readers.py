@@ -22,6 +22,8 @@ from stagewright.formats.dnn_partitioning import (
 )
 from stagewright.formats.galvatron_profile import (
     cluster_from_galvatron,
+    computation_text,
+    memory_text,
     profile_from_galvatron,
     read_galvatron_profile,
 )
@@ -294,6 +296,23 @@ def test_galvatron_files_become_blocks_and_a_head(tmp_path):
     assert block[1].input_grad_s + block[1].weight_grad_s == pytest.approx(6e-3)
     assert block[2].activation_bytes["none"] == 4 * 2**20
     assert profile.num_parameters == 4 * 10 * 2**20 + 10 * 2**20
+
+
+def _galvatron_round_trip(tmp_path, computation, memory) -> None:
+    read = read_galvatron_profile(computation, memory)
+    (tmp_path / "computation.json").write_text(computation_text(read))
+    (tmp_path / "memory.json").write_text(memory_text(read))
+    assert read_galvatron_profile(tmp_path / "computation.json", tmp_path / "memory.json") == read
+
+
+def test_galvatron_files_round_trip(tmp_path):
+    _galvatron_round_trip(tmp_path, *galvatron_files(tmp_path))
+
+
+def test_published_galvatron_files_round_trip(tmp_path, peer_profiles):
+    folder = peer_profiles / "galvatron"
+    files = (folder / f"{kind}_profiling_bf16_llama2-7b_all.json" for kind in ("computation", "memory"))
+    _galvatron_round_trip(tmp_path, *files)
 
 
 def test_galvatron_hardware_files_become_a_measured_node(tmp_path):
