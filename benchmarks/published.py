@@ -284,9 +284,37 @@ def narayanan_rows() -> Iterator[Comparison]:
         yield Comparison(NARAYANAN, f"megatron-{name}", "speed", "TFLOP/s", run.describe(), predicted, published)
 
 
+OTHERS = "Other models and devices, fitted on none"
+
+
+def other_rows() -> Iterator[Comparison]:
+    """Return TFLOP/s per GPU of BLOOM (Le Scao et al. 2022) and Llama 3 405B (Grattafiori et al. 2024, table 4).
+
+    BLOOM's count the recomputation, as SC'21's do; Llama's are model FLOPs, 6 for each parameter that multiplies and token, and full attention.
+    """
+    h, layers, s, vocabulary, batch, gpus = 14336, 70, 2048, 250880, 2048, 384
+    bloom = Run(
+        "bloom-176b", "a100-sxm-80g", tp=4, pp=12, num_devices=gpus, global_batch=batch, microbatch=2, chunks=1,
+        zero=1, precision="bf16",
+    )  # fmt: skip
+    run, seconds = predict(bloom)
+    flops = 96 * batch * s * layers * h**2 * (1 + s / (6 * h) + vocabulary / (16 * layers * h))
+    yield Comparison(OTHERS, "bloom-176b", "speed", "TFLOP/s", run.describe(), flops / gpus / seconds / 1e12, 150.0)
+    tokens, multiplying = 2048 * 8192, 405.85e9 - 128256 * 16384
+    flops = tokens * (6 * multiplying + 12 * 126 * 16384 * 8192)
+    for gpus, published in ((8192, 430.0), (16384, 400.0)):
+        llama = Run(
+            "llama3.1-405b", "h100-sxm", tp=8, pp=16, num_devices=gpus, global_batch=2048, sequence_length=8192,
+            microbatch=1, chunks=4, sp=True, recompute=Recompute.NONE, zero=1, precision="bf16",
+        )  # fmt: skip
+        run, seconds = predict(llama)
+        predicted = flops / gpus / seconds / 1e12
+        yield Comparison(OTHERS, f"llama3-405b {gpus}", "speed", "TFLOP/s", run.describe(), predicted, published)
+
+
 def comparisons() -> list[Comparison]:
     """Return every comparison, in the order of the papers."""
-    return [*korthikanti_times(), *korthikanti_memory(), *narayanan_rows()]
+    return [*korthikanti_times(), *korthikanti_memory(), *narayanan_rows(), *other_rows()]
 
 
 # What the rows of the project's own notes must meet: (source, quantity starts with, rows, mean, worst)
@@ -297,6 +325,7 @@ LISTED = {
     "SC'21, four rows": (NARAYANAN, "speed", ("megatron-1.7b", "megatron-7.5b", "megatron-39.1b", "megatron-145.6b")),
     "SC'21, all ten rows": (NARAYANAN, "speed", ()),
     "Korthikanti iteration, rows not fitted": (KORTHIKANTI, "iteration", ("megatron-530b", "megatron-1t")),
+    "BLOOM and Llama 3 405B": (OTHERS, "speed", ()),
 }
 
 
