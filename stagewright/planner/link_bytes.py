@@ -56,6 +56,7 @@ def link_bytes(
     ties = shared_weights(plan, profile)
     for stage, row in enumerate(layers):
         _gradients(total, plan, schedule, stage, row, bounds, ties)
+        _outer_step(total, plan, stage, row, bounds, ties)
     for tie in ties:
         if len(tie.stages) > 1:
             _shared_gradients(total, plan, tie)
@@ -154,7 +155,7 @@ def _gradients(
     inside = slice(bounds[stage], bounds[stage + 1])
     dense = unit_parameters(row.table.dense_parameters[inside].tolist(), bounds[stage], ties)
     experts = float(row.table.expert_parameters[inside].sum())
-    members, replicas = degrees.dp * degrees.cp, _replicas(plan, (stage,))
+    members, replicas = _members(plan, stage), _replicas(plan, (stage,))
     owners = expert_shards(degrees) * replicas
     copies_of_experts = degrees.num_devices * replicas / owners
     if degrees.zero == 0:
@@ -184,13 +185,30 @@ def _gradients(
 
 def _shared_gradients(total: Totals, plan: Plan, tie: SharedWeight) -> None:
     degrees, optimizer = plan.stages[min(tie.stages)].degrees, plan.job.optimizer
-    members = degrees.dp * degrees.cp * _replicas(plan, tie.stages)
+    members = _members(plan, min(tie.stages)) * _replicas(plan, tie.stages)
     if degrees.zero == 0:
         _add(total, "all-reduce/tied", 2 * (members - 1) * tie.num_parameters * optimizer.gradient_bytes * degrees.tp)
         return
     copies = (members - 1) * _padded(tie.num_parameters, members) * degrees.tp
     _add(total, "reduce-scatter/tied", copies * optimizer.gradient_bytes)
     _add(total, "all-gather/tied", copies * optimizer.parameter_bytes)
+
+
+def _outer_step(
+    total: Totals, plan: Plan, stage: int, row: LayerCosts, bounds: Sequence[int], ties: Sequence[SharedWeight]
+) -> None:
+    """Add one step's share of what replicas with local steps send when they meet: the weights' change, all-reduced."""
+    every, degrees = local_steps(plan), plan.stages[stage].degrees
+    if every is None:
+        return
+    inside = slice(bounds[stage], bounds[stage + 1])
+    weights = sum(unit_parameters(row.table.dense_parameters[inside].tolist(), bounds[stage], ties))
+    weights += sum(
+        tie.num_parameters for tie in ties if len(tie.stages) > 1 and stage in tie.stages
+    )  # every holder of a shared weight has a copy
+    width = max(4.0, plan.job.optimizer.parameter_bytes)
+    copies = degrees.tp * (1 if degrees.zero else degrees.cp)
+    _add(total, "all-reduce/outer", 2 * (degrees.dp - 1) * weights * width * copies / every)
 
 
 def _gathers(plan: Plan, schedule: Schedule, stage: int, units: int) -> int:
@@ -212,6 +230,18 @@ def sharding_group(plan: Plan) -> int | None:
     """Return over how many devices ZeRO divides states (HSDP, MiCS); None for all replicas."""
     told = plan.schedule.parameters.get("shard_size")
     return None if told is None else int(told)
+
+
+def local_steps(plan: Plan) -> int | None:
+    """Return after how many steps replicas meet (DiLoCo); None where they do in each."""
+    told = plan.schedule.parameters.get("local_steps")
+    return None if told is None else int(told)
+
+
+def _members(plan: Plan, stage: int) -> int:
+    """Return the devices of one model replica that sum a stage's gradients."""
+    degrees = plan.stages[stage].degrees
+    return degrees.cp if local_steps(plan) else degrees.dp * degrees.cp
 
 
 def _replicas(plan: Plan, stages: Iterable[int]) -> int:

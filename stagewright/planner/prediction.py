@@ -33,7 +33,7 @@ from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.plan import Degrees, MemoryItems, Plan, Prediction, ScheduleSpec, StagePlan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
-from stagewright.planner.link_bytes import gathers_by_run, link_bytes, sharding_group, shared_weights
+from stagewright.planner.link_bytes import gathers_by_run, link_bytes, local_steps, sharding_group, shared_weights
 from stagewright.planner.schedules.action import Action, parse_action
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
@@ -93,12 +93,22 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
         action_overhead_s=profile.action_overhead_s,
     )
     static = pipeline.static_bytes - _shared_state_bytes(plan, profile, layout, layers)
-    pipeline = replace(pipeline, static_bytes=static)
+    pipeline = _with_local_steps(replace(pipeline, static_bytes=static), layout, local_steps(plan))
     costs = stage_costs(pipeline, bounds, levels, layers)
     links = links_of(layout, bounds, layers, wiring)
     timeline = simulate(schedule, costs, links=links, tail_s=pipeline.tail_s)
     prediction = _prediction(plan, profile, schedule, layout, pipeline, timeline, layers, levels, bounds)
     return Evaluation(prediction, timeline, schedule, costs, pipeline, links)
+
+
+def _with_local_steps(pipeline: PipelineCosts, layout: Layout, every: int | None) -> PipelineCosts:
+    """Return the costs where replicas reduce once in `every` steps, one step's share of it."""
+    if every is None:
+        return pipeline
+    saved = pipeline.reduction_s * (1.0 - 1.0 / every)
+    return replace(
+        pipeline, reduction_s=pipeline.reduction_s - saved, tail_s=pipeline.tail_s - _rank_sum(layout, saved)
+    )
 
 
 def _shared_state_bytes(plan: Plan, profile: ModelProfile, layout: Layout, layers: Sequence[LayerCosts]) -> Floats:

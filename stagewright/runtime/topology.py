@@ -83,6 +83,13 @@ class Topology:
         return tuple(ranks[first + part * self.degrees.tp] for part in range(self.degrees.cp))
 
     @property
+    def replica_ranks(self) -> tuple[int, ...]:
+        """Global ranks with this one's coordinates in all data-parallel replicas."""
+        ranks = self.plan.mapping.pipeline_ranks[self.pipeline_rank]
+        size = self.degrees.tp * self.degrees.cp
+        return tuple(ranks[self._place[1] % size :: size])
+
+    @property
     def ulysses_ranks(self) -> tuple[int, ...]:
         """Those of `context_ranks` that exchange heads with this rank: neighbours."""
         size = self.degrees.ulysses
@@ -128,13 +135,20 @@ class Topology:
         return self.plan.mapping.pipeline_ranks[pipeline_rank][self._place[1]]
 
     def gradient_ranks(self, stage: int) -> tuple[int, ...]:
-        """Return the global ranks that hold the same shard of a stage's parameters as this rank's coordinate."""
+        """Return the global ranks that sum a stage's gradients with this one: they hold the same shard of its parameters.
+
+        Replicas with local steps sum nothing in a step, so that only the context-parallel ranks of this one are left.
+        """
+        alone = "local_steps" in self.plan.schedule.parameters
         ranks: list[int] = []
         for row in self.plan.schedule.placement:
             members = self.plan.mapping.pipeline_ranks[row[stage]]
             degrees = self.plan.stages[stage].degrees
+            places = [coordinates_of(index, degrees) for index in range(len(members))]
             ranks += [
-                rank for index, rank in enumerate(members) if coordinates_of(index, degrees).tp == self.coordinates.tp
+                rank
+                for rank, place in zip(members, places, strict=True)
+                if place.tp == self.coordinates.tp and (place.dp == self.coordinates.dp or not alone)
             ]
         return tuple(sorted(set(ranks)))
 

@@ -39,6 +39,7 @@ from stagewright.runtime.gathering import GatherWindow
 from stagewright.runtime.gradient_buffer import BUCKET_BYTES
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput, WarmUp, warm_up_length
+from stagewright.runtime.local_steps import LocalSteps, outer_step_of
 from stagewright.runtime.mailbox import Mailbox, StageGraph
 from stagewright.runtime.microbatches import division_of, plan_iteration
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
@@ -129,6 +130,10 @@ class Worker:
             defer_weight_gradients(chain.model, self._sink)
         recompute_layers(chain, self._recompute_levels())
         self.stages = self._make_stages()
+        self._outer_step = outer_step_of(plan)
+        self._local_steps: LocalSteps | None = None
+        views = [Topology(plan, rank) for rank in range(dist.get_world_size())]
+        self._outer_group = self.groups.make_all("outer", {view.replica_ranks for view in views})
         self._windowed: dict[StageKey, dict[int, ShardedBucket]] = {}  # by stage: bucket of each layer
         buckets = self._make_buckets()
         self.windows = {key: self._window(layers) for key, layers in self._windowed.items()}
@@ -161,8 +166,11 @@ class Worker:
         """Step with this optimizer from now on; with None, iterations only leave gradients."""
         self.settle()
         self._optimizers = {}
+        self._local_steps = None
         if choice is None:
             return
+        if self._outer_step is not None and self._outer_group is not None:
+            self._local_steps = LocalSteps(self._outer_step, self.buckets.buckets, self._outer_group, self._traffic)
         order = [(action.replica, action.stage) for action in self.actions if action.kind is Kind.OPT]
         for key in dict.fromkeys(order):
             mine = [value for bucket in self._stepped(key) for value in bucket.optimized()]
@@ -235,7 +243,11 @@ class Worker:
         ]
         for stage in self.stages.values():
             stage.losses.clear()
+        if self._local_steps is not None:
+            self._local_steps.after_step()
         updates = 1 if self._division is None else self._division.num_updates
+        if self._outer_step is not None:  # each replica's loss is a mean of its own
+            updates *= self.topology.degrees.dp
         return sum(losses) / updates if losses and self.topology.coordinates.tp == 0 else None
 
     @property
@@ -278,7 +290,7 @@ class Worker:
         for index in sorted(used):
             part = to_device(slice_batch(batch, start[index], division.sizes[index]), self.settings.device)
             seed = microbatch_seed(self.settings.seed, step, first + index)
-            weight = division.share(index) / replicas
+            weight = division.share(index) / (replicas if self._outer_step is None else 1)
             if self.topology.degrees.cp > 1:
                 mine = self._positions(self.topology.coordinates.cp)
                 piece = select_sequence(part, self.chain.model, mine, self.plan.job.sequence_length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from stagewright.modeling import split
 from stagewright.modeling.expert_capacity import Capacity, capacity_of
 from stagewright.runtime.gradient_check import compare, reference_shapes
 from stagewright.runtime.memory import RankMemory, state_memory
-from stagewright.runtime.optimizers import OptimizerChoice
+from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
 from stagewright.runtime.reduction import ReplicatedBucket
 from stagewright.runtime.ring import ring_all_reduce
 from stagewright.runtime.sharding import ShardedBucket
@@ -121,3 +122,51 @@ def _excess(index: torch.Tensor, limit: Capacity) -> int:
     capacity = capacity_of(index.shape[0], index.shape[1], limit.num_experts, limit.factor)
     load = torch.bincount(index.reshape(-1), minlength=limit.num_experts)
     return int((load - capacity).clamp(min=0).sum())
+
+
+def local_steps(prepared: PreparedCase) -> tuple[float, float]:
+    """Return the largest error of the weights against the recurrence in one process, and the bytes sent to other replicas."""
+    case, plan = prepared.case, prepared.plan
+    inner = OptimizerChoice("adamw", 1e-2)
+    batches = batches_of(prepared, case.num_steps)
+    model = make_model(case, case.num_ranks * 2)
+    shapes = reference_shapes(split(copy.deepcopy(model)))
+    expected = _local_recurrence(prepared, copy.deepcopy(model), batches, inner) if dist.get_rank() == 0 else None
+    worker = make_worker(prepared)
+    before = worker.weights()
+    worker.use_optimizer(inner)
+    for step, batch in enumerate(batches):
+        worker.run(batch, step)
+    changes = {name: value - before[name] for name, value in worker.weights().items()}
+    sent = {name: value for name, value in worker.traffic().items() if "pp" not in name and value}
+    assert set(sent) == {"all-reduce/outer"} or plan.stages[0].degrees.zero, sent
+    return compare(worker, changes, expected, shapes).max_relative_error, sent["all-reduce/outer"]
+
+
+def _local_recurrence(prepared, model, batches, inner) -> dict[str, torch.Tensor]:
+    """DiLoCo written down: a copy of the model a replica, and the outer step on what they share."""
+    plan, told = prepared.plan, prepared.plan.schedule.parameters
+    replicas, count, size = plan.stages[0].degrees.dp, plan.schedule.num_microbatches, plan.schedule.microbatch
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    models = [copy.deepcopy(model) for _ in range(replicas)]
+    steppers = [make_optimizer(inner, each.parameters()) for each in models]
+    anchor = {name: value.clone() for name, value in start.items()}
+    velocity = {name: torch.zeros_like(value) for name, value in start.items()}
+    rate, momentum = 0.7, 0.9
+    for step, batch in enumerate(batches):
+        for replica, (each, stepper) in enumerate(zip(models, steppers, strict=True)):
+            stepper.zero_grad()
+            for index in range(count):
+                first = (replica * count + index) * size
+                tokens, targets = (value[first : first + size] for value in batch)
+                (each(tokens, targets) / count).backward()
+            stepper.step()
+        if (step + 1) % int(told["local_steps"]) == 0:
+            held = [dict(each.named_parameters()) for each in models]
+            for name in anchor:
+                change = sum(anchor[name] - each[name].detach() for each in held) / replicas
+                velocity[name] = momentum * velocity[name] + change
+                anchor[name] = anchor[name] - rate * (change + momentum * velocity[name])
+                for each in held:
+                    each[name].data.copy_(anchor[name])
+    return {name: anchor[name] - start[name] for name in start}
