@@ -1,7 +1,7 @@
 """Why a plan takes as long as it does: its step in parts, the constraint that binds, and what came behind.
 
 The busiest pipeline rank works, reduces and steps, or is idle; its idle seconds are communication as far as the
-simulated critical path is in messages, and bubble for the rest. Memory binds where the same question on devices with
+simulated critical path is in messages, and bubble for the rest. Whatever the job's objective, the step is explained. Memory binds where the same question on devices with
 room for everything has a plan below the proved bound; otherwise the largest part of the step binds. Nothing is guessed:
 each claim is a simulation or a search.
 """
@@ -90,7 +90,7 @@ def explain(
     if why_not is not None:
         answer = _why_not(plan, evaluation, profile, why_not, searches)
     report("explaining", total, total)
-    certificate = plan.certificate
+    certificate = plan.certificate if _proves_step(plan) else None
     return Explanation(
         model=plan.model,
         cluster=plan.cluster.name,
@@ -131,6 +131,11 @@ def path_shares(evaluation: Evaluation, profile: ModelProfile) -> tuple[PathShar
     return shares, by_rank.tolist()
 
 
+def _proves_step(plan: Plan) -> bool:
+    """Tell whether a plan's certificate speaks of its step, and not of memory, devices or dollars."""
+    return plan.certificate is not None and plan.certificate.objective_name == "step_time_s"
+
+
 def num_devices_asked(plan: Plan) -> int:
     """Return how many devices the question of a plan allowed."""
     counts = plan.certificate.space.get("devices") if plan.certificate is not None else None
@@ -145,7 +150,7 @@ def _search(
     return make_plan(
         profile,
         cluster,
-        job,
+        job.model_copy(update={"objective": "step-time"}),
         num_devices=num_devices_asked(plan),
         top=top,
         gap=searches.gap,
@@ -204,7 +209,7 @@ def _binding(
     plan: Plan, evaluation: Evaluation, profile: ModelProfile, unlimited: PlanOutcome | None = None
 ) -> Binding:
     step_s = evaluation.prediction.step_time_s
-    proved_s = plan.certificate.bound if plan.certificate is not None else step_s
+    proved_s = plan.certificate.bound if plan.certificate is not None and _proves_step(plan) else step_s
     free_s = None if unlimited is None or unlimited.plan is None else unlimited.plan.prediction.step_time_s
     ranks = _ranks(plan, evaluation, profile)
     if free_s is not None and unlimited is not None and unlimited.plan is not None and free_s < proved_s * (1 - 1e-9):

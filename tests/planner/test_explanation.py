@@ -88,6 +88,15 @@ def test_runners_up_are_other_plans_none_faster_and_in_order() -> None:
     assert found.summary not in [other.summary for other in found.runners_up]
 
 
+def test_a_plan_of_another_objective_is_explained_by_its_step() -> None:
+    profile, cluster, job = _question(1e9)
+    plan = make_plan(profile, cluster, job.model_copy(update={"objective": "min-max-memory"})).plan
+    assert plan is not None
+    found = explain(plan, profile, searches=Searches(runners_up=2))
+    assert found.bound_s is None and found.step_time_s == plan.prediction.step_time_s
+    assert all(other.step_time_s < found.step_time_s for other in found.runners_up)
+
+
 def test_the_command_prints_the_explanation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan, profile = _plan(1.6e8)
     plan.save(tmp_path / "plan.json")
