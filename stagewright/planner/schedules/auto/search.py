@@ -44,7 +44,8 @@ ROUNDS = 4  # annealing runs of each leader
 EXACT_ACTIONS = 12  # on a rank; up to this size the exact search goes on until it ends
 MOST_EXACT_NODES = 200_000  # of an instance of that size
 LEAST_NODES = 20  # fewer are not worth a start
-PROBE_NODES = 4  # nodes that cost as much as one probe of the bound, which starts from nothing
+LEAST_PROBES, MOST_PROBES = 3, 8  # of one bisection of a bound
+PROBE_NODES = 1  # nodes that cost as much as one probe of the bound
 
 
 @dataclass(eq=False)
@@ -173,14 +174,22 @@ class _Search:
         self._report()
 
     def _raise_bounds(self, budget: int) -> None:
-        """Raise the bounds of the open placements, the lowest first."""
-        for visit in sorted(self.visits, key=lambda visit: visit.bound_s):
-            if self.is_late() or not self.is_open(visit):
-                continue
-            probes = budget // (len(self.visits) * PROBE_NODES * _moves_per_node(visit.instance))
-            if probes:
-                visit.bound_s = raise_bound(visit.instance, visit.bound_s, self.best.pool.best_s, probes=probes)
-                self._report()
+        """Raise the bound of the open placement that has the lowest one, as long as that succeeds: only the lowest counts."""
+        left = budget
+        while not self.is_late():
+            visit = min((visit for visit in self.visits if self.is_open(visit)), key=lambda v: v.bound_s, default=None)
+            if visit is None:
+                return
+            cost = PROBE_NODES * _moves_per_node(visit.instance)
+            probes = min(MOST_PROBES, left // cost)
+            if probes < LEAST_PROBES:
+                return
+            left -= probes * cost
+            before_s = visit.bound_s
+            visit.bound_s = raise_bound(visit.instance, before_s, self.best.pool.best_s, probes=probes)
+            self._report()
+            if visit.bound_s <= before_s + visit.instance.time_slack_s:
+                return
 
     def _report(self) -> None:
         if self.progress is not None:
