@@ -18,7 +18,7 @@ admit, with the least recomputation a linear relaxation allows; if the layers ru
 longer than X. For one chunk a rank, ranks fill one after the other, which is exact because what a rank can reach never
 falls when it starts later. For several chunks a rank takes any layers of a class, in any order.
 
-Papers: P_r as in DAPPLE (Fan et al., PPoPP 2021); proofs of the uniform bound stand in `docs/search.md`.
+Papers: P_r as in DAPPLE (Fan et al., PPoPP 2021); the proof of the uniform bound stands in `docs/search.md`.
 """
 
 from __future__ import annotations
@@ -91,13 +91,16 @@ def family_bounds(
     step_overhead_s: float,
 ) -> Floats:
     """Return a bound for each (configuration row, kind of family), at least the configuration's work bound."""
-    ranks = priced.shape[rows, PP].astype(np.float64)
-    count = priced.shape[rows, NUM_MICROBATCHES].astype(np.float64)
+    ranks_of = priced.shape[:, PP].astype(np.float64)
+    count_of = priced.shape[:, NUM_MICROBATCHES].astype(np.float64)
     numbers = classes.counts.astype(np.float64)
-    forward = priced.forward_s[rows] @ numbers + ranks * overhead_s
-    each = forward + (priced.input_grad_s + priced.weight_grad_s)[rows] @ numbers + ranks * overhead_s
-    times = priced.forward_s[rows] + priced.input_grad_s[rows] + priced.weight_grad_s[rows]
-    layer = (count[:, None] * times + priced.step_s[rows]).max(axis=1) + 2.0 * count * overhead_s + step_overhead_s
+    times = priced.forward_s + priced.input_grad_s + priced.weight_grad_s
+    forward_of = priced.forward_s @ numbers + ranks_of * overhead_s
+    each_of = times @ numbers + 2.0 * ranks_of * overhead_s
+    layer_of = (count_of[:, None] * times + priced.step_s).max(axis=1) + 2.0 * count_of * overhead_s + step_overhead_s
+    ranks, count, forward, each, layer = (
+        column[rows] for column in (ranks_of, count_of, forward_of, each_of, layer_of)
+    )
     bound = np.where(kinds == BOTH_WAYS, work_s[rows], np.maximum(work_s[rows], layer))
     uniform = (kinds == GPIPE) | ((kinds == UNIFORM) & (count > ranks))
     bound = np.where(uniform, np.maximum(bound, each * (count + ranks - 1) / ranks + step_overhead_s), bound)

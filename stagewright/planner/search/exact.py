@@ -48,6 +48,7 @@ def _solve_space(problem: Problem, limits: Limits) -> PlanOutcome:
         objective=objective_s,
         bound=bound_s,
         gap=gap,
+        any_order_bound=min(search.any_order_s(), objective_s),
         candidates=search.num_candidates,
         evaluated=search.evaluated,
         simulated=search.simulated,

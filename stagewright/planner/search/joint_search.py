@@ -155,6 +155,30 @@ class JointSearch:
             step_overhead_s=profile.step_overhead_s,
         )
 
+    def any_order_s(self) -> float:
+        """Return a bound for every order of the actions on every configuration, `auto` included.
+
+        Work and the longest layer, and where that is below the incumbent, all ranks' memory over time (`pool_admits`).
+        """
+        rows = np.flatnonzero(self.work_s < self.incumbent_s)
+        if not len(rows):
+            return float(self.work_s.min(initial=float("inf")))
+        extra_s = self.problem.profile.step_overhead_s
+        high_s = self.incumbent_s if self.best is not None else 16.0 * float(self.work_s.min())
+        ones = np.ones(len(rows), dtype=np.int64)
+        found = self._refined(
+            self.work_s[rows] - extra_s,
+            high_s - extra_s,
+            10,
+            rows,
+            kinds=KINDS["both ways"] * ones,
+            live=LIVE["one"] * ones,
+            chunks=ones,
+            replicas=ones,
+            splits=ones > 0,
+        )
+        return float(min(high_s, found.min() + extra_s))
+
     @property
     def num_candidates(self) -> int:
         return len(self.crossed[0])
@@ -302,21 +326,63 @@ class JointSearch:
         """Raise the bounds of some candidates to what their caps show; infinite where `high_s` is out of reach."""
         if not len(chosen):
             return
-        rows, rules, chunks = self.crossed
-        priced, classes, profile = self.priced, self.problem.classes, self.problem.profile
-        kinds = np.array([KINDS[rule.bound] for rule in self.problem.rules], dtype=np.int64)
-        codes = np.array([LIVE[rule.live] for rule in self.problem.rules], dtype=np.int64)
-        extra_s = profile.step_overhead_s
-        refined = refine(
-            self.bound_s[chosen] - extra_s,
+        rows, rules, chunks = (column[chosen] for column in self.crossed)
+        of = self.problem.rules
+        kinds = np.array([KINDS[rule.bound] for rule in of], dtype=np.int64)[rules]
+        live = np.array([LIVE[rule.live] for rule in of], dtype=np.int64)[rules]
+        replicas = np.array([rule.num_replicas for rule in of], dtype=np.int64)[rules]
+        splits = np.array([rule.split for rule in of], dtype=np.bool_)[rules]
+        # Families that obey the same rules share a bound.
+        group = rows
+        for values in (chunks, kinds, live, replicas, splits.astype(np.int64)):
+            group = group * 64 + values
+        _, first, where = np.unique(group, return_index=True, return_inverse=True)
+        where = np.ravel(where)
+        low_s = np.full(len(first), np.inf)
+        np.minimum.at(low_s, where, self.bound_s[chosen])
+        extra_s = self.problem.profile.step_overhead_s
+        refined = self._refined(
+            low_s - extra_s,
             high_s - extra_s,
             steps,
-            rows[chosen],
-            kinds[rules[chosen]],
-            codes[rules[chosen]],
-            chunks[chosen],
-            np.array([rule.num_replicas for rule in self.problem.rules], dtype=np.int64)[rules[chosen]],
-            np.array([rule.split for rule in self.problem.rules], dtype=np.bool_)[rules[chosen]],
+            rows[first],
+            kinds=kinds[first],
+            live=live[first],
+            chunks=chunks[first],
+            replicas=replicas[first],
+            splits=splits[first],
+        )[where]
+        self.bound_s[chosen] = np.where(
+            np.isfinite(refined),
+            np.maximum(self.bound_s[chosen], refined + extra_s),
+            np.maximum(self.bound_s[chosen], high_s),
+        )
+
+    def _refined(
+        self,
+        low_s: Floats,
+        high_s: float,
+        steps: int,
+        rows: Longs,
+        *,
+        kinds: Longs,
+        live: Longs,
+        chunks: Longs,
+        replicas: Longs,
+        splits: npt.NDArray[np.bool_],
+    ) -> Floats:
+        """Return `refine` of some configurations under the rules of some families."""
+        priced, classes = self.priced, self.problem.classes
+        refined: Floats = refine(
+            low_s,
+            high_s,
+            steps,
+            rows,
+            kinds,
+            live,
+            chunks,
+            replicas,
+            splits,
             priced.shape,
             classes.run_class,
             classes.run_length,
@@ -330,15 +396,11 @@ class JointSearch:
             priced.state_bytes,
             priced.step_s,
             priced.latency_s,
-            profile.action_overhead_s,
+            self.problem.profile.action_overhead_s,
             self.levels,
             self.room_bytes * (1 + 1e-9),
         )
-        self.bound_s[chosen] = np.where(
-            np.isfinite(refined),
-            np.maximum(self.bound_s[chosen], refined + extra_s),
-            np.maximum(self.bound_s[chosen], high_s),
-        )
+        return refined
 
     @cached_property
     def _late_bytes(self) -> Floats:
@@ -409,7 +471,10 @@ class JointSearch:
         closer = Closer(self.limits)
         left = np.flatnonzero(self.bound_s < self.target_s)
         self.count("bound", self.num_candidates - len(left))
-        leader = self._leaders(left)
+        groups: dict[OrderKey, list[int]] = {}
+        for index in left.tolist():
+            groups.setdefault(self.key(index), []).append(index)
+        leader: dict[int, int] = {}
         opened: dict[int, float] = {}
         waiting: dict[int, list[int]] = {}
         heap = [(float(self.bound_s[index]), index) for index in left.tolist()]
@@ -424,6 +489,9 @@ class JointSearch:
             if stopped is not None or closer.num_programs >= MOST_PROGRAMS:
                 self.count("left open", len(heap) + 1)
                 return min([bound_s, self.incumbent_s, *opened.values()]), stopped or "time_limit"
+            members = groups.pop(self.key(index), [])
+            if len(members) > 1:
+                leader |= self._leaders([member for member in members if self.bound_s[member] < self.target_s])
             first = leader.get(index)
             if first is not None and first not in opened and self.bound_s[first] < self.target_s:
                 waiting.setdefault(first, []).append(index)
@@ -438,36 +506,29 @@ class JointSearch:
                 opened[index] = bound_s
             for other in waiting.pop(index, []):
                 heapq.heappush(heap, (float(max(self.bound_s[other], bound_s)), other))
-            if done % 8 == 0:
-                least = min([float(self.bound_s[index]), *opened.values()])
+            if done % 64 == 0:
+                least = min([self.target_s, *(pair[0] for pair in heap[:1]), *opened.values()])
                 self.limits.report("closing", done, done + len(heap), self._known(), least)
         return min([self.target_s, *opened.values()]), "gap"
 
-    def _leaders(self, left: Longs) -> dict[int, int]:
-        """Return for each dominated candidate one of the same order that costs no more in any component.
+    def _leaders(self, members: Sequence[int]) -> dict[int, int]:
+        """Return for each dominated candidate of one order another one that costs no more in any component.
 
         Its every completion takes at least as long as the same completion of that one while links never wait, so a bound
         of the one is a bound of the other.
         """
-        groups: dict[OrderKey, list[int]] = {}
-        for index in left.tolist():
-            groups.setdefault(self.key(index), []).append(index)
+        try:
+            rows = np.array([self._features(index) for index in members])
+        except (InvalidArgument, InvalidSchedule):
+            return {}
         leader: dict[int, int] = {}
-        for members in groups.values():
-            if len(members) < 2:
-                continue
-            try:
-                rows = np.array([self._features(index) for index in members])
-            except (InvalidArgument, InvalidSchedule):
-                continue
-            order = np.argsort(rows.sum(axis=1), kind="stable")
-            kept: list[int] = []
-            for place in order.tolist():
-                beaten = [other for other in kept if (rows[other] <= rows[place]).all()]
-                if beaten:
-                    leader[members[place]] = members[beaten[0]]
-                else:
-                    kept.append(place)
+        kept: list[int] = []
+        for place in np.argsort(rows.sum(axis=1), kind="stable").tolist():
+            beaten = [other for other in kept if (rows[other] <= rows[place]).all()]
+            if beaten:
+                leader[members[place]] = members[beaten[0]]
+            else:
+                kept.append(place)
         return leader
 
     def _features(self, index: int) -> Floats:
