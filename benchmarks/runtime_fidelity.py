@@ -90,16 +90,8 @@ def main() -> int:
 
 def emulated(schedules: Sequence[str], pairs: int, action_s: float) -> dict[str, object]:
     """Return ratios of measured to simulated and to torch's runtime, by schedule."""
-    rows = []
-    for name in schedules:
-        plan, profile = emulated_plan(name, action_s)
-        rows.append(_on_ranks(_emulate, (plan.model_dump_json(), profile.model_dump_json(), pairs, action_s)))
-        rows[-1]["schedule"] = name
-        print(
-            f"{name:15s} over simulated {rows[-1]['over_simulated']:.3f}, over torch {rows[-1]['over_torch']:.3f} "
-            f"({rows[-1]['over_torch_low']:.3f} to {rows[-1]['over_torch_high']:.3f})",
-            flush=True,
-        )
+    plans = [(name, *(each.model_dump_json() for each in emulated_plan(name, action_s))) for name in schedules]
+    rows = _on_ranks((plans, pairs, action_s))
     ratios = [ratio for row in rows for ratio in row["ratios"]]
     low, high = _interval(ratios)
     return {
@@ -160,17 +152,40 @@ def _job(global_batch: int, sequence_length: int) -> TrainingJob:
     )  # fmt: skip
 
 
-def _emulate(argument: tuple[str, str, int, float]) -> dict[str, object]:
+Row = dict[str, object]
+Emulated = tuple[list[tuple[str, str, str]], int, float]  # (schedule, plan, profile) each, pairs, seconds of an action
+
+
+def _emulate_all(argument: Emulated) -> list[Row]:
+    """Time every schedule, on one rank."""
+    plans, pairs, action_s = argument
+    rows = []
+    for name, plan, profile in plans:
+        row = _emulate(Plan.model_validate_json(plan), ModelProfile.model_validate_json(profile), pairs, action_s)
+        rows.append({"schedule": name, **row})
+        if dist.get_rank() == 0:
+            print(
+                f"{name:15s} over simulated {row['over_simulated']:.3f}, over torch {row['over_torch']:.3f} "
+                f"({row['over_torch_low']:.3f} to {row['over_torch_high']:.3f})",
+                flush=True,
+            )
+    return rows
+
+
+def _emulate(plan: Plan, profile: ModelProfile, pairs: int, action_s: float) -> Row:
     """Time our emulated step and torch's in turn, on one rank."""
     from stagewright.runtime.emulation import EmulatedWorker
     from stagewright.runtime.torch_adapter import default_store
     from stagewright.runtime.torch_pipelining import TorchPipeline
 
-    plan_text, profile_text, pairs, action_s = argument
-    plan, profile = Plan.model_validate_json(plan_text), ModelProfile.model_validate_json(profile_text)
     schedule, evaluation = program_of(plan, profile)
     worker = EmulatedWorker(
-        plan, profile, schedule, evaluation, store=dist.PrefixStore("ours", default_store()), at_action=lambda _: None
+        plan,
+        profile,
+        schedule,
+        evaluation,
+        store=dist.PrefixStore(plan.schedule.name, default_store()),
+        at_action=lambda _: None,
     )
     held = {stage for _, stage in worker.topology.stages}
     theirs = TorchPipeline(
@@ -254,17 +269,14 @@ def _interval(values: list[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def _on_ranks(function: Callable[[tuple], dict[str, object]], argument: tuple) -> dict[str, object]:
+def _on_ranks(argument: Emulated) -> list[Row]:
     """Return what rank 0 of a fresh group of ranks finds."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     queue = context.SimpleQueue()
-    ranks = [
-        context.Process(target=_rank, args=(rank, port, function.__name__, argument, queue))
-        for rank in range(NUM_RANKS)
-    ]
+    ranks = [context.Process(target=_rank, args=(rank, port, argument, queue)) for rank in range(NUM_RANKS)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -274,10 +286,10 @@ def _on_ranks(function: Callable[[tuple], dict[str, object]], argument: tuple) -
     return queue.get()
 
 
-def _rank(rank: int, port: int, function: str, argument: tuple, queue: object) -> None:
+def _rank(rank: int, port: int, argument: Emulated, queue: multiprocessing.SimpleQueue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=NUM_RANKS)
-    found = globals()[function](argument)
+    found = _emulate_all(argument)
     if rank == 0:
         queue.put(found)
     dist.destroy_process_group()
