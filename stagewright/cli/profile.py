@@ -278,6 +278,10 @@ def print_profile(profile: ModelProfile) -> None:
                 seconds_text(cost.optimizer_s),
             )
     screen.print(table)
+    screen.print(
+        f"beside the layers: {seconds_text(profile.action_overhead_s)} a forward or backward of a stage, "
+        f"{seconds_text(profile.step_overhead_s)} a step"
+    )
     load = f"{pedigree.num_busy_ranks} busy ranks x {pedigree.threads_per_rank} threads"
     screen.print(f"{pedigree.device or 'no device'}, {load}, taken {pedigree.taken_at or 'at no time'}")
     for warning in pedigree.warnings:

@@ -32,7 +32,7 @@ def test_our_layout_fits_80_gb(
     plan_factory, profile_factory, cluster_factory, assert_plan_fits, assert_no_plan_regression
 ):
     profile = profile_factory(8, parameters={parameters}, microbatches=(1,))
-    plan = plan_factory(profile, cluster_factory(2, memory_bytes=141e9), global_batch=8, sequence_length=128, pp=2)
+    plan = plan_factory(profile, cluster_factory(2, memory_bytes=141e9), global_batch=8, sequence_length=128, pp=2, zero=0)
     assert_plan_fits(plan, memory_bytes=80e9)
     assert_no_plan_regression(plan, "baseline.json", tolerance=0.01)
 """
@@ -62,6 +62,7 @@ def ci(python, tmp_path):
         (tmp_path / "test_team.py").write_text(test)
         command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment["NUMBA_DISABLE_JIT"] = "1"  # so small a problem is planned before its kernels would be compiled
         return subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
         )
@@ -73,7 +74,7 @@ def test_a_project_with_the_wheel_pins_its_plan_and_fails_when_it_stops_fitting_
     written = ci("--stagewright-update-baselines", parameters=500_000_000)
     assert written.returncode == 0, written.stdout + written.stderr
     assert "3 passed" in written.stdout
-    grown = ci(parameters=1_200_000_000)
+    grown = ci(parameters=1_300_000_000)
     assert grown.returncode == 1, grown.stdout
     assert "1 failed, 2 passed" in grown.stdout
     assert re.search(r"does not fit: pipeline rank 0 needs [89]\d\.\d GB, a device has 80\.0 GB", grown.stdout)
