@@ -77,4 +77,6 @@ def test_a_project_with_the_wheel_pins_its_plan_and_fails_when_it_stops_fitting_
     grown = ci(parameters=1_300_000_000)
     assert grown.returncode == 1, grown.stdout
     assert "1 failed, 2 passed" in grown.stdout
-    assert re.search(r"does not fit: pipeline rank 0 needs [89]\d\.\d GB, a device has 80\.0 GB", grown.stdout)
+    said = re.search(r"does not fit: pipeline rank \d needs ([\d.]+) GB, a device has 80[\d.]* GB", grown.stdout)
+    assert said is not None, grown.stdout
+    assert 80 < float(said[1]) < 141
