@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from numba.core.registry import cpu_target
 
 import stagewright.planner.planning  # noqa: F401  (before pytester, which forgets what is imported within it)
+
+cpu_target.target_context.refresh()  # numba imports the rest at its first kernel, and cannot do so twice
 
 pytest_plugins = "pytester"
 
