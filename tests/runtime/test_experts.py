@@ -13,8 +13,7 @@ pytestmark = pytest.mark.ranks
 EXACT = {"dropout": 0.0, "dtype": "float64"}
 
 
-@pytest.mark.parametrize("num_choices", [1, 2])
-@pytest.mark.parametrize("factor", [0.75, 1.25])
+@pytest.mark.parametrize(("num_choices", "factor"), [(1, 1.25), (2, 0.75)])
 def test_four_experts_on_four_ranks_with_a_capacity_equal_one_process(rank_pools, num_choices, factor):
     case = Case("gpipe", 1, 2, degrees={"dp": 4, "ep": 4}, num_choices=num_choices, capacity_factor=factor, **EXACT)
     assert_equal_to_one_process(rank_pools, case)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.ranks
 OPTIONS = [{}, {"sp": True}, {"vocab_parallel": True}, {"sp": True, "vocab_parallel": True}]
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.soak), 4])  # two ranks: in test_schedules as well
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_attention_feed_forward_and_loss_split_over_ranks_equal_one_process(rank_pools, tp, options):
     degrees = {"tp": tp, **options}
