@@ -17,6 +17,7 @@ other memory lever, is not a level that plans hold.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -93,11 +94,14 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
 
 
 def _balanced(table: StageTable) -> Iterator[tuple[float, Partition]]:
-    """Yield the step at the rate of the slowest stage, one level a stage."""
-    found = least_bottleneck(table.with_uniform_levels(table.time_s), table.num_ranks)
+    """Yield the objective of the partition whose slowest stage is fastest, with one level a stage."""
+    cost = table.with_uniform_levels(table.time_s)
+    found = least_bottleneck(cost, table.num_ranks)
     partition = None if found is None else table.fitted(found.bounds)
     if found is not None and partition is not None:
-        yield table.num_microbatches * found.value + float(table.step_s[found.bounds[0], found.bounds[1]]), partition
+        times = [float(cost[stage][first, end]) for stage, (first, end) in enumerate(pairwise(found.bounds))]
+        once = float(table.step_s[found.bounds[0], found.bounds[1]])
+        yield (table.num_microbatches - 1) * max(times) + sum(times) + once, partition
 
 
 def _solve_one(table: StageTable) -> Iterator[tuple[float, Partition]]:
