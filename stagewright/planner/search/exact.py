@@ -38,7 +38,8 @@ def _solve_space(problem: Problem, limits: Limits) -> PlanOutcome:
     plans = _plans(search)
     best = plans[0]
     objective_s = best.prediction.step_time_s
-    bound_s = min(bound_s, objective_s)
+    any_order_s = min(search.any_order_s(), objective_s)
+    bound_s = max(min(bound_s, objective_s), any_order_s)
     gap = max(0.0, objective_s / bound_s - 1.0)
     status = "optimal" if gap <= OPTIMAL_GAP else "within_gap" if gap <= limits.gap + 1e-9 else "feasible"
     certificate = Certificate(
@@ -48,7 +49,7 @@ def _solve_space(problem: Problem, limits: Limits) -> PlanOutcome:
         objective=objective_s,
         bound=bound_s,
         gap=gap,
-        any_order_bound=min(search.any_order_s(), objective_s),
+        any_order_bound=any_order_s,
         candidates=search.num_candidates,
         evaluated=search.evaluated,
         simulated=search.simulated,

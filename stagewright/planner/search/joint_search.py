@@ -433,7 +433,10 @@ class JointSearch:
         return stopped
 
     def _begin(self, chosen: Longs, most: int | None = None) -> Termination | None:
-        """Complete candidates until `most` were tried, and improve the best of them."""
+        """Complete candidates until `most` were tried, and improve the best of them.
+
+        The deadline does not end the first few tries, so that a late search has something to answer.
+        """
         begun: list[tuple[float, int]] = []
         tried = 0
         for index in chosen.tolist():
@@ -442,7 +445,7 @@ class JointSearch:
             if self.bound_s[index] >= self.target_s:
                 continue
             stopped = self.limits.reached() if tried % 8 == 0 else None
-            if stopped is not None:
+            if stopped is not None and (self.best is not None or stopped == "cancelled" or tried >= NUM_FIRST):
                 return stopped
             costs = self.costs(index)
             if costs is None:
@@ -455,6 +458,8 @@ class JointSearch:
                 begun.append((completion.step_s, index))
         self.limits.report("incumbents", tried, tried, self._known(), float(self.bound_s.min()))
         for _, index in sorted(begun)[:NUM_IMPROVED]:
+            if self.limits.reached() is not None:
+                break
             costs = self.costs(index)
             assert costs is not None
             better, made = improve(costs, self.found[index].bounds)

@@ -9,6 +9,8 @@ from stagewright.planner.documents.job import Forbid, Pins, SearchSpace
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.planning import make_plan
 from stagewright.planner.search.brute_force import best_of_all
+from stagewright.planner.search.exact import solve
+from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Problem
 from stagewright.testing.mocked_cluster import cluster_factory
 from stagewright.testing.mocked_profile import profile_factory
@@ -57,3 +59,14 @@ def test_what_cannot_fit_names_the_nearest_plan_and_what_it_lacks() -> None:
     for item in outcome.diagnosis.shortfalls:
         assert item.short_bytes == pytest.approx(item.needed_bytes - item.available_bytes)
         assert item.items.total == pytest.approx(item.needed_bytes)
+
+
+def test_a_deadline_that_has_passed_still_brings_a_plan_and_a_bound() -> None:
+    cluster = cluster_factory(4)
+    problem = Problem(profile_factory(6, jitter=0.3), cluster, _job(), cluster.num_devices)
+    outcome = solve(problem, Limits(gap=0.0, deadline_s=0.5, clock=lambda: 1e9))
+    assert outcome.status == "feasible" and outcome.termination == "time_limit"
+    assert outcome.plan is not None and outcome.objective_s is not None and outcome.bound_s is not None
+    assert 0 < outcome.bound_s <= outcome.objective_s
+    assert outcome.plan.certificate is not None and outcome.plan.certificate.any_order_bound is not None
+    assert outcome.plan.certificate.any_order_bound <= outcome.objective_s
