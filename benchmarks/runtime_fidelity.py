@@ -84,7 +84,10 @@ def main() -> int:
         found["real"] = real(arguments.steps, arguments.budget)
     if arguments.schedules != ",".join(SCHEDULES):
         return 0
-    RESULT.write_text(json.dumps({**machine("python benchmarks/runtime_fidelity.py"), **found}, indent=1) + "\n")
+    RESULT.write_text(
+        json.dumps({**machine("python benchmarks/runtime_fidelity.py " + " ".join(sys.argv[1:])), **found}, indent=1)
+        + "\n"
+    )
     return 0
 
 

@@ -157,7 +157,7 @@ def compose(plan: Plan, profile: ModelProfile, evaluation: Evaluation, replays: 
     rows = []
     for each in replays:
         pipeline_rank = next(i for i, ranks in enumerate(plan.mapping.pipeline_ranks) if each.rank in ranks)
-        peak = each.peak_memory_bytes + evaluation.pipeline.base_bytes
+        peak = each.peak_memory_bytes + evaluation.prediction.memory[pipeline_rank].framework
         for rank in plan.mapping.pipeline_ranks[pipeline_rank]:
             peaks[rank] = peak
         predicted_peak = evaluation.prediction.peak_memory_bytes[pipeline_rank]
