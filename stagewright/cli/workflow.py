@@ -136,7 +136,7 @@ def print_report(report: RunReport) -> None:
     predicted = _floats(report.predicted["peak_memory_bytes"])
     measured = report.measured["peak_memory_bytes"]
     assert isinstance(measured, list)
-    for rank, (expected, found) in enumerate(zip(predicted, measured, strict=True)):
+    for rank, (expected, found) in enumerate(zip(predicted, measured, strict=True) if measured else ()):
         if found is None:  # a rank that was not replayed
             continue
         relative = f"{expected / found - 1:+.1%}" if found else ""

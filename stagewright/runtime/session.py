@@ -36,7 +36,8 @@ from stagewright.runtime.torch_adapter import default_store
 from stagewright.runtime.worker import Worker, WorkerSettings
 
 WARM_UP_STEPS = 2
-CHECK_OPTIMIZER = OptimizerChoice("sgd-momentum", 0.01)
+# Large enough that three steps move every weight well clear of the rounding of its own size.
+CHECK_OPTIMIZER = OptimizerChoice("sgd-momentum", 0.2)
 
 
 class Session:
