@@ -56,6 +56,7 @@ Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
 NUM_REFINED = 600
+LEAST_ANSWERED_S = 0.1
 NUM_FIRST = 12
 NUM_STARTS = 12
 MOST_PROGRAMS = 2_000
@@ -435,8 +436,10 @@ class JointSearch:
     def _begin(self, chosen: Longs, most: int | None = None) -> Termination | None:
         """Complete candidates until `most` were tried, and improve the best of them.
 
-        The deadline does not end the first few tries, so that a late search has something to answer.
+        A deadline of LEAST_ANSWERED_S or more does not end the first few tries, so that a late search has something to
+        answer.
         """
+        in_haste = self.limits.deadline_s is not None and self.limits.deadline_s < LEAST_ANSWERED_S
         begun: list[tuple[float, int]] = []
         tried = 0
         for index in chosen.tolist():
@@ -445,7 +448,9 @@ class JointSearch:
             if self.bound_s[index] >= self.target_s:
                 continue
             stopped = self.limits.reached() if tried % 8 == 0 else None
-            if stopped is not None and (self.best is not None or stopped == "cancelled" or tried >= NUM_FIRST):
+            if stopped is not None and (
+                in_haste or self.best is not None or stopped == "cancelled" or tried >= NUM_FIRST
+            ):
                 return stopped
             costs = self.costs(index)
             if costs is None:
