@@ -149,7 +149,7 @@ def refine(
     result = np.empty(len(rows))
     for index in range(len(rows)):
         row = rows[index]
-        ranks, count = shape[row, 3], shape[row, 10]
+        ranks, count = np.int64(shape[row, 3]), np.int64(shape[row, 10])  # one type, so that callees compile once
         live, late = np.empty(ranks), np.zeros(ranks)
         hops = np.zeros(max(ranks - 1, 0))
         for rank in range(ranks):
@@ -304,7 +304,7 @@ def reaches(
         most = layers_left - (num_ranks - 1 - rank)
         stage_layers = 0
         while stage_layers < most:
-            kinds = run_class[run]
+            kinds = np.int64(run_class[run])
             want = min(run_length[run] - taken, most - stage_layers)
             low, high = 0, want
             while low < high:
@@ -752,11 +752,12 @@ def _reaches_with_chunks(
         counts[run_class[run]] += run_length[run]
     bulk = int(np.argmax(counts))
     caps = np.zeros(num_ranks)
+    no_other = bulk - bulk - 1
     for rank in range(num_ranks):
         caps[rank] = _chunk_cap(
             target_s,
             bulk,
-            -1,
+            no_other,
             counts[bulk],
             num_microbatches,
             num_chunks,

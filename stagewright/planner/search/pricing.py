@@ -185,8 +185,9 @@ class Priced:
         return len(self.shape)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Priced:
-        """Return some of the configurations."""
-        return Priced(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+        """Return some of the configurations, each array contiguous by row."""
+        columns = (getattr(self, name)[rows] for name in self.__dataclass_fields__)
+        return Priced(*(np.ascontiguousarray(column) for column in columns))
 
     def configuration(self, row: int) -> Configuration:
         """Return one configuration as a record."""
