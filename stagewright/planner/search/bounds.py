@@ -150,8 +150,8 @@ def refine(
     for index in range(len(rows)):
         row = rows[index]
         ranks, count = np.int64(shape[row, 3]), np.int64(shape[row, 10])  # one type, so that callees compile once
-        live, late = np.empty(ranks), np.zeros(ranks)
-        hops = np.zeros(max(ranks - 1, 0))
+        live, late = np.empty(int(ranks)), np.zeros(int(ranks))
+        hops = np.zeros(max(int(ranks) - 1, 0))
         for rank in range(ranks):
             live[rank] = _live(live_codes[index], rank, ranks, count)
         low, high = low_s[index], high_s
