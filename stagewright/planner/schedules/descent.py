@@ -32,13 +32,12 @@ from stagewright.planner.schedules.list_scheduling import (
     ideal_s,
     sweep,
 )
+from stagewright.planner.schedules.random_moves import RandomState, shift, uniform
 
 _MEAN_END_WEIGHT = 0.001
 _DRAWS_PER_MOVE = 20  # draws that meet an action that does not wait cost nothing; this bounds them
 _MEAN_DISTANCE = 3.0
 _LEAST_PATIENCE = 500  # moves without a gain before the descent ends early, or a quarter of its moves
-
-State = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ def descend(
 @njit(cache=True)
 def _descend(
     chains: Chains, letters: npt.NDArray[np.int32], offset: npt.NDArray[np.int64], cap: Floats,
-    weights: tuple[float, float], enough_s: float, moves: int, state: State, only_weights: bool,
+    weights: tuple[float, float], enough_s: float, moves: int, state: RandomState, only_weights: bool,
 ) -> None:  # fmt: skip
     # Fields are local: a call that takes a tuple of arrays counts references for each of them.
     rank_of, seconds, held, slack_s = chains.rank, chains.seconds, chains.held, chains.slack_s
@@ -106,14 +105,14 @@ def _descend(
     patience = max(_LEAST_PATIENCE, moves // 4)
     while made < min(moves, last_gain + patience) and draws < _DRAWS_PER_MOVE * moves and main_s > enough_s:
         draws += 1
-        source = int(_uniform(state) * count)
+        source = int(uniform(state) * count)
         letter = letters[source]
         kind = letter // positions
         if start_s[source] <= ready_s[source] + slack_s or (only_weights and kind != WEIGHT):
             continue
         position = letter - kind * positions
         rank = rank_of[position]
-        low = max(offset[rank], source - 1 - int(-_MEAN_DISTANCE * np.log(1.0 - _uniform(state))))
+        low = max(offset[rank], source - 1 - int(-_MEAN_DISTANCE * np.log(1.0 - uniform(state))))
         target = source
         while target > low:
             other = letters[target - 1]
@@ -127,7 +126,7 @@ def _descend(
             target -= 1
         if target == source:
             continue
-        _shift(letters, source, target)
+        shift(letters, source, target)
         made += 1
         new = sweep(chains, letters, offset, done, forward_end_s, backward_end_s, new_start_s, new_ready_s)
         new_main_s = weights[0] * new.makespan_s + weights[1] * new.longest_span_s
@@ -143,24 +142,4 @@ def _descend(
                 total += change[letters[at] // positions, letters[at] % positions]
                 live[at] = total
         else:
-            _shift(letters, target, source)
-
-
-@njit(cache=True)
-def _shift(letters: npt.NDArray[np.int32], source: int, target: int) -> None:
-    letter = letters[source]
-    step = 1 if target > source else -1
-    for at in range(source, target, step):
-        letters[at] = letters[at + step]
-    letters[target] = letter
-
-
-@njit(cache=True)
-def _uniform(state: State) -> float:
-    """Return a number in [0, 1) and advance the state (SplitMix64)."""
-    state[0] += np.uint64(0x9E3779B97F4A7C15)
-    mixed = state[0]
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed = mixed ^ (mixed >> np.uint64(31))
-    return float(mixed >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+            shift(letters, target, source)

@@ -37,6 +37,7 @@ from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.list_scheduling import Floats, Ints
+from stagewright.planner.schedules.random_moves import RandomState, shift, uniform
 from stagewright.planner.schedules.schedule import KIND, MICROBATCH, SLICE, STAGE, Schedule, wave_placement
 from stagewright.planner.schedules.sizes import costs_of, effort_of, require, sizes_of
 
@@ -47,8 +48,6 @@ MOST_ORDERS = 20_000  # of one start
 LEAST_ORDERS = 50
 _KINDS = (Kind.F, Kind.I, Kind.W)
 _FORWARD, _INPUT_GRAD, _WEIGHT_GRAD = 0, 1, 2
-
-State = npt.NDArray[np.uint64]
 
 
 class Problem(NamedTuple):
@@ -182,7 +181,7 @@ def _serial_starts(problem: Problem) -> Floats:
 
 
 @njit(cache=True)
-def search(problem: Problem, period_s: float, orders: int, state: State, best_start_s: Floats) -> float:
+def search(problem: Problem, period_s: float, orders: int, state: RandomState, best_start_s: Floats) -> float:
     """Return the excess over the caps of the best repetend of this period; `best_start_s` [letters] becomes its starts."""
     letters, ranks = len(problem.rank), len(problem.cap)
     first = np.zeros(ranks + 1, dtype=np.int64)
@@ -208,20 +207,20 @@ def search(problem: Problem, period_s: float, orders: int, state: State, best_st
     for _ in range(orders):
         if best[0] <= 0.0 and best[1] == 0.0:
             break
-        rank = int(_uniform(state) * ranks)
+        rank = int(uniform(state) * ranks)
         low, high = first[rank], first[rank + 1]
-        source, target = low + int(_uniform(state) * (high - low)), low + int(_uniform(state) * (high - low))
-        draw = _uniform(state)
+        source, target = low + int(uniform(state) * (high - low)), low + int(uniform(state) * (high - low))
+        draw = uniform(state)
         old_phase_s, old_gap = phase_s[rank], gap[source]
         if draw < 0.6:
-            _insert(order, source, target)
+            shift(order, source, target)
         elif draw < 0.8 and spare_s[rank] > 1e-9 * period_s:
-            gap[source] = 0.0 if _uniform(state) < 0.5 else _uniform(state)
+            gap[source] = 0.0 if uniform(state) < 0.5 else uniform(state)
         else:
             # Mostly such that the letter starts when its input arrives.
             letter = order[source]
-            arrival_s = _uniform(state) * period_s
-            if problem.before[letter] >= 0 and _uniform(state) < 0.8:
+            arrival_s = uniform(state) * period_s
+            if problem.before[letter] >= 0 and uniform(state) < 0.8:
                 earlier = problem.before[letter]
                 arrival_s = start_s[earlier] + problem.duration_s[earlier] + problem.delay_s[letter]
             phase_s[rank] = (phase_s[rank] + arrival_s - start_s[letter]) % period_s
@@ -232,7 +231,7 @@ def search(problem: Problem, period_s: float, orders: int, state: State, best_st
         else:
             phase_s[rank], gap[source] = old_phase_s, old_gap
             if draw < 0.6:
-                _insert(order, target, source)
+                shift(order, target, source)
             start_s[:] = best_start_s
     return float(best[0])
 
@@ -286,26 +285,6 @@ def _value(
         if peak > problem.cap[rank]:
             excess += (peak - problem.cap[rank]) / problem.cap[rank]
     return excess, np.floor(last_s / period_s + 1e-9), lives
-
-
-@njit(cache=True)
-def _insert(order: Ints, source: int, target: int) -> None:
-    letter = order[source]
-    step = 1 if target > source else -1
-    for at in range(source, target, step):
-        order[at] = order[at + step]
-    order[target] = letter
-
-
-@njit(cache=True)
-def _uniform(state: State) -> float:
-    """Return a number in [0, 1) and advance the state (SplitMix64)."""
-    state[0] += np.uint64(0x9E3779B97F4A7C15)
-    mixed = state[0]
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed = mixed ^ (mixed >> np.uint64(31))
-    return float(mixed >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
 def unrolled(repetend: Repetend, placement: npt.NDArray[np.int32], num_microbatches: int) -> Schedule:
