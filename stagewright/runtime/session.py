@@ -37,7 +37,7 @@ from stagewright.runtime.worker import Worker, WorkerSettings
 
 WARM_UP_STEPS = 2
 # Large enough that three steps move every weight well clear of the rounding of its own size.
-CHECK_OPTIMIZER = OptimizerChoice("sgd-momentum", 0.2)
+CHECK_OPTIMIZER = OptimizerChoice("sgd-momentum", 0.5)
 
 
 class Session:
