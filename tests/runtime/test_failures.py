@@ -83,6 +83,7 @@ def disturb(folder: Path, rank: int, delay_s: float, what: signal.Signals | str)
     return raised.value, seconds
 
 
+LIMITS_S = {signal.SIGKILL: 10.0, signal.SIGSTOP: 15.0, CUT: 15.0}
 FAULTS = {signal.SIGKILL: "died", signal.SIGSTOP: "no sign of life", CUT: "cut off"}
 
 
@@ -91,19 +92,21 @@ def disturb_and_check(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int, 
     rank = source.randrange(NUM_RANKS)
     monkeypatch.setenv("CUT_FILE", str(folder / "cut"))
     error, seconds = disturb(folder, rank, source.uniform(0.0, 0.5), what)
-    assert seconds < 15.0
+    assert seconds < LIMITS_S[what]
     assert error.message.startswith(f"rank {rank} (stage {rank}, action "), error.message
     assert FAULTS[what] in error.message
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_killed_stopped_or_cut_rank_ends_every_process_within_fifteen_seconds(tmp_path, monkeypatch, seed):
+@pytest.mark.parametrize("seed", range(7))
+def test_a_killed_rank_ends_every_process_within_ten_seconds_and_a_stopped_or_cut_one_within_fifteen(
+    tmp_path, monkeypatch, seed
+):
     disturb_and_check(tmp_path, monkeypatch, seed, [*FAULTS][seed % 3])
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(50))
-def test_any_rank_at_any_action_ends_every_process_within_fifteen_seconds(tmp_path, monkeypatch, seed):
+@pytest.mark.parametrize("seed", range(60))
+def test_any_rank_at_any_action_ends_every_process_in_time(tmp_path, monkeypatch, seed):
     disturb_and_check(tmp_path, monkeypatch, 100 + seed, [*FAULTS][seed % 3])
 
 
