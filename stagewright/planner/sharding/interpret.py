@@ -41,7 +41,7 @@ def run_sharded(program: SpmdProgram, values: Mapping[str, Floats], wanted: Mapp
         if isinstance(instruction, Move):
             shards, layout = held[instruction.tensor, instruction.before], instruction.before
             for step in instruction.steps:
-                shards = _exchange(mesh, step, graph.tensors[instruction.tensor], shards)
+                shards = exchange(mesh, step, graph.tensors[instruction.tensor], shards)
                 layout = (*layout[: step.axis], step.after, *layout[step.axis + 1 :])
             held[instruction.tensor, layout] = shards
             continue
@@ -111,7 +111,7 @@ def assemble(mesh: Mesh, layout: Layout, dims: Dims, shards: Mapping[Device, Flo
     return parts[(0,) * len(mesh.axes)]
 
 
-def _exchange(mesh: Mesh, step: Step, dims: Dims, shards: Mapping[Device, Floats]) -> dict[Device, Floats]:
+def exchange(mesh: Mesh, step: Step, dims: Dims, shards: Mapping[Device, Floats]) -> dict[Device, Floats]:
     """Return every device's part after a collective along one axis."""
     size = mesh.sizes[step.axis]
     result = {}

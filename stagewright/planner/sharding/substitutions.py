@@ -123,7 +123,7 @@ def _fused(graph: OperatorGraph, index: int, uses: Counter[str]) -> Iterator[tup
         for position, name in enumerate(addition.inputs)
         if name in graph.producer and uses[name] == 1 and _is_product(graph.operators[graph.producer[name]])
     ]
-    for (at, one), (other_at, other) in itertools.combinations(products, 2):
+    for (_, one), (other_at, other) in itertools.combinations(products, 2):
         first, second = graph.operators[one], graph.operators[other]
         for side, name in ((0, "fuse linears"), (1, "fuse inputs")):
             kept, summed = first.inputs[side], first.inputs[1 - side]
@@ -144,7 +144,6 @@ def _fused(graph: OperatorGraph, index: int, uses: Counter[str]) -> Iterator[tup
             parts: dict[int, list[GraphOperator]] = {one: [], other: [], index: rest}
             parts[later] = [GraphOperator("add", (summed, partner), total), result]
             yield name, _replaced(changed, parts)
-            del at
 
 
 def _replaced(graph: OperatorGraph, parts: dict[int, list[GraphOperator]]) -> OperatorGraph:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stagewright.planner.errors import InvalidArgument
-from stagewright.planner.sharding.interpret import _exchange, assemble, shard
+from stagewright.planner.sharding.interpret import assemble, exchange, shard
 from stagewright.planner.sharding.layout import PARTIAL, REPLICATED, Mesh, fits, split, text
 from stagewright.planner.sharding.redistribution import redistribute
 
@@ -40,7 +40,7 @@ def test_one_axis_costs_what_oneflows_boxing_table_says(before, after, kind, sha
     assert step.sent_bytes == pytest.approx(share * 128.0)
 
 
-def test_an_axis_exchanges_only_what_the_other_axis_left_it():
+def test_an_axisexchanges_only_what_the_other_axis_left_it():
     mesh = Mesh.of({"x": 2, "y": 4})
     (step,) = steps(mesh, (split("i"), PARTIAL), (split("i"), REPLICATED))
     assert (step.axis, step.kind, step.group_bytes) == (1, "all-reduce", 64.0)
@@ -61,7 +61,7 @@ def test_every_pair_of_layouts_moves_the_numbers_where_they_belong():
     for before, after in itertools.product(layouts, repeat=2):
         shards, layout = shard(mesh, before, DIMS, array), before
         for step in steps(mesh, before, after):
-            shards = _exchange(mesh, step, DIMS, shards)
+            shards = exchange(mesh, step, DIMS, shards)
             layout = (*layout[: step.axis], step.after, *layout[step.axis + 1 :])
         assert layout == after
         np.testing.assert_allclose(assemble(mesh, after, DIMS, shards), array, err_msg=f"{text(before)} {text(after)}")
