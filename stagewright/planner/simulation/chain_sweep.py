@@ -7,7 +7,8 @@ rank sends, it sends in program order. Then event times are max-plus expressions
 
 and need no event queue: ranks that can go on are on a stack, each runs until its next row waits for something that has
 no time yet. O(N + M) for N rows and M messages. Every node remembers the predecessor that set its start, from which the
-critical path is traced. Nodes 0 to N - 1 are the schedule's rows, nodes N on are messages.
+critical path is traced. Nodes are numbered as a timeline lists its spans, so that nothing is copied afterwards: rank by
+rank its rows, its tail if it has one, its messages in list order.
 
 It takes F, B, I and W, slices and replicas, sends beside compute; `event_graph` takes everything else, and agrees.
 """
@@ -46,19 +47,49 @@ class Hops(NamedTuple):
     num_links: int
 
 
-class Swept(NamedTuple):
-    """Times of all nodes, and where each rank stopped (its end, unless the schedule deadlocks).
+class Nodes(NamedTuple):
+    """Numbers of the nodes: rank r has its rows from `first_row[r]` on, then its tail, then its messages.
 
-    `before` is the node that set a node's start, -1 for none. Message j is node N + j, caused by row `message_row`; rank
-    r sent messages `message_first[r]` to `message_first[r + 1]`, in list order. `arrived` holds, [2, num_edge_keys], the
-    node that brought it, + 1.
+    `first_row` is [num_ranks + 1], its last entry the number of nodes; `first_message` is [num_ranks].
     """
+
+    first_row: Ints
+    first_message: Ints
+
+
+class Columns(NamedTuple):
+    """The columns of a timeline's spans, by node, to be filled."""
 
     start_s: Floats
     end_s: Floats
+    action: Ints
+    rank: Ints
+    lane: Ints
+
+
+def empty_columns(num_nodes: int) -> Columns:
+    """Return columns in one piece of memory.
+
+    A large piece is mapped in large pages, and freed ones are used again; fresh small pages would cost as much as the sweep.
+    """
+    words = np.empty(6 * num_nodes)
+    start_s, end_s = words[:num_nodes], words[num_nodes : 2 * num_nodes]
+    action = words[2 * num_nodes : 5 * num_nodes].view(np.int32).reshape(num_nodes, 6)
+    rank, lane = words[5 * num_nodes :].view(np.int32).reshape(2, num_nodes)
+    return Columns(start_s, end_s, action, rank, lane)
+
+
+class Swept(NamedTuple):
+    """Times of all nodes, and where each rank stopped (its end, unless the schedule deadlocks).
+
+    `before` is the node that set a node's start, -1 for none. `message_row` [num_nodes] is the row that caused a message,
+    undefined for other nodes. `arrived` holds, [2, num_edge_keys], the node that brought it, + 1.
+    """
+
+    nodes: Nodes
+    columns: Columns
     before: Ints
     message_row: Ints
-    message_first: Ints
     message_bytes: float
     position: Ints
     arrived: Ints
@@ -82,27 +113,26 @@ def sweep_chain(
     size_share: Floats,
     size_factor: Floats,
     scaled: bool,
-    message_first: Ints,
+    nodes: Nodes,
+    columns: Columns,
 ) -> Swept:
-    """Return the times of all rows and messages.
+    """Return the times of all rows and messages, written into `columns`; those of tails are left open.
 
     `seconds` is [num_kinds, num_stages]; `time_share` and `size_share` are [num_slices + 1], whole microbatches at 0;
-    the factors are [num_microbatches]; not `scaled` says that shares and factors are all 1. `message_first`, [num_ranks + 1],
-    is where each rank's timed messages begin.
+    the factors are [num_microbatches]; not `scaled` says that shares and factors are all 1.
     """
     rows, offset = program.rows, program.offset
-    num_rows, num_ranks = len(rows), len(offset) - 1
+    num_ranks = len(offset) - 1
     num_replicas, num_stages = program.placement.shape
     num_microbatches, num_slices = program.num_microbatches, program.num_slices
     num_edges = len(program.edge_from)
     edge_in, edge_out = np.full(num_stages, -1, np.int32), np.full(num_stages, -1, np.int32)
     for edge in range(num_edges):
         edge_in[program.edge_to[edge]], edge_out[program.edge_from[edge]] = edge, edge
-    capacity = message_first[-1]
-    start_s, end_s = np.empty(num_rows + capacity), np.empty(num_rows + capacity)
-    before = np.empty(num_rows + capacity, np.int32)
-    message_row = np.empty(capacity, np.int32)
-    next_message = message_first[:-1].copy()
+    num_nodes = nodes.first_row[-1]
+    start_s, end_s = columns.start_s, columns.end_s
+    before, message_row = np.empty(num_nodes, np.int32), np.empty(num_nodes, np.int32)
+    next_message = nodes.first_message.copy()
     arrived = np.zeros((2, max(num_replicas * num_edges * num_microbatches * num_slices, 1)), np.int32)
     progress = np.zeros(num_replicas * num_stages * num_microbatches * num_slices, np.uint8)
     link_free_s, link_last = np.zeros(hops.num_links + 1), np.zeros(hops.num_links + 1, np.int32)
@@ -119,6 +149,7 @@ def sweep_chain(
         waits[rank] = -1
         index, stop = position[rank], offset[rank + 1]
         ready, cause = free_s[rank], last[rank]
+        shift = nodes.first_row[rank] - offset[rank]
         while index < stop:
             kind, replica, stage = rows[index, KIND], rows[index, REPLICA], rows[index, STAGE]
             microbatch, part = rows[index, MICROBATCH], max(rows[index, SLICE], 0)
@@ -145,14 +176,15 @@ def sweep_chain(
             duration = seconds[kind, stage]
             if scaled:
                 duration *= time_share[rows[index, SLICE] + 1] * time_factor[microbatch]
-            start_s[index], before[index] = start, cause
-            ready, cause = start + duration, index
-            end_s[index] = ready
+            own_node = index + shift
+            start_s[own_node], before[own_node] = start, cause
+            ready, cause = start + duration, own_node
+            end_s[own_node] = ready
             if kind != _W:
                 progress[own] |= _FORWARD_DONE if kind == _F else _GRADIENT_DONE
             if onward >= 0:
                 cell = replica * num_edges + onward
-                target, node = hops.target[way, cell], index
+                target, node = hops.target[way, cell], own_node
                 if target >= 0:
                     occupied, latency, size = (
                         hops.occupied_s[way, cell],
@@ -164,10 +196,10 @@ def sweep_chain(
                         occupied, size = occupied * share, size * share
                     total_bytes += size
                     if occupied + latency > 0.0:
-                        message = next_message[rank]
-                        next_message[rank] = message + 1
-                        message_row[message], node = index, num_rows + message
-                        start_s[node], before[node] = ready, index
+                        node = next_message[rank]
+                        next_message[rank] = node + 1
+                        message_row[node] = index
+                        start_s[node], before[node] = ready, own_node
                         if occupied > 0.0:
                             link = hops.link[way, cell]
                             if link_free_s[link] > ready:
@@ -182,25 +214,28 @@ def sweep_chain(
                     depth += 1
             index += 1
         position[rank], free_s[rank], last[rank] = index, ready, cause
-    return Swept(start_s, end_s, before, message_row, message_first, total_bytes, position, arrived)
+    return Swept(nodes, columns, before, message_row, total_bytes, position, arrived)
 
 
 @njit(cache=True)
-def count_timed_messages(program: Program, hops: Hops) -> Ints:
-    """Return where each rank's messages that take time begin, when those of all ranks are behind each other."""
+def number_nodes(program: Program, hops: Hops, has_tail: npt.NDArray[np.bool_]) -> Nodes:
+    """Return the nodes of a chain's rows, of the tails of the ranks that have one, and of the messages that take time."""
     rows, offset = program.rows, program.offset
     num_stages, num_edges = program.placement.shape[1], len(program.edge_from)
-    edge_in, edge_out = np.full(num_stages, -1, np.int32), np.full(num_stages, -1, np.int32)
-    for edge in range(num_edges):
-        edge_in[program.edge_to[edge]], edge_out[program.edge_from[edge]] = edge, edge
-    first = np.zeros(len(offset), np.int32)
+    num_replicas = program.placement.shape[0]
+    sends = np.zeros((3, num_replicas * num_stages), np.int32)  # F, B, I by (replica, stage)
+    timed = hops.occupied_s + hops.latency_s > 0.0
+    for replica in range(num_replicas):
+        for edge in range(num_edges):
+            cell = replica * num_edges + edge
+            sends[_F, replica * num_stages + program.edge_from[edge]] += timed[0, cell]
+            sends[1:, replica * num_stages + program.edge_to[edge]] += timed[1, cell]
+    first_row, first_message = np.zeros(len(offset), np.int32), np.zeros(len(offset) - 1, np.int32)
     for rank in range(len(offset) - 1):
         count = 0
         for index in range(offset[rank], offset[rank + 1]):
-            kind, stage = rows[index, KIND], rows[index, STAGE]
-            if kind != _W:
-                way, edge = (0, edge_out[stage]) if kind == _F else (1, edge_in[stage])
-                cell = rows[index, REPLICA] * num_edges + edge
-                count += edge >= 0 and hops.occupied_s[way, cell] + hops.latency_s[way, cell] > 0.0
-        first[rank + 1] = first[rank] + count
-    return first
+            if rows[index, KIND] != _W:
+                count += sends[rows[index, KIND], rows[index, REPLICA] * num_stages + rows[index, STAGE]]
+        first_message[rank] = first_row[rank] + offset[rank + 1] - offset[rank] + has_tail[rank]
+        first_row[rank + 1] = first_message[rank] + count
+    return Nodes(first_row, first_message)

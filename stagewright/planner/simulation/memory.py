@@ -60,86 +60,109 @@ def sort_events(events: SideEvents) -> SideEvents:
 
 
 def memory_curves(
-    program: Program, start_s: Floats, end_s: Floats, ledger: Ledger, side: SideEvents
+    program: Program, shift: Ints, start_s: Floats, end_s: Floats, ledger: Ledger, side: SideEvents
 ) -> tuple[tuple[Floats, ...], tuple[Floats, ...]]:
-    """Return (times, values) of each rank: from time k on, value k is live; times increase strictly."""
-    times, values, stops = _curves(program, start_s, end_s, ledger, side)
-    starts = np.concatenate(([0], stops[:-1, 1]))
-    cut = [slice(int(start), int(stop)) for start, stop in zip(starts, stops[:, 0], strict=True)]
+    """Return (times, values) of each rank: from time k on, value k is live; times increase strictly.
+
+    Row i of rank r has its times at `i + shift[r]` of `start_s` and `end_s`.
+    """
+    allocated, freed = _changes(ledger)
+    scaled = bool((ledger.size_share[1:] != 1.0).any() or (ledger.size_factor != 1.0).any())
+    times, values, stops = _compute_curves(program, shift, start_s, end_s, ledger, allocated, freed, scaled)
+    if len(side.rank):
+        times, values, stops = _merged(times, values, stops, side)
+    starts = np.concatenate(([0], stops[:-1]))
+    cut = [slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
     return tuple(times[part] for part in cut), tuple(values[part] for part in cut)
 
 
+def _changes(ledger: Ledger) -> tuple[Floats, Floats]:
+    """Return what a whole microbatch allocates at the start of an action and frees at its end, [kinds up to R, num_stages]."""
+    allocated, freed = np.zeros((_R + 1, len(ledger.activation))), np.zeros((_R + 1, len(ledger.activation)))
+    at_input_grad = ledger.activation * ledger.freed_at_input_grad
+    again = np.where(ledger.has_recompute, 0.0, ledger.recomputed)
+    allocated[_F], allocated[_B], allocated[_I], allocated[_R] = ledger.activation, again, again, ledger.recomputed
+    freed[_B], freed[_I] = ledger.activation + ledger.recomputed, at_input_grad
+    freed[_W] = ledger.activation - at_input_grad + ledger.recomputed
+    return allocated, freed
+
+
 @njit(cache=True)
-def _curves(
-    program: Program, start_s: Floats, end_s: Floats, ledger: Ledger, side: SideEvents
+def _compute_curves(
+    program: Program,
+    shift: Ints,
+    start_s: Floats,
+    end_s: Floats,
+    ledger: Ledger,
+    allocated: Floats,
+    freed: Floats,
+    scaled: bool,
 ) -> tuple[Floats, Floats, npt.NDArray[np.int64]]:
-    """Return times and values of all ranks in one array each, and (end, capacity end) of each rank's part."""
+    """Return times and values of all ranks in one array each, and where each rank's part ends, without side events.
+
+    A value at the time of the one before takes its place, so frees hide under the allocations of the same moment.
+    """
     rows, offset = program.rows, program.offset
     num_ranks = len(offset) - 1
-    capacity = 2 * len(rows) + len(side.rank) + num_ranks
-    times, values = np.empty(capacity), np.empty(capacity)
-    stops = np.zeros((num_ranks, 2), dtype=np.int64)
-    base, event = 0, 0
+    times, values = np.empty(2 * len(rows) + num_ranks), np.empty(2 * len(rows) + num_ranks)
+    stops = np.zeros(num_ranks, dtype=np.int64)
+    place = -1
     for rank in range(num_ranks):
-        place, live = base, ledger.static[rank]
-        times[place], values[place] = 0.0, live
-        index, stop = offset[rank], offset[rank + 1]
-        while index < stop:
-            after = index + 1
-            while rows[after - 1, FUSED] == 1 and after < stop:
-                after += 1
-            allocated, freed = 0.0, 0.0
-            for row in range(index, after):
-                kind, stage = rows[row, KIND], rows[row, STAGE]
-                if kind > _R:
-                    continue
-                share = ledger.size_share[rows[row, SLICE] + 1] * ledger.size_factor[rows[row, MICROBATCH]]
-                size, again = ledger.activation[stage] * share, ledger.recomputed[stage] * share
-                if kind == _F:
-                    allocated += size
-                elif kind == _B:
-                    freed += size + again
-                elif kind == _I:
-                    freed += size * ledger.freed_at_input_grad[stage]
-                elif kind == _W:
-                    freed += size * (1.0 - ledger.freed_at_input_grad[stage]) + again
-                if kind == _R or (kind in (_B, _I) and not ledger.has_recompute[stage]):
-                    allocated += again
-            for part in range(2):
-                change = allocated if part == 0 else -freed
-                if change == 0.0:
-                    continue
-                time = start_s[index] if part == 0 else end_s[index]
-                while event < len(side.rank) and side.rank[event] == rank and _comes_first(side, event, time, change):
-                    live += side.change[event]
-                    place = _record(times, values, place, side.time_s[event], live)
-                    event += 1
-                live += change
-                place = _record(times, values, place, time, live)
-            index = after
-        while event < len(side.rank) and side.rank[event] == rank:
-            live += side.change[event]
-            place = _record(times, values, place, side.time_s[event], live)
-            event += 1
-        stops[rank, 0] = place + 1
-        base = place + 1
-        stops[rank, 1] = base
+        place += 1
+        latest, live = 0.0, ledger.static[rank]
+        times[place], values[place] = latest, live
+        first = offset[rank]  # of the fused group, whose rows change memory together
+        goes = 0.0
+        for index in range(offset[rank], offset[rank + 1]):
+            kind, stage = rows[index, KIND], rows[index, STAGE]
+            if kind <= _R:
+                share = 1.0
+                if scaled:
+                    share = ledger.size_share[rows[index, SLICE] + 1] * ledger.size_factor[rows[index, MICROBATCH]]
+                comes = allocated[kind, stage]
+                if comes != 0.0:
+                    live += comes * share
+                    time = start_s[first + shift[rank]]
+                    place += time > latest
+                    latest = time
+                    times[place], values[place] = time, live
+                goes += freed[kind, stage] * share
+            if rows[index, FUSED] == 0:
+                if goes != 0.0:
+                    live -= goes
+                    time = end_s[first + shift[rank]]
+                    place += time > latest
+                    latest = time
+                    times[place], values[place] = time, live
+                first, goes = index + 1, 0.0
+        stops[rank] = place + 1
     return times, values, stops
 
 
 @njit(cache=True)
-def _comes_first(side: SideEvents, event: int, time: float, change: float) -> bool:
-    return bool(side.time_s[event] < time or (side.time_s[event] == time and side.change[event] < change))
-
-
-@njit(cache=True)
-def _record(times: Floats, values: Floats, place: int, time: float, live: float) -> int:
-    """Write the value at `time` and return its place; events at one time share it, so frees hide under allocations."""
-    if time > times[place]:
-        place += 1
-        times[place] = time
-    values[place] = live
-    return place
+def _merged(
+    times: Floats, values: Floats, stops: npt.NDArray[np.int64], side: SideEvents
+) -> tuple[Floats, Floats, npt.NDArray[np.int64]]:
+    """Return the curves with the side events added."""
+    capacity = stops[-1] + len(side.rank)
+    merged_times, merged_values, merged_stops = np.empty(capacity), np.empty(capacity), np.zeros_like(stops)
+    place, event, at = -1, 0, 0
+    for rank in range(len(stops)):
+        first, beside = place + 1, 0.0
+        while at < stops[rank] or (event < len(side.rank) and side.rank[event] == rank):
+            has_event = event < len(side.rank) and side.rank[event] == rank
+            if at < stops[rank] and (not has_event or times[at] <= side.time_s[event]):
+                time, level = times[at], values[at]
+                at += 1
+            else:
+                time, level = side.time_s[event], values[at - 1]
+                beside += side.change[event]
+                event += 1
+            if place < first or time > merged_times[place]:
+                place += 1
+            merged_times[place], merged_values[place] = time, level + beside
+        merged_stops[rank] = place + 1
+    return merged_times, merged_values, merged_stops
 
 
 @njit(cache=True)
@@ -177,11 +200,17 @@ def move_events(program: Program, start_s: Floats, end_s: Floats, ledger: Ledger
 
 @njit(cache=True)
 def receive_events(
-    program: Program, end_s: Floats, arrival_s: Floats, forward_bytes: Floats, gradient_bytes: Floats, ledger: Ledger
+    program: Program,
+    shift: Ints,
+    end_s: Floats,
+    arrival_s: Floats,
+    forward_bytes: Floats,
+    gradient_bytes: Floats,
+    ledger: Ledger,
 ) -> SideEvents:
     """Return the changes of receive buffers: from a message's arrival to the end of the action that uses it, unsorted.
 
-    `arrival_s` is [2, num_edge_keys], forwards in row 0.
+    `arrival_s` is [2, num_edge_keys], forwards in row 0; row i of rank r ends at `end_s[i + shift[r]]`.
     """
     rows, offset, slices = program.rows, program.offset, program.num_slices
     degree = 1
@@ -211,6 +240,6 @@ def receive_events(
                     size = forward_bytes[edge] if way == 0 else gradient_bytes[edge]
                     size *= ledger.size_factor[microbatch] * ledger.size_share[slot + 1 if slices > 1 else 0]
                     rank_of[place], time_s[place], change[place] = rank, arrival_s[way, key + slot], size
-                    rank_of[place + 1], time_s[place + 1], change[place + 1] = rank, end_s[index], -size
+                    rank_of[place + 1], time_s[place + 1], change[place + 1] = rank, end_s[index + shift[rank]], -size
                     place += 2
     return SideEvents(rank_of[:place], time_s[:place], change[:place])

@@ -26,7 +26,7 @@ from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.schedule import FUSED, KIND, MICROBATCH, SLICE, STAGE, Schedule, WeightPolicy
-from stagewright.planner.simulation.chain_sweep import Hops, Swept, count_timed_messages, is_chain, sweep_chain
+from stagewright.planner.simulation.chain_sweep import Hops, Swept, empty_columns, is_chain, number_nodes, sweep_chain
 from stagewright.planner.simulation.deadlock import explain_deadlock
 from stagewright.planner.simulation.event_graph import Costed, Solved, solve
 from stagewright.planner.simulation.implied_shares import implied_shares
@@ -67,7 +67,7 @@ def simulate(
     """
     links, memory = links or Links(), memory or Memory()
     tails = spread("tail_s", tail_s, (schedule.num_ranks,))
-    timed = _time(schedule, costs, links, collectives or Collectives(), shares or implied_shares(schedule))
+    timed = _time(schedule, costs, links, collectives or Collectives(), shares or implied_shares(schedule), tails)
     times_s, values = _memory(schedule, timed, links, memory, costs)
     if isinstance(timed.result, Swept):
         spans = chain_spans(schedule, timed.program, timed.result, tails, trace=trace)
@@ -105,8 +105,13 @@ def action_times(
 
     Raises as `simulate` does.
     """
-    timed = _time(schedule, costs, links or Links(), collectives or Collectives(), shares or implied_shares(schedule))
-    return timed.start_s, timed.end_s
+    no_tails = np.zeros(schedule.num_ranks)
+    timed = _time(
+        schedule, costs, links or Links(), collectives or Collectives(), shares or implied_shares(schedule), no_tails
+    )
+    offset = timed.program.offset
+    rows = np.arange(offset[-1]) + np.repeat(timed.shift, np.diff(offset))
+    return timed.start_s[rows], timed.end_s[rows]
 
 
 class _Work(NamedTuple):
@@ -122,14 +127,19 @@ class _Work(NamedTuple):
 
 
 class _Timed(NamedTuple):
+    """What a schedule's timing found; row i of rank r has its times at `i + shift[r]` of `start_s` and `end_s`."""
+
     program: Program
     work: _Work
     result: Swept | Solved
+    shift: Ints
     start_s: Floats
     end_s: Floats
 
 
-def _time(schedule: Schedule, costs: StageCosts, links: Links, collectives: Collectives, shares: Shares) -> _Timed:
+def _time(
+    schedule: Schedule, costs: StageCosts, links: Links, collectives: Collectives, shares: Shares, tails: Floats
+) -> _Timed:
     if costs.num_stages != schedule.num_stages:
         raise InvalidArgument(
             f"{costs.num_stages} stage costs were given, schedule {schedule.name} has {schedule.num_stages} stages",
@@ -140,6 +150,7 @@ def _time(schedule: Schedule, costs: StageCosts, links: Links, collectives: Coll
     work = _work(schedule, program, costs, collectives, shares)
     hops = _hops(schedule, links)
     if links.overlap and is_chain(program):
+        nodes = number_nodes(program, hops, tails > 0.0)
         swept = sweep_chain(
             program,
             hops,
@@ -149,17 +160,19 @@ def _time(schedule: Schedule, costs: StageCosts, links: Links, collectives: Coll
             work.size_share,
             work.size_factor,
             work.scaled,
-            count_timed_messages(program, hops),
+            nodes,
+            empty_columns(int(nodes.first_row[-1])),
         )
         if (swept.position < program.offset[1:]).any():
             raise explain_deadlock(schedule, (swept.position - program.offset[:-1]).tolist())
-        count = len(program.rows)
-        return _Timed(program, work, swept, swept.start_s[:count], swept.end_s[:count])
+        shift = nodes.first_row[:-1] - program.offset[:-1]
+        return _Timed(program, work, swept, shift, swept.columns.start_s, swept.columns.end_s)
     work = work._replace(row_s=_row_seconds(program, work, shares))
     solved = solve(program, _costed(schedule, program, costs, links, collectives, shares, work, hops))
     if not solved.rows_done.all():
         raise explain_deadlock(schedule, _stopped(program, solved.rows_done))
-    return _Timed(program, work, solved, solved.row_start_s, solved.row_end_s)
+    shift = np.zeros(schedule.num_ranks, dtype=np.int32)
+    return _Timed(program, work, solved, shift, solved.row_start_s, solved.row_end_s)
 
 
 def _stopped(program: Program, done: npt.NDArray[np.bool_]) -> list[int]:
@@ -343,14 +356,16 @@ def _memory(
         edges = (len(schedule.edges),)
         forward = spread("boundary_bytes", links.boundary_bytes, edges)
         back = forward if links.gradient_bytes is None else spread("gradient_bytes", links.gradient_bytes, edges)
-        parts.append(receive_events(program, timed.end_s, _arrival_s(timed.result), forward, back, ledger))
+        parts.append(receive_events(program, timed.shift, timed.end_s, _arrival_s(timed.result), forward, back, ledger))
     side = SideEvents(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-    return memory_curves(program, timed.start_s, timed.end_s, ledger, sort_events(side) if len(side.rank) else side)
+    if len(side.rank):
+        side = sort_events(side)
+    return memory_curves(program, timed.shift, timed.start_s, timed.end_s, ledger, side)
 
 
 def _arrival_s(result: Swept | Solved) -> Floats:
     """Return when the data of each edge key is there, [2, num_edge_keys]."""
-    return result.end_s[result.arrived - 1] if isinstance(result, Swept) else result.arrival_s
+    return result.columns.end_s[result.arrived - 1] if isinstance(result, Swept) else result.arrival_s
 
 
 def static_bytes(schedule: Schedule, memory: Memory) -> Floats:

@@ -37,16 +37,12 @@ class Spans(NamedTuple):
 
 
 def chain_spans(schedule: Schedule, program: Program, swept: Swept, tail_s: Floats, *, trace: bool) -> Spans:
-    """Return the spans of a swept chain."""
-    tails = _tail_actions(schedule)
-    if not len(swept.message_row) and not tail_s.any():
-        num_rows = len(program.rows)
-        rank = np.repeat(np.arange(schedule.num_ranks, dtype=np.int32), np.diff(program.offset))
-        end_s = swept.end_s[:num_rows]
-        path = _row_path(swept.before, int(np.argmax(end_s))) if trace and num_rows else np.zeros(0, np.int32)
-        return Spans(rank, np.zeros(num_rows, np.int32), program.rows, swept.start_s[:num_rows], end_s, path)
+    """Return the spans of a swept chain, whose nodes stand in their order already; `swept`'s arrays become theirs."""
     packed = np.ascontiguousarray(program.rows).view(np.int64)  # a row of six columns in three words
-    return Spans(*_chain_spans(program, packed, swept, tail_s, tails, trace))
+    last, place = _fill(program, packed, swept, swept.columns.action.view(np.int64), tail_s, _tail_actions(schedule))
+    path = _path(swept.before, last) if trace else np.zeros(0, np.int32)
+    start_s, end_s, action, rank, lane = swept.columns
+    return Spans(rank, lane, action, start_s, end_s, place[path] if len(place) else path)
 
 
 def _tail_actions(schedule: Schedule) -> Ints:
@@ -60,11 +56,12 @@ def _tail_actions(schedule: Schedule) -> Ints:
 
 
 @njit(cache=True)
-def _row_path(before: Ints, node: int) -> Ints:
-    length, at = 0, node
-    while at >= 0:
-        length, at = length + 1, before[at]
-    path = np.empty(length, np.int32)
+def _path(before: Ints, last: int) -> Ints:
+    """Return the nodes of the longest path that ends in `last`."""
+    length, node = 0, last
+    while node >= 0:
+        length, node = length + 1, before[node]
+    path, node = np.empty(length, np.int32), last
     for place in range(length - 1, -1, -1):
         path[place] = node
         node = before[node]
@@ -72,73 +69,51 @@ def _row_path(before: Ints, node: int) -> Ints:
 
 
 @njit(cache=True)
-def _chain_spans(
-    program: Program, packed: npt.NDArray[np.int64], swept: Swept, tail_s: Floats, tails: Ints, trace: bool
-) -> tuple[Ints, Ints, Ints, Floats, Floats, Ints]:
-    rows, offset, sent = program.rows, program.offset, swept.message_first
-    num_rows, num_ranks = len(rows), len(offset) - 1
-    count = num_rows + len(swept.message_row) + np.count_nonzero(tail_s)
-    rank_of, lane_of = np.empty(count, np.int32), np.empty(count, np.int32)
-    words = np.empty((count, 3), np.int64)
-    action = words.view(np.int32)
-    start_s, end_s = np.empty(count), np.empty(count)
-    first_span, first_sent = np.empty(num_ranks + 1, np.int32), np.empty(num_ranks, np.int32)
-    order = np.empty(0, np.int64)  # messages by start, where a rank's links overtake each other
-    span, latest, last_node, last_tail = 0, -1.0, -1, -1
-    for rank in range(num_ranks):
-        first_span[rank] = span
-        for row in range(offset[rank], offset[rank + 1]):
-            lane_of[span] = COMPUTE_LANE
-            for word in range(3):
-                words[span, word] = packed[row, word]
-            start_s[span], end_s[span] = swept.start_s[row], swept.end_s[row]
-            span += 1
-        ended = end_s[span - 1] if offset[rank + 1] > offset[rank] else 0.0
-        last, tail = offset[rank + 1] - 1 if offset[rank + 1] > offset[rank] else -1, -1
-        if tail_s[rank] > 0.0:
-            action[span], lane_of[span] = tails[rank], COMPUTE_LANE
-            start_s[span], end_s[span] = ended, ended + tail_s[rank]
-            ended, tail = end_s[span], span
-            span += 1
-        if ended > latest:
-            latest, last_node, last_tail = ended, last, tail
-        first_sent[rank], in_order = span, True
-        for message in range(sent[rank], sent[rank + 1]):
+def _fill(
+    program: Program,
+    packed: npt.NDArray[np.int64],
+    swept: Swept,
+    words: npt.NDArray[np.int64],
+    tail_s: Floats,
+    tails: Ints,
+) -> tuple[int, Ints]:
+    """Fill the other columns; return the compute node that ends last and, where messages were sorted, each node's span.
+
+    Tails get their times, and the messages of a rank whose links overtake each other are sorted by start. `packed` and
+    `words` are the rows and the action column, three words a row.
+    """
+    rows, offset, nodes = program.rows, program.offset, swept.nodes
+    start_s, end_s, action, rank_of, lane_of = swept.columns
+    place = np.empty(0, np.int32)
+    latest, last = -1.0, -1
+    for rank in range(len(offset) - 1):
+        first, node = nodes.first_row[rank], nodes.first_row[rank] + offset[rank + 1] - offset[rank]
+        words[first:node] = packed[offset[rank] : offset[rank + 1]]
+        rank_of[first : nodes.first_row[rank + 1]] = rank
+        lane_of[first : nodes.first_message[rank]] = COMPUTE_LANE
+        lane_of[nodes.first_message[rank] : nodes.first_row[rank + 1]] = SEND_LANE
+        if node < nodes.first_message[rank]:
+            ended = end_s[node - 1] if node > first else 0.0
+            action[node], swept.before[node] = tails[rank], node - 1 if node > first else -1
+            start_s[node], end_s[node] = ended, ended + tail_s[rank]
+            node += 1
+        if node > first and end_s[node - 1] > latest:
+            latest, last = end_s[node - 1], node - 1
+        in_order, stop = True, nodes.first_row[rank + 1]
+        for message in range(node, stop):
             row = swept.message_row[message]
-            lane_of[span] = SEND_LANE
             for word in range(3):
-                words[span, word] = packed[row, word]
-            action[span, KIND] = _SEND_F if rows[row, KIND] == _F else _SEND_B
-            start_s[span], end_s[span] = swept.start_s[num_rows + message], swept.end_s[num_rows + message]
-            in_order = in_order and (message == sent[rank] or start_s[span - 1] <= start_s[span])
-            span += 1
+                words[message, word] = packed[row, word]
+            action[message, KIND] = _SEND_F if rows[row, KIND] == _F else _SEND_B
+            in_order = in_order and (message == node or start_s[message - 1] <= start_s[message])
         if not in_order:
-            part = np.argsort(start_s[first_sent[rank] : span], kind="mergesort")
-            start_s[first_sent[rank] : span] = start_s[first_sent[rank] : span][part]
-            end_s[first_sent[rank] : span] = end_s[first_sent[rank] : span][part]
-            action[first_sent[rank] : span] = action[first_sent[rank] : span][part]
-            if not len(order):
-                order = np.arange(len(swept.message_row))
-            order[sent[rank] + part] = np.arange(sent[rank], sent[rank + 1])
-        for place in range(first_span[rank], span):
-            rank_of[place] = rank
-    path = np.empty(count if trace else 0, np.int32)
-    length, node, rank = 0, last_node, 0
-    if trace and last_tail >= 0:
-        path[0], length = last_tail, 1
-    while trace and node >= 0:
-        bounds = offset if node < num_rows else sent
-        at = node if node < num_rows else node - num_rows
-        while at >= bounds[rank + 1]:
-            rank += 1
-        while at < bounds[rank]:
-            rank -= 1
-        if node < num_rows:
-            path[length] = first_span[rank] + at - offset[rank]
-        else:
-            path[length] = first_sent[rank] + (order[at] if len(order) else at) - sent[rank]
-        length, node = length + 1, swept.before[node]
-    return rank_of, lane_of, action, start_s, end_s, path[:length][::-1].copy()
+            part = np.argsort(start_s[node:stop], kind="mergesort")
+            start_s[node:stop], end_s[node:stop] = start_s[node:stop][part], end_s[node:stop][part]
+            action[node:stop] = action[node:stop][part]
+            if not len(place):
+                place = np.arange(len(start_s)).astype(np.int32)
+            place[node + part] = np.arange(node, stop)
+    return last, place
 
 
 def graph_spans(schedule: Schedule, program: Program, solved: Solved, tail_s: Floats, *, trace: bool) -> Spans:
