@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/stagewright demo
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not soak and not ranks" -n 2 --dist loadfile
+	$(PYTEST) -m "not soak and not ranks" -n 2 --dist worksteal
 	$(PYTEST) -m "ranks and not soak"
 
 lint: $(VENV)/.lint

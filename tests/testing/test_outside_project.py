@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -53,6 +54,15 @@ def python(wheel, tmp_path_factory) -> Path:
     return interpreter
 
 
+def outside(command: list[str], folder: Path, *, compiled: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder outside this tree; uncompiled unless told, for problems too small to compile for."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["NUMBA_DISABLE_JIT"] = str(int(not compiled))
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
 @pytest.fixture
 def ci(python, tmp_path):
     """The team's CI: write its tests, run pytest in its environment, return the finished process."""
@@ -60,12 +70,7 @@ def ci(python, tmp_path):
     def run(*options: str, parameters: int) -> subprocess.CompletedProcess[str]:
         test = TEAM_TEST.format(parameters=parameters)
         (tmp_path / "test_team.py").write_text(test)
-        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment["NUMBA_DISABLE_JIT"] = "1"  # so small a problem is planned before its kernels would be compiled
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
+        return outside([str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *options], tmp_path)
 
     return run
 
@@ -80,3 +85,17 @@ def test_a_project_with_the_wheel_pins_its_plan_and_fails_when_it_stops_fitting_
     said = re.search(r"does not fit: pipeline rank \d needs ([\d.]+) GB, a device has 80[\d.]* GB", grown.stdout)
     assert said is not None, grown.stdout
     assert 80 < float(said[1]) < 141
+
+
+def test_the_wheel_plans_without_torch(python, tmp_path):
+    command = [str(python), "-m", "stagewright", "plan", "gpt2", "--cluster", "h100-sxm:2x1", "--global-batch", "8"]
+    done = outside([*command, "--sequence-length", "512", "--pin", "schedule=1f1b", "--json"], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["plan"]["prediction"]["step_time_s"] > 0
+
+
+def test_the_wheel_compiles_where_it_is_installed(python, tmp_path):
+    command = [str(python), "-m", "stagewright", "schedule", "1f1b", "--ranks", "4", "--microbatches", "8"]
+    done = outside([*command, "--json"], tmp_path, compiled=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["bubble_over_total"] == pytest.approx(3 / 11)
