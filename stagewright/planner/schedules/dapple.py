@@ -43,4 +43,5 @@ FAMILY = ScheduleFamily(
     "dapple-pb",
     "Fan et al., DAPPLE: A Pipelined Data Parallel Approach for Training Large Models, PPoPP 2021, policy P_B",
     dapple_pb,
+    takes_cap=True,
 )

@@ -125,4 +125,5 @@ FAMILY = ScheduleFamily(
     "dynapipe",
     "Jiang et al., DynaPipe: Optimizing Multi-task Training through Dynamic Pipelines, EuroSys 2024",
     dynapipe,
+    takes_cap=True,
 )

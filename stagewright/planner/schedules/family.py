@@ -59,6 +59,8 @@ class ScheduleFamily:
     constraint : the rule on D, T, v, K in words, with the reason; empty when any sizes do.
     improves : the constructed order is improved for the costs, within `parameters["effort"]`, which takes most of its time.
     held_chunks : most live chunks of a rank, from D, whatever the costs, where the construction fixes it.
+    fixed_order : sizes alone fix each rank's order of F and I; costs and effort only place the W.
+    takes_cap : the order is made for the request's memory cap; other families look away from it.
     """
 
     name: str
@@ -73,3 +75,5 @@ class ScheduleFamily:
     constraint: str = ""
     improves: bool = False
     held_chunks: Callable[[int], int] | None = None
+    fixed_order: bool = False
+    takes_cap: bool = False

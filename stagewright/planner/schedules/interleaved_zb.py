@@ -67,4 +67,5 @@ FAMILY = ScheduleFamily(
     default_chunks=2,
     constraint="T is a multiple of D, because a partial group leaves holes between the chunks",
     improves=True,
+    fixed_order=True,
 )

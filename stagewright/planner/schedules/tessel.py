@@ -323,4 +323,5 @@ FAMILY = ScheduleFamily(
     split_backward=True,
     default_chunks=2,
     improves=True,
+    takes_cap=True,
 )

@@ -160,4 +160,5 @@ FAMILY = ScheduleFamily(
     aliases=("zb", "zb-1p", "zb-2p"),
     split_backward=True,
     improves=True,
+    takes_cap=True,
 )

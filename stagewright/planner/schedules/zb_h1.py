@@ -67,4 +67,5 @@ FAMILY = ScheduleFamily(
     zb_h1,
     split_backward=True,
     improves=True,
+    fixed_order=True,
 )

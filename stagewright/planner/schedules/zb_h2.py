@@ -44,4 +44,5 @@ FAMILY = ScheduleFamily(
     split_backward=True,
     constraint="T is at least 2 D - 1, the warm-up of the first rank",
     improves=True,
+    fixed_order=True,
 )

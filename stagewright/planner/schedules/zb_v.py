@@ -105,5 +105,6 @@ FAMILY = ScheduleFamily(
     split_backward=True,
     default_chunks=2,
     improves=True,
+    fixed_order=True,
     held_chunks=lambda num_ranks: 2 * num_ranks,
 )

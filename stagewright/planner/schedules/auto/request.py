@@ -27,9 +27,9 @@ class PlacementChoice(StrEnum):
 class Effort(StrEnum):
     """Size of a search."""
 
-    LOW = "low"  # about 1 second on one core
-    NORMAL = "normal"  # about 5
-    HIGH = "high"  # about 60
+    LOW = "low"  # 1 to 3 seconds on one core, half of them for the named schedules that start it
+    NORMAL = "normal"  # about 8
+    HIGH = "high"  # about 80
 
 
 class Stop(StrEnum):
@@ -40,7 +40,7 @@ class Stop(StrEnum):
     DEADLINE = "deadline"  # the outer stop came first; the result is then not reproducible
 
 
-EVALUATIONS = {Effort.LOW: 1_000_000, Effort.NORMAL: 5_000_000, Effort.HIGH: 60_000_000}
+EVALUATIONS = {Effort.LOW: 500_000, Effort.NORMAL: 5_000_000, Effort.HIGH: 60_000_000}
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ from stagewright.planner.schedules.auto.climbing import climb_targets
 from stagewright.planner.schedules.auto.instance import Instance
 from stagewright.planner.schedules.auto.pool import Pool
 from stagewright.planner.schedules.auto.request import AutoRequest, AutoResult, Gain, Stop
-from stagewright.planner.schedules.auto.seed import Seed, seeds
+from stagewright.planner.schedules.auto.seed import Seed, Seeds
 from stagewright.planner.schedules.auto.site import Site, sites
 from stagewright.planner.schedules.auto.word import schedule_of
 
@@ -42,7 +42,9 @@ BLOCK_SHARE, CLIMB_SHARE = 0.35, 0.1  # of a placement's first visit
 LEADERS = 2
 ROUNDS = 4  # annealing runs of each leader
 EXACT_ACTIONS = 12  # on a rank; up to this size the exact search goes on until it ends
-MOST_EXACT_NODES = 200_000  # of an instance of that size
+MOST_EXACT_NODES = 200_000  # of an instance of that size, at normal effort and above
+LEAST_EXACT_NODES = 20_000
+EVALUATIONS_PER_NODE = 25  # of the budget, between the two
 LEAST_NODES = 20  # fewer are not worth a start
 LEAST_PROBES, MOST_PROBES = 3, 8  # of one bisection of a bound
 PROBE_NODES = 1  # nodes that cost as much as one probe of the bound
@@ -76,9 +78,10 @@ class _Search:
         self.progress = progress
         self.ends_at = None if deadline_s is None else time.monotonic() + deadline_s
         allowed = sites(request)
-        named = seeds(allowed, is_late=self.is_late)
-        self.visits = [_open(site, site_seeds) for site, site_seeds in zip(allowed, named, strict=True)]
-        self.visits.sort(key=lambda visit: (visit.bound_s, visit.pool.best_s))
+        self.seeds = Seeds(allowed)
+        self.seeds.collect(self.is_late)
+        self.sites = [_open(site, found) for site, found in zip(allowed, self.seeds.found, strict=True)]
+        self.visits = sorted(self.sites, key=lambda visit: (visit.bound_s, visit.pool.best_s))
 
     @property
     def best(self) -> _Visit:
@@ -115,6 +118,7 @@ class _Search:
             leaders = sorted((v for v in self.visits if self.is_open(v)), key=lambda visit: visit.pool.best_s)[:LEADERS]
             for visit in leaders:
                 self._anneal(visit, rest // (ROUNDS * len(leaders)))
+        self._complete_seeds()
         self._raise_bounds(int(budget * BOUND_SHARE))
         if self.solved:
             return Stop.OPTIMAL
@@ -161,7 +165,7 @@ class _Search:
             return
         nodes = budget // _moves_per_node(visit.instance)
         if int(visit.instance.tables.lengths.max()) <= EXACT_ACTIONS:
-            nodes = MOST_EXACT_NODES
+            nodes = min(max(LEAST_EXACT_NODES, self.request.budget // EVALUATIONS_PER_NODE), MOST_EXACT_NODES)
         if nodes < LEAST_NODES:
             return
         limit_s = self.best.pool.best_s
@@ -172,6 +176,14 @@ class _Search:
         if verdict.proved:
             visit.bound_s = max(visit.bound_s, verdict.makespan_s)
         self._report()
+
+    def _complete_seeds(self) -> None:
+        """Generate the families that were put off, where one of them could still beat the best order."""
+        for choice in self.seeds.left:
+            if self.is_late() or self.solved:
+                return
+            for site, seed in self.seeds.complete(choice, self.best.pool.best_s):
+                self.sites[site].pool.add(seed.split_s, seed.words)
 
     def _raise_bounds(self, budget: int) -> None:
         """Raise the bound of the open placement that has the lowest one, as long as that succeeds: only the lowest counts."""
@@ -227,7 +239,7 @@ def search(request: AutoRequest, *, progress: Progress | None = None, deadline_s
 
 def _open(site: Site, found: list[Seed]) -> _Visit:
     visit = _Visit(site, lower_bound(site.instance), found)
-    for seed in found:
+    for seed in sorted(found, key=lambda seed: (seed.split_s, seed.named_s)):
         visit.pool.add(seed.split_s, seed.words)
     if not visit.pool.orders:
         visit.pool.add(*climb_targets(site.instance, evaluations=2, seed=0))

@@ -1,18 +1,23 @@
 """The named schedules as starting orders: what the search returns is never worse than any of them.
 
-Every family that fits the placements is tried for each number of chunks, with the cap when it can use one. Fixed orders come first
-and cost little. A family that improves its order for the costs is drawn up without improvement; only then, the most promising
-first, it is generated in full, and only where it could still matter. It is left out
+Every family of one replica that fits the placements is tried for each number of chunks, without a cap and, where it takes
+one, under it. Fixed orders come first and cost little. A family that improves its order for the costs is drawn up without improvement; only then, the
+most promising first, it is generated in full. It is left out only where that is proved to change nothing:
 
-- when its floor, a bound on every order of its placement under the caps, is not below the best order known. The floor counts a
-  full backward as one action where the family does not split it, and holds the chunks that its construction allows;
-- when the order it is drawn up with is over the caps on every placement: improvement fills memory, it does not save any.
+- its floor is not below the best order known. The floor is a bound on every order of its placement under the caps that counts a full
+  backward as one action where the family does not split it, and holds the chunks that its construction allows. Where sizes alone
+  fix the order of F and I, it is also a bound on that order: each rank from each of its actions on, W included;
+- sizes alone fix its order of F and I, and that order is over the caps even with each W right behind its I.
+
+A family that is over the caps as it is drawn up could fit when it is generated in full. That is rare and takes its time, so it is
+put off (`Seeds.left`) until the search has found its best order, which leaves fewer floors below it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,57 +45,94 @@ class Seed:
     words: Ints
 
 
-class _Seeds:
-    """The seeds found so far, by site."""
+class Choice(NamedTuple):
+    """A family with the number of chunks and the memory cap that it is asked for."""
+
+    family: ScheduleFamily
+    chunks: int
+    cap: float | None
+
+
+class Seeds:
+    """The seeds found so far, by site, and the choices left to be generated in full.
+
+    `drawn` keeps the words that a family was last generated with, by family, chunks and the sites that have its placement.
+    """
 
     def __init__(self, sites: list[Site]) -> None:
         self.sites = sites
         self.found: list[list[Seed]] = [[] for _ in sites]
         self.best_s = np.inf
+        self.left: list[Choice] = []
+        self.drawn: dict[tuple[str, int, int], Ints] = {}
 
-    def add(self, family: ScheduleFamily, chunks: int, effort: float) -> list[Seed]:
-        """Generate the family's orders of this number of chunks, keep and return those that fit."""
+    def collect(self, is_late: Callable[[], bool]) -> None:
+        """Find the orders that keep the caps; `is_late` is asked before each family, and once it says so, the rest is left out."""
+        promising: list[tuple[float, Choice]] = []
+        for choice in self._choices():
+            if is_late():
+                return
+            improves = choice.family.improves
+            fitting, can_fit = self._add(choice, 0.0 if improves else IN_FULL)
+            if improves and fitting:
+                promising.append((min(seed.split_s for seed in fitting), choice))
+            elif improves and can_fit:
+                self.left.append(choice)
+        for _, choice in sorted(promising, key=lambda pair: pair[0]):
+            if is_late():
+                return
+            self.complete(choice, self.best_s)
+
+    def complete(self, choice: Choice, best_s: float) -> list[tuple[int, Seed]]:
+        """Generate the order in full unless its floor is at least `best_s`; return (site, seed) of those that fit."""
+        if self._floor_s(choice.family, choice.chunks) >= best_s:
+            return []
+        before = [len(seeds) for seeds in self.found]
+        self._add(choice, IN_FULL)
+        return [(site, seed) for site, seeds in enumerate(self.found) for seed in seeds[before[site] :]]
+
+    def _choices(self) -> Iterator[Choice]:
+        """Yield every family of one replica without a cap and, where it takes one, with the sites' least and largest cap."""
+        caps = self.sites[0].instance.cap  # the same on every site
+        given = sorted({float(caps.min()), float(caps.max())} - {np.inf})
+        for chunks in sorted({site.num_chunks for site in self.sites}):
+            for family in registry.families():
+                if family.synchronous and family.num_replicas == 1:
+                    for cap in (*(given if family.takes_cap else ()), None):
+                        yield Choice(family, chunks, cap)
+
+    def _add(self, choice: Choice, effort: float) -> tuple[list[Seed], bool]:
+        """Keep the orders that fit; return them, and whether more effort could make another one fit."""
+        family, chunks = choice.family, choice.chunks
         same = [(index, site) for index, site in enumerate(self.sites) if site.num_chunks == chunks]
-        kept = []
-        for schedule in _schedules(family, same[0][1], effort):
-            for index, site in same:
-                seed = _seed(family.name, schedule, site.instance)
-                if seed is not None:
-                    self.found[index].append(seed)
-                    self.best_s = min(self.best_s, seed.split_s)
-                    kept.append(seed)
-        return kept
+        schedule = _schedule(choice, same[0][1], effort)
+        if schedule is None:
+            return [], False
+        fitting, can_fit = [], False
+        for index, site in same:
+            words = words_of(schedule, site.instance)
+            if words is None:
+                continue
+            self.drawn[family.name, chunks, index] = words
+            can_fit |= not family.fixed_order or fits(site.instance, _weights_at_once(site.instance, words))
+            seed = _seed(family.name, schedule, words, site.instance)
+            if seed is not None:
+                self.found[index].append(seed)
+                self.best_s = min(self.best_s, seed.split_s)
+                fitting.append(seed)
+        return fitting, can_fit
 
-    def floor_s(self, family: ScheduleFamily, chunks: int) -> float:
+    def _floor_s(self, family: ScheduleFamily, chunks: int) -> float:
         """Return seconds that no order of the family undercuts, as it is named, on any site."""
-        return min(_floor_s(family, site.instance) for site in self.sites if site.num_chunks == chunks)
+        floors_s = [
+            max(_floor_s(family, self.sites[index].instance), self._order_floor_s(family, index, words))
+            for (name, drawn_chunks, index), words in self.drawn.items()
+            if (name, drawn_chunks) == (family.name, chunks)
+        ]
+        return min(floors_s)
 
-
-def seeds(sites: list[Site], *, is_late: Callable[[], bool]) -> list[list[Seed]]:
-    """Return named orders of each site that keep its caps, best split makespan first; no named order beats the best of them.
-
-    `is_late` is asked before each family; once it says so, what was found so far is returned.
-    """
-    collected = _Seeds(sites)
-    choices = [
-        (family, chunks)
-        for chunks in sorted({site.num_chunks for site in sites})
-        for family in registry.families()
-        if family.synchronous and family.num_replicas == 1
-    ]
-    promising: list[tuple[float, ScheduleFamily, int]] = []
-    for family, chunks in choices:
-        if is_late():
-            break
-        drawn = collected.add(family, chunks, 0.0 if family.improves else IN_FULL)
-        if family.improves and drawn:
-            promising.append((min(seed.split_s for seed in drawn), family, chunks))
-    for _, family, chunks in sorted(promising, key=lambda choice: choice[0]):
-        if is_late():
-            break
-        if collected.floor_s(family, chunks) < collected.best_s:
-            collected.add(family, chunks, IN_FULL)
-    return [sorted(found, key=lambda seed: (seed.split_s, seed.named_s)) for found in collected.found]
+    def _order_floor_s(self, family: ScheduleFamily, site: int, words: Ints) -> float:
+        return order_floor_s(self.sites[site].instance, words) if family.fixed_order else 0.0
 
 
 def _floor_s(family: ScheduleFamily, instance: Instance) -> float:
@@ -110,37 +152,67 @@ def _floor_s(family: ScheduleFamily, instance: Instance) -> float:
     return max(floor_s, lower_bound(replace(instance, costs=counted, cap=held), rounds=0))
 
 
-def _schedules(family: ScheduleFamily, site: Site, effort: float) -> Iterator[Schedule]:
-    """Yield the family's schedule of this size: under the tightest cap where the family can meet it, else without."""
+def _weights_at_once(instance: Instance, words: Ints) -> Ints:
+    """Return the words with each W right behind its I, which holds least."""
+    microbatches = instance.num_microbatches
+    moved = words.copy()
+    for rank, length in enumerate(instance.tables.lengths):
+        word = words[rank, :length]
+        kind = (word // microbatches) % 3
+        kept = word[kind != 2]
+        is_input_grad = (kept // microbatches) % 3 == 1
+        counts = 1 + is_input_grad
+        spread = np.repeat(kept, counts)
+        spread[(np.cumsum(counts) - 1)[is_input_grad]] += microbatches
+        moved[rank, :length] = spread
+    return moved
+
+
+def order_floor_s(instance: Instance, words: Ints) -> float:
+    """Return seconds that no order with the same F and I on each rank undercuts, wherever its W run.
+
+    Without W the order's starts are early enough; from the start of any F or I on, its rank still runs all later F and I
+    and the W of all later I.
+    """
+    costs = instance.costs
+    light = replace(instance, costs=replace(costs, weight_grad_s=np.zeros(costs.num_stages)))
+    _, end_s = end_times(light, _weights_at_once(instance, words))
+    floor_s = 0.0
+    for rank, length in enumerate(instance.tables.lengths):
+        word = words[rank, :length]
+        letter = word // instance.num_microbatches
+        kept, letter = word[letter % 3 != 2], letter[letter % 3 != 2]
+        duration_s = light.tables.duration_s[letter]
+        work_s = duration_s + np.where(letter % 3 == 1, instance.tables.duration_s[letter // 3 * 3 + 2], 0.0)
+        start_s = end_s[kept] - duration_s
+        floor_s = max(floor_s, float((start_s + np.cumsum(work_s[::-1])[::-1]).max()))
+    return floor_s
+
+
+def _schedule(choice: Choice, site: Site, effort: float) -> Schedule | None:
+    """Return the family's schedule of this size, on the given placement if it can; None when it cannot have this size or cap."""
     instance = site.instance
-    caps: list[float | None] = [None]
-    held = instance.microbatch_memory
-    if np.isfinite(instance.cap).any() and (held > 0.0).all():
-        caps.insert(0, float((instance.cap / held).min()))
     given = instance.placement[None, :] if site.name == "given" else None
     for placement in (given, None) if given is not None else (None,):
-        for cap in caps:
-            request = ScheduleRequest(
-                num_ranks=instance.num_ranks,
-                num_microbatches=instance.num_microbatches,
-                num_chunks=site.num_chunks,
-                costs=instance.costs,
-                latency_s=instance.latency_s,
-                memory_cap=cap,
-                placement=placement,
-                parameters={"effort": effort},
-            )
-            try:
-                yield family.generate(request)
-            except StagewrightError:
-                # These sizes, this placement or this cap are not the family's.
-                continue
-            return
+        request = ScheduleRequest(
+            num_ranks=instance.num_ranks,
+            num_microbatches=instance.num_microbatches,
+            num_chunks=site.num_chunks,
+            costs=instance.costs,
+            latency_s=instance.latency_s,
+            memory_cap=choice.cap,
+            placement=placement,
+            parameters={"effort": effort},
+        )
+        try:
+            return choice.family.generate(request)
+        except StagewrightError:
+            continue
+    return None
 
 
-def _seed(name: str, schedule: Schedule, instance: Instance) -> Seed | None:
-    words = words_of(schedule, instance)
-    if words is None or not fits(instance, words):
+def _seed(name: str, schedule: Schedule, words: Ints, instance: Instance) -> Seed | None:
+    if not fits(instance, words):
         return None
     split_s, _ = end_times(instance, words)
     if not np.isfinite(split_s):
