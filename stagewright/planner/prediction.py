@@ -336,15 +336,16 @@ def stage_costs(
 ) -> StageCosts:
     """Return the simulator's costs; recomputation is told apart from the input gradient."""
     count = len(bounds) - 1
-    recompute, kept, freed = np.zeros(count), np.zeros(count), np.zeros(count)
+    recompute, kept, late = np.zeros(count), np.zeros(count), np.zeros(count)
     level = np.asarray(levels, dtype=np.int64)
     for stage in range(count):
         chosen = np.arange(bounds[stage], bounds[stage + 1])
         at = (level[chosen], chosen)
         recompute[stage] = layers[stage].recompute_s[at].sum()
         kept[stage] = layers[stage].kept_bytes[at].sum()
-        freed[stage] = (layers[stage].kept_bytes[at] * layers[stage].freed_share[at]).sum()
-    share = np.divide(freed, kept, out=np.zeros(count), where=kept > 0)
+        late[stage] = layers[stage].late_bytes[at].sum()
+    kept = np.where((kept == 0) & (late > 0), 1.0, kept)  # a byte, so that the share of it can be told
+    share = 1.0 - np.divide(late, kept, out=np.ones(count), where=kept > 0)
     forward, input_grad, weight_grad = pipeline.costs
     return StageCosts(forward, input_grad - recompute, weight_grad, kept, share, recompute)
 
@@ -411,12 +412,12 @@ def _items(pipeline: PipelineCosts, rank: int, logits: float) -> MemoryItems:
 def _logits(layout: Layout, bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]) -> list[float]:
     """Return the bytes of logits among each rank's activations at their peak."""
     level = np.asarray(levels, dtype=np.int64)
-    kept, freed, logits = (np.zeros(len(bounds) - 1) for _ in range(3))
+    kept, late, logits = (np.zeros(len(bounds) - 1) for _ in range(3))
     for stage, row in enumerate(layers):
         chosen = np.arange(bounds[stage], bounds[stage + 1])
         at = (level[chosen], chosen)
         kept[stage] = row.kept_bytes[at].sum()
-        freed[stage] = (row.kept_bytes[at] * row.freed_share[at]).sum()
+        late[stage] = row.late_bytes[at].sum()
         logits[stage] = row.table.logits_bytes[chosen].sum() if len(row.table.logits_bytes) else 0.0
     found = []
     for rank, slots in enumerate(layout.slots):
@@ -425,7 +426,7 @@ def _logits(layout: Layout, bounds: Sequence[int], levels: Sequence[int], layers
         if not len(live):
             found.append(0.0)
             continue
-        fullest = int(np.argmax(live[:, 0] @ kept[held] + live[:, 1] @ (kept[held] - freed[held])))
+        fullest = int(np.argmax(live[:, 0] @ kept[held] + live[:, 1] @ late[held]))
         found.append(float((live[fullest, 0] + live[fullest, 1]) @ logits[held]))
     return found
 

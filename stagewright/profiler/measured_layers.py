@@ -136,11 +136,11 @@ def _recompute_seconds(fulls: Sequence[Numbers], layer_s: Floats) -> Floats | No
 
 
 def _freed(splits: Sequence[Numbers], saved: Floats) -> Floats:
-    """Return the share of the kept bytes that is free after I: what the queued weight gradients do not hold."""
+    """Return the share of the kept bytes that is free after I; negative where queued weight gradients hold more."""
     if not splits:
         return np.zeros(len(saved))
     held = np.median(_rows(splits, "held_bytes"), axis=0)
-    return np.clip(1.0 - np.divide(held, saved, out=np.ones_like(saved), where=saved > 0), 0.0, 1.0)
+    return 1.0 - np.divide(held, saved, out=np.ones_like(saved), where=saved > 0)
 
 
 def _drift(totals: Floats) -> float:

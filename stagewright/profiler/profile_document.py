@@ -145,7 +145,7 @@ def _cost(
         weight_grad_s=mean("weight_grad_s"),
         recompute_s=recompute,
         activation_bytes=activation,
-        freed_at_input_grad={Recompute.NONE: freed} if freed > 0 else {},
+        freed_at_input_grad={Recompute.NONE: freed} if freed else {},
         workspace_bytes=max(max(value.workspace_bytes for value in values), 0.0),
         output_bytes=mean("output_bytes"),
         forward_flops=mean("forward_flops") * configuration.tensor_degree,

@@ -181,7 +181,7 @@ def _cost(
             Recompute.SELECTIVE: _SELECTIVE_ACTIVATION_SHARE * kept,
             Recompute.FULL: min(kept, input_bytes * microbatch),
         },
-        freed_at_input_grad=dict.fromkeys(Recompute, freed_at_input_grad) if freed_at_input_grad else {},
+        freed_at_input_grad={Recompute.NONE: freed_at_input_grad} if freed_at_input_grad else {},
         workspace_bytes=row["workspace_bytes"] * share,
         output_bytes=row["output_bytes"] * microbatch,
         forward_flops=row["forward_flops"] * microbatch,

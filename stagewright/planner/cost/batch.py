@@ -17,7 +17,7 @@ from numba import njit
 
 from stagewright.planner.cost.cost_model import UNIT, CostModel
 from stagewright.planner.cost.layer_table import LEVELS
-from stagewright.planner.cost.step_time import FAMILIES, Choice, hop_seconds, layer_roles
+from stagewright.planner.cost.step_time import FAMILIES, SPLIT_FAMILIES, Choice, hop_seconds, layer_roles
 from stagewright.planner.documents.plan import Degrees
 
 Floats = npt.NDArray[np.float64]
@@ -25,7 +25,9 @@ Ints = npt.NDArray[np.int64]
 
 # Columns of the per-class table.
 _FORWARD, _INPUT, _WEIGHT, _RECOMPUTE, _KEPT, _WORKSPACE = 0, 1, 2, 3, 6, 9
-_DENSE, _EXPERT, _OPTIMIZER, _OUTPUT, _COLUMNS = 12, 13, 14, 15, 16
+_HELD, _DENSE, _EXPERT, _OPTIMIZER, _OUTPUT, _COLUMNS = 12, 15, 16, 17, 18, 19
+
+_IS_SPLIT = np.array([family in SPLIT_FAMILIES for family in FAMILIES])
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +259,7 @@ def _tables(
         found[index, :, _RECOMPUTE : _RECOMPUTE + 3] = table.recompute_s[:, at].T
         found[index, :, _KEPT : _KEPT + 3] = table.activation_bytes[:, at].T
         found[index, :, _WORKSPACE : _WORKSPACE + 3] = table.workspace_bytes[:, at].T
+        found[index, :, _HELD : _HELD + 3] = np.maximum(table.activation_bytes, table.late_bytes)[:, at].T
         found[index, :, _DENSE] = table.dense_parameters[at]
         found[index, :, _EXPERT] = table.expert_parameters[at]
         found[index, :, _OPTIMIZER] = table.optimizer_s[at]
@@ -326,6 +329,7 @@ def _evaluate(
             expert[expert_of[row]],
             d,
             level,
+            _IS_SPLIT[family],
             prefetch,
             sums,
             work,
@@ -359,6 +363,7 @@ def _sum_layers(
     expert: Floats,
     num_ranks: int,
     level: int,
+    is_split: bool,
     prefetch: bool,
     sums: Floats,
     work: Floats,
@@ -366,6 +371,7 @@ def _sum_layers(
     """Fill the sums of each role and its largest workspace; blocks are divided over the ranks."""
     sums[:] = 0.0
     work[:] = 0.0
+    held = (_HELD if is_split else _KEPT) + level
     for index in range(len(counts)):
         cost = table[index]
         role = roles[index]
@@ -381,7 +387,7 @@ def _sum_layers(
         sums[role, _W] += number * (cost[_WEIGHT] + reduced)
         tail = cost[_DENSE] * dense[2] + cost[_EXPERT] * expert[2] + cost[_OPTIMIZER] * owned
         sums[role, _TAIL] += number * tail
-        sums[role, _KEEP] += number * cost[_KEPT + level]
+        sums[role, _KEEP] += number * cost[held]
         sums[role, _STATE] += number * (cost[_DENSE] * dense[3] + cost[_EXPERT] * expert[3])
         work[role] = max(work[role], cost[_WORKSPACE + level])
 

@@ -353,6 +353,8 @@ class CostModel:
         offers = column([float(self.profile.classes[name].kind in RECOMPUTED_KINDS) for name in names])
         selective = np.where(offers > 0, selective, none)
         full = np.where(offers > 0, self._full_kept(values, index, output, selective), none)
+        kept = np.stack([none, selective, full])
+        late = _late_bytes(kept, [column(_shares(values, level)) for level in range(3)], offers)
         workspace = column([cost.workspace_bytes for cost in values])
         dense = column([cost.dense_parameters for cost in values])
         expert = column([cost.expert_parameters for cost in values])
@@ -361,12 +363,11 @@ class CostModel:
             input_grad_s=column([cost.input_grad_s for cost in values]),
             weight_grad_s=column([cost.weight_grad_s for cost in values]),
             recompute_s=np.stack([offers * column([cost.recompute_s[level] for cost in values]) for level in range(3)]),
-            activation_bytes=np.stack([none, selective, full]),
-            freed_at_input_grad=np.stack(
-                [column([cost.freed_at_input_grad[level] for cost in values]) for level in range(3)]
-            ),
+            activation_bytes=kept,
+            late_bytes=late,
             # Recomputed tensors live again while the layer's backward runs.
-            workspace_bytes=np.stack([workspace, workspace + none - selective, workspace + none - full]),
+            workspace_bytes=workspace + none - kept,
+            split_workspace_bytes=workspace + np.maximum(none - np.maximum(kept, late), 0.0),
             output_bytes=output,
             dense_parameters=dense,
             expert_parameters=expert,
@@ -410,6 +411,23 @@ class CostModel:
             if measured is not None:
                 seconds[layer] = measured
         return seconds
+
+
+def _shares(costs: list[LayerCost], level: int) -> list[float]:
+    """Return the share each cost gives back at the end of I at a level; NaN where it holds what level none holds."""
+    shares = [cost.freed_at_input_grad[level] for cost in costs]
+    return [float("nan") if share is None else share for share in shares]
+
+
+def _late_bytes(kept: Floats, shares: list[Floats], offers: Floats) -> Floats:
+    """Return what waits for the weight gradients at each level, [3, L]: that of level none where nothing else is said."""
+    none = kept[0] * (1.0 - shares[0])
+    told = [np.isfinite(share) & (offers > 0) for share in shares[1:]]
+    rows = [
+        np.where(is_told, own * (1.0 - np.where(is_told, share, 0.0)), none)
+        for is_told, own, share in zip(told, kept[1:], shares[1:], strict=True)
+    ]
+    return np.stack([none, *rows])
 
 
 def activation_bytes(precision: str) -> float:

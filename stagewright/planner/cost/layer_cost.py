@@ -42,7 +42,8 @@ class Exchange:
 class LayerCost:
     """Costs of one layer for one microbatch on one device, levels in the order none, selective, full.
 
-    `input_bytes` is not known here: the activation of level full is set where the layer's predecessors are.
+    `input_bytes` is not known here: the activation of level full is set where the layer's predecessors are. A level whose
+    `freed_at_input_grad` is None holds what level none holds after the input gradient.
     """
 
     forward_s: float
@@ -58,7 +59,7 @@ class LayerCost:
     exposed_forward_s: float = 0.0
     exposed_backward_s: float = 0.0
     link_bytes: dict[str, float] = field(default_factory=dict)
-    freed_at_input_grad: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    freed_at_input_grad: tuple[float, float | None, float | None] = (0.0, None, None)
     optimizer_s: float | None = None
     full_kept_bytes: float | None = None
     source: Source = Source.ANALYTIC

@@ -28,8 +28,10 @@ class LayerTable:
     forward_s, input_grad_s, weight_grad_s : seconds on one device.
     recompute_s : seconds added to the backward.
     activation_bytes : kept from the forward until the backward.
-    freed_at_input_grad : share of them freed at the end of the input gradient.
+    late_bytes : held between the input gradient and the weight gradient, where these are apart. What was recomputed for
+        the input gradient waits for the weight gradient, so a level may hold more then than it kept before.
     workspace_bytes : highest temporary use, recomputation's transient included.
+    split_workspace_bytes : the same in a schedule that splits every backward, above the larger of what is kept and late.
     output_bytes : boundary tensor one device sends to the next stage.
     dense_parameters, expert_parameters : parameters on one device before ZeRO.
     optimizer_s : optimizer step of the device's parameters before ZeRO divides it.
@@ -44,8 +46,9 @@ class LayerTable:
     weight_grad_s: Floats
     recompute_s: Floats
     activation_bytes: Floats
-    freed_at_input_grad: Floats
+    late_bytes: Floats
     workspace_bytes: Floats
+    split_workspace_bytes: Floats
     output_bytes: Floats
     dense_parameters: Floats
     expert_parameters: Floats

@@ -155,11 +155,14 @@ def _recompute(found: Blend, tokens: float, forward_s: float) -> tuple[float, fl
     return (0.0, selective, full)
 
 
-def _freed(found: Blend) -> tuple[float, float, float]:
-    def share(level: Recompute) -> float:
-        return _mean(found, [entry.freed_at_input_grad.get(level, 0.0) for entry, _ in found.entries])
+def _freed(found: Blend) -> tuple[float, float | None, float | None]:
+    def share(level: Recompute) -> float | None:
+        if not all(level in entry.freed_at_input_grad for entry, _ in found.entries):
+            return None
+        return _mean(found, [entry.freed_at_input_grad[level] for entry, _ in found.entries])
 
-    return share(Recompute.NONE), share(Recompute.SELECTIVE), share(Recompute.FULL)
+    none = _mean(found, [entry.freed_at_input_grad.get(Recompute.NONE, 0.0) for entry, _ in found.entries])
+    return none, share(Recompute.SELECTIVE), share(Recompute.FULL)
 
 
 def _exchange(item: Collective, weight: float) -> Exchange:

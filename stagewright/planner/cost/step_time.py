@@ -15,7 +15,8 @@ recomputation), t = F + I + W, c one hop, T microbatches and ranks 0 (first), m 
 
 plus gradient reduction and optimizer of the rank that ends last. Microbatches alive on the first rank: T for gpipe,
 min(T, D), min(T, D + (D-1)/v) interleaved, min(T, 2D-1) for zb-h2; on the last rank 1, min(T, D - (D-1)/v) interleaved,
-or as on the first where the family balances. It ranks candidates; the simulator has the last word (systems.md O16).
+or as on the first where the family balances; where backwards are split, each holds the larger of what it keeps before its
+input gradient and behind it. It ranks candidates; the simulator has the last word (systems.md O16).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from stagewright.planner.errors import InvalidArgument
 
 Family = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"]
 FAMILIES: tuple[Family, ...] = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v")
+SPLIT_FAMILIES = FAMILIES[3:]
 
 BEFORE, BLOCK, BEHIND = range(3)
 
@@ -125,7 +127,7 @@ def estimate(model: CostModel, choice: Choice) -> StepEstimate:
     tails = [float(share @ step) + latency_s for share in (shares[0], shares[2])]
     live = live_microbatches(choice.family, ranks, count, choice.num_chunks)
     peaks = [
-        _peak(model, degrees, table, level, share, alive)
+        _peak(model, degrees, table, level, share, alive, choice.family)
         for share, alive in zip((shares[0], shares[2]), live, strict=True)
     ]
     return StepEstimate(pipeline_s + max(tails), max(peaks), pipeline_s, max(tails))
@@ -237,10 +239,14 @@ def _peak(
     level: int,
     share: npt.NDArray[np.float64],
     live: float,
+    family: Family,
 ) -> float:
     dense, expert = float(share @ table.dense_parameters), float(share @ table.expert_parameters)
     states = model.states(dense, expert, degrees).total
-    activations = live * float(share @ table.activation_bytes[level])
+    held = table.activation_bytes[level]
+    if family in SPLIT_FAMILIES:
+        held = np.maximum(held, table.late_bytes[level])
+    activations = live * float(share @ held)
     workspace = float(np.where(share > 0, table.workspace_bytes[level], 0.0).max())
     return states + activations + workspace + model.base_bytes
 

@@ -22,11 +22,12 @@ from stagewright.planner.documents.document import (
     Name,
     Part,
     Seconds,
-    Share,
     canonical_json,
     digest_of,
 )
 from stagewright.planner.documents.operator import Architecture, Operator
+
+FreedShare = Annotated[float, Field(le=1, allow_inf_nan=False)]
 
 
 class Source(StrEnum):
@@ -69,7 +70,9 @@ class ConfigurationCost(Part):
     forward_s, input_grad_s, weight_grad_s : compute seconds without communication.
     recompute_s : seconds added to the backward by each recomputation level above none.
     activation_bytes : bytes kept from the forward until the backward, by recomputation level.
-    freed_at_input_grad : share of them given back at the end of the input gradient, by level.
+    freed_at_input_grad : share of them given back at the end of the input gradient, by level; negative where the weight
+        gradient waits with more than the forward kept. A level that is not named holds what level none holds then: what
+        is recomputed waits too.
     workspace_bytes : highest temporary use above what is kept.
     output_bytes : the boundary tensor sent to the next layer.
     forward_flops : matrix-product FLOP of the forward of the whole (unsharded) layer.
@@ -88,7 +91,7 @@ class ConfigurationCost(Part):
     weight_grad_s: Seconds
     recompute_s: dict[Recompute, Seconds] = {}
     activation_bytes: dict[Recompute, Bytes]
-    freed_at_input_grad: dict[Recompute, Share] = {}
+    freed_at_input_grad: dict[Recompute, FreedShare] = {}
     workspace_bytes: Bytes = 0.0
     output_bytes: Bytes
     forward_flops: Annotated[float, Field(ge=0)] = 0.0

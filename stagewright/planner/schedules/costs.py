@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ class StageCosts:
     ----------
     forward_s, input_grad_s, weight_grad_s : seconds of F, I and W; a full backward takes I + W.
     activation : memory held from F on, in any unit: bytes, or shares of a rank's microbatch.
-    freed_at_input_grad : share of `activation` given back at the end of I; the rest goes at the end of W.
+    freed_at_input_grad : share of `activation` given back at the end of I; the rest goes at the end of W. Negative where
+        more waits for W than the forward kept: it comes at the start of I.
     recompute_s : seconds that run the forward again before the backward (inside I, or as an R action).
     """
 
@@ -36,6 +37,14 @@ class StageCosts:
     def num_stages(self) -> int:
         return len(self.forward_s)
 
+    def without_growth(self) -> StageCosts:
+        """Return costs whose I adds no memory: what waits for W beyond the activation counts from F on."""
+        grows = self.freed_at_input_grad < 0
+        if not grows.any():
+            return self
+        activation = np.where(grows, self.activation * (1.0 - self.freed_at_input_grad), self.activation)
+        return replace(self, activation=activation, freed_at_input_grad=np.maximum(self.freed_at_input_grad, 0.0))
+
     @classmethod
     def of(
         cls,
@@ -49,7 +58,8 @@ class StageCosts:
     ) -> StageCosts:
         """Return validated costs; activations default to 1, the rest to 0.
 
-        Raises InvalidArgument for a length that differs, a value that is not finite, a negative one, or a zero duration.
+        Raises InvalidArgument for a length that differs, a value that is not finite, a negative one, a zero duration, or a
+        share above 1.
         """
         count = len(forward_s)
         arrays = {
@@ -61,7 +71,8 @@ class StageCosts:
             "recompute_s": np.zeros(count) if recompute_s is None else _array(recompute_s),
         }
         for name, values in arrays.items():
-            _check(name, values, count, positive=name in ("forward_s", "input_grad_s", "weight_grad_s"))
+            _check(name, values, count, lowest=_LOWEST.get(name, 0.0))
+        _check_share(arrays["freed_at_input_grad"])
         return cls(**arrays)
 
     @classmethod
@@ -83,13 +94,31 @@ def _array(values: Sequence[float] | Floats) -> Floats:
     return np.asarray(values, dtype=np.float64)
 
 
-def _check(name: str, values: Floats, count: int, *, positive: bool) -> None:
+# Durations are above 0; of a share there may be less than nothing.
+_LOWEST = {
+    "forward_s": np.nextafter(0.0, 1.0),
+    "input_grad_s": np.nextafter(0.0, 1.0),
+    "weight_grad_s": np.nextafter(0.0, 1.0),
+    "freed_at_input_grad": -np.inf,
+}
+
+
+def _check(name: str, values: Floats, count: int, *, lowest: float) -> None:
     if values.shape != (count,):
         raise InvalidArgument(f"{name} has {values.shape} values, forward_s has {count}", field=name)
     if not np.isfinite(values).all():
         raise InvalidArgument(f"{name} holds {values[~np.isfinite(values)][0]}, a cost is a finite number", field=name)
-    bad = values <= 0 if positive else values < 0
+    bad = values < lowest
     if bad.any():
         index = int(np.argmax(bad))
-        bound = "above 0" if positive else "at least 0"
+        bound = "above 0" if lowest > 0 else "at least 0"
         raise InvalidArgument(f"{name}[{index}] is {values[index]:g}, it must be {bound}", field=f"{name}[{index}]")
+
+
+def _check_share(values: Floats) -> None:
+    if (values > 1).any():
+        index = int(np.argmax(values))
+        raise InvalidArgument(
+            f"freed_at_input_grad[{index}] is {values[index]:g}, I can give back no more than 1, all that was kept",
+            field=f"freed_at_input_grad[{index}]",
+        )

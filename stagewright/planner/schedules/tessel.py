@@ -101,7 +101,7 @@ def tessel(request: ScheduleRequest) -> Schedule:
         f"placement has shape {placement.shape}, {sizes.num_stages} stages need (1, {sizes.num_stages})",
         field="placement",
     )
-    costs = costs_of(request, sizes)
+    costs = costs_of(request, sizes).without_growth()
     cap = np.inf if request.memory_cap is None else request.memory_cap
     problem = make_problem(placement[0], costs, latency_s=request.latency_s, cap=cap)
     held = np.bincount(placement[0], weights=costs.activation)

@@ -125,10 +125,10 @@ def _peaks(stages: _Stages, bounds: Sequence[int], levels: Longs) -> Floats:
         for place, slot in enumerate(slots):
             costs, inside = stages.layers[slot.stage], slice(bounds[slot.stage], bounds[slot.stage + 1])
             kept = _chosen(costs.kept_bytes, levels)
-            late = kept * (1.0 - _chosen(costs.freed_share, levels))
+            late = _chosen(costs.late_bytes, levels)
             vectors += np.outer(kept[:, inside].sum(axis=1), live[:, 0, place])
             vectors += np.outer(late[:, inside].sum(axis=1), live[:, 1, place])
-            most = np.maximum(most, _chosen(costs.workspace_bytes, levels)[:, inside].max(axis=1))
+            most = np.maximum(most, _chosen(costs.workspace_of(order), levels)[:, inside].max(axis=1))
             peaks[:, rank] += costs.static_bytes[inside].sum()
         peaks[:, rank] += vectors.max(axis=1) + most
     return peaks

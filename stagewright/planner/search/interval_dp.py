@@ -65,7 +65,8 @@ class Ranges:
     def class_of(self) -> list[int]:
         """Class of each layer: layers with equal bytes and seconds are alike."""
         costs = self.costs
-        rows = np.vstack((costs.recompute_s, costs.kept_bytes, costs.freed_share, costs.workspace_bytes)).T
+        workspace = costs.workspace_of(self.order)
+        rows = np.vstack((costs.recompute_s, costs.kept_bytes, costs.late_bytes, workspace)).T
         _, index = np.unique(rows, axis=0, return_inverse=True)
         return [int(value) for value in np.ravel(index)]
 
@@ -92,12 +93,12 @@ class Ranges:
     def _group(self, kind: int, count: int, live: Floats) -> LayerGroup:
         layer, costs, levels = self.class_of.index(kind), self.costs, list(self.levels)
         kept = costs.kept_bytes[levels, layer]
-        late = kept * (1.0 - costs.freed_share[levels, layer])
+        late = costs.late_bytes[levels, layer]
         return LayerGroup(
             count,
             costs.recompute_s[levels, layer],
             live[:, 0, :1] * kept[None, :] + live[:, 1, :1] * late[None, :],
-            costs.workspace_bytes[levels, layer],
+            costs.workspace_of(self.order)[levels, layer],
         )
 
 

@@ -177,6 +177,7 @@ class JointSearch:
             chunks=ones,
             replicas=ones,
             splits=ones > 0,
+            workspace_bytes=self.priced.workspace_of(defers=True),
         )
         return float(min(high_s, found.min() + extra_s))
 
@@ -238,8 +239,8 @@ class JointSearch:
                 weight_grad_s=priced.weight_grad_s[row][of_run],
                 recompute_s=np.ascontiguousarray(priced.recompute_s[row][:, of_run]),
                 kept_bytes=np.ascontiguousarray(kept),
-                late_bytes=np.ascontiguousarray(kept * (1.0 - priced.freed_share[row][:, of_run])),
-                workspace_bytes=np.ascontiguousarray(priced.workspace_bytes[row][:, of_run]),
+                late_bytes=np.ascontiguousarray(priced.late_bytes[row][:, of_run]),
+                workspace_bytes=np.ascontiguousarray(priced.workspace_of(defers=order.defers)[row][:, of_run]),
                 state_bytes=priced.state_bytes[row][of_run],
                 step_s=priced.step_s[row][of_run],
             ),
@@ -342,17 +343,22 @@ class JointSearch:
         low_s = np.full(len(first), np.inf)
         np.minimum.at(low_s, where, self.bound_s[chosen])
         extra_s = self.problem.profile.step_overhead_s
-        refined = self._refined(
-            low_s - extra_s,
-            high_s - extra_s,
-            steps,
-            rows[first],
-            kinds=kinds[first],
-            live=live[first],
-            chunks=chunks[first],
-            replicas=replicas[first],
-            splits=splits[first],
-        )[where]
+        refined = np.empty(len(first))
+        for is_split in (False, True):
+            own = np.flatnonzero(splits[first] == is_split)
+            refined[own] = self._refined(
+                low_s[own] - extra_s,
+                high_s - extra_s,
+                steps,
+                rows[first[own]],
+                kinds=kinds[first[own]],
+                live=live[first[own]],
+                chunks=chunks[first[own]],
+                replicas=replicas[first[own]],
+                splits=splits[first[own]],
+                workspace_bytes=self.priced.workspace_of(defers=is_split),
+            )
+        refined = refined[where]
         self.bound_s[chosen] = np.where(
             np.isfinite(refined),
             np.maximum(self.bound_s[chosen], refined + extra_s),
@@ -371,6 +377,7 @@ class JointSearch:
         chunks: Longs,
         replicas: Longs,
         splits: npt.NDArray[np.bool_],
+        workspace_bytes: Floats,
     ) -> Floats:
         """Return `refine` of some configurations under the rules of some families."""
         priced, classes = self.priced, self.problem.classes
@@ -392,8 +399,8 @@ class JointSearch:
             priced.weight_grad_s,
             priced.recompute_s,
             priced.kept_bytes,
-            self._late_bytes,
-            priced.workspace_bytes,
+            priced.late_bytes,
+            workspace_bytes,
             priced.state_bytes,
             priced.step_s,
             priced.latency_s,
@@ -402,10 +409,6 @@ class JointSearch:
             self.room_bytes * (1 + 1e-9),
         )
         return refined
-
-    @cached_property
-    def _late_bytes(self) -> Floats:
-        return self.priced.kept_bytes * (1.0 - self.priced.freed_share)
 
     def estimate(self, chosen: Longs) -> Floats:
         """Return a guess of each candidate's step: the bound, and the idle time its family leaves."""
@@ -557,8 +560,8 @@ class JointSearch:
             priced.weight_grad_s[row],
             priced.recompute_s[row].ravel(),
             priced.kept_bytes[row].ravel(),
-            self._late_bytes[row].ravel(),
-            priced.workspace_bytes[row].ravel(),
+            priced.late_bytes[row].ravel(),
+            priced.workspace_of(defers=layout.defers)[row].ravel(),
             priced.state_bytes[row],
             priced.step_s[row],
             priced.cut_bytes[row],
@@ -618,8 +621,8 @@ class JointSearch:
             weight_grad_s=priced.weight_grad_s[row][of_run],
             recompute_s=np.ascontiguousarray(priced.recompute_s[row][:, of_run]),
             kept_bytes=np.ascontiguousarray(priced.kept_bytes[row][:, of_run]),
-            late_bytes=np.ascontiguousarray(self._late_bytes[row][:, of_run]),
-            workspace_bytes=np.ascontiguousarray(priced.workspace_bytes[row][:, of_run]),
+            late_bytes=np.ascontiguousarray(priced.late_bytes[row][:, of_run]),
+            workspace_bytes=np.ascontiguousarray(priced.workspace_of(defers=layout.defers)[row][:, of_run]),
             state_bytes=priced.state_bytes[row][of_run],
             step_s=priced.step_s[row][of_run],
             levels=self.levels,
@@ -658,8 +661,8 @@ class JointSearch:
                 priced.weight_grad_s[row],
                 priced.recompute_s[row],
                 kept,
-                kept * (1.0 - priced.freed_share[row]),
-                priced.workspace_bytes[row],
+                priced.late_bytes[row],
+                priced.workspace_of(defers=order.defers)[row],
                 priced.state_bytes[row],
                 priced.step_s[row],
                 float(priced.latency_s[row]),

@@ -21,6 +21,7 @@ from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder
 from stagewright.planner.cost.layer_table import LEVELS, LayerTable
 from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.search.order import Layout
 
 Floats = npt.NDArray[np.float64]
 
@@ -51,8 +52,8 @@ class LayerCosts:
     ----------
     recompute_s : added to the input gradient.
     kept_bytes : kept from the forward until the backward.
-    freed_share : share of it given back at the end of the input gradient.
-    workspace_bytes : highest temporary use.
+    late_bytes : held between the input gradient and the weight gradient where these are apart.
+    workspace_bytes : highest temporary use; `split_workspace_bytes` where every backward is split.
     cut_bytes : [L + 1], what one device sends when the model is cut before each layer: every tensor that is made
         before the cut and used behind it. In a chain, the output of the layer before.
     edges, edge_bytes : the tensors between layers, int64 [E, 2], and the bytes of each on one device, [E].
@@ -68,8 +69,9 @@ class LayerCosts:
     weight_grad_s: Floats
     recompute_s: Floats
     kept_bytes: Floats
-    freed_share: Floats
+    late_bytes: Floats
     workspace_bytes: Floats
+    split_workspace_bytes: Floats
     cut_bytes: Floats
     edges: npt.NDArray[np.int64]
     edge_bytes: Floats
@@ -83,6 +85,10 @@ class LayerCosts:
     @property
     def num_layers(self) -> int:
         return len(self.forward_s)
+
+    def workspace_of(self, layout: Layout) -> Floats:
+        """Return the highest temporary use of each layer under a schedule, [3, L]."""
+        return self.split_workspace_bytes if layout.defers else self.workspace_bytes
 
     @cached_property
     def static_bytes(self) -> Floats:
@@ -114,18 +120,19 @@ def layer_costs(model: CostModel, configuration: Configuration) -> LayerCosts:
         (dense.master_weights + dense.optimizer, expert.master_weights + expert.optimizer),
     ]
     states = np.stack([table.dense_parameters * d + table.expert_parameters * e for d, e in rows])
-    workspace = table.workspace_bytes
+    gathered = np.zeros(len(table.forward_s))
     if degrees.zero == 3:
-        gathered = (table.dense_parameters + table.expert_parameters) * model.job.optimizer.parameter_bytes
-        workspace = workspace + (gathered + gathered.max(initial=0.0))[None, :]
+        each = (table.dense_parameters + table.expert_parameters) * model.job.optimizer.parameter_bytes
+        gathered = each + each.max(initial=0.0)
     return LayerCosts(
         forward_s=table.forward_s + replicas.forward_s,
         input_grad_s=table.input_grad_s,
         weight_grad_s=table.weight_grad_s + replicas.backward_s,
         recompute_s=table.recompute_s,
         kept_bytes=table.activation_bytes,
-        freed_share=table.freed_at_input_grad,
-        workspace_bytes=workspace,
+        late_bytes=table.late_bytes,
+        workspace_bytes=table.workspace_bytes + gathered,
+        split_workspace_bytes=table.split_workspace_bytes + gathered,
         cut_bytes=cut_bytes(model.profile, table.output_bytes, configuration.microbatch),
         edges=np.array(model.profile.edge_indices, dtype=np.int64).reshape(-1, 2),
         edge_bytes=edge_bytes(model.profile, table.output_bytes, configuration.microbatch),

@@ -1,7 +1,7 @@
 """Recomputation that makes a rank's layers fit, greedily: the fast half of `recompute`, for incumbents and bounds.
 
 A rank holds slots (virtual stages); slot v has n[v, k] layers of run k, each at one of three levels. With live vectors
-(a_v, b_v) of the order, bytes(level) = a kept + b (kept - freed), every vector must satisfy
+(a_v, b_v) of the order, bytes(level) = a kept + b late, every vector must satisfy
 
     sum_{v, k, level} count * bytes + static + max workspace of the levels in use <= capacity
 

@@ -37,6 +37,8 @@ from stagewright.planner.simulation.kernel import CompiledOrder, compile_order
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 
+_NEAR = 6  # rows on either side that a mixture is looked for among
+
 _F, _B, _I, _W = int(Kind.F), int(Kind.B), int(Kind.I), int(Kind.W)
 
 
@@ -80,6 +82,7 @@ class Layout:
     slots : for each rank, what it holds, by replica and stage.
     live : for each rank, float64 [vectors, 2, slots]: microbatches before their input gradient, and between it and W.
     split : input and weight gradients are apart somewhere.
+    defers : they are apart everywhere.
     """
 
     placement: Ints
@@ -87,6 +90,7 @@ class Layout:
     slots: tuple[tuple[Slot, ...], ...]
     live: tuple[Floats, ...]
     split: bool
+    defers: bool
 
     @property
     def num_stages(self) -> int:
@@ -130,7 +134,8 @@ def layout_of(schedule: Schedule) -> Layout:
         for rank in range(schedule.num_ranks)
     )
     split = any(bool((order[:, KIND] == _W).any()) for order in rows)
-    return Layout(placement, schedule.edges, slots, live, split)
+    defers = split and not any(bool((order[:, KIND] == _B).any()) for order in rows)
+    return Layout(placement, schedule.edges, slots, live, split, defers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,6 +231,7 @@ def compile_search_order(schedule: Schedule, key: OrderKey) -> Order:
         slots=layout.slots,
         live=layout.live,
         split=layout.split,
+        defers=layout.defers,
         key=key,
         before=graph.before,
         across=graph.across,
@@ -261,45 +267,45 @@ def live_vectors(order: Ints, slots: tuple[Slot, ...], num_stages: int, num_slic
     cells = position[chosen[:, REPLICA] * num_stages + chosen[:, STAGE]].astype(np.int32)
     amounts = np.where(chosen[:, SLICE] < 0, num_slices, 1).astype(np.int32)
     vectors = _peaks(kinds, cells, amounts, len(slots))
-    keep = _non_dominated(vectors)
-    return np.ascontiguousarray(vectors[keep].reshape(-1, 2, len(slots)))
+    vectors = vectors[_non_dominated(vectors)]
+    if (kinds == _I).any():
+        # Where an input gradient only gives bytes back, (a, a + b) decides; what that leaves stays as it is.
+        both = vectors.copy()
+        both[:, len(slots) :] += both[:, : len(slots)]
+        vectors = vectors[_not_between(vectors, _non_dominated(both))]
+    return np.ascontiguousarray(vectors.reshape(-1, 2, len(slots)))
 
 
 @njit(cache=True)
 def _peaks(kinds: Ints, cells: Ints, amounts: Ints, num_slots: int) -> Ints:
-    """Return the live vector at each forward that another kind of action follows; that is where live bytes can peak."""
+    """Return the live vectors where live bytes can peak: at each F or I that no F follows.
+
+    What waits for a weight gradient may be more than what the forward kept (recomputation keeps little), so an input
+    gradient may add bytes; a forward always does.
+    """
     live = np.zeros(2 * num_slots, dtype=np.int32)
-    count = 0
-    for index in range(len(kinds)):
-        if kinds[index] == _F and (index + 1 == len(kinds) or kinds[index + 1] != _F):
-            count += 1
-    found = np.empty((count, 2 * num_slots), dtype=np.int32)
+    found = np.empty((len(kinds), 2 * num_slots), dtype=np.int32)
     row = 0
     for index in range(len(kinds)):
         kind, cell, amount = kinds[index], cells[index], amounts[index]
         if kind == _F:
             live[cell] += amount
-            if index + 1 == len(kinds) or kinds[index + 1] != _F:
-                found[row] = live
-                row += 1
-        elif kind == _B:
+        elif kind in (_B, _I):
             live[cell] -= amount
-        elif kind == _I:
-            live[cell] -= amount
+        if kind == _I:
             live[num_slots + cell] += amount
         elif kind == _W:
             live[num_slots + cell] -= amount
-    return found
+        if kind in (_F, _I) and (index + 1 == len(kinds) or kinds[index + 1] != _F):
+            found[row] = live
+            row += 1
+    return found[:row].copy()
 
 
 @njit(cache=True)
 def _non_dominated(vectors: Ints) -> npt.NDArray[np.bool_]:
-    """Return which rows no other row dominates; of equal rows the first stays.
-
-    A microbatch before its input gradient holds at least what one after it holds, so (a, b) is compared by a and a + b.
-    """
+    """Return which rows no other row is at least everywhere; of equal rows the first stays."""
     count, width = vectors.shape
-    half = width // 2
     keep = np.ones(count, dtype=np.bool_)
     kept = np.empty(count, dtype=np.int64)
     num_kept = 0
@@ -307,7 +313,7 @@ def _non_dominated(vectors: Ints) -> npt.NDArray[np.bool_]:
         dominated = False
         for place in range(num_kept):
             other = kept[place]
-            if _covers(vectors[other], vectors[index], half):
+            if _covers(vectors[other], vectors[index], width):
                 dominated = True
                 break
         if dominated:
@@ -316,7 +322,7 @@ def _non_dominated(vectors: Ints) -> npt.NDArray[np.bool_]:
         remaining = 0
         for place in range(num_kept):
             other = kept[place]
-            if _covers(vectors[index], vectors[other], half):
+            if _covers(vectors[index], vectors[other], width):
                 keep[other] = False
             else:
                 kept[remaining] = other
@@ -326,10 +332,50 @@ def _non_dominated(vectors: Ints) -> npt.NDArray[np.bool_]:
     return keep
 
 
+@njit(cache=True)
+def _not_between(vectors: Ints, stays: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return which rows to keep: those that stay, and those that no mixture of two kept rows near them covers.
+
+    Bytes are linear in the vector, so the fuller one of the two holds at least what the mixture holds. While a queue of
+    weight gradients fills or drains, vectors lie on a line, and its ends remain.
+    """
+    count, width = vectors.shape
+    keep = np.ones(count, dtype=np.bool_)
+    for index in range(count):
+        if stays[index]:
+            continue
+        earlier = index - 1
+        for _ in range(_NEAR):
+            while earlier >= 0 and not keep[earlier]:
+                earlier -= 1
+            later = index + 1
+            if earlier >= 0:
+                while later < count and later <= index + _NEAR and keep[index]:
+                    keep[index] = not _mixture_covers(vectors[earlier], vectors[later], vectors[index], width)
+                    later += 1
+            earlier -= 1
+    return keep
+
+
 @njit(cache=True, inline="always")
-def _covers(more: Ints, less: Ints, half: int) -> bool:
-    for cell in range(half):
-        if more[cell] < less[cell] or more[cell] + more[half + cell] < less[cell] + less[half + cell]:
+def _mixture_covers(first: Ints, second: Ints, less: Ints, width: int) -> bool:
+    """Tell whether x first + (1 - x) second is at least `less` everywhere for some x in [0, 1]."""
+    low, high = 0.0, 1.0
+    for cell in range(width):
+        slope, need = first[cell] - second[cell], less[cell] - second[cell]
+        if slope > 0:
+            low = max(low, need / slope)
+        elif slope < 0:
+            high = min(high, need / slope)
+        elif need > 0:
+            return False
+    return low <= high
+
+
+@njit(cache=True, inline="always")
+def _covers(more: Ints, less: Ints, width: int) -> bool:
+    for cell in range(width):  # noqa: SIM110 (compiled)
+        if more[cell] < less[cell]:
             return False
     return True
 

@@ -4,7 +4,7 @@ Given bounds b_0 = 0 <= b_1 <= ... <= b_S = L and a recomputation level for each
 
     F_s = sum f,  I_s = sum (i + rho(level)),  W_s = sum w          over layers b_s .. b_{s+1} - 1
     tail_r = sum over stages s on rank r of reduction_s + optimizer_s, plus the sum of weights tied across ranks
-    peak_r = states_r + max over live vectors (a, b) of sum a_s kept_s + b_s (kept_s - freed_s) + max workspace + base
+    peak_r = states_r + max over live vectors (a, b) of sum a_s kept_s + b_s late_s + max workspace + base
 
 A message between two stages costs the line of the slowest link between their ranks at the larger of what one device of
 the sender and one of the receiver carries: stages may differ in degrees and in the device group that holds them. The
@@ -202,7 +202,7 @@ def pipeline_costs(
     """Return the costs of the stages between `bounds`, where stage s takes its numbers from layers[s]."""
     num_stages, num_ranks = layout.num_stages, layout.num_ranks
     costs = np.empty((3, num_stages))
-    kept, freed, workspace = np.zeros(num_stages), np.zeros(num_stages), np.zeros(num_stages)
+    kept, late, workspace = np.zeros(num_stages), np.zeros(num_stages), np.zeros(num_stages)
     static = np.zeros((3, num_stages))
     reduction, optimizer = np.zeros(num_stages), np.zeros(num_stages)
     level = np.asarray(levels, dtype=np.int64)
@@ -214,8 +214,8 @@ def pipeline_costs(
         costs[1, stage] = (row.input_grad_s[chosen] + row.recompute_s[at]).sum() + action_overhead_s
         costs[2, stage] = row.weight_grad_s[chosen].sum() + (action_overhead_s if layout.split else 0.0)
         kept[stage] = row.kept_bytes[at].sum()
-        freed[stage] = (row.kept_bytes[at] * row.freed_share[at]).sum()
-        workspace[stage] = row.workspace_bytes[at].max(initial=0.0)
+        late[stage] = row.late_bytes[at].sum()
+        workspace[stage] = row.workspace_of(layout)[at].max(initial=0.0)
         static[:, stage] = row.state_bytes[:, chosen].sum(axis=1)
         reduction[stage] = row.tail_s[chosen].sum() + (row.stage_latency_s if len(chosen) else 0.0)
         optimizer[stage] = row.optimizer_s[chosen].sum()
@@ -227,7 +227,7 @@ def pipeline_costs(
         rank_workspace[rank] = workspace[held].max(initial=0.0)
         tail[rank] = reduction[held].sum() + optimizer[held].sum()
         live = layout.live[rank]
-        bytes_by_vector = live[:, 0] @ kept[held] + live[:, 1] @ (kept[held] - freed[held])
+        bytes_by_vector = live[:, 0] @ kept[held] + live[:, 1] @ late[held]
         activation[rank] = bytes_by_vector.max(initial=0.0)
     tie = tie_seconds(layout, bounds, wiring, ties) + replica_seconds(layout, bounds, layers, wiring)
     return PipelineCosts(

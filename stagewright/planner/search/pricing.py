@@ -131,8 +131,9 @@ class ClassTable:
     weight_grad_s: Floats
     recompute_s: Floats
     kept_bytes: Floats
-    freed_share: Floats
+    late_bytes: Floats
     workspace_bytes: Floats
+    split_workspace_bytes: Floats
     cut_bytes: Floats
     dense_parameters: Floats
     expert_parameters: Floats
@@ -147,8 +148,9 @@ def class_table(table: LayerTable, at: Ints, cut: Floats) -> ClassTable:
         table.weight_grad_s[at],
         table.recompute_s[:, at],
         table.activation_bytes[:, at],
-        table.freed_at_input_grad[:, at],
+        table.late_bytes[:, at],
         table.workspace_bytes[:, at],
+        table.split_workspace_bytes[:, at],
         cut[:-1][at],
         table.dense_parameters[at],
         table.expert_parameters[at],
@@ -174,8 +176,9 @@ class Priced:
     weight_grad_s: Floats
     recompute_s: Floats
     kept_bytes: Floats
-    freed_share: Floats
+    late_bytes: Floats
     workspace_bytes: Floats
+    split_workspace_bytes: Floats
     cut_bytes: Floats
     state_bytes: Floats
     step_s: Floats
@@ -188,6 +191,10 @@ class Priced:
         """Return some of the configurations, each array contiguous by row."""
         columns = (getattr(self, name)[rows] for name in self.__dataclass_fields__)
         return Priced(*(np.ascontiguousarray(column) for column in columns))
+
+    def workspace_of(self, *, defers: bool) -> Floats:
+        """Return the highest temporary use, [n, 3, C]; `defers` where every backward is split."""
+        return self.split_workspace_bytes if defers else self.workspace_bytes
 
     def configuration(self, row: int) -> Configuration:
         """Return one configuration as a record."""
@@ -424,12 +431,12 @@ def _combine(shapes: Ints, table: dict[str, Floats], dense: Floats, expert: Floa
     parameters = table["dense_parameters"] + table["expert_parameters"]
     owned = table["dense_parameters"] / dense[:, 5, None] + table["expert_parameters"] / expert[:, 5, None]
     optimizer = table["optimizer_s"] * owned / np.maximum(parameters, 1.0)
-    workspace = table["workspace_bytes"]
+    workspace, split_workspace = table["workspace_bytes"], table["split_workspace_bytes"]
     gathered = parameters * model.job.optimizer.parameter_bytes
     sharded = shapes[:, ZERO] == 3
     if sharded.any():
-        most = gathered + gathered.max(axis=1, keepdims=True)
-        workspace = workspace + np.where(sharded[:, None, None], most[:, None, :], 0.0)
+        most = np.where(sharded[:, None], gathered + gathered.max(axis=1, keepdims=True), 0.0)[:, None, :]
+        workspace, split_workspace = workspace + most, split_workspace + most
     return Priced(
         shape=shapes,
         forward_s=table["forward_s"] + forward_extra,
@@ -437,8 +444,9 @@ def _combine(shapes: Ints, table: dict[str, Floats], dense: Floats, expert: Floa
         weight_grad_s=table["weight_grad_s"] + backward_extra,
         recompute_s=table["recompute_s"],
         kept_bytes=table["kept_bytes"],
-        freed_share=table["freed_share"],
+        late_bytes=table["late_bytes"],
         workspace_bytes=workspace,
+        split_workspace_bytes=split_workspace,
         cut_bytes=table["cut_bytes"],
         state_bytes=table["dense_parameters"] * dense[:, 4, None] + table["expert_parameters"] * expert[:, 4, None],
         step_s=each(2) + optimizer,
@@ -449,5 +457,17 @@ def _combine(shapes: Ints, table: dict[str, Floats], dense: Floats, expert: Floa
 def _no_rows(num_classes: int) -> Priced:
     flat, tall = np.zeros((0, num_classes)), np.zeros((0, 3, num_classes))
     return Priced(
-        np.zeros((0, len(SHAPE)), np.int32), flat, flat, flat, tall, tall, tall, tall, flat, flat, flat, np.zeros(0)
+        np.zeros((0, len(SHAPE)), np.int32),
+        flat,
+        flat,
+        flat,
+        tall,
+        tall,
+        tall,
+        tall,
+        tall,
+        flat,
+        flat,
+        flat,
+        np.zeros(0),
     )

@@ -75,13 +75,15 @@ class Levels:
     allowed: tuple[int, ...]
     _known: dict[tuple[object, ...], Recomputation | None] = field(default_factory=dict)
 
-    def of(self, choice: PoolChoice, live: Floats, first: int, end: int) -> list[int] | None:
+    def of(self, choice: PoolChoice, order: Order, rank: int, first: int, end: int) -> list[int] | None:
         """Return the level of each layer of [first, end) with the least seconds that fits; None when none does."""
-        kinds = self.classes.of_layer[first:end]
+        kinds, live = self.classes.of_layer[first:end], order.live[rank]
         names, numbers = np.unique(kinds, return_counts=True)
-        key = (choice.key, live.tobytes(), names.tobytes(), numbers.tobytes())
+        key = (choice.key, order.defers, live.tobytes(), names.tobytes(), numbers.tobytes())
         if key not in self._known:
-            self._known[key] = self._solve(choice, live, names.tolist(), numbers.tolist())
+            self._known[key] = self._solve(
+                choice, choice.costs.workspace_of(order), live, names.tolist(), numbers.tolist()
+            )
         found = self._known[key]
         if found is None:
             return None
@@ -91,20 +93,22 @@ class Levels:
         }
         return [left[kind].pop() for kind in kinds.tolist()]
 
-    def _solve(self, choice: PoolChoice, live: Floats, names: list[int], numbers: list[int]) -> Recomputation | None:
+    def _solve(
+        self, choice: PoolChoice, workspace: Floats, live: Floats, names: list[int], numbers: list[int]
+    ) -> Recomputation | None:
         costs, allowed = choice.costs, list(self.allowed)
         groups = []
         budget = choice.choices.room_bytes * (1 + 1e-12)
         for name, count in zip(names, numbers, strict=True):
             layer = int(self.classes.first[name])
             kept = costs.kept_bytes[allowed, layer]
-            late = kept * (1.0 - costs.freed_share[allowed, layer])
+            late = costs.late_bytes[allowed, layer]
             groups.append(
                 LayerGroup(
                     count,
                     costs.recompute_s[allowed, layer],
                     live[:, 0, :1] * kept[None, :] + live[:, 1, :1] * late[None, :],
-                    costs.workspace_bytes[allowed, layer],
+                    workspace[allowed, layer],
                 )
             )
             budget -= count * float(costs.static_bytes[layer])
@@ -225,7 +229,7 @@ class StageCandidate:
         """Return a partition with its exact least recomputation; None when a stage does not fit."""
         levels: list[int] = []
         for stage, choice in enumerate(self.by_stage):
-            found = self.levels.of(choice, self.order.live[stage], cuts[stage], cuts[stage + 1])
+            found = self.levels.of(choice, self.order, stage, cuts[stage], cuts[stage + 1])
             if found is None:
                 return None
             levels += found
@@ -352,7 +356,7 @@ def stage_tables(candidate: StageCandidate) -> StageTables:
 def _choice_rows(choice: PoolChoice, allowed: list[int]) -> dict[str, Floats]:
     costs = choice.costs
     recompute, kept = costs.recompute_s[allowed], costs.kept_bytes[allowed]
-    late = kept * (1.0 - costs.freed_share[allowed])
+    late = costs.late_bytes[allowed]
     order = np.lexsort((kept, recompute), axis=0)
     base = order[0]
     at = (base, np.arange(costs.num_layers))
@@ -368,8 +372,8 @@ def _choice_rows(choice: PoolChoice, allowed: list[int]) -> dict[str, Floats]:
         "kept": _before(kept.min(axis=0)),
         "late": _before(late.min(axis=0)),
         "full_kept": _before(kept[at]),
-        "full_late": _before(np.minimum(late[at], kept[at])),
-        "workspace": costs.workspace_bytes[allowed].min(axis=0),
+        "full_late": _before(late[at]),
+        "workspace": np.minimum(costs.workspace_bytes, costs.split_workspace_bytes)[allowed].min(axis=0),
         "saving": np.array([ratio.max(initial=0.0)]),
         "latency": np.array([costs.stage_latency_s]),
     }

@@ -93,10 +93,10 @@ def undominated(priced: Priced, rows: Longs) -> Longs:
     """Return the rows that no other of them equals or beats in every term; of equal rows the first stays."""
     if len(rows) < 2:
         return rows
-    late = priced.kept_bytes[rows] * (1.0 - priced.freed_share[rows])
     names = ("forward_s", "input_grad_s", "weight_grad_s", "state_bytes", "step_s")
     parts = [getattr(priced, name)[rows] for name in names]
-    parts += [priced.recompute_s[rows], priced.kept_bytes[rows], priced.workspace_bytes[rows], late]
+    parts += [priced.recompute_s[rows], priced.kept_bytes[rows], priced.late_bytes[rows]]
+    parts += [priced.workspace_bytes[rows], priced.split_workspace_bytes[rows]]
     parts += [priced.latency_s[rows][:, None]]
     values = np.concatenate([part.reshape(len(rows), -1) for part in parts], axis=1)
     # A tensor that tensor parallelism replicates may cross in tp parts, so its choice counts with one part of it.

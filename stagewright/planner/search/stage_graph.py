@@ -175,6 +175,7 @@ def compile_graph_order(schedule: Schedule) -> Order:
         slots=layout.slots,
         live=layout.live,
         split=layout.split,
+        defers=layout.defers,
         key=OrderKey("graphpipe", schedule.num_ranks, schedule.num_microbatches, 1),
         before=graph.before,
         across=graph.across,

@@ -1,7 +1,7 @@
 """The memory ledger: what is live on each rank at every moment, from the times of its actions.
 
 Compute of a rank changes its memory in list order (an activation comes at the start of F; a share of it goes at the end
-of I, the rest at the end of W, all of it at the end of B), so those events are sorted as they are. What runs beside
+of I, or comes at its start where the share is negative, the rest goes at the end of W, all of it at the end of B), so those events are sorted as they are. What runs beside
 compute (EVICT, LOAD, OFFLOAD, RELOAD, gathered parameters, received messages) is sorted and merged in. At equal times
 frees come before allocations: an action may use what the one before it gave back. O(N + L log L) for L side events.
 """
@@ -81,8 +81,9 @@ def _changes(ledger: Ledger) -> tuple[Floats, Floats]:
     allocated, freed = np.zeros((_R + 1, len(ledger.activation))), np.zeros((_R + 1, len(ledger.activation)))
     at_input_grad = ledger.activation * ledger.freed_at_input_grad
     again = np.where(ledger.has_recompute, 0.0, ledger.recomputed)
-    allocated[_F], allocated[_B], allocated[_I], allocated[_R] = ledger.activation, again, again, ledger.recomputed
-    freed[_B], freed[_I] = ledger.activation + ledger.recomputed, at_input_grad
+    allocated[_F], allocated[_B], allocated[_R] = ledger.activation, again, ledger.recomputed
+    allocated[_I] = again + np.maximum(-at_input_grad, 0.0)
+    freed[_B], freed[_I] = ledger.activation + ledger.recomputed, np.maximum(at_input_grad, 0.0)
     freed[_W] = ledger.activation - at_input_grad + ledger.recomputed
     return allocated, freed
 

@@ -115,7 +115,7 @@ def random_costs(rng: random.Random, num_stages: int) -> StageCosts:
         times(),
         times(),
         activation=[rng.randint(1, 4) for _ in range(num_stages)],
-        freed_at_input_grad=[rng.choice([0.0, 0.25, 1.0]) for _ in range(num_stages)],
+        freed_at_input_grad=[rng.choice([-1.5, 0.0, 0.25, 1.0]) for _ in range(num_stages)],
         recompute_s=[rng.choice([0.0, 0.5]) for _ in range(num_stages)],
     )
 

@@ -130,7 +130,7 @@ def test_memory_is_the_sum_of_what_is_live(case):
                 elif action.kind is Kind.B:
                     live -= size * (expected.end[action] <= probe)
                 elif action.kind is Kind.I:
-                    live -= size * early * (expected.end[action] <= probe)
+                    live -= size * early * ((expected.start if early < 0 else expected.end)[action] <= probe)
                 else:
                     live -= size * (1 - early) * (expected.end[action] <= probe)
             at = values[np.searchsorted(times, probe, side="right") - 1]

@@ -164,6 +164,7 @@ def make_instance(
     memory_cap: float | Floats | None,
 ) -> Instance:
     """Return the instance of one placement; Infeasible, with the smallest cap that works, when one microbatch cannot fit."""
+    costs = costs.without_growth()
     placement = np.ascontiguousarray(placement, dtype=np.int32).ravel()
     if len(placement) != costs.num_stages:
         raise InvalidArgument(
