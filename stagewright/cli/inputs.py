@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagewright.planner.documents.job import PIN_NAMES, Forbid, Pins
+from stagewright.planner.documents.job import EQUAL_NAMES, PIN_NAMES, Forbid, Pins
 from stagewright.planner.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -71,6 +71,22 @@ def parse_pins(texts: Sequence[str], *, option: str = "pin") -> Pins:
         return Pins.model_validate(values)
     except ValidationError as error:
         raise invalid_document(option, error) from error
+
+
+def parse_ties(texts: Sequence[str]) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the pairs of degrees and the groups of layers of `--tie a=b[=c...]`."""
+    degrees: list[list[str]] = []
+    layers: list[list[str]] = []
+    for text in texts:
+        names = [name.strip() for name in text.split("=")]
+        if len(names) < 2 or not all(names):
+            raise InvalidArgument(
+                f"--tie {text!r}: names and = between them are needed",
+                field="tie",
+                hint="e.g. ep=dp, or blocks.3=blocks.4",
+            )
+        (degrees if all(name in EQUAL_NAMES for name in names) else layers).append(names)
+    return degrees, layers
 
 
 def parse_forbids(texts: Sequence[str]) -> tuple[Forbid, ...]:

@@ -55,8 +55,14 @@ def plan(
         list[str] | None, typer.Option(help="NAME or NAME=VALUE the plan must not have; may repeat.")
     ] = None,
     tie: Annotated[
-        list[str] | None, typer.Option(help="NAME=NAME of two degrees that must be equal, e.g. ep=dp.")
+        list[str] | None,
+        typer.Option(
+            help="NAME=NAME of two degrees that must be equal, e.g. ep=dp, or of layers that must share a stage."
+        ),
     ] = None,
+    per_stage_degrees: Annotated[
+        bool, typer.Option("--per-stage-degrees", help="Stages may differ in their degrees.")
+    ] = False,
     target: Annotated[str | None, typer.Option(help="Search only what this format can express.")] = None,
     gap: Annotated[float | None, typer.Option(help="Gap to prove before stopping; 0 is the long run.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds until the best so far is the answer.")] = None,
@@ -95,6 +101,7 @@ def plan(
             forbid,
             tie,
             target,
+            per_stage_degrees,
         )
         outcome = make_plan(
             profile,
@@ -184,8 +191,9 @@ def _job(
     forbid: list[str] | None,
     tie: list[str] | None,
     target: str | None,
+    per_stage_degrees: bool,
 ) -> TrainingJob:
-    from stagewright.cli.inputs import parse_forbids, parse_pins
+    from stagewright.cli.inputs import parse_forbids, parse_pins, parse_ties
     from stagewright.planner.documents import TrainingJob
 
     space = dict(base.get("space") or {})  # type: ignore[call-overload]
@@ -194,7 +202,9 @@ def _job(
     if forbid:
         space["forbids"] = [item.model_dump(mode="json") for item in parse_forbids(forbid)]
     if tie:
-        space["equal"] = [text.split("=", 1) for text in tie]
+        space["equal"], space["ties"] = parse_ties(tie)
+    if per_stage_degrees:
+        space["per_stage_degrees"] = True
     if target is not None:
         space["target"] = target
     return TrainingJob.from_object(

@@ -118,18 +118,18 @@ def _refuse_unsearched(cluster: Cluster, job: TrainingJob, planner: str, executo
             field="executor",
             hint="known: " + ", ".join(EXECUTORS) + "; inline does everything",
         )
-    differ = cluster.is_mixed or space.per_stage_degrees
+    differ = cluster.is_mixed or space.per_stage_degrees or bool(space.ties)
     asked = job.objective != "step-time" or job.step_deadline_s is not None
     if differ and (asked or previous is not None or executor != "inline"):
         raise InvalidArgument(
-            "stages that differ (a mixed cluster, or per_stage_degrees) are searched for step-time without a deadline, "
+            "stages that differ (a mixed cluster, per_stage_degrees, tied layers) are searched for step-time without a deadline, "
             f"inline and from nothing, not for {job.objective} with executor {executor}"
             + (" from a previous plan" if previous is not None else ""),
             field="objective",
             hint="ask for step-time, without --from and --executor",
         )
     refused = {
-        "ties": space.ties or None,
+        "ties": space.ties or None if planner != "exact" else None,
         "target": space.target if differ or planner != "exact" else None,
         "equal": space.equal or None if differ or planner != "exact" else None,
         "per_stage_degrees": "on" if space.per_stage_degrees and planner != "exact" else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -58,6 +58,7 @@ class Pins(Part):
 
 
 EqualName = Literal["tp", "cp", "dp", "pp", "ep", "etp", "microbatch"]
+EQUAL_NAMES: tuple[str, ...] = get_args(EqualName)
 PIN_NAMES = tuple(Pins.model_fields)
 
 

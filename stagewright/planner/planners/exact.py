@@ -1,6 +1,7 @@
 """The default planner: the joint search with a certificate (`search.exact`) under any objective (`objectives`).
 
-Where stages may differ, on a mixed cluster or because the job asks for degrees by stage, `search.stage_answer` searches.
+Where stages may differ, on a mixed cluster or because the job asks for degrees by stage, and where layers are tied to one
+stage, `search.stage_answer` searches.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
     by_step_time = problem.job.objective == "step-time" and problem.job.step_deadline_s is None
     branches = has_branches(problem.profile)
     _refuse_graph_of_chain(problem, branches)
+    if problem.job.space.ties:
+        return stage_answer.solve_tied(problem, limits)
     if problem.job.space.per_stage_degrees or (by_step_time and branches):
         return stage_answer.solve_by_stage(problem, limits)
     return solve_objective(problem, limits)

@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 
 from stagewright.planner.documents.outcome import PlanOutcome
-from stagewright.planner.documents.plan import Certificate, Plan
+from stagewright.planner.documents.plan import Plan
 from stagewright.planner.plan_summary import alternative_of
 from stagewright.planner.prediction import evaluate
+from stagewright.planner.search.certified import Work, certified, without_plan
 from stagewright.planner.search.incumbent import start
 from stagewright.planner.search.joint_search import JointSearch
-from stagewright.planner.search.limits import OPTIMAL_GAP, LeastStep, Limits, Termination
+from stagewright.planner.search.limits import LeastStep, Limits
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.targets import target_jobs
 from stagewright.planner.search.union import united
@@ -33,42 +34,17 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
 def _solve_space(problem: Problem, limits: Limits) -> PlanOutcome:
     search = JointSearch(problem, limits)
     bound_s, termination = search.run()
+    work = Work(search.num_candidates, search.evaluated, search.simulated, search.pruned)
     if search.best is None:
-        return _without_plan(search, bound_s, termination)
-    plans = _plans(search)
-    best = plans[0]
-    objective_s = best.prediction.step_time_s
-    any_order_s = min(search.any_order_s(), objective_s)
-    bound_s = max(min(bound_s, objective_s), any_order_s)
-    gap = max(0.0, objective_s / bound_s - 1.0)
-    status = "optimal" if gap <= OPTIMAL_GAP else "within_gap" if gap <= limits.gap + 1e-9 else "feasible"
-    certificate = Certificate(
-        status=status,
-        objective_name="step_time_s",
-        space=problem.space_words(),
-        objective=objective_s,
-        bound=bound_s,
-        gap=gap,
-        any_order_bound=any_order_s,
-        candidates=search.num_candidates,
-        evaluated=search.evaluated,
-        simulated=search.simulated,
-        pruned=dict(sorted(search.pruned.items())),
-    )
-    return PlanOutcome(
-        status=status,
-        plan=best.model_copy(update={"certificate": certificate}),
-        objective_s=objective_s,
-        bound_s=bound_s,
-        gap=gap,
-        objective=objective_s,
-        bound=bound_s,
-        candidates=search.num_candidates,
-        evaluated=search.evaluated,
-        simulated=search.simulated,
-        wall_s=0.0,
-        termination="optimal" if gap <= OPTIMAL_GAP else termination,
-        alternatives=tuple(alternative_of(plan) for plan in plans[1:]),
+        return without_plan(work, bound_s, termination)
+    return certified(
+        [alternative_of(plan) for plan in _plans(search)],
+        problem.space_words(),
+        bound_s,
+        limits,
+        work,
+        termination,
+        any_order_s=search.any_order_s(),
     )
 
 
@@ -97,19 +73,3 @@ def _complete_others(search: JointSearch, count: int) -> None:
         completion = None if costs is None else start(costs)
         if completion is not None:
             search.keep(index, completion)
-
-
-def _without_plan(search: JointSearch, bound_s: float, termination: Termination) -> PlanOutcome:
-    stopped = termination in ("time_limit", "cancelled")
-    return PlanOutcome(
-        status="no_solution" if stopped else "infeasible",
-        plan=None,
-        objective_s=None,
-        bound_s=bound_s if stopped and np.isfinite(bound_s) else None,
-        gap=None,
-        candidates=search.num_candidates,
-        evaluated=search.evaluated,
-        simulated=search.simulated,
-        wall_s=0.0,
-        termination=termination if stopped else None,
-    )

@@ -175,7 +175,7 @@ class PoolSearch:
 
     def skeletons(self) -> Iterator[Skeleton]:
         """Yield every skeleton in a fixed order."""
-        job, layers = self.problem.job, self.problem.profile.num_layers
+        job, layers = self.problem.job, self.problem.profile.num_layers - len(self.problem.uncut)
         for pools in self.sequences:
             for ranks in product(*(divisors(pool.num_devices) for pool in pools)):
                 if sum(ranks) > layers or not allows(job.space, "pp", sum(ranks)):

@@ -6,6 +6,7 @@ a configuration, the wiring between its ranks, the order of a schedule. Nothing 
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -174,6 +175,27 @@ class Problem:
     def priced(self) -> Priced:
         """All legal configurations with their costs."""
         return self.price_list.price(self.shapes)
+
+    @cached_property
+    def uncut(self) -> tuple[int, ...]:
+        """Layers before which no stage may begin: those between the first and the last of each group of tied layers.
+
+        Raises InvalidArgument for a tied name that is no layer of the model.
+        """
+        position = {name: index for index, name in enumerate(self.profile.layer_names)}
+        found: set[int] = set()
+        for names in self.job.space.ties:
+            unknown = next((name for name in names if name not in position), None)
+            if unknown is not None:
+                nearest = difflib.get_close_matches(unknown, position, n=1)
+                raise InvalidArgument(
+                    f"{self.profile.name} has no layer {unknown!r} to tie",
+                    field="space.ties",
+                    hint=f"did you mean {nearest[0]}?" if nearest else "layers: " + ", ".join(list(position)[:8]),
+                )
+            places = [position[name] for name in names]
+            found.update(range(min(places) + 1, max(places) + 1))
+        return tuple(sorted(found))
 
     @cached_property
     def rules(self) -> list[FamilyRule]:

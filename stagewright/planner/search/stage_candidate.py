@@ -136,6 +136,11 @@ class StageCandidate:
     windows: Longs
     levels: Levels
 
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Layers before which no stage begins, because they are tied to the one before."""
+        return self.problem.uncut
+
     @cached_property
     def by_stage(self) -> list[PoolChoice]:
         """The choice of each stage."""

@@ -94,6 +94,8 @@ class StageCloser:
             windows,
             below_s=target - profile.step_overhead_s,
         )
+        for place in candidate.whole:
+            bound[:, place, :] = bound[:, :, place] = np.inf
         value, cuts = least_path(bound)
         if not np.isfinite(value):
             return max(target, bound_s), []
