@@ -70,7 +70,7 @@ def hypar(layers: Sequence[ChainLayer], num_devices: int) -> HyparAnswer:
         choices, elements = one_level(held)
         levels.append(choices)
         total += elements
-        held = [_half(layer, choice) for layer, choice in zip(held, choices, strict=True)]
+        held = [halved(layer, choice) for layer, choice in zip(held, choices, strict=True)]
     return HyparAnswer(tuple(levels), total)
 
 
@@ -122,7 +122,7 @@ def _share(before: Placement, after: Placement) -> float:
     return sum(step.sent_bytes for step in steps)
 
 
-def _half(layer: ChainLayer, choice: Parallelism) -> ChainLayer:
+def halved(layer: ChainLayer, choice: Parallelism) -> ChainLayer:
     """Return what one half holds of a layer."""
     if choice == "dp":
         return ChainLayer(layer.name, layer.weight_elements, layer.input_elements / 2, layer.output_elements / 2)
