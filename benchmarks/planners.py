@@ -79,7 +79,10 @@ CASES: dict[str, Callable[[], Question]] = {
     "llama2-13b, 64 A100": lambda: catalogue("llama2-13b", "a100-sxm-80g:8x8", 1024, 4096),
     "gpt3-175b, 64 A100": lambda: catalogue("gpt3-175b", "a100-sxm-80g:8x8", 1536, 2048),
     "gpt3-175b, 1,024 A100": lambda: catalogue("gpt3-175b", "a100-sxm-80g:8x128", 1536, 2048),
+    "llama3.1-405b, 16,384 H100": lambda: catalogue("llama3.1-405b", "h100-sxm:8x2048", 2048, 8192),
     "mixtral-8x22b, 256 H100": lambda: catalogue("mixtral-8x22b", "h100-sxm:8x32", 1024, 4096),
+    "deepseek-v3, 2,048 H800": lambda: catalogue("deepseek-v3", "h800-sxm:8x256", 2048, 4096),
+    "vit-l-llama3-8b, 64 H100": lambda: catalogue("vit-l-llama3-8b", "h100-sxm:8x8", 512, 4096),
 }
 PEERS: dict[str, Callable[[Path], Question]] = {
     "PipeDream's vgg16, 4 V100": lambda folder: pipedream(folder, "vgg16", 64, 4),

@@ -13,7 +13,9 @@ from stagewright.cli.output import Json, console, print_document
 
 def export(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan document.")],
-    to: Annotated[str, typer.Option(help="The format: megatron-args, deepspeed, torch-csv, chrome-trace, svg, html.")],
+    to: Annotated[
+        str, typer.Option(help="The format: megatron-args, deepspeed, torchtitan, torch-csv, chrome-trace, svg, html.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write into; made when it is not there.")],
     profile: Annotated[
         Path | None, typer.Option(help="Its profile; profile.json beside it or the catalogue's unless told.")

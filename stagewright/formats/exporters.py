@@ -13,6 +13,7 @@ from stagewright.formats.megatron_args import megatron_args
 from stagewright.formats.schedule_svg import schedule_svg
 from stagewright.formats.timeline_html import timeline_html
 from stagewright.formats.torch_csv import torch_csv
+from stagewright.formats.torchtitan import torchtitan
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument
@@ -57,6 +58,7 @@ def _html(plan: Plan, profile: ModelProfile) -> Exported:
 EXPORTERS: dict[str, Export] = {
     "megatron-args": megatron_args,
     "deepspeed": deepspeed,
+    "torchtitan": torchtitan,
     "torch-csv": _torch_csv,
     "chrome-trace": _chrome_trace,
     "svg": _svg,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,11 +12,14 @@ from stagewright.cli.main import run
 from stagewright.formats.deepspeed import deepspeed
 from stagewright.formats.exporters import EXPORTERS
 from stagewright.formats.megatron_args import layout_text, megatron_args
+from stagewright.formats.torch_csv import parse_torch_csv
+from stagewright.formats.torchtitan import torchtitan
 from stagewright.planner.catalog import resolve_cluster, resolve_model
 from stagewright.planner.cost.even_plan import even_plan
 from stagewright.planner.cost.step_time import Choice
 from stagewright.planner.documents import Degrees, Plan, Recompute, TrainingJob
 from stagewright.planner.errors import NotExpressible
+from stagewright.planner.prediction import schedule_of
 
 
 def plan_of(model, degrees, ranks, *, chunks=1, family="1f1b", recompute=Recompute.NONE, batch=64):
@@ -126,3 +130,77 @@ def test_an_unknown_format_names_the_nearest(tmp_path, capsys):
     plan.save(tmp_path / "plan.json")
     assert run(["export", str(tmp_path / "plan.json"), "--to", "megatron", "--out", str(tmp_path), "--json"]) == 2
     assert "did you mean megatron-args" in json.loads(capsys.readouterr().out)["error"]["hint"]
+
+
+def recipe_of(exported):
+    """Run a torchtitan recipe on a blank configuration and return what it sets."""
+    config = SimpleNamespace(
+        training=SimpleNamespace(), parallelism=SimpleNamespace(), activation_checkpoint=SimpleNamespace()
+    )
+    text = exported.files["recipe.py"]
+    scope = {"Trainer": SimpleNamespace(Config=SimpleNamespace)}
+    exec("\n".join(line for line in text.splitlines() if not line.startswith("from torchtitan")), scope)
+    return scope["apply"](config), scope["WORLD_SIZE"]
+
+
+@pytest.mark.parametrize(
+    ("model", "degrees", "ranks"),
+    [
+        ("llama3.1-70b", Degrees(tp=8, dp=2, cp=2, sp=True, zero=3, vocab_parallel=True), 4),
+        ("llama3.1-8b", Degrees(dp=8), 1),
+        ("llama3.1-8b", Degrees(dp=8, zero=2), 1),
+        ("mixtral-8x7b", Degrees(tp=2, dp=4, ep=8, sp=True, zero=3, vocab_parallel=True), 2),
+    ],
+)
+def test_torchtitans_degrees_pass_its_own_checks_and_are_the_plans(model, degrees, ranks):
+    """ParallelDims: dp_replicate dp_shard cp tp pp is the world, and ep divides dp_shard cp tp."""
+    plan, profile = plan_of(model, degrees, ranks)
+    config, world = recipe_of(torchtitan(plan, profile))
+    set_to = config.parallelism
+    replicate, shard = set_to.data_parallel_replicate_degree, set_to.data_parallel_shard_degree
+    cp, tp = set_to.context_parallel_degree, set_to.tensor_parallel_degree
+    assert replicate * shard * cp * tp * set_to.pipeline_parallel_degree == world == plan.num_devices
+    assert (shard * cp * tp) % set_to.expert_parallel_degree == 0
+    assert (replicate * shard, cp, tp, set_to.expert_parallel_degree) == (
+        degrees.dp,
+        degrees.cp,
+        degrees.tp,
+        degrees.ep,
+    )
+    assert (replicate, shard) == ((degrees.dp, 1) if degrees.zero == 0 else (1, degrees.dp))
+    local = config.training.local_batch_size
+    accumulated = config.training.global_batch_size // (local * degrees.dp)
+    microbatches = local // getattr(set_to, "pipeline_parallel_microbatch_size", local)
+    assert accumulated * microbatches == plan.schedule.num_microbatches
+    assert config.training.seq_len == 2048
+
+
+def test_torchtitans_stages_hold_every_module_once_and_its_schedule_is_the_plans():
+    plan, profile = plan_of(
+        "llama3.1-70b", Degrees(tp=8, sp=True, vocab_parallel=True), 4, chunks=2, family="interleaved"
+    )
+    exported = torchtitan(plan, profile)
+    config, _ = recipe_of(exported)
+    stages = config.parallelism.module_fqns_per_model_part
+    assert len(stages) == 8
+    assert [name for stage in stages for name in stage] == [
+        "tok_embeddings",
+        *(f"layers.{index}" for index in range(80)),
+        "norm",
+        "output",
+    ]
+    written = parse_torch_csv(exported.files["schedule.csv"])
+    planned = schedule_of(plan.schedule)
+    assert [list(written.actions(rank)) for rank in range(4)] == [list(planned.actions(rank)) for rank in range(4)]
+    assert config.parallelism.pipeline_parallel_schedule == "PipelineScheduleMulti"
+
+
+def test_what_torchtitan_cannot_say_is_listed_or_refused():
+    plan, profile = plan_of("llama3.1-8b", Degrees(tp=2, dp=4, sp=True, zero=1), 1)
+    losses = {loss.field: loss for loss in torchtitan(plan, profile).losses}
+    assert losses["degrees.zero"].status == "approximated"
+    assert "ZeRO-2" in losses["degrees.zero"].note
+    assert losses["degrees.vocab_parallel"].status == "approximated"
+    plan, profile = plan_of("gpt3-175b", Degrees(tp=8), 4, family="chimera")
+    with pytest.raises(NotExpressible, match="replicas of a stage"):
+        torchtitan(plan, profile)
