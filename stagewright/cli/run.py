@@ -40,6 +40,24 @@ def run(
         bool, typer.Option("--emulate", help="Actions wait their planned time; communication is real.")
     ] = False,
     replay: Annotated[str | None, typer.Option(help="RANK or all: one rank's part at a time on one device.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Of the plan's optimizer.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Of the plan's optimizer.")] = 0.0,
+    learning_rate_schedule: Annotated[
+        str | None,
+        typer.Option(help="module:function or path.py:function; the factor of the learning rate in step 0, 1, ..."),
+    ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="Largest norm of the whole model's gradient, over all ranks.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Directory for checkpoints; any plan can go on from them.")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; the last step is always saved.")
+    ] = None,
+    load: Annotated[Path | None, typer.Option(help="Checkpoint to go on from, or the directory of several.")] = None,
+    fallback: Annotated[
+        list[Path] | None,
+        typer.Option(help="Plan to go on with, from the last checkpoint, when a rank is lost; may be repeated."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the report here, timeline.html beside it.")
     ] = None,
@@ -60,7 +78,9 @@ def run(
         training_job,
     )
     from stagewright.planner.documents import Plan
+    from stagewright.runtime.elastic import run_elastic
     from stagewright.runtime.run import run_plan
+    from stagewright.runtime.training import TrainingSettings
 
     checks = tuple(name.strip() for name in check.split(",") if name.strip())
     out = Path("out") if output is None else output.parent
@@ -88,18 +108,44 @@ def run(
             document = Plan.load(plan_or_model)
             model_profile = _profile_of(document, Path(plan_or_model), profile)
             document.check_profile(layer_digest=model_profile.layer_digest, num_layers=model_profile.num_layers)
-        result = run_plan(
-            document,
-            model_profile,
-            model=factory,
-            data=data,
-            steps=steps,
-            checks=checks,
-            emulate=emulate,
-            replay=replay,
-            torchrun_arguments=tuple(torchrun_arguments or ()),
-            progress=report,
+        training = TrainingSettings(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            learning_rate_schedule=learning_rate_schedule,
+            clip_norm=clip_norm,
+            save=None if save is None else str(save),
+            save_every=save_every,
+            load=None if load is None else str(load),
         )
+        if fallback:
+            if emulate or replay is not None:
+                raise InvalidArgument("a run with fallbacks computes on every rank", field="fallback")
+            result = run_elastic(
+                document,
+                [Plan.load(path) for path in fallback],
+                model_profile,
+                model=factory,
+                data=data,
+                steps=steps,
+                checks=checks,
+                training=training,
+                torchrun_arguments=tuple(torchrun_arguments or ()),
+                progress=report,
+            )
+        else:
+            result = run_plan(
+                document,
+                model_profile,
+                model=factory,
+                data=data,
+                steps=steps,
+                checks=checks,
+                emulate=emulate,
+                replay=replay,
+                training=training,
+                torchrun_arguments=tuple(torchrun_arguments or ()),
+                progress=report,
+            )
     if output is not None:
         save_run(out, document, result)
         if output.name != "run.json":

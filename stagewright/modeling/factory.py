@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from stagewright.planner.errors import InvalidArgument
@@ -25,6 +26,16 @@ def load_object(reference: str) -> object:
         if not hasattr(value, step):
             raise InvalidArgument(f"{reference!r}: {place} has no {name!r}", field="model")
         value = getattr(value, step)
+    return value
+
+
+def load_function(reference: str | None) -> Callable[[int], float] | None:
+    """Return the function of a step's number that a reference names; None for None. Raises InvalidArgument when it is none."""
+    if reference is None:
+        return None
+    value = load_object(reference)
+    if not callable(value):
+        raise InvalidArgument(f"{reference!r} is {type(value).__name__}, no function", field="learning_rate_schedule")
     return value
 
 

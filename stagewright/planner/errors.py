@@ -78,6 +78,14 @@ class RunFailed(StagewrightError):
     exit_code = 1
 
 
+class RankLost(RunFailed):
+    """A rank died, fell silent or was cut off: others can go on without it."""
+
+    def __init__(self, message: str, *, rank: int = -1, field: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, field=field, hint=hint)
+        self.rank = rank
+
+
 class RemoteError(StagewrightError):
     """The service could not be reached, or refused."""
 

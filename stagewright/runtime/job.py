@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from stagewright.planner.documents.document import write_text
+from stagewright.runtime.training import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class RunJob:
     num_threads : of each rank on CPU.
     seed : of weights and random numbers.
     check_steps : steps after which weights are compared.
-    learning_rate : of the job's optimizer in the timed steps.
+    training : of the steps after the checks.
     working_directory : where the command was called; relative references are looked up there.
     launcher : process that must live for the ranks to go on.
     emulate : actions wait their planned time instead of computing.
@@ -38,7 +39,7 @@ class RunJob:
     launcher: int
     seed: int = 0
     check_steps: int = 3
-    learning_rate: float = 1e-3
+    training: TrainingSettings = field(default_factory=TrainingSettings)
     emulate: bool = False
 
     @property
@@ -56,4 +57,5 @@ class RunJob:
     def load(cls, path: Path | str) -> RunJob:
         """Return the job in a file that `save` wrote."""
         values = json.loads(Path(path).read_text())
-        return cls(**{**values, "checks": tuple(values["checks"])})
+        training = TrainingSettings(**values.pop("training"))
+        return cls(**{**values, "checks": tuple(values["checks"]), "training": training})

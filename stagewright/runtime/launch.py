@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stagewright.planner import errors
-from stagewright.planner.errors import RunFailed, StagewrightError
-from stagewright.runtime.failure import DIED, SILENT, RankFailure, first_cause, load_failures, now
+from stagewright.planner.errors import RankLost, RunFailed, StagewrightError
+from stagewright.runtime.failure import DIED, OWN, SILENT, RankFailure, first_cause, load_failures, now
 from stagewright.runtime.job import RunJob
 from stagewright.runtime.status import StatusFile
 
@@ -174,10 +174,11 @@ class _Watch:
         here = self._status.read(cause.rank)
         seen = self._describe(cause.rank, here.step, here.position) if cause.cause == SILENT and here.pid else ""
         place = f" ({seen or cause.place})" if seen or cause.place else ""
-        return RunFailed(
+        message, hint = (
             f"rank {cause.rank}{place}: {cause.message}",
-            hint=f"the ranks' output is in {self._directory / 'ranks.log'}",
+            f"the output is in {self._directory / 'ranks.log'}",
         )
+        return RunFailed(message, hint=hint) if cause.cause == OWN else RankLost(message, rank=cause.rank, hint=hint)
 
 
 def _end(process: subprocess.Popen[bytes], status: StatusFile) -> None:

@@ -20,6 +20,7 @@ class Measurement:
     ----------
     step_times_s : seconds of each timed step, from the first action of any rank to the last.
     losses : mean loss of each timed step.
+    first_step : number of the first timed step, from 0; warm-up and memory steps, and those before a checkpoint, precede it.
     peak_memory_bytes : highest of each global rank, without what the framework holds.
     static_memory_bytes : parameters, gradients and optimizer states of each global rank, by item.
     sent_bytes : bytes sent in one step by operation, over all ranks.
@@ -29,6 +30,7 @@ class Measurement:
 
     step_times_s: list[float]
     losses: list[float]
+    first_step: int = 0
     peak_memory_bytes: list[float] = field(default_factory=list)
     static_memory_bytes: list[dict[str, float]] = field(default_factory=list)
     sent_bytes: dict[str, float] = field(default_factory=dict)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument
+from stagewright.runtime.training import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,14 @@ class OptimizerChoice:
     learning_rate: float
     momentum: float = 0.9
     weight_decay: float = 0.0
+
+
+def training_choice(plan: Plan, training: TrainingSettings) -> OptimizerChoice:
+    """Return the optimizer of the plan's job with the settings' numbers; a custom one trains as AdamW."""
+    name = plan.job.optimizer.name
+    return OptimizerChoice(
+        "adamw" if name == "custom" else name, training.learning_rate, training.momentum, training.weight_decay
+    )
 
 
 def make_optimizer(choice: OptimizerChoice, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -36,7 +36,7 @@ from stagewright.runtime.job import RunJob
 from stagewright.runtime.lone_group import init_lone_group
 from stagewright.runtime.memory import measure_memory
 from stagewright.runtime.microbatches import samples_of
-from stagewright.runtime.optimizers import OptimizerChoice
+from stagewright.runtime.optimizers import training_choice
 from stagewright.runtime.program import program_of
 from stagewright.runtime.recorder import now_s
 from stagewright.runtime.replay import RankReplay
@@ -78,8 +78,7 @@ def replay_rank(job: RunJob, rank: int) -> RankReplay:
     (first,) = islice(batches, 1)
     _publish(ShapeBook(store), shapes, worker, first)
     del shapes
-    name = plan.job.optimizer.name
-    worker.use_optimizer(OptimizerChoice("adamw" if name == "custom" else name, job.learning_rate))
+    worker.use_optimizer(training_choice(plan, job.training))
     for step in range(WARM_UP_STEPS):
         worker.run(first, step)
     memory = measure_memory(worker, lambda: worker.run(first, WARM_UP_STEPS), device)

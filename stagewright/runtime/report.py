@@ -27,6 +27,8 @@ class RunReport:
     predicted, measured, error : step time and peak memory of each global rank, and their relative errors.
     checks : by name; each has `passed` and its numbers.
     timeline : the step with the median time; predicted_timeline : the simulated one, of pipeline ranks.
+    first_step : number of the step that the first loss belongs to.
+    restarts : of each lost rank, its message, and from which step how many devices went on.
     replayed : of each replayed rank, seconds by action and peak memory, predicted against measured; None for a run.
     """
 
@@ -38,7 +40,9 @@ class RunReport:
     timeline: Timeline
     predicted_timeline: Timeline
     versions: dict[str, str] = field(default_factory=dict)
+    first_step: int = 0
     replayed: list[dict[str, object]] | None = None
+    restarts: list[dict[str, object]] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -53,8 +57,10 @@ class RunReport:
             "error": self.error,
             "checks": self.checks,
             "losses": list(self.losses),
+            "first_step": self.first_step,
             "versions": self.versions,
             **({} if self.replayed is None else {"replayed": self.replayed}),
+            **({"restarts": self.restarts} if self.restarts else {}),
         }
 
 
@@ -96,6 +102,7 @@ def make_report(
         timeline=timeline,
         predicted_timeline=simulated,
         versions=measurement.versions,
+        first_step=measurement.first_step,
     )
 
 

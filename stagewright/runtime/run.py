@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from stagewright.planner.documents.plan import Plan
@@ -20,6 +21,7 @@ from stagewright.runtime.replay import compose, replayed_ranks
 from stagewright.runtime.replay import replay as run_replays
 from stagewright.runtime.report import RunReport, make_replay_report, make_report
 from stagewright.runtime.support import check_memory, check_supported, check_world
+from stagewright.runtime.training import TrainingSettings
 
 CHECKS = ("gradients", "memory", "traffic", "time")
 
@@ -38,6 +40,7 @@ def run_plan(
     progress: Progress | None = None,
     directory: Path | None = None,
     seed: int = 0,
+    training: TrainingSettings | None = None,
 ) -> RunReport:
     """Execute a plan on this machine and compare it with its prediction.
 
@@ -49,6 +52,7 @@ def run_plan(
     emulate : actions wait their planned time instead of computing; communication is real.
     replay : a global rank, or `all`: replay one rank at a time on one device, without its peers, and compose the step.
     progress : told (phase, done, total).
+    training : optimizer's numbers, clipping, learning-rate schedule, checkpoints; a run that loads one warms up no more.
     directory : where the ranks' logs and raw results stay; a temporary one, removed on success, unless given.
 
     Raises
@@ -90,6 +94,7 @@ def run_plan(
             working_directory=str(Path.cwd()),
             launcher=os.getpid(),
             seed=seed,
+            training=_located(training or TrainingSettings()),
             emulate=emulate,
         )
         job.save()
@@ -105,6 +110,17 @@ def run_plan(
         )
         measurement = Measurement.load(path / "measurement.json")
     return make_report(plan, evaluation.prediction, evaluation.timeline, measurement, checks)
+
+
+def _located(training: TrainingSettings) -> TrainingSettings:
+    """Return the settings with whole paths, as the ranks read them."""
+    paths = {name: getattr(training, name) for name in ("save", "load")}
+    schedule = training.learning_rate_schedule
+    return replace(
+        training,
+        learning_rate_schedule=None if schedule is None else _absolute(schedule),
+        **{name: None if path is None else str(Path(path).resolve()) for name, path in paths.items()},
+    )
 
 
 def _absolute(reference: str) -> str:

@@ -16,11 +16,13 @@ from torch import nn
 
 from stagewright.modeling.batch import Batch
 from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.factory import load_function
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.prediction import Evaluation
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.runtime.building import build_model, split_as_profiled
+from stagewright.runtime.checkpoint import load_checkpoint, save_checkpoint
 from stagewright.runtime.data import open_data
 from stagewright.runtime.emulation import EmulatedWorker
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
@@ -28,11 +30,12 @@ from stagewright.runtime.job import RunJob
 from stagewright.runtime.measurement import Measurement
 from stagewright.runtime.memory import RankMemory, measure_memory
 from stagewright.runtime.microbatches import samples_of
-from stagewright.runtime.optimizers import OptimizerChoice
+from stagewright.runtime.optimizers import OptimizerChoice, training_choice
 from stagewright.runtime.recorder import now_s
 from stagewright.runtime.reference import ReferenceRun, run_reference
 from stagewright.runtime.status import StatusFile
 from stagewright.runtime.torch_adapter import default_store
+from stagewright.runtime.training import checkpoint_folder, find_checkpoint, mark_latest
 from stagewright.runtime.worker import Worker, WorkerSettings
 
 WARM_UP_STEPS = 2
@@ -62,6 +65,7 @@ class Session:
         self._status = status
         self._rank = dist.get_rank()
         self._step = 0
+        self._trained = 0
 
     def run(self) -> None:
         """Run all phases; rank 0 writes the measurement."""
@@ -71,14 +75,11 @@ class Session:
         model = self._build()
         chain = split_as_profiled(model, self._job.model, self._profile)
         self._samples = samples_of(self._plan, self._schedule)
-        batches = open_data(
-            self._job.data,
-            self._job.model,
-            model,
-            samples=self._samples,
-            sequence_length=self._plan.job.sequence_length,
-        )
-        checked = list(islice(batches, self._job.check_steps)) if "gradients" in self._job.checks else []
+        batches = self._batches(model)
+        checked: list[Batch] = []
+        if "gradients" in self._job.checks:
+            checked = list(islice(batches, self._job.check_steps))
+            batches = self._batches(model)  # training begins with the first one again
         reference = self._reference(chain, checked)
         shapes = reference_shapes(chain)
         self._enter("building")
@@ -100,6 +101,7 @@ class Session:
             Measurement(
                 step_times_s=times,
                 losses=losses,
+                first_step=self._trained - len(losses),
                 peak_memory_bytes=[item.peak for item in memory],
                 static_memory_bytes=[
                     {"parameters": item.parameters, "gradients": item.gradients, "optimizer": item.optimizer}
@@ -177,16 +179,27 @@ class Session:
 
     def _train_setup(self, worker: Worker, batches: Iterator[Batch]) -> list[RankMemory]:
         """Make the job's optimizer, let its states come into being, and measure the memory of one step."""
-        name = self._plan.job.optimizer.name
-        worker.use_optimizer(OptimizerChoice("adamw" if name == "custom" else name, self._job.learning_rate))
-        self._enter("warming up")
-        for _ in range(WARM_UP_STEPS):
-            self._run(worker, next(batches), self._step)
+        training = self._job.training
+        worker.use_optimizer(training_choice(self._plan, training))
+        worker.use_rules(
+            clip_norm=training.clip_norm,
+            skip_nonfinite=training.skip_nonfinite,
+            learning_rate_factor=load_function(training.learning_rate_schedule),
+        )
+        if training.load is not None:
+            self._enter("loading")
+            self._trained = load_checkpoint(worker, find_checkpoint(training.load))
+            next(islice(batches, self._trained, self._trained), None)
+        else:
+            self._enter("warming up")
+            for _ in range(WARM_UP_STEPS):
+                self._train(worker, next(batches))
         if "memory" not in self._job.checks:
             return []
         self._enter("memory")
         batch = next(batches)
-        mine = measure_memory(worker, lambda: self._run(worker, batch, self._step), self._device)
+        mine = measure_memory(worker, lambda: self._train(worker, batch), self._device)
+        self._save(worker, is_last=False)
         everyone: list[RankMemory] = [mine] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         return everyone
@@ -203,7 +216,7 @@ class Session:
             dist.barrier()
             before = worker.traffic()
             begin = now_s()
-            loss = self._run(worker, batch, self._step)
+            loss = self._train(worker, batch)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             span = (begin, now_s())
@@ -213,7 +226,10 @@ class Session:
             times.append(max(end for (_, end), _ in everyone) - min(start for (start, _), _ in everyone))
             losses.append(sum(value for _, value in everyone if value is not None))
             kept.append([[self._rank, *row] for row in worker.recorder.rows])
-            self._event("step", index + 1, self._job.steps, loss=losses[-1], step_time_s=times[-1])
+            self._event(
+                "step", index + 1, self._job.steps, loss=losses[-1], step_time_s=times[-1], step=self._trained - 1
+            )
+            self._save(worker, is_last=index + 1 == self._job.steps)
         if not times:
             return [], [], [], {}
         median = sorted(range(len(times)), key=times.__getitem__)[len(times) // 2]
@@ -227,6 +243,32 @@ class Session:
         loss = worker.run(batch, step)
         self._step += 1
         return loss
+
+    def _train(self, worker: Worker | EmulatedWorker, batch: Batch | None) -> float | None:
+        """Run the next training step; its number decides random numbers and learning rate, whatever ran before it."""
+        loss = self._run(worker, batch, self._trained)
+        self._trained += 1
+        return loss
+
+    def _save(self, worker: Worker | EmulatedWorker, *, is_last: bool) -> None:
+        """Write a checkpoint where one is due; every rank calls this."""
+        training = self._job.training
+        if training.save is None or isinstance(worker, EmulatedWorker):
+            return
+        if training.is_saved(self._trained, is_last=is_last):
+            save_checkpoint(worker, checkpoint_folder(training.save, self._trained), step=self._trained)
+            dist.barrier()
+            if self._rank == 0:
+                mark_latest(training.save, self._trained)
+
+    def _batches(self, model: nn.Module) -> Iterator[Batch]:
+        return open_data(
+            self._job.data,
+            self._job.model,
+            model,
+            samples=self._samples,
+            sequence_length=self._plan.job.sequence_length,
+        )
 
     def _enter(self, phase: str) -> None:
         self._status.enter(self._rank, phase)

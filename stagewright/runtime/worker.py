@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -179,6 +179,18 @@ class Worker:
                 for bucket in self._stepped(key):
                     if isinstance(bucket, VersionedBucket):
                         bucket.optimizer = self._optimizers[key]
+
+    def use_rules(
+        self, *, clip_norm: float | None, skip_nonfinite: bool, learning_rate_factor: Callable[[int], float] | None
+    ) -> None:
+        """Clip, skip steps and scale the learning rate like this from now on; see WorkerSettings."""
+        self.settings = replace(
+            self.settings,
+            clip_norm=clip_norm,
+            skip_nonfinite=skip_nonfinite,
+            learning_rate_factor=learning_rate_factor,
+        )
+        self._rule = StepRule(clip_norm, skip_nonfinite)
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the summed gradients of this rank's trainable parameters by name, whole; a collective."""

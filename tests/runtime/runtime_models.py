@@ -212,6 +212,11 @@ def data(batch_size: int, sequence_length: int) -> Iterator[tuple[torch.Tensor, 
         yield tokens[:, :-1], tokens[:, 1:]
 
 
+def halving(step: int) -> float:
+    """A learning rate that halves every sixteen steps."""
+    return 0.5 ** (step / 16)
+
+
 def hugging_face(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A tiny Hugging Face model with random weights, and eight samples for it."""
     import transformers
