@@ -1,11 +1,13 @@
 """How well a profile alone predicts single-device training: step time and peak memory, nothing fitted.
 
-For each model: profile it (one busy rank), then train it with a plain loop that knows nothing of layers, five runs of
-several steps each. Reported are the error of the predicted step against the median run, with the spread of the runs, the
-error against the loop's own processor time (what remains when other programs shared the machine), the error of the peak,
-and (I + W) / B, the deferred backward against the fused one. On CUDA the device's clock and allocator are used.
+For each model, five times: train it with a plain loop that knows nothing of layers, profile it (one busy rank), train it
+again. A run's error is that of the profile's step against the mean of the two trainings around it, each the median of
+several steps, since a shared machine's speed changes within seconds. Reported are the median error of the runs with
+their spread, the error against the loop's own processor time (what remains when other programs shared the machine), the
+error of the peak, and (I + W) / B, the deferred backward against the fused one. On CUDA the device's clock and allocator
+are used.
 
-Usage: python benchmarks/profile_accuracy.py [MODEL ...] [--device auto] [--runs 5] [--budget 15]
+Usage: python benchmarks/profile_accuracy.py [MODEL ...] [--device auto] [--runs 5] [--budget 8]
 Writes benchmarks/results/profile_accuracy.json.
 """
 
@@ -70,11 +72,12 @@ CONFIGS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One model's result; errors are predicted / measured - 1."""
+    """One model's result, a number for each run; errors are predicted / measured - 1, `step_error` is their median."""
 
     model: str
-    predicted_step_s: float
+    predicted_step_s: list[float]
     measured_step_s: list[float]
+    step_errors: list[float]
     step_error: float
     own_time_error: float
     predicted_peak_bytes: float
@@ -91,7 +94,7 @@ def main() -> int:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"example, {', '.join(CONFIGS)}; all unless told")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=15.0)
+    parser.add_argument("--budget", type=float, default=8.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -99,12 +102,12 @@ def main() -> int:
         for name in arguments.models or ["example", *CONFIGS]:
             row = measure(name, reference(name, Path(folder)), arguments.device, arguments.runs, arguments.budget)
             rows.append(row)
-            low, high = min(row.measured_step_s), max(row.measured_step_s)
             print(
-                f"{name:8s} step {row.predicted_step_s * 1e3:7.1f} ms, measured "
-                f"{statistics.median(row.measured_step_s) * 1e3:7.1f} ({low * 1e3:.1f} to {high * 1e3:.1f}), "
-                f"error {row.step_error:+.1%}, of own time {row.own_time_error:+.1%}; peak error {row.peak_error:+.2%}; "
-                f"(I + W) / B {row.split_over_fused:.2f}; profiled in {row.profile_s:.0f} s",
+                f"{name:8s} step {statistics.median(row.predicted_step_s) * 1e3:7.1f} ms, measured "
+                f"{statistics.median(row.measured_step_s) * 1e3:7.1f}, error {row.step_error:+.1%} "
+                f"({min(row.step_errors):+.1%} to {max(row.step_errors):+.1%}), of own time {row.own_time_error:+.1%}; "
+                f"peak error {row.peak_error:+.2%}; (I + W) / B {row.split_over_fused:.2f}; "
+                f"profiled in {row.profile_s:.0f} s",
                 flush=True,
             )
     result = {**machine("python benchmarks/profile_accuracy.py"), "rows": [asdict(row) for row in rows]}
@@ -124,41 +127,52 @@ def reference(name: str, folder: Path) -> str:
 
 
 def measure(name: str, model: str, device_choice: str, runs: int, budget_s: float) -> Row:
-    """Profile a model, train it, and compare."""
+    """Train a model, profile it, train it again, and compare; so many times."""
     device = device_of(device_choice)
-    began = time.perf_counter()
-    profile = profile_model(
-        model,
-        microbatches=(MICROBATCH,),
-        sequence_length=SEQUENCE_LENGTH,
-        device=device_choice,
-        optimizer="sgd-momentum",
-        budget_s=budget_s,
-    )
-    profile_s = time.perf_counter() - began
-    predicted = predict_single_device(
-        profile,
-        (MICROBATCH, SEQUENCE_LENGTH, 1),
-        num_microbatches=NUM_MICROBATCHES,
-        parameter_bytes=4,
-        state_bytes=4,
-    )
-    step = plain_step(ModelSource(model), device)
+    source = ModelSource(model)
+    step = plain_step(source, device)
     for _ in range(2):
         step()
-    wall, own = zip(*(timed(step, device) for _ in range(runs)), strict=True)
+    predicted, measured, own, durations = [], [], [], []
+    before = timed(step, device)
+    for _ in range(runs):
+        began = time.perf_counter()
+        profile = profile_model(
+            model,
+            microbatches=(MICROBATCH,),
+            sequence_length=SEQUENCE_LENGTH,
+            device=device_choice,
+            optimizer="sgd-momentum",
+            budget_s=budget_s,
+        )
+        durations.append(time.perf_counter() - began)
+        predicted.append(
+            predict_single_device(
+                profile,
+                (MICROBATCH, SEQUENCE_LENGTH, 1),
+                num_microbatches=NUM_MICROBATCHES,
+                parameter_bytes=4,
+                state_bytes=4,
+            )
+        )
+        after = timed(step, device)
+        measured.append((before[0] + after[0]) / 2)
+        own.append((before[1] + after[1]) / 2)
+        before = after
     peak = 8 * profile.num_parameters + peak_above_start(step, device)
+    errors = [each.step_s / wall - 1 for each, wall in zip(predicted, measured, strict=True)]
     return Row(
         model=name,
-        predicted_step_s=predicted.step_s,
-        measured_step_s=list(wall),
-        step_error=predicted.step_s / statistics.median(wall) - 1,
-        own_time_error=predicted.step_s / statistics.median(own) - 1,
-        predicted_peak_bytes=predicted.peak_bytes,
+        predicted_step_s=[each.step_s for each in predicted],
+        measured_step_s=measured,
+        step_errors=errors,
+        step_error=statistics.median(errors),
+        own_time_error=statistics.median(each.step_s / busy - 1 for each, busy in zip(predicted, own, strict=True)),
+        predicted_peak_bytes=predicted[-1].peak_bytes,
         measured_peak_bytes=peak,
-        peak_error=predicted.peak_bytes / peak - 1,
-        split_over_fused=split_over_fused(ModelSource(model), device),
-        profile_s=profile_s,
+        peak_error=predicted[-1].peak_bytes / peak - 1,
+        split_over_fused=split_over_fused(source, device),
+        profile_s=statistics.median(durations),
         warnings=list(profile.pedigree.warnings),
     )
 
@@ -178,7 +192,7 @@ def plain_step(source: ModelSource, device: torch.device) -> Callable[[], None]:
     return step
 
 
-def timed(step: Callable[[], None], device: torch.device, steps: int = 5) -> tuple[float, float]:
+def timed(step: Callable[[], None], device: torch.device, steps: int = 7) -> tuple[float, float]:
     """Return the median (wall, own processor) seconds of a step; on CUDA both are the device's."""
     wall, own = [], []
     for _ in range(steps):

@@ -209,6 +209,10 @@ def guessed_batch(model: nn.Module, microbatch: int, sequence_length: int) -> Ba
     """Return random inputs that fit the model's configuration or its first layer; raises InvalidArgument if neither tells."""
     config = getattr(model, "config", None)
     main_input = getattr(model, "main_input_name", "")
+    if config is not None and main_input == "input_features" and hasattr(config, "num_mel_bins"):
+        tokens = torch.randint(int(config.vocab_size), (microbatch, min(sequence_length, config.max_target_positions)))
+        frames = 2 * int(config.max_source_positions)  # the stem of a speech encoder halves them
+        return {"input_features": torch.randn(microbatch, int(config.num_mel_bins), frames), "labels": tokens}
     if config is not None and main_input == "pixel_values":
         size = config.image_size if hasattr(config, "image_size") else 224
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
@@ -219,7 +223,7 @@ def guessed_batch(model: nn.Module, microbatch: int, sequence_length: int) -> Ba
         }
     if config is not None and hasattr(config, "vocab_size"):
         tokens = torch.randint(int(config.vocab_size), (microbatch, sequence_length))
-        return {"input_ids": tokens, "labels": tokens.clone()}
+        return _text_batch(model, tokens)
     embedding = next((part for part in model.modules() if isinstance(part, nn.Embedding)), None)
     if embedding is None:
         raise InvalidArgument(
@@ -229,3 +233,16 @@ def guessed_batch(model: nn.Module, microbatch: int, sequence_length: int) -> Ba
         )
     tokens = torch.randint(min(embedding.num_embeddings, _MAX_TOKEN), (microbatch, sequence_length))
     return (tokens, tokens.clone())
+
+
+def _text_batch(model: nn.Module, tokens: Tensor) -> Batch:
+    """Return tokens with the targets of the model's task: of each token, of the sample, or a span's two ends."""
+    task, samples = type(model).__name__, len(tokens)
+    if task.endswith("ForSequenceClassification"):
+        return {"input_ids": tokens, "labels": torch.randint(max(int(model.config.num_labels), 1), (samples,))}
+    if task.endswith("ForQuestionAnswering"):
+        ends = torch.randint(tokens.shape[1], (2, samples))
+        return {"input_ids": tokens, "start_positions": ends[0], "end_positions": ends[1]}
+    if task.endswith("ForTokenClassification"):
+        return {"input_ids": tokens, "labels": torch.randint(max(int(model.config.num_labels), 1), tokens.shape)}
+    return {"input_ids": tokens, "labels": tokens.clone()}

@@ -1,7 +1,8 @@
 """One profile in the making: which measurements are still wanted, in which order, until when.
 
 Measurements of all configurations and kinds take turns, and each round goes through them in the opposite direction, so
-that drift of the clock falls on all alike. Steps are measured until the medians of the latest samples agree; nothing
+that drift of the clock falls on all alike. Steps are measured until the medians of the latest samples agree and, where
+steps are short, until they took a quarter of the budget, since a machine's speed changes from one second to the next; nothing
 goes on beyond the budget once each measurement was made the least number of times.
 """
 
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from stagewright.planner.documents import Recompute
+from stagewright.planner.errors import InvalidArgument, StagewrightError
 from stagewright.profiler.journal import Journal, Record
 from stagewright.profiler.measured_layers import ConfigurationNumbers, configuration_numbers, saves_anything
 from stagewright.profiler.model_bench import Configuration, Kind, ModelBench
@@ -25,6 +27,8 @@ from stagewright.profiler.timing import is_stable
 WANTED: Mapping[Kind, int] = {"step": 6, "split": 3, "full": 3, "selective": 3, "memory": 1}
 LEAST: Mapping[Kind, int] = {"step": 3, "split": 2, "full": 2, "selective": 2, "memory": 1}
 MOST_STEPS = 15
+MOST_SHORT_STEPS = 300
+STEPS_SHARE = 0.25  # of the budget, for steps too short to show how the machine's speed changes
 STABLE = 0.02
 _LEVELS: Mapping[str, Recompute] = {"selective": Recompute.SELECTIVE, "full": Recompute.FULL}
 
@@ -54,6 +58,7 @@ class Session:
         self._report = report
         self._now_s = now_s
         self._too_large: set[Configuration] = set()
+        self._steps_s = STEPS_SHARE * settings.budget_s / max(len(settings.configurations), 1)
 
     def measure(self, configurations: Sequence[Configuration]) -> dict[Configuration, ConfigurationNumbers]:
         """Return the numbers of each configuration that fits the device, measuring what the journal does not hold."""
@@ -88,12 +93,23 @@ class Session:
         self._journal.add(Record(_key(configuration), kind, numbers))
 
     def _fits(self, configuration: Configuration) -> bool:
-        """Warm a configuration up; False when the device's memory does not suffice for it."""
+        """Warm a configuration up; False when the device's memory does not suffice for it.
+
+        Whatever else goes wrong is the model's own, on the first batch it is given: raises InvalidArgument.
+        """
         try:
             self._bench.warm_up(configuration)
         except torch.OutOfMemoryError:
             self._bench.forget(configuration)
             return False
+        except StagewrightError:
+            raise
+        except Exception as error:
+            raise InvalidArgument(
+                f"the model failed on its first batch ({configuration.text}): {type(error).__name__}: {error}",
+                field="data",
+                hint="name a data factory whose batches the model takes: --data module:factory",
+            ) from error
         return True
 
     def _count(self, configuration: Configuration, kind: Kind) -> int:
@@ -108,7 +124,10 @@ class Session:
             return False
         if late or count < WANTED[kind] or kind != "step":
             return count < (LEAST if late else WANTED)[kind]
-        return count < MOST_STEPS and not is_stable(self._totals(configuration), tolerance=STABLE)
+        totals = self._totals(configuration)
+        if count < MOST_STEPS and not is_stable(totals, tolerance=STABLE):
+            return True
+        return count < MOST_SHORT_STEPS and 2 * sum(totals) < self._steps_s
 
     def _is_worthwhile(self, configuration: Configuration, level: Recompute) -> bool:
         """Whether a level is known to save nothing, and need not be timed."""

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from stagewright.planner.errors import InvalidArgument
 from stagewright.profiler.memory_trace import peak_above_start
 from stagewright.profiler.model_profile import profile_model
 from stagewright.profiler.model_source import ModelSource
@@ -85,3 +86,35 @@ def test_a_models_layers_and_the_peak_of_its_step_are_known(config_file):
         profile, CONFIGURATION, num_microbatches=2, parameter_bytes=4, state_bytes=4
     ).peak_bytes
     assert predicted == pytest.approx(measured, rel=0.02)
+
+
+BERT = {**SMALL, "model_type": "bert"}
+TASKS = {
+    "sequence": {**BERT, "architectures": ["BertForSequenceClassification"]},
+    "token": {**BERT, "architectures": ["BertForTokenClassification"]},
+    "question": {**BERT, "architectures": ["BertForQuestionAnswering"]},
+    "speech": {
+        "model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "d_model": 32,
+        "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 50, "num_mel_bins": 8, "max_source_positions": 16,
+        "max_target_positions": 16, "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_targets_of_a_task_are_guessed(task, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TASKS[task]))
+    source = ModelSource(str(path))
+    model = source.build(device=torch.device("cpu"), dtype=torch.float32)
+    assert torch.isfinite(model(**source.batch(model, 2, 16, torch.device("cpu"))).loss)
+
+
+def test_a_model_that_fails_on_the_guessed_batch_asks_for_a_data_factory(tmp_path):
+    path = tmp_path / "config.json"
+    audio = {**SMALL, "model_type": "wav2vec2", "architectures": ["Wav2Vec2ForCTC"], "vocab_size": 32}
+    path.write_text(json.dumps(audio))
+    with pytest.raises(InvalidArgument, match=r"failed on its first batch.*input_values") as raised:
+        profile_model(str(path), microbatches=(1,), sequence_length=16, device="cpu", budget_s=0.0)
+    assert raised.value.field == "data"
