@@ -3,7 +3,9 @@
     few partitions   enumerate them (`enumeration`): exact
     light program    stage totals without recomputation and memory: a bound in a few milliseconds
     full program     levels and memory rows, same cuts
-    integers         round the program's point and move layers; then the same rows with integer layers (`integer_program`)
+    integers         round the program's point and move layers; then whole layers and levels, and binaries for workspaces,
+                     with the target as ceiling: a solution is simulated, completed and moved, and its path is one more
+                     row; none left is the proof, and what is found early lowers the target of all that follow
 
 Cuts belong to the order and not to the candidate, so those that carried a multiplier are kept for all candidates that
 share the order. Kelley's iterates are drawn towards the best point known (Wentges smoothing), which saves half of them.
@@ -11,15 +13,14 @@ share the order. Kelley's iterates are drawn towards the best point known (Wentg
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.search.candidate_costs import CandidateCosts
-from stagewright.planner.search.cut_program import CutProgram, Point, reachable
-from stagewright.planner.search.enumeration import Enumeration
+from stagewright.planner.search.cut_program import MOST_NODES, MOST_WHOLE, CutProgram, Form, Point, reachable
+from stagewright.planner.search.enumeration import Enumeration, Judge
 from stagewright.planner.search.incumbent import Completion, improve
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.order import Cut, OrderKey
@@ -29,6 +30,8 @@ Longs = npt.NDArray[np.int64]
 
 LIGHT_ITERATIONS = 25
 FULL_ITERATIONS = 40
+INTEGER_ITERATIONS = 12
+MOST_NODES_IN_ALL = 3_000
 _SMOOTHING = 0.85
 _TOLERANCE = 1e-7
 _PROMISING = 1.06  # a rounded point this far above the incumbent is not improved
@@ -53,10 +56,9 @@ class Closer:
     limits: Limits
     cuts: dict[OrderKey, list[Cut]] = field(default_factory=dict)
     num_programs: int = 0
+    num_nodes: int = 0
 
-    def enumerated(
-        self, costs: CandidateCosts, incumbent_s: float, judge: Callable[[Completion], Completion]
-    ) -> Closed | None:
+    def enumerated(self, costs: CandidateCosts, incumbent_s: float, judge: Judge) -> Closed | None:
         """Return the best completion of a candidate with few partitions, None for others."""
         enumeration = Enumeration(costs)
         if not enumeration.is_small:
@@ -69,10 +71,10 @@ class Closer:
     ) -> Closed:
         """Return a bound of at least `target_s`, or the best bound, with the completion its program leads to."""
         self.num_programs += 1
-        light = self._kelley(costs, target_s, rank_layers, memory=False, iterations=LIGHT_ITERATIONS)
+        light = self._kelley(costs, target_s, rank_layers, form="light", iterations=LIGHT_ITERATIONS)
         if light.bound_s >= target_s:
             return Closed(light.bound_s, "light program", simulated=light.simulated)
-        full = self._kelley(costs, target_s, rank_layers, memory=True, iterations=FULL_ITERATIONS)
+        full = self._kelley(costs, target_s, rank_layers, form="full", iterations=FULL_ITERATIONS)
         simulated = light.simulated + full.simulated
         if full.bound_s >= target_s:
             return Closed(full.bound_s, "full program", simulated=simulated)
@@ -82,17 +84,88 @@ class Closer:
             simulated += made
         return Closed(max(light.bound_s, full.bound_s), "open", best, simulated)
 
+    def close_whole(
+        self,
+        costs: CandidateCosts,
+        bound_s: float,
+        target_s: float,
+        incumbent_s: float,
+        rank_layers: tuple[Longs, Longs] | None,
+        judge: Judge,
+    ) -> Closed:
+        """Return what integer programs prove of a candidate that linear ones left open with `bound_s`.
+
+        First with the ranks' sums whole, which mostly suffices, then with everything whole. A completion that lowers the
+        incumbent lowers the target by as much.
+        """
+        first = self._integers(costs, bound_s, target_s, incumbent_s, rank_layers, judge, None, form="ranks")
+        if first.reason != "open":
+            return first
+        best = first.completion
+        if best is not None:
+            target_s = min(target_s, best.step_s / (1.0 + self.limits.gap))
+        second = self._integers(costs, first.bound_s, target_s, incumbent_s, rank_layers, judge, best, form="whole")
+        return replace(second, simulated=first.simulated + second.simulated)
+
+    def _integers(
+        self,
+        costs: CandidateCosts,
+        bound_s: float,
+        target_s: float,
+        incumbent_s: float,
+        rank_layers: tuple[Longs, Longs] | None,
+        judge: Judge,
+        best: Completion | None,
+        *,
+        form: Form,
+    ) -> Closed:
+        """Return the bound after a few trees, stopped when one is empty or its point no longer adds a row."""
+        program = CutProgram(costs, form=form, rank_layers=rank_layers)
+        if form == "whole" and program.num_columns > MOST_WHOLE:
+            return Closed(bound_s, "open", best)
+        shared = self.cuts.setdefault(costs.order.key, [])
+        added: list[Cut] = []
+        for cut in shared:
+            program.add(cut)
+        nodes, simulated, reason = MOST_NODES, 0, "open"
+        for _ in range(INTEGER_ITERATIONS):
+            goal_s = target_s if best is None else min(target_s, best.step_s / (1.0 + self.limits.gap))
+            if nodes <= 0 or self.num_nodes >= MOST_NODES_IN_ALL or self.limits.reached() is not None:
+                break
+            point = program.below(goal_s, nodes)
+            nodes -= max(program.nodes, 1)
+            self.num_nodes += max(program.nodes, 1)
+            if point is None:
+                bound_s, reason = max(bound_s, goal_s), "integer program"
+                break
+            bound_s = max(bound_s, min(goal_s, point.bound_s * (1 - _TOLERANCE)))
+            value, cut = _trace(costs, point)
+            moved, made = improve(costs, _rounded(costs, point), give_up_s=_PROMISING * incumbent_s)
+            simulated += 2 + made
+            new = [cut] if value > point.theta_s * (1 + _TOLERANCE) else []
+            for found in (_as_it_is(costs, point), moved):
+                if found is not None and (best is None or found.step_s < best.step_s):
+                    new.append(found.cut)
+                    best = judge(found)
+            if not new:
+                break
+            for extra in new:
+                program.add(extra)
+            added += new
+        self.cuts[costs.order.key] = _merged(shared, added)
+        return Closed(bound_s, reason, best, simulated)
+
     def _kelley(
         self,
         costs: CandidateCosts,
         target_s: float,
         rank_layers: tuple[Longs, Longs] | None,
         *,
-        memory: bool,
+        form: Form,
         iterations: int,
     ) -> _Run:
         """Return the bound after Kelley's iterations, stopped when it passes the target or cannot."""
-        program = CutProgram(costs, memory=memory, rank_layers=rank_layers)
+        program = CutProgram(costs, form=form, rank_layers=rank_layers)
         shared = self.cuts.setdefault(costs.order.key, [])
         used = list(shared)
         for cut in used:
@@ -119,10 +192,10 @@ class Closer:
                     program.add(cut)
                     used.append(cut)
                     new += 1
-            if not new or (not memory and best_value < target_s):
+            if not new or (form == "light" and best_value < target_s):
                 break
             if (
-                memory
+                form == "full"
                 and best_value < target_s * (1 - 1e-6)
                 and bound < target_s
                 and best_value - bound < _CLOSE_ENOUGH * target_s
@@ -133,6 +206,18 @@ class Closer:
             carrying = [cut for cut, weight in zip(used, weights, strict=False) if weight > 1e-9]
             self.cuts[costs.order.key] = _merged(shared, carrying)
         return _Run(bound, best if best is not None else point, simulated)
+
+
+def _as_it_is(costs: CandidateCosts, point: Point) -> Completion | None:
+    """Return a whole point with the levels that the program chose; None when it is no completion that fits."""
+    counts = np.rint(point.counts).astype(np.int64)
+    layers = counts.sum(axis=2)
+    ends = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(layers.sum(axis=1))))
+    if (counts < 0).any() or (costs.layers_of(ends) != layers).any() or not costs.fits(counts):
+        return None
+    bounds = tuple(ends.tolist())
+    step_s, cut = costs.trace(counts, bounds)
+    return Completion(step_s, bounds, counts, cut)
 
 
 def _rounded(costs: CandidateCosts, point: Point) -> Longs:

@@ -4,7 +4,8 @@
     2  cross      with schedules and chunks; bound by the family's closed form
     3  incumbent  complete and simulate the most promising candidates, improve the best
     4  close      with target X = incumbent / (1 + gap), in order of bound: caps, then cuts in a linear program without
-                  and with memory, then integers (`closing`)
+                  and with memory (`closing`)
+    5  integers   what is still open, the least bound first: the program with whole layers, levels and workspaces
 
 At most MOST_PROGRAMS candidates go through linear programs; what is left then keeps its bound, and the gap says so.
 A candidate that is closed has no completion below X. The proved bound is the least of X (or the incumbent, at gap 0) and
@@ -501,6 +502,7 @@ class JointSearch:
             stopped = self.limits.reached()
             if stopped is not None or closer.num_programs >= MOST_PROGRAMS:
                 self.count("left open", len(heap) + 1)
+                self.count("open", sum(left_s < self.target_s for left_s in opened.values()))
                 return min([bound_s, self.incumbent_s, *opened.values()]), stopped or "time_limit"
             members = groups.pop(self.key(index), [])
             if len(members) > 1:
@@ -522,7 +524,45 @@ class JointSearch:
             if done % 64 == 0:
                 least = min([self.target_s, *(pair[0] for pair in heap[:1]), *opened.values()])
                 self.limits.report("closing", done, done + len(heap), self._known(), least)
-        return min([self.target_s, *opened.values()]), "gap"
+        return self._close_whole(opened, closer)
+
+    def _close_whole(self, opened: dict[int, float], closer: Closer) -> tuple[float, Termination]:
+        """Close what linear programs left open by integer programs, always the one of least bound, until one stays open.
+
+        The least bound is the proof, so the others would not raise it.
+        """
+        heap = [(bound_s, index) for index, bound_s in opened.items()]
+        heapq.heapify(heap)
+        while heap and heap[0][0] < self.target_s:
+            stopped = self.limits.reached()
+            if stopped is not None:
+                self.count("open", len(heap))
+                return heap[0][0], stopped
+            bound_s, index = heapq.heappop(heap)
+            reason, raised_s = self._close_one_whole(index, bound_s, closer)
+            if raised_s < self.target_s:
+                heapq.heappush(heap, (raised_s, index))
+                if heap[0][1] == index:
+                    break
+            else:
+                self.count(reason)
+        self.count("open", sum(bound_s < self.target_s for bound_s, _ in heap))
+        return min([self.target_s, *(bound_s for bound_s, _ in heap)]), "gap"
+
+    def _close_one_whole(self, index: int, bound_s: float, closer: Closer) -> tuple[str, float]:
+        """Return why a candidate is closed and the bound that integers prove."""
+        reach, rank_layers = self._order_caps(index)
+        if not reach:
+            return "caps", self.target_s
+        costs = self.costs(index)
+        assert costs is not None
+        closed = closer.close_whole(
+            costs, bound_s, self.target_s, self.incumbent_s, rank_layers, lambda found: self.judged(index, found)
+        )
+        self.simulated += closed.simulated
+        if closed.completion is not None:
+            self.keep(index, closed.completion)
+        return closed.reason, max(bound_s, closed.bound_s)
 
     def _leaders(self, members: Sequence[int]) -> dict[int, int]:
         """Return for each dominated candidate of one order another one that costs no more in any component.
@@ -590,7 +630,8 @@ class JointSearch:
         if closed is None:
             closed = closer.close(costs, self.target_s, self.incumbent_s, rank_layers)
         self.simulated += closed.simulated
-        self.count(closed.reason)
+        if closed.reason != "open":
+            self.count(closed.reason)
         if closed.completion is not None:
             self.keep(index, closed.completion)
         return closed.bound_s
