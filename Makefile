@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not soak and not ranks" -n 2 --dist worksteal
-	$(PYTEST) -m "ranks and not soak"
+	$(PYTEST) -m "ranks and not soak" -n 2 --dist loadgroup
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .

@@ -19,6 +19,13 @@ settings.register_profile(
 settings.load_profile("stagewright")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests on shared pools of ranks in one process, those that start ranks of their own in another."""
+    for item in items:
+        if item.get_closest_marker("ranks"):
+            item.add_marker(pytest.mark.xdist_group("pools" if "rank_pools" in item.fixturenames else "own ranks"))
+
+
 @pytest.fixture(scope="session")
 def peer_profiles() -> Path:
     """Folder of the published profiles of other planners; skips where STAGEWRIGHT_PEER_PROFILES is unset."""
