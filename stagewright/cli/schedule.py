@@ -183,16 +183,16 @@ def _equal_costs(
     forward_s, input_grad_s, weight_grad_s = (1.0 if value is None else value for value in times)
     for field, value in zip(_COST_KEYS, (forward_s, input_grad_s, weight_grad_s), strict=False):
         _require_number(field, value, above=0.0)
-    per_rank = 1
-    if name.strip().lower() != "auto":
-        per_rank = chunks or (2 * waves if waves else family(name).default_chunks)
-    return StageCosts.uniform(
+    row = None if name.strip().lower() == "auto" else family(name)
+    per_rank = 1 if row is None else chunks or (2 * waves if waves else row.default_chunks)
+    equal = StageCosts.uniform(
         ranks * per_rank,
         forward_s=forward_s,
         input_grad_s=input_grad_s,
         weight_grad_s=weight_grad_s,
         num_chunks=per_rank,
     )
+    return equal if row is None or row.expanded_costs is None else row.expanded_costs(equal)
 
 
 def _require_number(field: str, value: float, *, least: float | None = None, above: float | None = None) -> None:

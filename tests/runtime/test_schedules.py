@@ -135,6 +135,14 @@ def test_products_of_degrees_in_a_pipeline_equal_one_process(rank_pools, degrees
     assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 3, degrees=degrees, dropout=0.0))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_schedule_written_as_a_program_equals_one_process(rank_pools, dtype):
+    split = "F*{min(D-d,T)} (I F W)*{T-min(D-d,T)} I*{min(D-d,T)} W*{min(D-d,T)}"
+    assert_equal_to_one_process(rank_pools, Case("flexpipe", 2, 4, dtype=dtype, parameters={"program": split}))
+    looped = {"program": "F*{T} F:1*{T} B:1*{T} B*{T}"}
+    assert_equal_to_one_process(rank_pools, Case("flexpipe", 2, 3, num_chunks=2, dtype=dtype, parameters=looped))
+
+
 BRANCHES = ((0, 1), (1, 3), (2, 3))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.schedules.action import Kind
+from stagewright.planner.schedules.action import COMPUTE_KINDS, Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.schedule import KIND, SLICE, STAGE, Orders, Schedule
 
@@ -13,7 +13,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def peak_activations(schedule: Schedule, costs: StageCosts | None = None) -> Floats:
-    """Return the most live activations of each rank, freed at the end of W or B, shape [num_ranks].
+    """Return the most live activations of each rank, freed at the end of W or B or when offloaded, shape [num_ranks].
 
     Without costs a microbatch on one rank counts 1, which its chunks and slices divide.
     """
@@ -24,8 +24,19 @@ def peak_activations(schedule: Schedule, costs: StageCosts | None = None) -> Flo
 def _peak(order: Orders, activation: Floats, num_slices: int) -> float:
     sign = np.zeros(len(Kind))
     sign[Kind.F], sign[Kind.B], sign[Kind.W] = 1.0, -1.0, -1.0
-    share = np.where(order[:, SLICE] < 0, 1.0, 1.0 / num_slices)
-    return float(np.cumsum(sign[order[:, KIND]] * activation[order[:, STAGE]] * share).max(initial=0.0))
+    size = activation[order[:, STAGE]] * np.where(order[:, SLICE] < 0, 1.0, 1.0 / num_slices)
+    change = sign[order[:, KIND]] * size
+    away, back = (np.flatnonzero(order[:, KIND] == kind) for kind in (Kind.OFFLOAD, Kind.RELOAD))
+    if not len(away):
+        return float(np.cumsum(change).max(initial=0.0))
+    # A move runs beside compute: it has left behind the action after its row, and is back from the action before it on.
+    is_compute = np.isin(order[:, KIND], [int(kind) for kind in COMPUTE_KINDS])
+    compute = np.cumsum(is_compute)
+    by_action = np.bincount(compute, weights=change, minlength=len(order) + 3)
+    freed_behind = np.where(np.isin(order[:, KIND], (Kind.B, Kind.W)), -change, 0.0)
+    np.add.at(by_action, compute[away] + 2, -size[away])
+    np.add.at(by_action, compute[back], size[back])
+    return float((np.cumsum(by_action) + np.bincount(compute, weights=freed_behind, minlength=len(order) + 3)).max())
 
 
 def _equal_shares(schedule: Schedule) -> Floats:

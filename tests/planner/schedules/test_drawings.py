@@ -7,12 +7,20 @@ import importlib
 import numpy as np
 import pytest
 
-from stagewright.planner.schedules.registry import families
+from stagewright.planner.schedules.family import ScheduleRequest
+from stagewright.planner.schedules.registry import families, generate
 from stagewright.planner.schedules.schedule import decode
 from stagewright.planner.simulation.timeline import COMPUTE_LANE
 from tests.planner.schedules.timed import Timed, timed
 
 EQUAL_BACKWARD, SPLIT = (1.0, 0.5, 0.5), (1.0, 1.0, 1.0)
+
+LISTED = {
+    "1f1b-vocab": (2, 3, {}),
+    "pipefb": (2, 3, {}),
+    "pipeoffload": (4, 5, {"memory_cap": 3.0}),
+    "flexpipe": (2, 3, {}),
+}
 
 DRAWN = {
     "naive": (3, 2, EQUAL_BACKWARD, {}),
@@ -67,3 +75,15 @@ def test_the_docstring_draws_the_generated_schedule(name: str) -> None:
     picture = drawing(timed(name, num_ranks, num_microbatches, seconds, **options))
     module = next(row.generate.__module__ for row in families() if row.name == name)
     assert picture in (importlib.import_module(module).__doc__ or ""), f"draw this in {module}:\n{picture}"
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_the_docstring_lists_the_generated_orders(name: str) -> None:
+    num_ranks, num_microbatches, options = LISTED[name]
+    schedule = generate(name, ScheduleRequest(num_ranks, num_microbatches, **options))
+    text = (
+        importlib.import_module(next(row.generate.__module__ for row in families() if row.name == name)).__doc__ or ""
+    )
+    for rank in range(num_ranks if name != "pipeoffload" else 1):
+        line = f"rank {rank}  " + " ".join(schedule.text(rank))
+        assert line in text, f"list this: {line}"

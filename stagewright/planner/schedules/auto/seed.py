@@ -1,6 +1,6 @@
 """The named schedules as starting orders: what the search returns is never worse than any of them.
 
-Every family of one replica that fits the placements is tried for each number of chunks, without a cap and, where it takes
+Every plain family of one replica that fits the placements is tried for each number of chunks, without a cap and, where it takes
 one, under it. Fixed orders come first and cost little. A family that improves its order for the costs is drawn up without improvement; only then, the
 most promising first, it is generated in full. It is left out only where that is proved to change nothing:
 
@@ -92,12 +92,12 @@ class Seeds:
         return [(site, seed) for site, seeds in enumerate(self.found) for seed in seeds[before[site] :]]
 
     def _choices(self) -> Iterator[Choice]:
-        """Yield every family of one replica without a cap and, where it takes one, with the sites' least and largest cap."""
+        """Yield every plain family of one replica without a cap and, where it takes one, with the sites' least and largest cap."""
         caps = self.sites[0].instance.cap  # the same on every site
         given = sorted({float(caps.min()), float(caps.max())} - {np.inf})
         for chunks in sorted({site.num_chunks for site in self.sites}):
             for family in registry.families():
-                if family.synchronous and family.num_replicas == 1:
+                if family.synchronous and family.plain and family.num_replicas == 1:
                     for cap in (*(given if family.takes_cap else ()), None):
                         yield Choice(family, chunks, cap)
 

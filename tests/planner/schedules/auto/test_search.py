@@ -95,7 +95,7 @@ def _assert_no_named_schedule_is_better(request: AutoRequest) -> None:
         costs = stage_costs(request.costs, request.num_ranks * chunks)
         assert costs is not None
         for family in registry.families():
-            if not family.synchronous or family.num_replicas > 1:
+            if not family.synchronous or not family.plain or family.num_replicas > 1:
                 continue
             try:
                 schedule = family.generate(

@@ -15,7 +15,7 @@ from stagewright.planner.schedules.auto.word import fits, words_of
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 
-SINGLE = [family for family in registry.families() if family.synchronous and family.num_replicas == 1]
+SINGLE = [family for family in registry.families() if family.synchronous and family.plain and family.num_replicas == 1]
 
 
 def _request(seed: int, *, cap: float) -> AutoRequest:
