@@ -13,7 +13,7 @@ share the order. Kelley's iterates are drawn towards the best point known (Wentg
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ LIGHT_ITERATIONS = 25
 FULL_ITERATIONS = 40
 INTEGER_ITERATIONS = 12
 MOST_NODES_IN_ALL = 3_000
+MOST_WORK = 6_000_000  # sum over all trees of their columns squared, which is about how their roots' seconds grow
 _SMOOTHING = 0.85
 _TOLERANCE = 1e-7
 _PROMISING = 1.06  # a rounded point this far above the incumbent is not improved
@@ -57,6 +58,7 @@ class Closer:
     cuts: dict[OrderKey, list[Cut]] = field(default_factory=dict)
     num_programs: int = 0
     num_nodes: int = 0
+    work: int = 0
 
     def enumerated(self, costs: CandidateCosts, incumbent_s: float, judge: Judge) -> Closed | None:
         """Return the best completion of a candidate with few partitions, None for others."""
@@ -95,34 +97,13 @@ class Closer:
     ) -> Closed:
         """Return what integer programs prove of a candidate that linear ones left open with `bound_s`.
 
-        First with the ranks' sums whole, which mostly suffices, then with everything whole. A completion that lowers the
-        incumbent lowers the target by as much.
+        Everything is whole where the program is small, else the sums over each rank. A completion that lowers the incumbent
+        lowers the target by as much.
         """
-        first = self._integers(costs, bound_s, target_s, incumbent_s, rank_layers, judge, None, form="ranks")
-        if first.reason != "open":
-            return first
-        best = first.completion
-        if best is not None:
-            target_s = min(target_s, best.step_s / (1.0 + self.limits.gap))
-        second = self._integers(costs, first.bound_s, target_s, incumbent_s, rank_layers, judge, best, form="whole")
-        return replace(second, simulated=first.simulated + second.simulated)
-
-    def _integers(
-        self,
-        costs: CandidateCosts,
-        bound_s: float,
-        target_s: float,
-        incumbent_s: float,
-        rank_layers: tuple[Longs, Longs] | None,
-        judge: Judge,
-        best: Completion | None,
-        *,
-        form: Form,
-    ) -> Closed:
-        """Return the bound after a few trees, stopped when one is empty or its point no longer adds a row."""
-        program = CutProgram(costs, form=form, rank_layers=rank_layers)
-        if form == "whole" and program.num_columns > MOST_WHOLE:
-            return Closed(bound_s, "open", best)
+        best: Completion | None = None
+        program = CutProgram(costs, form="whole", rank_layers=rank_layers)
+        if program.num_columns > MOST_WHOLE:
+            program = CutProgram(costs, form="ranks", rank_layers=rank_layers)
         shared = self.cuts.setdefault(costs.order.key, [])
         added: list[Cut] = []
         for cut in shared:
@@ -130,9 +111,10 @@ class Closer:
         nodes, simulated, reason = MOST_NODES, 0, "open"
         for _ in range(INTEGER_ITERATIONS):
             goal_s = target_s if best is None else min(target_s, best.step_s / (1.0 + self.limits.gap))
-            if nodes <= 0 or self.num_nodes >= MOST_NODES_IN_ALL or self.limits.reached() is not None:
+            if nodes <= 0 or self._is_spent or self.limits.reached() is not None:
                 break
-            point = program.below(goal_s, nodes)
+            point = program.below(goal_s, nodes, self.limits.left_s())
+            self.work += program.num_columns**2
             nodes -= max(program.nodes, 1)
             self.num_nodes += max(program.nodes, 1)
             if point is None:
@@ -154,6 +136,10 @@ class Closer:
             added += new
         self.cuts[costs.order.key] = _merged(shared, added)
         return Closed(bound_s, reason, best, simulated)
+
+    @property
+    def _is_spent(self) -> bool:
+        return self.num_nodes >= MOST_NODES_IN_ALL or self.work >= MOST_WORK
 
     def _kelley(
         self,

@@ -19,7 +19,7 @@ The integer programs have whole n and e, or whole sums of them over each rank, a
          sum_{t <= s} n[t, k] / N_k >= sum_{t <= s} n[t, k + 1] / N_{k + 1}        runs in the model's order
 
 Still a relaxation (hops are least, and so are workspaces of small classes), but what fractions of layers hide is gone: infeasible
-means that nothing of the candidate is below the target. Nodes are limited, never seconds, so answers repeat.
+means that nothing of the candidate is below the target. Nodes are limited, and seconds by a deadline only, so answers repeat.
 
 Kelley's method (1960): solve, simulate at the solution, add its critical path as a row, until the bound passes the
 target or the simulated point falls below it. HiGHS keeps the basis between solves.
@@ -322,14 +322,16 @@ class CutProgram:
             row[first : first + count] = -extra.ravel()[self._cells] * self._scale
         return row, constant * self._scale
 
-    def below(self, target_s: float, nodes: int) -> Point | None:
+    def below(self, target_s: float, nodes: int, left_s: float) -> Point | None:
         """Return the integer program's best point of at most `target_s` and its dual bound; None when there is none.
 
-        A tree that ends at `nodes` without a point returns its bound with an even point.
+        A tree that ends at `nodes`, or at a deadline in `left_s`, without a point returns its bound with an even point.
         """
         self._solver.setOptionValue("presolve", "on")
         self._solver.setOptionValue("mip_rel_gap", _INTEGER_GAP)
         self._solver.setOptionValue("mip_max_nodes", nodes)
+        if np.isfinite(left_s):
+            self._solver.setOptionValue("time_limit", self._solver.getRunTime() + max(left_s, 0.0))
         self._solver.changeColBounds(0, 0.0, target_s * self._scale)
         self._solver.run()
         status, info = self._solver.getModelStatus(), self._solver.getInfo()
