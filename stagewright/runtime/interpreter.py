@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from stagewright.modeling.batch import Batch
 from stagewright.planner.errors import InvalidSchedule
@@ -19,6 +19,7 @@ from stagewright.planner.schedules.action import COMPUTE_KINDS, RECV_KINDS, Acti
 from stagewright.planner.simulation.timeline import COLLECTIVE_LANE, COMPUTE_LANE
 from stagewright.runtime.communication import Message
 from stagewright.runtime.mailbox import Mailbox
+from stagewright.runtime.peer_swap import PeerSwap
 from stagewright.runtime.recorder import Recorder
 from stagewright.runtime.reduction import BucketSet
 from stagewright.runtime.stage import Unit, Values
@@ -88,6 +89,10 @@ class RunnableStage(Protocol):
         """Add the weight gradients of a unit."""
         ...
 
+    def activations(self, unit: Unit) -> list[UntypedStorage]:
+        """Return the storages that only a unit's backward will read."""
+        ...
+
 
 class Interpreter:
     """Runs one rank's actions.
@@ -100,6 +105,7 @@ class Interpreter:
     optimize : optimizer step of one stage, after its gradients are reduced; None leaves the gradients in place.
     recorder : keeps the spans; at_action : told each action before it runs.
     warm_up : how the iteration begins; None when nothing waits for validation.
+    swap : lends activations to the peer rank; None where the schedule does not.
     """
 
     def __init__(
@@ -112,7 +118,9 @@ class Interpreter:
         recorder: Recorder,
         at_action: Callable[[int], None],
         warm_up: WarmUp | None = None,
+        swap: PeerSwap | None = None,
     ) -> None:
+        self._swap = swap
         self._warm_up = warm_up
         self._stages = stages
         self._mailbox = mailbox
@@ -135,6 +143,7 @@ class Interpreter:
             Kind.OPT: self._step,
             Kind.UNSHARD: self._unshard,
             Kind.RESHARD: self._reshard,
+            **({Kind.EVICT: self._evict, Kind.LOAD: self._load} if swap is not None else {}),
         }
 
     def run(self, steps: Sequence[tuple[Action, ...]], iteration: Iteration) -> None:
@@ -143,6 +152,8 @@ class Interpreter:
         self._last_backwards = _last_full_backwards(steps)
         self._mailbox.begin({unit: given.batch for unit, given in iteration.items()})
         begin = 0
+        if self._swap is not None:
+            self._swap.begin()
         if self._warm_up is not None:
             begin = warm_up_length(steps)
             self._run(steps, 0, begin)
@@ -150,6 +161,8 @@ class Interpreter:
                 self._mailbox.discard(self._warm_up.messages)
                 begin = 0
         self._run(steps, begin, len(steps))
+        if self._swap is not None:
+            self._swap.finish()
         self._mailbox.finish()
         self._buckets.finish()
 
@@ -226,6 +239,18 @@ class Interpreter:
 
     def _reshard(self, action: Action) -> None:
         self._buckets.reshard((action.replica, action.stage))
+
+    def _evict(self, action: Action) -> None:
+        assert self._swap is not None
+        start = self._recorder.clock()
+        self._swap.evict(action, self._stages[action.replica, action.stage].activations(_unit(action)))
+        self._recorder.add(COLLECTIVE_LANE, action, start, self._recorder.clock())
+
+    def _load(self, action: Action) -> None:
+        assert self._swap is not None
+        start = self._recorder.clock()
+        self._swap.load(action)
+        self._recorder.add(COLLECTIVE_LANE, action, start, self._recorder.clock())
 
     def _step(self, action: Action) -> None:
         key = (action.replica, action.stage)

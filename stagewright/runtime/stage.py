@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from stagewright.modeling.attention_mode import AttentionMode
-from stagewright.modeling.batch import Batch
+from stagewright.modeling.batch import Batch, batch_tensors
 from stagewright.modeling.chain import Segment
 from stagewright.modeling.sliced_attention import KeyValueCache, SlicedAttention
 from stagewright.modeling.weight_gradients import Queue, WeightGradientSink, run_queue
@@ -33,6 +33,7 @@ class _Live:
     leaves: Values
     cache: KeyValueCache | None = None
     roots: dict[int, tuple[GradientEdge | None, ...]] = field(default_factory=dict)
+    storages: dict[int, UntypedStorage] = field(default_factory=dict)  # by address, where they are kept
 
 
 class Stage:
@@ -45,6 +46,7 @@ class Stage:
     sink : where deferred weight gradients go.
     loss_context : surrounds the forward and the backward of the loss.
     context : makes the attention over a sequence that is divided over ranks; None when it is not.
+    keeps_storages : note what each forward saves, for `activations`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Stage:
         *,
         loss_context: Callable[[], AbstractContextManager[object]] = nullcontext,
         context: Callable[[], AttentionMode] | None = None,
+        keeps_storages: bool = False,
     ) -> None:
         self.segment = segment
         self.index = index
@@ -63,6 +66,7 @@ class Stage:
         self.losses: dict[Unit, Tensor] = {}
         self._sink = sink
         self._context = context
+        self._keeps_storages = keeps_storages
         self._loss_context = loss_context if segment.is_last else nullcontext
         self._live: dict[Unit, _Live] = {}
         self._queues: dict[Unit, Queue] = {}
@@ -77,11 +81,13 @@ class Stage:
         """Return the values that other stages need, without graph; keeps what the backward will want."""
         leaves = {layer: tuple(_leaf(value) for value in values) for layer, values in received.items()}
         live = _Live(leaves)
-        with self._loss_context():
+        with self._loss_context(), self._noted(live) if self._keeps_storages else nullcontext():
             produced = self._run(unit, batch, live, seed)
         for layer, values in produced.items():
             live.roots[layer] = tuple(get_gradient_edge(value) if value.requires_grad else None for value in values)
         self._live[unit] = live
+        for value in (*batch_tensors(batch), *(value for values in produced.values() for value in values)):
+            live.storages.pop(_address(value), None)  # outputs may be on their way
         if self.segment.is_last:
             (loss,) = produced.pop(self.segment.chain.num_layers - 1)
             self.losses[unit] = loss.detach()
@@ -99,6 +105,25 @@ class Stage:
         if split:
             self._queues[unit] = queue
         return {layer: tuple(_gradient(leaf) for leaf in leaves) for layer, leaves in live.leaves.items()}
+
+    def activations(self, unit: Unit) -> list[UntypedStorage]:
+        """Return the storages that only this unit's backward will read: no parameters, buffers, inputs of the batch, outputs."""
+        model = self.segment.chain.model
+        others = {_address(value) for value in (*model.parameters(), *model.buffers())}
+        for other, live in self._live.items():
+            if other != unit:
+                others |= live.storages.keys()
+        found = self._live[unit].storages
+        return [storage for address, storage in found.items() if address not in others and storage.nbytes()]
+
+    def _noted(self, live: _Live) -> AbstractContextManager[object]:
+        """Note the storage of every tensor that is saved for the backward within."""
+
+        def pack(value: Tensor) -> Tensor:
+            live.storages.setdefault(_address(value), value.untyped_storage())
+            return value.detach()
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value)
 
     def weight_gradients(self, unit: Unit) -> None:
         """Add the weight gradients that the unit's input gradient left."""
@@ -145,6 +170,10 @@ class Stage:
             if not live.cache.calls:
                 self._caches.pop(unit[0], None)
         return roots, seeds
+
+
+def _address(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""Activations lent to a peer rank and fetched back: BPipe's EVICT and LOAD.
+
+A rank that evicts sends the storages that a unit's backward will read to its peer and gives their memory back; a load sizes
+them again and receives their bytes. Tensors and graph stay, so nothing in autograd notices. The peer accepts and returns
+in a thread of its own, in the order of the evicting rank's list, so that its own actions have no new place for it; both
+ends work through that one order, and neither waits for anything else in between.
+
+Evicting: count and sizes of the storages, then their bytes (tag 1). Loading: the bytes back (tag 2).
+
+Paper: Kim et al., BPipe, ICML 2023.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, UntypedStorage
+
+from stagewright.planner.schedules.action import Action, Kind
+
+_EVICTED, _RETURNED = 1, 2
+UnitKey = tuple[int, int, int, int]  # (replica, stage, microbatch, slice)
+
+
+class PeerSwap:
+    """One rank's half of a pair.
+
+    Parameters
+    ----------
+    group : the two ranks of the pair; peer : the other's global rank.
+    accepted : the peer's EVICT and LOAD actions in the order of its list.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, peer: int, accepted: Sequence[Action], device: torch.device) -> None:
+        self._group = group
+        self._peer = peer
+        self._accepted = tuple(accepted)
+        self._device = device
+        self._away: dict[UnitKey, list[tuple[UntypedStorage, int]]] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.bytes_evicted = 0
+
+    def begin(self) -> None:
+        """Start to accept what the peer evicts in this iteration."""
+        if self._accepted:
+            self._thread = threading.Thread(target=self._accept_all, name="peer swap", daemon=True)
+            self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until the peer has everything back; raises what went wrong meanwhile."""
+        assert not self._away, f"still away: {[*self._away]}"
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def evict(self, action: Action, storages: Sequence[UntypedStorage]) -> None:
+        """Send a unit's storages to the peer and free them."""
+        sizes = [storage.nbytes() for storage in storages]
+        self._send(torch.tensor([len(sizes)], dtype=torch.int64), _EVICTED)
+        self._send(torch.tensor(sizes, dtype=torch.int64), _EVICTED)
+        for storage in storages:
+            self._send(_bytes_of(storage, self._device), _EVICTED)
+            storage.resize_(0)
+        self._away[_key(action)] = list(zip(storages, sizes, strict=True))
+        self.bytes_evicted += sum(sizes)
+
+    def load(self, action: Action) -> None:
+        """Fetch a unit's storages back."""
+        for storage, size in self._away.pop(_key(action)):
+            storage.resize_(size)
+            self._receive(_bytes_of(storage, self._device), _RETURNED)
+
+    def _accept_all(self) -> None:
+        held: dict[UnitKey, list[Tensor]] = {}
+        try:
+            for action in self._accepted:
+                if action.kind is Kind.EVICT:
+                    held[_key(action)] = self._accept()
+                else:
+                    for buffer in held.pop(_key(action)):
+                        self._send(buffer, _RETURNED)
+        except BaseException as error:  # handed to the rank's own thread, which raises it
+            self._error = error
+
+    def _accept(self) -> list[Tensor]:
+        count = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._receive(count, _EVICTED)
+        sizes = torch.zeros(int(count), dtype=torch.int64, device=self._device)
+        self._receive(sizes, _EVICTED)
+        buffers = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes.tolist()]
+        for buffer in buffers:
+            self._receive(buffer, _EVICTED)
+        return buffers
+
+    def _send(self, value: Tensor, tag: int) -> None:
+        dist.send(value.to(self._device), self._peer, group=self._group, tag=tag)
+
+    def _receive(self, value: Tensor, tag: int) -> None:
+        dist.recv(value, self._peer, group=self._group, tag=tag)
+
+
+def swaps(actions: Sequence[Action]) -> tuple[Action, ...]:
+    """Return the evictions and loads among some actions, in order."""
+    return tuple(action for action in actions if action.kind in (Kind.EVICT, Kind.LOAD))
+
+
+def _key(action: Action) -> UnitKey:
+    return (action.replica, action.stage, action.microbatch, action.slice)
+
+
+def _bytes_of(storage: UntypedStorage, device: torch.device) -> Tensor:
+    """Return a storage as bytes, without a copy."""
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

@@ -1,0 +1,36 @@
+"""BPipe's evictions and loads, executed: the gradients of one process, and room on the ranks that lend."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+from runtime_cases import Case, prepare
+from test_schedules import assert_equal_to_one_process
+
+pytestmark = pytest.mark.ranks
+
+CASES = [
+    Case("bpipe", 4, 8),
+    Case("bpipe", 4, 8, tied=False, dtype="float64", recompute=("none", "selective")),
+    Case("bpipe", 2, 4, degrees={"dp": 2, "zero": 1}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.num_ranks}-{case.dtype}-{case.degrees}")
+def test_lent_activations_come_back_and_gradients_equal_one_process(rank_pools, case):
+    assert_equal_to_one_process(rank_pools, case)
+
+
+def test_the_first_rank_lends_one_of_four_microbatches_and_needs_that_much_less(rank_pools):
+    pool = rank_pools(4)
+    sizes = {"dropout": 0.0, "width": 128, "tied": False, "microbatch": 4}
+    lent = pool.run("bytes_lent", prepare(Case("bpipe", 4, 8, **sizes), pool.next_number()))
+    assert lent[0][0] > 0 and [each for each, _ in lent[1:]] == [0, 0, 0]
+    peaks = {}
+    for schedule in ("1f1b", "bpipe"):
+        peaks[schedule] = pool.run("peak_memory", prepare(Case(schedule, 4, 8, **sizes), pool.next_number()))
+    # Of four microbatches the first rank keeps three, one of which may be on its way.
+    one = lent[0][0] / lent[0][1]
+    assert peaks["1f1b"][0] - peaks["bpipe"][0] >= 0.8 * one
+    assert peaks["bpipe"][1] == pytest.approx(peaks["1f1b"][1], rel=1e-2)
