@@ -545,7 +545,7 @@ class JointSearch:
                 if heap[0][1] == index:
                     break
             else:
-                self.count(reason)
+                self.count("integer program" if reason == "open" else reason)
         self.count("open", sum(bound_s < self.target_s for bound_s, _ in heap))
         return min([self.target_s, *(bound_s for bound_s, _ in heap)]), "gap"
 
