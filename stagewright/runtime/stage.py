@@ -86,8 +86,9 @@ class Stage:
         for layer, values in produced.items():
             live.roots[layer] = tuple(get_gradient_edge(value) if value.requires_grad else None for value in values)
         self._live[unit] = live
-        for value in (*batch_tensors(batch), *(value for values in produced.values() for value in values)):
-            live.storages.pop(_address(value), None)  # outputs may be on their way
+        if self._keeps_storages:
+            for value in (*batch_tensors(batch), *(value for values in produced.values() for value in values)):
+                live.storages.pop(_address(value), None)  # outputs may be on their way
         if self.segment.is_last:
             (loss,) = produced.pop(self.segment.chain.num_layers - 1)
             self.losses[unit] = loss.detach()

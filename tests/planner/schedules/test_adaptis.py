@@ -27,7 +27,7 @@ def _hybrid(num_layers: int, num_ranks: int) -> StageCosts:
     return StageCosts.of(forward_s, 1.1 * forward_s, 0.8 * forward_s, activation=share)
 
 
-@pytest.mark.parametrize(("num_ranks", "num_layers"), [(4, 16), (4, 25)])
+@pytest.mark.parametrize(("num_ranks", "num_layers"), [pytest.param(4, 16, marks=pytest.mark.soak), (4, 25)])
 def test_the_joint_loop_beats_every_schedule_on_the_even_partition(num_ranks, num_layers):
     layers = _hybrid(num_layers, num_ranks)
     common = {"latency_s": 0.1, "memory_cap": float(num_ranks), "evaluations": 20_000}
