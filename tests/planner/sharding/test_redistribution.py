@@ -40,7 +40,7 @@ def test_one_axis_costs_what_oneflows_boxing_table_says(before, after, kind, sha
     assert step.sent_bytes == pytest.approx(share * 128.0)
 
 
-def test_an_axisexchanges_only_what_the_other_axis_left_it():
+def test_an_axis_exchanges_only_what_the_other_axis_left_it():
     mesh = Mesh.of({"x": 2, "y": 4})
     (step,) = steps(mesh, (split("i"), PARTIAL), (split("i"), REPLICATED))
     assert (step.axis, step.kind, step.group_bytes) == (1, "all-reduce", 64.0)
