@@ -25,10 +25,9 @@ from stagewright.planner.errors import InvalidArgument, RankLost
 from stagewright.runtime.launch import Progress
 from stagewright.runtime.report import RunReport
 from stagewright.runtime.run import run_plan
-from stagewright.runtime.training import TrainingSettings, latest_step
+from stagewright.runtime.training import WARM_UP_STEPS, TrainingSettings, latest_step
 
-# Steps before the first timed one of a run that starts anew: warm-up, and one whose memory is measured.
-_BEFORE_TIMED, _FOR_MEMORY = 2, 1
+_FOR_MEMORY = 1  # steps whose memory is measured, after the warm-up
 
 
 def run_elastic(
@@ -55,7 +54,7 @@ def run_elastic(
     """
     _check(plan, fallbacks, training)
     assert training.save is not None
-    last = _BEFORE_TIMED + _FOR_MEMORY * ("memory" in checks) + steps
+    last = WARM_UP_STEPS + _FOR_MEMORY * ("memory" in checks) + steps
     if training.load is not None:
         last = steps + (latest_step(training.load) or 0)
     restarts: list[dict[str, object]] = []

@@ -35,10 +35,9 @@ from stagewright.runtime.recorder import now_s
 from stagewright.runtime.reference import ReferenceRun, run_reference
 from stagewright.runtime.status import StatusFile
 from stagewright.runtime.torch_adapter import default_store
-from stagewright.runtime.training import checkpoint_folder, find_checkpoint, mark_latest
+from stagewright.runtime.training import WARM_UP_STEPS, checkpoint_folder, find_checkpoint, mark_latest
 from stagewright.runtime.worker import Worker, WorkerSettings
 
-WARM_UP_STEPS = 2
 # Large enough that three steps move every weight well clear of the rounding of its own size.
 CHECK_OPTIMIZER = OptimizerChoice("sgd-momentum", 0.5)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from stagewright.planner.errors import InvalidArgument
 
+WARM_UP_STEPS = 2  # of a run that starts anew, before its memory is measured and its steps are timed
+
 _LATEST = "latest"
 
 
