@@ -5,13 +5,14 @@ Three kinds of models, in this order:
 1. a model with `stagewright_layers()`, which returns its layers by name, in order; `stagewright_edges()` may say which
    layer feeds which, for a graph;
 2. `nn.Sequential`: its children are the layers;
-3. any other: the longest ModuleList or Sequential of one class holds the repeated layers. What is registered before it,
-   on the way from the root, is one layer (the embedding or stem); what comes after are layers of their own, and the
-   loss is the last. The model's own forward runs between them (see `own_forward`), so that masks, positions and rotary
-   tables are made where they are needed.
+3. any other: the longest ModuleList or Sequential of one class (or of the classes that the model names in
+   `_no_split_modules`) holds the repeated layers. What is registered before it, on the way from the root, is one layer
+   (the embedding or stem); what comes after are layers of their own, and the loss is the last. The model's own forward
+   runs between them (see `own_forward`), so that masks, positions and rotary tables are made where they are needed.
 
 Modules without parameters outside the repeated ones (dropout, rotary tables) are no layers: every stage keeps them.
-Order of registration is taken for order of use; `own_forward` raises where a model does otherwise.
+Order of registration is taken for order of use, but for a few well-known names (`lm_head`, `final_layer_norm`);
+`own_forward` raises where a model does otherwise.
 """
 
 from __future__ import annotations
@@ -109,11 +110,13 @@ def _drafts(model: nn.Module, path: str | None) -> list[_Draft]:
 def _longest_container(model: nn.Module) -> str | None:
     best: str | None = None
     length = 1
+    whole = set(getattr(model, "_no_split_modules", None) or ())
     for path, module in model.named_modules():
         if not isinstance(module, _CONTAINERS) or not path:
             continue
-        classes = {type(child) for child in module.children()}
-        if len(classes) == 1 and len(module) > length and _has_parameters(module):
+        classes = {type(child).__name__ for child in module.children()}
+        alike = len(classes) == 1 or classes <= whole
+        if alike and len(module) > length and _has_parameters(module):
             best, length = path, len(module)
     return best
 
@@ -149,17 +152,23 @@ def _walk(module: nn.Module, prefix: str, steps: list[str]) -> Iterator[tuple[st
 
 
 def _position(name: str, path: str, model: nn.Module) -> int:
-    """Return -1, 0 or 1: used before, at or after the repeated layers.
+    """Return when a module is used: before the repeated layers (-1), as them (0), or after (1; a projection 2, a head 3).
 
-    That is the order of registration, except for the norm of an embedding (`layernorm_embedding`), wherever it stands.
+    That is the order of registration, except for modules whose name says otherwise: the norm of an embedding
+    (`layernorm_embedding`) and a position bias that layers share, the last norm, the last projection and a language
+    model's head, wherever they stand.
     """
     if name == path:
         return 0
     own = name.rpartition(".")[2]
-    if "norm" in own and "embed" in own:
+    if ("norm" in own and own.endswith(("embedding", "embeddings"))) or own.startswith("relative_attention"):
         return -1
+    named = _LAST.get(own, 1 if own.startswith("final_") and "norm" in own else 0)
     order = {other: index for index, (other, _) in enumerate(model.named_modules())}
-    return -1 if order[name] < order[path] else 1
+    return named or (-1 if order[name] < order[path] else 1)
+
+
+_LAST = {"embedding_norm": 1, "project_out": 2, "lm_head": 3}
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -52,6 +52,30 @@ class SkippingGPT(TinyGPT):
         return functional.cross_entropy(self.head(self.norm(hidden)).flatten(0, 1), targets.flatten())
 
 
+class WideBlock(Block):
+    """A block of another class."""
+
+
+class Rearranged(nn.Module):
+    """Head and last norm are registered first, as OPT and XLM-RoBERTa do, and blocks are of two classes, as in Jamba."""
+
+    _no_split_modules = ("Block", "WideBlock")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(16, 50, bias=False)
+        self.token = nn.Embedding(50, 16)
+        self.final_layer_norm = nn.LayerNorm(16)
+        self.blocks = nn.ModuleList([Block(16), WideBlock(16), Block(16)])
+        self.layernorm_embedding = nn.LayerNorm(16)
+
+    def forward(self, tokens, targets):
+        hidden = self.layernorm_embedding(self.token(tokens))
+        for block in self.blocks:
+            hidden = block(hidden)
+        return functional.cross_entropy(self.lm_head(self.final_layer_norm(hidden)).flatten(0, 1), targets.flatten())
+
+
 class Residual(nn.Module):
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
@@ -100,6 +124,7 @@ def plain_models():
     return {
         "tied": (TinyGPT(), (tokens(), tokens())),
         "untied": (TinyGPT(tied=False), (tokens(), tokens())),
+        "rearranged": (Rearranged(), (tokens(), tokens())),
         "convolutions": (TinyResNet(), (images, torch.tensor([0, 2]))),
         "sequential": (
             nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),
@@ -163,7 +188,7 @@ def assert_every_cut_agrees(model, batch) -> None:
     assert torch.equal(values[0], whole)
 
 
-@pytest.mark.parametrize("name", ["tied", "untied", "convolutions", "sequential"])
+@pytest.mark.parametrize("name", ["tied", "untied", "rearranged", "convolutions", "sequential"])
 def test_a_plain_model_cut_anywhere_gives_the_same_loss_and_gradients(name):
     torch.manual_seed(0)
     assert_every_cut_agrees(*plain_models()[name])
@@ -183,6 +208,11 @@ def test_layers_of_a_gpt_have_names_kinds_classes_and_ties():
     assert [layer.num_parameters for layer in chain.layers] == [928, 304, 304, 304, 304, 32, 800, 0]
     (tie,) = chain.ties
     assert (tie.parameter, tie.layers, tie.num_parameters) == ("token.weight", ("embedding", "head"), 800)
+
+
+def test_well_known_names_stand_where_they_are_used():
+    names = split(Rearranged()).layer_names
+    assert names == ("embedding", "blocks.0", "blocks.1", "blocks.2", "final_layer_norm", "lm_head", "loss")
 
 
 def test_stages_of_residual_nets_are_cut_inside_each_sequence_of_blocks():
