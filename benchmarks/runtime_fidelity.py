@@ -7,7 +7,8 @@ real       2 ranks, 20 plans of the example GPT and a Hugging Face Llama: step-t
            5 %), peak memory (3 %), bytes sent (exact).
 
 Usage: python benchmarks/runtime_fidelity.py [emulated|real ...] [--pairs 20] [--action-ms 20] [--steps 10]
-Writes benchmarks/results/runtime_fidelity.json.
+           [--schedules A,B] [--models gpt,llama]
+Writes benchmarks/results/runtime_fidelity.json; some schedules or models take the place of their rows there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +57,7 @@ from stagewright.planner.prediction import with_prediction  # noqa: E402
 from stagewright.planner.schedules.family import ScheduleRequest  # noqa: E402
 from stagewright.planner.schedules.registry import generate  # noqa: E402
 from stagewright.runtime.program import program_of  # noqa: E402
+from stagewright.runtime.report import MEMORY_LIMIT  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "runtime_fidelity.json"
 NUM_RANKS, NUM_MICROBATCHES = 4, 8
@@ -63,6 +66,12 @@ SCHEDULES = (
     "dualpipe-v", "interleaved-zb",
 )  # fmt: skip
 REAL_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
+TWO_CHUNKS = ("interleaved", "breadth-first", "zb-v", "v-half", "v-min", "dualpipe-v", "interleaved-zb")
+MODELS = {
+    "gpt": f"{ROOT / 'examples' / 'gpt.py'}:build_untied",
+    "llama": f"{Path(__file__).resolve()}:llama",
+}
+Row = dict[str, Any]
 
 
 def main() -> int:
@@ -71,19 +80,24 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[[], "emulated", "real"], default=[])
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--action-ms", type=float, default=20.0)
-    parser.add_argument("--schedules", default=",".join(SCHEDULES), help="some of them; nothing is written then")
+    parser.add_argument("--schedules", default="", help="some of them")
+    parser.add_argument("--models", default=",".join(MODELS), help="some of them")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--budget", type=float, default=30.0)
     arguments = parser.parse_args()
     parts = arguments.parts or ["emulated", "real"]
+    chosen = tuple(arguments.schedules.split(",")) if arguments.schedules else ()
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    found = {name: known[name] for name in ("emulated", "real") if name in known}
+    before = {name: known[name]["rows"] for name in ("emulated", "real") if name in known}
+    found = {name: known[name] for name in before}
     if "emulated" in parts:
-        found["emulated"] = emulated(arguments.schedules.split(","), arguments.pairs, arguments.action_ms / 1e3)
+        rows = emulated(chosen or SCHEDULES, arguments.pairs, arguments.action_ms / 1e3)
+        rows = _merged(before.get("emulated", []), rows, ("schedule",))
+        found["emulated"] = {**_of_emulated(rows), "rows": rows}
     if "real" in parts:
-        found["real"] = real(arguments.steps, arguments.budget)
-    if arguments.schedules != ",".join(SCHEDULES):
-        return 0
+        rows = real(arguments.models.split(","), chosen or REAL_SCHEDULES, arguments.steps, arguments.budget)
+        rows = _merged(before.get("real", []), rows, ("model", "schedule", "microbatch"))
+        found["real"] = {**_of_real(rows), "rows": rows}
     RESULT.write_text(
         json.dumps({**machine("python benchmarks/runtime_fidelity.py " + " ".join(sys.argv[1:])), **found}, indent=1)
         + "\n"
@@ -91,20 +105,35 @@ def main() -> int:
     return 0
 
 
-def emulated(schedules: Sequence[str], pairs: int, action_s: float) -> dict[str, object]:
-    """Return ratios of measured to simulated and to torch's runtime, by schedule."""
-    plans = [(name, *(each.model_dump_json() for each in emulated_plan(name, action_s))) for name in schedules]
-    rows = _on_ranks((plans, pairs, action_s))
-    ratios = [ratio for row in rows for ratio in row["ratios"]]
-    low, high = _interval(ratios)
+def _merged(old: Sequence[Row], new: Sequence[Row], key: Sequence[str]) -> list[Row]:
+    """Return the rows with those that were measured anew in place of the old ones."""
+    rows = {tuple(row[name] for name in key): row for row in (*old, *new)}
+    return list(rows.values())
+
+
+def _of_emulated(rows: Sequence[Row]) -> Row:
+    low, high = _interval([ratio for row in rows for ratio in row["ratios"]])
     return {
-        "pairs": pairs,
-        "action_s": action_s,
         "median_over_simulated": statistics.median(row["over_simulated"] for row in rows),
         "over_torch_low": low,
         "over_torch_high": high,
-        "rows": rows,
     }
+
+
+def _of_real(rows: Sequence[Row]) -> Row:
+    return {
+        "median_absolute_step_error": statistics.median(abs(row["step_error"]) for row in rows),
+        "median_step_error": statistics.median(row["step_error"] for row in rows),
+        "largest_peak_error": max((row["peak_error"] for row in rows), key=abs),
+        "num_peaks_within_limit": sum(abs(row["peak_error"]) <= MEMORY_LIMIT for row in rows),
+        "traffic_exact": all(row["traffic_exact"] for row in rows),
+    }
+
+
+def emulated(schedules: Sequence[str], pairs: int, action_s: float) -> list[Row]:
+    """Return ratios of measured to simulated and to torch's runtime, by schedule."""
+    plans = [(name, *(each.model_dump_json() for each in emulated_plan(name, action_s))) for name in schedules]
+    return [{**row, "pairs": pairs, "action_s": action_s} for row in _on_ranks((plans, pairs, action_s))]
 
 
 def emulated_plan(name: str, action_s: float) -> tuple[Plan, ModelProfile]:
@@ -155,7 +184,6 @@ def _job(global_batch: int, sequence_length: int) -> TrainingJob:
     )  # fmt: skip
 
 
-Row = dict[str, object]
 Emulated = tuple[list[tuple[str, str, str]], int, float]  # (schedule, plan, profile) each, pairs, seconds of an action
 
 
@@ -309,7 +337,7 @@ def llama(num_layers: int = 6) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def real(steps: int, budget_s: float) -> dict[str, object]:
+def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: float) -> list[Row]:
     """Return errors of predicted step time and peak memory, and whether traffic was exact, by plan."""
     from stagewright.profiler.discover import discover_local
     from stagewright.profiler.model_profile import profile_model
@@ -317,14 +345,14 @@ def real(steps: int, budget_s: float) -> dict[str, object]:
 
     cluster = discover_local()
     rows = []
-    for model in (f"{ROOT / 'examples' / 'gpt.py'}:build_untied", f"{Path(__file__).resolve()}:llama"):
+    for model in (MODELS[name] for name in models):
         profile = profile_model(
             model, microbatches=(1, 2), sequence_length=128, num_busy_ranks=2, optimizer="sgd-momentum",
             budget_s=budget_s,
         )  # fmt: skip
-        for name in REAL_SCHEDULES:
+        for name in schedules:
             for microbatch, recompute in ((1, Recompute.NONE), (2, Recompute.FULL)):
-                chunks = 2 if name in ("interleaved", "zb-v") else 1
+                chunks = 2 if name in TWO_CHUNKS else 1
                 choice = Choice(Degrees(), 2, chunks, microbatch, name, recompute)
                 plan = with_prediction(even_plan(profile, cluster, _job(8 * microbatch, 128), choice), profile)
                 with tempfile.TemporaryDirectory() as folder:
@@ -333,18 +361,13 @@ def real(steps: int, budget_s: float) -> dict[str, object]:
                         directory=Path(folder),
                     )  # fmt: skip
                 row = {
-                    "model": model.rpartition(":")[2], "schedule": name, "microbatch": microbatch,
-                    "recompute": recompute.value, "step_error": report.error["step_time"],
+                    "model": model.rpartition(":")[2], "num_steps": steps, "schedule": name, "microbatch": microbatch,
+                    "recompute": recompute.value, "step_time_s": report.measured["step_time_s"], "step_error": report.error["step_time"],
                     "peak_error": report.error["peak_memory_max"], "traffic_exact": report.checks["traffic"]["passed"],
                 }  # fmt: skip
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    return {
-        "median_absolute_step_error": statistics.median(abs(row["step_error"]) for row in rows),
-        "largest_peak_error": max((row["peak_error"] for row in rows), key=abs),
-        "traffic_exact": all(row["traffic_exact"] for row in rows),
-        "rows": rows,
-    }
+    return rows
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def run(
     ] = False,
     replay: Annotated[str | None, typer.Option(help="RANK or all: one rank's part at a time on one device.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Of the plan's optimizer.")] = 1e-3,
+    momentum: Annotated[float, typer.Option(help="Of the plan's optimizer, where it is sgd-momentum.")] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="Of the plan's optimizer.")] = 0.0,
     learning_rate_schedule: Annotated[
         str | None,
@@ -49,6 +50,9 @@ def run(
     clip_norm: Annotated[
         float | None, typer.Option(help="Largest norm of the whole model's gradient, over all ranks.")
     ] = None,
+    skip_nonfinite: Annotated[
+        bool, typer.Option("--skip-nonfinite", help="Take no step whose gradient is not finite.")
+    ] = False,
     save: Annotated[Path | None, typer.Option(help="Directory for checkpoints; any plan can go on from them.")] = None,
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; the last step is always saved.")
@@ -79,7 +83,7 @@ def run(
     )
     from stagewright.planner.documents import Plan
     from stagewright.runtime.elastic import run_elastic
-    from stagewright.runtime.run import run_plan
+    from stagewright.runtime.run import RunOptions, run_plan
     from stagewright.runtime.training import TrainingSettings
 
     checks = tuple(name.strip() for name in check.split(",") if name.strip())
@@ -110,42 +114,30 @@ def run(
             document.check_profile(layer_digest=model_profile.layer_digest, num_layers=model_profile.num_layers)
         training = TrainingSettings(
             learning_rate=learning_rate,
+            momentum=momentum,
             weight_decay=weight_decay,
             learning_rate_schedule=learning_rate_schedule,
             clip_norm=clip_norm,
+            skip_nonfinite=skip_nonfinite,
             save=None if save is None else str(save),
             save_every=save_every,
             load=None if load is None else str(load),
         )
+        if fallback and (emulate or replay is not None):
+            raise InvalidArgument("a run with fallbacks computes on every rank", field="fallback")
+        options = RunOptions(
+            model=factory,
+            data=data,
+            steps=steps,
+            checks=checks,
+            training=training,
+            torchrun_arguments=tuple(torchrun_arguments or ()),
+            progress=report,
+        )
         if fallback:
-            if emulate or replay is not None:
-                raise InvalidArgument("a run with fallbacks computes on every rank", field="fallback")
-            result = run_elastic(
-                document,
-                [Plan.load(path) for path in fallback],
-                model_profile,
-                model=factory,
-                data=data,
-                steps=steps,
-                checks=checks,
-                training=training,
-                torchrun_arguments=tuple(torchrun_arguments or ()),
-                progress=report,
-            )
+            result = run_elastic(document, [Plan.load(path) for path in fallback], model_profile, **options)
         else:
-            result = run_plan(
-                document,
-                model_profile,
-                model=factory,
-                data=data,
-                steps=steps,
-                checks=checks,
-                emulate=emulate,
-                replay=replay,
-                training=training,
-                torchrun_arguments=tuple(torchrun_arguments or ()),
-                progress=report,
-            )
+            result = run_plan(document, model_profile, emulate=emulate, replay=replay, **options)
     if output is not None:
         save_run(out, document, result)
         if output.name != "run.json":

@@ -15,7 +15,7 @@ Papers: Shoeybi et al., Megatron-LM, 2019; Korthikanti et al., MLSys 2023.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -98,7 +98,7 @@ def parallelize(
     splitter = _Splitter(chain.model, group, sink, sequence_parallel)
     for path, role in plan.items():
         splitter.split_module(path, role)
-    splitter.hook_entrances([path for path, role in plan.items() if role == "column"], inside)
+    splitter.hook_entrances(plan, inside)
     if sequence_parallel:
         _hook_region(chain, set(indices), group)
         splitter.mark_partial([layer.name for layer in held if layer.kind == "block"])
@@ -140,16 +140,19 @@ class _Splitter:
             mesh = DeviceMesh.from_group(self._group.group, device)
             module.forward = partial(_head, forward, self._group, mesh)
 
-    def hook_entrances(self, columns: list[str], layers: Iterable[str]) -> None:
+    def hook_entrances(self, plan: Mapping[str, Role], layers: Iterable[str]) -> None:
         """Let column layers communicate at their entrance, those that share an input once.
 
         With sequence parallelism the whole sequence has to be there where shapes are read from it: at the entrance of
         the module that holds the column layers.
         """
+        columns = [path for path, role in plan.items() if role == "column"]
         if not self._sequence_parallel:
             entrance = _Entrance(copy, self._group)
             for path in columns:
                 self._model.get_submodule(path).register_forward_pre_hook(entrance)
+            for path in (path for path, role in plan.items() if role == "row"):
+                self._model.get_submodule(path).register_forward_pre_hook(entrance.forget)
             return
         holders = dict.fromkeys(column.rpartition(".")[0] for column in columns)
         for path in holders:
@@ -193,21 +196,24 @@ class _Splitter:
 
 
 class _Entrance:
-    """What happens to the input of column layers; layers that are called with one tensor in turn share the result."""
+    """What happens to the input of column layers; layers that are called with one tensor in turn share the result.
+
+    It is held until the row layer that follows: under recomputation nothing else holds it.
+    """
 
     def __init__(self, enter: Callable[[Tensor, TensorGroup], Tensor], group: TensorGroup) -> None:
         self._enter = enter
         self._group = group
-        self._last: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
+        self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self._last is not None and self._last[0]() is args[0]:
-            known = self._last[1]()
-            if known is not None:
-                return (known, *args[1:])
-        entered = self._enter(args[0], self._group)
-        self._last = (weakref.ref(args[0]), weakref.ref(entered))
-        return (entered, *args[1:])
+        if self._last is None or self._last[0]() is not args[0]:
+            self._last = (weakref.ref(args[0]), self._enter(args[0], self._group))
+        return (self._last[1], *args[1:])
+
+    def forget(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Let go of the last result: the split region ends."""
+        self._last = None
 
 
 def _check_heads(model: nn.Module, size: int) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.documents.plan import Plan
-from stagewright.planner.documents.profile import LayerClass, ModelProfile
+from stagewright.planner.documents.profile import LayerClass, ModelProfile, Recompute
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.lowering.parameters import with_parameter_gathers
 from stagewright.planner.schedules.schedule import KIND, STAGE, Schedule
@@ -64,7 +64,7 @@ def link_bytes(
 
 
 def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: int, row: LayerCosts) -> None:
-    """Add the collectives inside one stage's layers.
+    """Add the collectives inside one stage's layers, and those that full recomputation runs again.
 
     Under sequence parallelism the sequence is split at the first block and joined behind the last, which gathers gradients
     at the one and values at the other; embedding and head lie outside and sum whole tensors. Parameters of blocks that
@@ -77,8 +77,11 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     kinds = [profile.classes[name].kind for name in profile.layer_classes]
     blocks = [layer for layer, kind in enumerate(kinds) if kind == "block"]
     ends = (blocks[0], blocks[-1] + 1) if blocks and degrees.sp else ()
-    for layer in plan.stages[stage].layer_indices:
+    levels = plan.stages[stage].recompute_levels()
+    for layer, level in zip(plan.stages[stage].layer_indices, levels, strict=True):
         summed = degrees.sp and kinds[layer] in ("embedding", "head", "loss")
+        for name, each in row.table.again_link_bytes.items() if level is Recompute.FULL else ():
+            _add(total, name, float(each[layer]) * repeats * devices)
         for name, each in row.table.link_bytes.items():
             purpose = name.partition("/")[2]
             sent = float(each[layer]) * repeats * devices

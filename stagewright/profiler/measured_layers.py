@@ -45,15 +45,12 @@ class LayerNumbers:
 class ConfigurationNumbers:
     """All layers of one configuration and what belongs to none of them.
 
-    `first_extra_s` is what a step's first microbatch takes longer than a later one: it allocates gradients (negative where
-    adding to them takes longer). `split_overhead` is (I + W) / B - 1; `drift` the relative change between the earlier and the later half.
+    `empty_step_s` is what any optimizer step takes beside its parameters. `split_overhead` is (I + W) / B - 1; `drift` the relative change between the earlier and the later half.
     """
 
     layers: tuple[LayerNumbers, ...]
     outside_s: float
     entrance_s: float
-    first_extra_s: float
-    clearing_s: float
     empty_step_s: float
     split_overhead: float | None
     drift: float
@@ -97,8 +94,6 @@ def configuration_numbers(samples: Mapping[str, Sequence[Numbers]]) -> Configura
         layers=layers,
         outside_s=_median(steps, "outside_s"),
         entrance_s=_median(steps, "entrance_s"),
-        first_extra_s=_median(steps, "allocating_s") - whole,
-        clearing_s=_median(steps, "clearing_s"),
         empty_step_s=_median(steps, "empty_step_s"),
         split_overhead=overhead,
         drift=_drift(totals),

@@ -2,8 +2,8 @@
 
 Kinds of measurement, each a short piece of a training step whose numbers are plain JSON:
 
-- `step`: gradients are cleared, two microbatches run (the first allocates gradients, the second adds to them), the
-  optimizer steps layer by layer.
+- `step`: two microbatches run (the second as any but a step's first), and layer by layer the optimizer steps and the
+  gradients are set to zero where they lie, as a run does.
 - `split`: one microbatch whose weight gradients are deferred and run afterwards, layer by layer.
 - `full`, `selective`: one microbatch with every layer recomputed at that level in its backward.
 - `memory`: saved tensors, allocator traces and FLOP of one microbatch; it is taken once.
@@ -114,19 +114,12 @@ class ModelBench:
         return measures[kind](self.batch(configuration))
 
     def _measure_step(self, batch: Batch) -> Numbers:
-        clock = self._clock
-        clock.synchronize()
-        first = clock.mark()
-        self.chain.model.zero_grad(set_to_none=True)
-        last = clock.mark()
         with self._timer.hooks:
-            allocating = self._timer.full(batch, scale=0.5)
-            adding = self._timer.full(batch, scale=0.5)
+            self._timer.full(batch, scale=0.5)
+            later = self._timer.full(batch, scale=0.5)
         optimizer_s, empty_step_s = self._step()
         return {
-            **_numbers(adding),
-            "allocating_s": sum(allocating.forward_s) + sum(allocating.backward_s),
-            "clearing_s": clock.seconds(first, last),
+            **_numbers(later),
             "optimizer_s": optimizer_s,
             "empty_step_s": empty_step_s,
             "entrance_s": self._entrance_seconds(batch),
@@ -186,7 +179,7 @@ class ModelBench:
         }
 
     def _step(self) -> tuple[list[float], float]:
-        """Return the seconds of the optimizer's step for each layer, and those of a step of nothing.
+        """Return the seconds of each layer's optimizer step and of zeroing its gradients, and those of a step of nothing.
 
         Each layer's step is one of its own parameters alone, less what any step takes: a run steps all at once.
         """
@@ -198,7 +191,8 @@ class ModelBench:
             seconds = []
             for parameters in ([], *self._own_parameters):
                 optimizer.param_groups = [{**whole, "params": parameters}]
-                seconds.append(self._timed(optimizer.step) if parameters or not seconds else 0.0)
+                step = partial(_step_and_clear, optimizer, parameters)
+                seconds.append(self._timed(step) if parameters or not seconds else 0.0)
         finally:
             optimizer.param_groups = [whole]
         empty_s = seconds[0]
@@ -307,6 +301,13 @@ def _optimizer(by_layer: list[list[nn.Parameter]], name: OptimizerName) -> torch
     if name == "adam":
         return torch.optim.Adam(parameters, lr=0.0)
     return torch.optim.SGD(parameters, lr=0.0, momentum=0.9 if name == "sgd-momentum" else 0.0)
+
+
+def _step_and_clear(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    optimizer.step()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.zero_()
 
 
 def _forward_flops(chain: LayerChain, batch: Batch) -> list[float]:

@@ -232,8 +232,7 @@ def _add(
 def _overheads(numbers: ConfigurationNumbers, sizes: Mapping[str, int]) -> Overheads:
     """A microbatch is two actions; what one takes beside its layers, and what a step takes beside its microbatches."""
     action_s = (numbers.outside_s + numbers.entrance_s) / 2
-    step_s = max(numbers.first_extra_s + numbers.clearing_s + numbers.empty_step_s, 0.0)
-    return Overheads(action_s, numbers.entrance_s, step_s, sizes)
+    return Overheads(action_s, numbers.entrance_s, numbers.empty_step_s, sizes)
 
 
 def _sources(settings: ProfileSettings) -> dict[str, Source]:

@@ -18,27 +18,36 @@ import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
 
 from stagewright.planner.errors import InvalidArgument
+from stagewright.runtime.rescue import owners, rescued_step
 from stagewright.runtime.worker import Worker
 
 
 def save_checkpoint(worker: Worker, directory: Path | str, *, step: int) -> None:
     """Write weights, optimizer states and the step; every rank calls this."""
+    torch_checkpoint.save(whole_state(worker) | {"step": torch.tensor(step)}, checkpoint_id=str(directory))
+
+
+def whole_state(worker: Worker) -> dict[str, Tensor]:
+    """Return copies of a rank's weights and optimizer states by their names in a checkpoint; a collective."""
     state = {f"weights/{name}": value for name, value in _canonical(worker, worker.weights()).items()}
     for key, values in worker.optimizer_states().items():
         state |= {f"states/{name}/{key}": value for name, value in _canonical(worker, values).items()}
-    state["step"] = torch.tensor(step)
-    torch_checkpoint.save(state, checkpoint_id=str(directory))
+    return state
 
 
 def load_checkpoint(worker: Worker, directory: Path | str) -> int:
     """Set weights and optimizer states from a checkpoint and return its step; every rank calls this.
 
-    The worker's optimizer must be in use already.
+    A folder of what survivors left (`rescue`) is a checkpoint too. The worker's optimizer must be in use already.
 
     Raises
     ------
     InvalidArgument : when the checkpoint lacks a tensor of this model, or holds one of another shape.
     """
+    step = rescued_step(Path(directory))
+    if step is not None:
+        _load_rescued(worker, Path(directory), step)
+        return step
     reader = torch_checkpoint.FileSystemReader(str(directory))
     stored = reader.read_metadata().state_dict_metadata
     names = canonical_names(worker)
@@ -59,6 +68,26 @@ def load_checkpoint(worker: Worker, directory: Path | str) -> int:
     )
     dist.barrier()
     return int(state["step"])
+
+
+def _load_rescued(worker: Worker, folder: Path, step: int) -> None:
+    """Set weights and optimizer states from the files of surviving ranks."""
+    names, files = canonical_names(worker), owners(folder, step)
+    weights = worker.weights()
+    lacking = sorted(names[name] for name in weights if names[name] not in files)
+    if lacking:
+        raise InvalidArgument(f"no survivor holds {lacking[0]!r} as of step {step}", field="checkpoint")
+    opened = {file: torch.load(file, mmap=True, weights_only=True) for file in {files[names[name]] for name in weights}}
+    found = {name: opened[files[names[name]]] for name in weights}
+    states: dict[str, dict[str, Tensor]] = {}
+    for name in weights:
+        prefix = f"states/{names[name]}/"
+        for entry in found[name]:
+            if entry.startswith(prefix):
+                states.setdefault(entry.removeprefix(prefix), {})[name] = found[name][entry]
+    worker.load_weights({name: found[name][f"weights/{names[name]}"] for name in weights})
+    worker.load_optimizer_states(states)
+    dist.barrier()
 
 
 def _matching(stored: dict[str, object], entry: str, value: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ sends only and by the other for receives only, so a receive never stands in fron
 its own, (direction, replica, source stage, target stage, microbatch, slice): on gloo a wrong order then hangs in a test
 instead of corrupting a gradient; NCCL ignores tags and relies on the checked order.
 
-A send does not copy: its buffers are held until the transfer is complete. Shapes are not sent with each message. The
+A send does not copy: its buffers are held until the transfer is complete. Gloo says so only to who waits, so a thread
+waits for one send after the other, and their buffers are let go while the step goes on. Shapes are not sent with each message. The
 first message of each shape of batch publishes them in the store, where the receiver reads them; both ends see the
 batch, so both know when a shape is new.
 """
@@ -13,6 +14,7 @@ batch, so both know when a shape is new.
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -85,17 +87,18 @@ class PointToPoint:
         self._device = device
         self._rank = dist.get_rank()
         self._num_stages = num_stages
-        self._sending: list[tuple[dist.Work, Tensor]] = []
+        self._waits_aside = device.type == "cpu"
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="sends")
+        self._sending: list[tuple[Future[bool] | dist.Work, Tensor]] = []
         self.bytes_sent = 0
 
     def send(self, message: Message, tensors: tuple[Tensor, ...], peer: int) -> None:
         """Start to send; the buffers are held until the transfer is complete."""
-        self._sending = [pair for pair in self._sending if not pair[0].is_completed()]
         for index, value in enumerate(tensors):
             buffer = value.contiguous()
             work = dist.isend(buffer, peer, group=self._groups[peer > self._rank], tag=self._tag(message, index))
             assert work is not None
-            self._sending.append((work, buffer))
+            self._sending.append((self._waiter.submit(work.wait) if self._waits_aside else work, buffer))
             self.bytes_sent += buffer.numel() * buffer.element_size()
 
     def receive(self, message: Message, specs: tuple[TensorSpec, ...], peer: int) -> Pending:
@@ -109,10 +112,17 @@ class PointToPoint:
             pending.works.append(work)
         return pending
 
+    def let_go(self) -> None:
+        """Forget the buffers of the sends that have left."""
+        self._sending = [pair for pair in self._sending if not _has_left(pair[0])]
+
     def drain(self) -> None:
         """Wait until every send has left."""
-        for work, _ in self._sending:
-            work.wait()
+        for sending, _ in self._sending:
+            if isinstance(sending, Future):
+                sending.result()
+            else:
+                sending.wait()
         self._sending.clear()
 
     def _tag(self, message: Message, index: int) -> int:
@@ -122,6 +132,12 @@ class PointToPoint:
         tag = tag * 2 + message.replica % 2
         tag = (tag * self._num_stages + message.source) * _MOST_TENSORS + index
         return tag % (2**31 - 1)
+
+
+def _has_left(sending: Future[bool] | dist.Work) -> bool:
+    if not isinstance(sending, Future):
+        return bool(sending.is_completed())
+    return sending.done() and sending.exception() is None  # what failed is raised by `drain`
 
 
 _MOST_SLICES = 64

@@ -1,13 +1,14 @@
-"""Training that outlives lost ranks: on a loss the largest plan that fits what is left goes on from the last checkpoint.
+"""Training that outlives lost ranks: on a loss the largest plan that fits what is left goes on from what survivors hold.
 
 Every attempt is a run of its own under torchrun, with its own ranks. When a rank dies, falls silent or is cut off, what is
-left of the cluster is all devices but those of its node (of a plan on one node: all but its own). Of the fallback plans,
+left of the cluster is all devices but those of its node (of a plan on one node: all but its own). Where replicas hold every
+stage, the survivors leave their states (`rescue`) and the run goes on from there, else from the last checkpoint. Of the fallback plans,
 the pipeline templates of the cluster, the largest that needs no more continues: whole tensors by name let any plan load
 what another one saved. Steps since the last checkpoint are trained again on the same batches, so the loss curve is that of
 a run without a loss. A rank that raises of its own ends the run: what is wrong would be wrong again.
 
 Papers: Athlur et al., Varuna, EuroSys 2022 (checkpoints by layer, another depth after a preemption); Jang et al., Oobleck,
-SOSP 2023 (templates for every number of nodes; its copy from a surviving replica is not used, all ranks restart).
+SOSP 2023 (templates for every number of nodes, and layers from surviving replicas; here all ranks restart and read them).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument, RankLost
 from stagewright.runtime.launch import Progress
 from stagewright.runtime.report import RunReport
+from stagewright.runtime.rescue import complete_rescue, rescue_folder
 from stagewright.runtime.run import run_plan
 from stagewright.runtime.training import WARM_UP_STEPS, TrainingSettings, latest_step
 
@@ -66,12 +68,15 @@ def run_elastic(
         try:
             report = run_plan(
                 current, profile, model=model, data=data, steps=steps, checks=checks, progress=progress, seed=seed,
-                training=settings, torchrun_arguments=torchrun_arguments, directory=attempt,
+                training=settings, torchrun_arguments=torchrun_arguments, directory=attempt, rescue=True,
             )  # fmt: skip
             break
         except RankLost as loss:
             losses |= _losses(attempt)
-            start = latest_step(training.save)
+            start, source = latest_step(training.save), training.save
+            rescued = complete_rescue(current, attempt)
+            if rescued is not None and rescued >= (start or 0):
+                start, source = rescued, str(rescue_folder(attempt))
             following = next_plan(current, fallbacks, loss.rank)
             if following is None or (start is not None and start >= last):
                 raise
@@ -80,12 +85,13 @@ def run_elastic(
                     "rank": loss.rank,
                     "message": loss.message,
                     "continued_from_step": start or 0,
+                    "continued_from": "nothing" if start is None else "replicas" if start == rescued else "checkpoint",
                     "num_devices": following.num_devices,
                 }
             )
             current, torchrun_arguments = following, ()
             if start is not None:
-                settings, steps = replace(training, load=training.save), last - start
+                settings, steps = replace(training, load=source), last - start
                 checks = tuple(check for check in checks if check not in ("gradients", "memory"))
     losses |= {report.first_step + index: loss for index, loss in enumerate(report.losses)}
     if directory is None:

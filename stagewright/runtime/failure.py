@@ -16,6 +16,7 @@ from pathlib import Path
 from stagewright.planner.documents.document import write_text
 
 OWN, DIED, SILENT, CONNECTION = range(4)
+LOST = "lost"  # a file in the run's directory: the launcher has seen that a rank is lost
 
 
 @dataclass(frozen=True)

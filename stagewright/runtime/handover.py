@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagewright.planner.errors import InvalidArgument
-from stagewright.runtime.checkpoint import canonical_names
+from stagewright.runtime.checkpoint import canonical_names, whole_state
 from stagewright.runtime.worker import Worker
 
 _Meta = tuple[tuple[int, ...], str]
@@ -33,11 +33,7 @@ class HeldState:
 
 def held_state(worker: Worker) -> HeldState:
     """Return copies of a worker's weights and optimizer states; every rank calls this."""
-    names = canonical_names(worker)
-    tensors = {f"weights/{names[name]}": value for name, value in worker.weights().items()}
-    for key, values in worker.optimizer_states().items():
-        tensors |= {f"states/{names[name]}/{key}": value for name, value in values.items()}
-    return HeldState({name: value.contiguous() for name, value in tensors.items()})
+    return HeldState(whole_state(worker))
 
 
 def continue_from(worker: Worker, state: HeldState) -> float:

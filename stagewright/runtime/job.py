@@ -26,6 +26,7 @@ class RunJob:
     training : of the steps after the checks.
     working_directory : where the command was called; relative references are looked up there.
     launcher : process that must live for the ranks to go on.
+    rescue : a rank that learns of a lost one leaves what it holds.
     emulate : actions wait their planned time instead of computing.
     """
 
@@ -41,6 +42,7 @@ class RunJob:
     check_steps: int = 3
     training: TrainingSettings = field(default_factory=TrainingSettings)
     emulate: bool = False
+    rescue: bool = False
 
     @property
     def path(self) -> Path:

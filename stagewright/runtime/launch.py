@@ -19,14 +19,16 @@ from pathlib import Path
 
 from stagewright.planner import errors
 from stagewright.planner.errors import RankLost, RunFailed, StagewrightError
-from stagewright.runtime.failure import DIED, OWN, SILENT, RankFailure, first_cause, load_failures, now
+from stagewright.runtime.failure import DIED, LOST, OWN, SILENT, RankFailure, first_cause, load_failures, now
 from stagewright.runtime.job import RunJob
+from stagewright.runtime.rescue import has_rescued
 from stagewright.runtime.status import StatusFile
 
 Progress = Callable[[str, int, int], None]
 
 _POLL_S = 0.05
 _SETTLE_S = 2.5
+_RESCUE_S = 8.0
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -64,7 +66,7 @@ def launch(
             time.sleep(_POLL_S)
         watch.forward_events(progress)
         if process.poll() != 0:
-            watch.settle(process)
+            watch.settle(process, rescue=job.rescue)
             raise watch.error(process)
     finally:
         _end(process, status)
@@ -151,12 +153,27 @@ class _Watch:
                 )
         return bool(self._dead) or next(self._directory.glob("failure.*.json"), None) is not None
 
-    def settle(self, process: subprocess.Popen[bytes]) -> None:
-        """Give the other ranks a moment to say what they saw; which rank died is known by now."""
+    def settle(self, process: subprocess.Popen[bytes], *, rescue: bool) -> None:
+        """Give the other ranks a moment to say what they saw; which rank died is known by now.
+
+        With `rescue` and a rank lost, tell the others, and wait for what they hold.
+        """
         self.has_failed()
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < deadline and process.poll() is None:
             time.sleep(_POLL_S)
+        if not rescue or any(failure.cause == OWN for failure in load_failures(self._directory).values()):
+            return
+        (self._directory / LOST).touch()
+        deadline = time.monotonic() + _RESCUE_S
+        while time.monotonic() < deadline and any(map(self._is_rescuing, range(self._status.num_ranks))):
+            time.sleep(_POLL_S)
+
+    def _is_rescuing(self, rank: int) -> bool:
+        """Whether a rank lives that is not lost itself and has not written what it holds."""
+        lost = {failure.rank for failure in load_failures(self._directory).values() if failure.cause == SILENT}
+        pid = self._status.read(rank).pid
+        return rank not in lost and not has_rescued(self._directory, rank) and bool(pid) and _is_rank(pid)
 
     def error(self, process: subprocess.Popen[bytes]) -> StagewrightError:
         """Return the error of the rank that is the cause."""

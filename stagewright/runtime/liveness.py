@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from stagewright.runtime.failure import SILENT, RankFailure, now
+from stagewright.runtime.failure import LOST, SILENT, RankFailure, now
 from stagewright.runtime.status import StatusFile
 
 BEAT_S = 0.5
@@ -35,6 +35,7 @@ class Liveness:
     Parameters
     ----------
     describe : what a rank is doing, given its (step, position), in words.
+    before_end : called when another rank is lost, before this process ends.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Liveness:
         launcher: int,
         describe: Callable[[int, int, int], str],
         address: tuple[str, int],
+        before_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._rank = rank
         self._num_ranks = num_ranks
@@ -54,6 +56,7 @@ class Liveness:
         self._directory = directory
         self._launcher = launcher
         self._describe = describe
+        self._before_end = before_end
         self._parent = os.getppid()
         self._stopped = threading.Event()
         self._stores = [
@@ -120,19 +123,24 @@ class Liveness:
         )
 
     def _watch_processes(self) -> None:
-        """End when the parent or the launcher is gone: no rank outlives them."""
+        """End when the parent or the launcher is gone: no rank outlives them; or when the launcher tells of a lost rank."""
         while not self._stopped.wait(BEAT_S):
+            if (self._directory / LOST).exists():
+                self._before_end()
+                os._exit(1)
             if os.getppid() != self._parent or not _is_alive(self._launcher):
                 os._exit(1)
 
     def _end(self, failure: RankFailure) -> None:
         if not self._stopped.is_set():
+            if failure.rank != self._rank:
+                self._before_end()
             failure.save(self._directory, self._rank)
             os._exit(1)
 
 
-def end_on_sigterm(status: StatusFile, rank: int) -> None:
-    """End at once, from any state, when the process is asked to; must be called before other threads start.
+def end_on_sigterm(status: StatusFile, rank: int, before_end: Callable[[], None]) -> None:
+    """End, from any state, when the process is asked to; must be called before other threads start.
 
     The status then tells a rank that was ended because of another from one that died.
     """
@@ -140,6 +148,7 @@ def end_on_sigterm(status: StatusFile, rank: int) -> None:
 
     def wait() -> None:
         signal.sigwait({signal.SIGTERM})
+        before_end()
         status.enter(rank, "done")
         os._exit(143)
 

@@ -97,6 +97,7 @@ class Mailbox:
 
     def take_values(self, action: Action) -> dict[int, tuple[Tensor, ...]]:
         """Return what a stage receives for a forward, by layer; waits for what is on its way."""
+        self._transport.let_go()
         result: dict[int, tuple[Tensor, ...]] = {}
         for source in self._graph.sources(action.stage):
             tensors = self._take(_message(action, source, action.stage, backward=False))
@@ -115,6 +116,7 @@ class Mailbox:
 
     def take_gradients(self, action: Action) -> dict[int, tuple[Tensor, ...]]:
         """Return the gradients of a stage's values, by layer, summed over the stages that took them."""
+        self._transport.let_go()
         result: dict[int, tuple[Tensor, ...]] = {}
         for target in self._graph.targets(action.stage):
             tensors = self._take(_message(action, action.stage, target, backward=True))

@@ -11,10 +11,13 @@ from stagewright.planner.simulation.nccl import check_nccl
 
 
 def program_of(plan: Plan, profile: ModelProfile) -> tuple[Schedule, Evaluation]:
-    """Return the plan's lowered schedule, checked under NCCL's rules, and the evaluation it was timed with."""
+    """Return the plan's lowered schedule, checked under NCCL's rules, and the evaluation it was timed with.
+
+    The ranks execute the order that was evaluated: a merge of I and W would change what a rank holds at its peak.
+    """
     evaluation = evaluate(plan, profile)
     zero = max(stage.degrees.zero for stage in plan.stages)
-    schedule = lower(evaluation.schedule, evaluation.costs, data_parallel=True, zero=zero)
+    schedule = lower(evaluation.schedule, evaluation.costs, data_parallel=True, zero=zero, merge="none")
     check_nccl(schedule)
     return schedule, evaluation
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from stagewright.runtime.failure import CONNECTION, OWN, RankFailure, now
 from stagewright.runtime.job import RunJob
+from stagewright.runtime.rescue import Rescue, rescue_folder
 from stagewright.runtime.status import RankStatus, StatusFile
 
 _SECOND_LOOK_S = 1.0
@@ -27,11 +28,14 @@ def main(path: str) -> int:
     job = RunJob.load(path)
     status = StatusFile(job.path / "status", world)
     status.write(rank, RankStatus(os.getpid(), 0, 0, -1, "starting"))
+    rescue = Rescue(rescue_folder(job.path), rank) if job.rescue else None
     try:
-        _run(job, rank, world, status)
+        _run(job, rank, world, status, rescue)
     except BaseException as error:
         signal.alarm(0)
         if _is_connection(error):
+            if rescue is not None:
+                rescue.run()
             time.sleep(_SECOND_LOOK_S)  # when it is this rank that was cut off, its own beat finds out meanwhile
         _report(job, rank, status, error)
         traceback.print_exc()
@@ -40,10 +44,11 @@ def main(path: str) -> int:
     return 0
 
 
-def _run(job: RunJob, rank: int, world: int, status: StatusFile) -> None:
+def _run(job: RunJob, rank: int, world: int, status: StatusFile, rescue: Rescue | None) -> None:
     from stagewright.runtime.liveness import Liveness, end_on_sigterm
 
-    end_on_sigterm(status, rank)
+    before_end = rescue.run if rescue is not None else lambda: None
+    end_on_sigterm(status, rank, before_end)
     import torch
     import torch.distributed as dist
 
@@ -62,13 +67,14 @@ def _run(job: RunJob, rank: int, world: int, status: StatusFile) -> None:
         launcher=job.launcher,
         describe=lambda other, step, position: describe_action(plan, schedule, other, step, position),
         address=(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
+        before_end=before_end,
     )
     liveness.start()
     device = _device(plan.cluster.groups[0].device.kind)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device if device.type == "cuda" else None)
     os.chdir(job.working_directory)
-    Session(job, plan, profile, schedule, evaluation, device, status).run()
+    Session(job, plan, profile, schedule, evaluation, device, status, rescue).run()
     liveness.stop()
     dist.barrier()
     dist.destroy_process_group()

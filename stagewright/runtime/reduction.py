@@ -391,9 +391,10 @@ class ReplicatedBucket:
                 }
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to zero; their memory stays, so that a step has it from its first action on."""
         for parameter in self.parameters.values() if not self._buffers else ():
-            parameter.grad = None
+            if parameter.grad is not None:
+                parameter.grad.zero_()
         for buffer in self._buffers:
             buffer.clear()
 

@@ -16,6 +16,8 @@ from stagewright.runtime.measurement import Measurement
 from stagewright.runtime.replay import ComposedStep
 
 GRADIENT_LIMITS: Mapping[str, float] = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3, "fp8": 2e-1}
+MEMORY_LIMIT = 0.03
+ROUTED = ("all-to-all/ep",)  # bytes that depend on which experts the tokens choose
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class RunReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every check that can fail has passed."""
-        return all(bool(check.get("passed", True)) for check in self.checks.values())
+        """Whether the run computed and sent what it had to; how near memory came speaks of the prediction, not of it."""
+        return all(bool(check.get("passed", True)) for name, check in self.checks.items() if name != "memory")
 
     def to_json(self) -> dict[str, object]:
         """Return the document of `run --json`."""
@@ -85,7 +87,12 @@ def make_report(
     if "gradients" in checks and measurement.gradients and measurement.weights:
         found["gradients"] = _gradients(plan, measurement)
     if "memory" in checks:
-        found["memory"] = {"max_relative_error": memory_error, "items": measurement.static_memory_bytes}
+        found["memory"] = {
+            "max_relative_error": memory_error,
+            "limit": MEMORY_LIMIT,
+            "passed": memory_error is not None and abs(memory_error) <= MEMORY_LIMIT,
+            "items": measurement.static_memory_bytes,
+        }
     if "traffic" in checks:
         found["traffic"] = _traffic(prediction.link_bytes, measurement.sent_bytes)
     if "time" in checks:
@@ -163,7 +170,8 @@ def _traffic(predicted: Mapping[str, float], measured: Mapping[str, float]) -> d
         "predicted_bytes": dict(predicted),
         "measured_bytes": sent,
         "relative_error": errors,
-        "passed": all(abs(value) <= 1e-9 for value in errors.values()),
+        "depends_on_data": [name for name in errors if name in ROUTED],
+        "passed": all(abs(value) <= 1e-9 for name, value in errors.items() if name not in ROUTED),
     }
 
 

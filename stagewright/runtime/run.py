@@ -9,10 +9,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict
 
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument
+from stagewright.runtime.failure import LOST
 from stagewright.runtime.job import RunJob
 from stagewright.runtime.launch import Progress, launch
 from stagewright.runtime.measurement import Measurement
@@ -20,10 +22,23 @@ from stagewright.runtime.program import describe_action, program_of
 from stagewright.runtime.replay import compose, replayed_ranks
 from stagewright.runtime.replay import replay as run_replays
 from stagewright.runtime.report import RunReport, make_replay_report, make_report
+from stagewright.runtime.rescue import is_rescuable, rescue_folder
 from stagewright.runtime.support import check_memory, check_supported, check_world
 from stagewright.runtime.training import TrainingSettings
 
 CHECKS = ("gradients", "memory", "traffic", "time")
+
+
+class RunOptions(TypedDict):
+    """What `run_plan` and `elastic.run_elastic` are told alike."""
+
+    model: str
+    data: str | None
+    steps: int
+    checks: Sequence[str]
+    training: TrainingSettings
+    torchrun_arguments: Sequence[str]
+    progress: Progress | None
 
 
 def run_plan(
@@ -41,6 +56,7 @@ def run_plan(
     directory: Path | None = None,
     seed: int = 0,
     training: TrainingSettings | None = None,
+    rescue: bool = False,
 ) -> RunReport:
     """Execute a plan on this machine and compare it with its prediction.
 
@@ -53,6 +69,7 @@ def run_plan(
     replay : a global rank, or `all`: replay one rank at a time on one device, without its peers, and compose the step.
     progress : told (phase, done, total).
     training : optimizer's numbers, clipping, learning-rate schedule, checkpoints; a run that loads one warms up no more.
+    rescue : when a rank is lost, the others leave what they hold in `directory`, where the plan has replicas.
     directory : where the ranks' logs and raw results stay; a temporary one, removed on success, unless given.
 
     Raises
@@ -96,6 +113,7 @@ def run_plan(
             seed=seed,
             training=_located(training or TrainingSettings()),
             emulate=emulate,
+            rescue=rescue and evaluation.schedule.is_synchronous and is_rescuable(plan),
         )
         job.save()
         if replayed is not None:
@@ -133,8 +151,9 @@ def _run_directory(directory: Path | None) -> Iterator[Path]:
     """Yield the run's directory; a temporary one is removed when all went well, and kept for a look when not."""
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        for leftover in [*directory.glob("failure.*.json"), directory / "events.jsonl"]:
+        for leftover in [*directory.glob("failure.*.json"), directory / "events.jsonl", directory / LOST]:
             leftover.unlink(missing_ok=True)
+        shutil.rmtree(rescue_folder(directory), ignore_errors=True)
         yield directory.resolve()
         return
     path = Path(tempfile.mkdtemp(prefix="stagewright-run-"))

@@ -33,6 +33,7 @@ from stagewright.runtime.microbatches import samples_of
 from stagewright.runtime.optimizers import OptimizerChoice, training_choice
 from stagewright.runtime.recorder import now_s
 from stagewright.runtime.reference import ReferenceRun, run_reference
+from stagewright.runtime.rescue import Rescue
 from stagewright.runtime.status import StatusFile
 from stagewright.runtime.torch_adapter import default_store
 from stagewright.runtime.training import WARM_UP_STEPS, checkpoint_folder, find_checkpoint, mark_latest
@@ -54,6 +55,7 @@ class Session:
         evaluation: Evaluation,
         device: torch.device,
         status: StatusFile,
+        rescue: Rescue | None = None,
     ) -> None:
         self._job = job
         self._plan = plan
@@ -63,6 +65,7 @@ class Session:
         self._device = device
         self._status = status
         self._rank = dist.get_rank()
+        self._rescue = rescue
         self._step = 0
         self._trained = 0
 
@@ -189,7 +192,9 @@ class Session:
             self._enter("loading")
             self._trained = load_checkpoint(worker, find_checkpoint(training.load))
             next(islice(batches, self._trained, self._trained), None)
-        else:
+        if self._rescue is not None:
+            self._rescue.worker, self._rescue.first_step = worker, self._trained
+        if training.load is None:
             self._enter("warming up")
             for _ in range(WARM_UP_STEPS):
                 self._train(worker, next(batches))

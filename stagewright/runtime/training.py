@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagewright.planner.errors import InvalidArgument
+from stagewright.runtime.rescue import rescued_step
 
 WARM_UP_STEPS = 2  # of a run that starts anew, before its memory is measured and its steps are timed
 
@@ -85,7 +86,7 @@ def find_checkpoint(directory: Path | str) -> Path:
     """Return a checkpoint's folder, given it or the directory of several; raises InvalidArgument where there is none."""
     step = latest_step(directory)
     folder = Path(directory) if step is None else checkpoint_folder(directory, step)
-    if not (folder / ".metadata").exists():
+    if not (folder / ".metadata").exists() and rescued_step(folder) is None:
         raise InvalidArgument(
             f"{folder} holds no checkpoint", field="load", hint="name a directory that a run was told to --save in"
         )

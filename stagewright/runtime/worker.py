@@ -6,8 +6,9 @@ layer chain, in a process group that exists. It drops the parameters of the laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -119,6 +120,8 @@ class Worker:
         self._is_scaled = False
         self.gradient_norm: float | None = None
         self._optimizers: dict[StageKey, torch.optim.Optimizer] = {}
+        self._updates: dict[StageKey, int] = {}  # finished, since the optimizers are in use
+        self._updating = threading.Lock()
         held = frozenset(i for _, s in self.topology.stages for i in plan.stages[s].layer_indices)
         keep_layers(chain, held)
         fill_layers(chain, held, settings.device)
@@ -168,6 +171,7 @@ class Worker:
         """Step with this optimizer from now on; with None, iterations only leave gradients."""
         self.settle()
         self._optimizers = {}
+        self._updates = dict.fromkeys(self.topology.stages, 0)
         self._local_steps = None
         if choice is None:
             return
@@ -407,14 +411,38 @@ class Worker:
                 self._validation.step(optimizer, self._stepped(key))
             return
         self._scale_once()
-        if optimizer is not None:
-            for bucket in self._stepped(key):
-                bucket.before_step(microbatch)
-            if self._factor is not None:
-                optimizer.step()
-            for bucket in self._stepped(key):
-                bucket.after_step()
-                bucket.clear()
+        with self._updating:
+            if optimizer is not None:
+                for bucket in self._stepped(key):
+                    bucket.before_step(microbatch)
+                if self._factor is not None:
+                    optimizer.step()
+                for bucket in self._stepped(key):
+                    bucket.after_step()
+                    bucket.clear()
+            self._updates[key] += 1
+
+    @contextmanager
+    def between_updates(self, timeout_s: float) -> Iterator[dict[int, int] | None]:
+        """Hold back the optimizers and yield how many updates each stage has had; None when one does not end in time.
+
+        For another thread than the one that runs the iterations.
+        """
+        if not self._updating.acquire(timeout=timeout_s):
+            yield None
+            return
+        try:
+            yield {stage: count for (_, stage), count in self._updates.items()}
+        finally:
+            self._updating.release()
+
+    def stage_parameters(self) -> dict[int, list[str]]:
+        """Return the names under which the parameters of each stage are saved."""
+        first = {name: tie.parameter for tie in self.chain.ties for name in tie.names}
+        return {
+            stage: [first.get(name, name) for name in self.stages[replica, stage].segment.named_parameters()]
+            for replica, stage in self.topology.stages
+        }
 
     @property
     def validation(self) -> PostValidation | None:

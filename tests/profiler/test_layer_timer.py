@@ -112,7 +112,7 @@ def test_medians_of_layers_are_scaled_to_the_median_of_their_sum():
     steps = [
         {
             "forward_s": forward, "backward_s": [0.0, 0.0], "optimizer_s": [0.0, 0.0], "outside_s": 0.0,
-            "entrance_s": 0.0, "allocating_s": 3.0, "clearing_s": 0.0, "empty_step_s": 0.0, "busy_share": 1.0,
+            "entrance_s": 0.0, "empty_step_s": 0.0, "busy_share": 1.0,
         }
         for forward in ([1.0, 2.0], [2.0, 1.0], [1.0, 1.0], [1.0, 2.0], [2.0, 1.0])
     ]  # fmt: skip

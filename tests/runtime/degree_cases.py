@@ -60,13 +60,20 @@ def ring(length: int) -> tuple[int, float]:
     return sent, float((value - expected).abs().max())
 
 
-def sent_in_a_step(prepared: PreparedCase) -> dict[str, float]:
-    """Return the bytes this rank sends in one iteration with its optimizer step."""
+def sent_in_a_step(prepared: PreparedCase, *, equal_choices: bool = False) -> dict[str, float]:
+    """Return the bytes this rank sends in one iteration with its optimizer step; maybe every token chooses the same experts."""
     worker = make_worker(prepared)
+    for name, value in worker.parameters().items():
+        if equal_choices and name.endswith("gate.weight"):
+            value.data.zero_()
     worker.use_optimizer(OptimizerChoice("adamw", 1e-3))
     name = prepared.case.hugging_face
     worker.run(hugging_face(name)[1] if name else batches_of(prepared, 1)[0], 0)
     return worker.traffic()
+
+
+def sent_with_equal_choices(prepared: PreparedCase) -> dict[str, float]:
+    return sent_in_a_step(prepared, equal_choices=True)
 
 
 @dataclass(frozen=True)

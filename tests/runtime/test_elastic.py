@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ from stagewright.modeling import split
 from stagewright.planner.documents import Degrees, ModelProfile, Plan
 from stagewright.planner.errors import InvalidArgument, RankLost
 from stagewright.runtime.elastic import next_plan, num_lost, run_elastic
+from stagewright.runtime.rescue import complete_rescue, is_rescuable, owners, rescue_folder, rescued_step
 from stagewright.runtime.run import run_plan
 from stagewright.runtime.status import StatusFile
 from stagewright.runtime.training import TrainingSettings, latest_step
@@ -30,11 +32,11 @@ MODELS = Path(__file__).parent / "runtime_models.py"
 MODEL, DATA = f"{MODELS}:build_wide", f"{MODELS}:data"
 
 
-def _documents() -> tuple[Plan, Plan, ModelProfile]:
+def _documents(zero: int = 0) -> tuple[Plan, Plan, ModelProfile]:
     """A plan on four devices, one on two for the same batch, and their profile."""
     chain = split(build_wide())
     profile = profile_of(chain)
-    large = plan_of(chain, profile, "1f1b", 2, 4, degrees=Degrees(dp=2))
+    large = plan_of(chain, profile, "1f1b", 2, 4, degrees=Degrees(dp=2, zero=zero))
     return large, plan_of(chain, profile, "zb-h1", 2, 8), profile
 
 
@@ -56,26 +58,97 @@ class _Killer(threading.Thread):
             time.sleep(0.01)
 
 
-def test_a_run_that_loses_a_rank_continues_on_fewer_devices_with_the_same_losses(tmp_path):
-    large, small, profile = _documents()
-    rules = {"learning_rate": 1e-2, "clip_norm": 0.5, "learning_rate_schedule": f"{MODELS}:halving"}
-    whole = run_plan(
-        small, profile, model=MODEL, data=DATA, steps=60, checks=(), training=TrainingSettings(**rules)
+RULES = {"learning_rate": 1e-2, "clip_norm": 0.5, "learning_rate_schedule": f"{MODELS}:halving"}
+
+
+@pytest.fixture(scope="module")
+def losses_of_a_whole_run() -> tuple[float, ...]:
+    _, small, profile = _documents()
+    report = run_plan(
+        small, profile, model=MODEL, data=DATA, steps=60, checks=(), training=TrainingSettings(**RULES)
     )  # fmt: skip
+    assert report.first_step == 2 and len(report.losses) == 60
+    assert report.losses[-1] < 0.95 * report.losses[0]
+    return report.losses
+
+
+class _EarlyKiller(threading.Thread):
+    """Kills a rank while it runs one of the first actions of a step, when no rank has left the step before."""
+
+    def __init__(self, directory: Path, rank: int, step: int) -> None:
+        super().__init__(daemon=True)
+        self.directory, self.rank, self.step = directory, rank, step
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 120
+        while not (self.directory / "events.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        status = StatusFile(self.directory / "status", 4)
+        while time.monotonic() < deadline:
+            here = status.read(self.rank)
+            if here.step >= self.step and 0 <= here.position <= 3 and here.phase == "training":
+                os.kill(here.pid, signal.SIGKILL)
+                return
+            time.sleep(0.0005)
+
+
+def test_a_run_that_loses_a_rank_goes_on_from_surviving_replicas_with_the_same_losses(tmp_path, losses_of_a_whole_run):
+    large, small, profile = _documents()
+    _EarlyKiller(tmp_path / "run" / "attempt-0", rank=0, step=9).start()
+    report = run_elastic(
+        large, [small], profile, model=MODEL, data=DATA, steps=60, checks=(), directory=tmp_path / "run",
+        training=TrainingSettings(**RULES, save=str(tmp_path / "saved"), save_every=1000),
+    )  # fmt: skip
+    (restart,) = report.restarts
+    assert restart["rank"] == 0 and restart["num_devices"] == 2
+    assert restart["continued_from"] == "replicas" and 9 <= restart["continued_from_step"] < 62
+    assert report.first_step == 2 and latest_step(tmp_path / "saved") == 62
+    assert report.losses == pytest.approx(losses_of_a_whole_run, rel=1e-5)
+
+
+@pytest.mark.soak
+def test_a_run_whose_states_are_divided_goes_on_from_its_checkpoint_with_the_same_losses(
+    tmp_path, losses_of_a_whole_run
+):
+    large, small, profile = _documents(zero=1)
     saved = tmp_path / "saved"
     _Killer(tmp_path / "run" / "attempt-0", saved, rank=3, step=8).start()
     report = run_elastic(
         large, [small], profile, model=MODEL, data=DATA, steps=60, checks=(), directory=tmp_path / "run",
-        training=TrainingSettings(**rules, save=str(saved), save_every=4),
+        training=TrainingSettings(**RULES, save=str(saved), save_every=4),
     )  # fmt: skip
     (restart,) = report.restarts
     assert restart["rank"] == 3 and restart["num_devices"] == 2
-    assert 8 <= restart["continued_from_step"] < 62
+    assert restart["continued_from"] == "checkpoint" and 8 <= restart["continued_from_step"] < 62
     assert latest_step(saved) == 62
-    assert report.first_step == whole.first_step == 2
-    assert len(report.losses) == len(whole.losses) == 60
-    assert whole.losses[-1] < 0.95 * whole.losses[0]
-    assert report.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert report.losses == pytest.approx(losses_of_a_whole_run, rel=1e-5)
+
+
+def _leave(folder: Path, rank: int, stages: dict[int, int]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    note = {"stages": stages, "weights": {f"weight-{stage}": count for stage, count in stages.items()}}
+    (folder / f"rank-{rank}.json").write_text(json.dumps(note))
+
+
+def test_survivors_are_gone_on_from_where_they_hold_every_stage_after_the_same_step(tmp_path):
+    large, _, _ = _documents()
+    folder = rescue_folder(tmp_path)
+    _leave(folder, 0, {0: 8})
+    _leave(folder, 3, {1: 7})
+    assert complete_rescue(large, tmp_path) is None
+    _leave(folder, 2, {1: 8})
+    assert complete_rescue(large, tmp_path) == rescued_step(folder) == 8
+    assert owners(folder, 8) == {"weight-0": folder / "rank-0.pt", "weight-1": folder / "rank-2.pt"}
+    _leave(folder, 1, {0: 7})
+    assert complete_rescue(large, tmp_path) == 8, "the later one of two"
+
+
+def test_only_plans_whose_ranks_hold_whole_tensors_more_than_once_can_be_rescued():
+    large, small, _ = _documents()
+    assert is_rescuable(large) and not is_rescuable(small)
+    chain = split(build_wide())
+    sharded = plan_of(chain, profile_of(chain), "1f1b", 2, 4, degrees=Degrees(dp=2, zero=1))
+    assert not is_rescuable(sharded)
 
 
 def test_without_a_plan_for_what_is_left_the_loss_ends_the_run():

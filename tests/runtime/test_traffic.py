@@ -67,10 +67,19 @@ SPLIT = [
 ]
 
 
-@pytest.mark.parametrize("degrees", SPLIT, ids=str)
-def test_collectives_inside_the_layers_of_a_llama_are_the_predicted_ones(rank_pools, degrees):
+RECOMPUTED = [{"tp": 2}, {"tp": 2, "sp": True}, {"cp": 2}, {"cp": 2, "ulysses": 2}]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "recompute"), [*((each, "none") for each in SPLIT), *((each, "full") for each in RECOMPUTED)], ids=str
+)
+def test_collectives_inside_the_layers_of_a_llama_are_the_predicted_ones(rank_pools, degrees, recompute):
     pytest.importorskip("transformers")
-    case = Case("gpipe", 1, 4 // degrees.get("dp", 1), degrees=degrees, dropout=0.0, hugging_face="llama")
+    num_layers = profile_from_config(hugging_face("llama")[0].config.to_dict(), "llama").num_layers
+    levels = ("none", *[recompute] * (num_layers - 4), "none", "none", "none")  # embedding and the tail offer no level
+    case = Case(
+        "gpipe", 1, 4 // degrees.get("dp", 1), degrees=degrees, dropout=0.0, hugging_face="llama", recompute=levels
+    )  # fmt: skip
     pool = rank_pools(case.world)
     prepared = prepare(case, pool.next_number())
     profile = profile_from_config(hugging_face("llama")[0].config.to_dict(), "llama")
@@ -79,4 +88,24 @@ def test_collectives_inside_the_layers_of_a_llama_are_the_predicted_ones(rank_po
     predicted = evaluate(plan, profile).prediction.link_bytes
     results = pool.run("degree_cases.sent_in_a_step", prepared)
     measured = {name: sum(sent.get(name, 0.0) for sent in results) for sent in results for name in sent}
+    assert {name: value for name, value in measured.items() if value} == pytest.approx(predicted, rel=1e-9)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_exchange_with_the_experts_of_a_mixtral_is_the_predicted_one_when_all_tokens_choose_alike(
+    rank_pools, recompute
+):
+    """Whatever experts they choose: of two ranks with as many tokens, one keeps its own and the other sends its own."""
+    pytest.importorskip("transformers")
+    profile = profile_from_config(hugging_face("mixtral")[0].config.to_dict(), "mixtral")
+    levels = ("none", *[recompute] * (profile.num_layers - 4), "none", "none", "none")
+    degrees = {"dp": 2, "ep": 2}
+    case = Case("gpipe", 1, 2, degrees=degrees, dropout=0.0, hugging_face="mixtral", recompute=levels)
+    pool = rank_pools(case.world)
+    prepared = prepare(case, pool.next_number())
+    plan = prepared.plan.model_copy(update={"layer_digest": profile.layer_digest})
+    predicted = evaluate(plan, profile).prediction.link_bytes
+    results = pool.run("degree_cases.sent_with_equal_choices", prepared)
+    measured = {name: sum(sent.get(name, 0.0) for sent in results) for sent in results for name in sent}
+    assert predicted["all-to-all/ep"] > 0
     assert {name: value for name, value in measured.items() if value} == pytest.approx(predicted, rel=1e-9)

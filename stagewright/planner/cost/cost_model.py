@@ -378,6 +378,10 @@ class CostModel:
                 name: column([cost.link_bytes.get(name, 0.0) for cost in values])
                 for name in sorted({name for cost in values for name in cost.link_bytes})
             },
+            again_link_bytes={
+                name: offers * column([cost.again_link_bytes.get(name, 0.0) for cost in values])
+                for name in sorted({name for cost in values for name in cost.again_link_bytes})
+            },
             source=worst_source([costs[name].source for name in set(self.profile.layer_classes)]),
         )
 

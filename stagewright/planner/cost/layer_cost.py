@@ -28,7 +28,11 @@ from stagewright.planner.documents.profile import LayerClass, Source
 
 @dataclass(frozen=True)
 class Exchange:
-    """One collective that a device takes part in for each microbatch."""
+    """One collective that a device takes part in for each microbatch.
+
+    `count_again` is how often full recomputation runs it in the backward. It stops at the last tensor that the backward
+    needs, so what comes behind that (the sum that ends a feed-forward layer without dropout) is not run again.
+    """
 
     forward: bool
     operation: Operation
@@ -36,12 +40,14 @@ class Exchange:
     payload_bytes: float
     count: int = 1
     hidden_under_s: float = 0.0
+    count_again: int = 0
 
 
 @dataclass(frozen=True)
 class LayerCost:
     """Costs of one layer for one microbatch on one device, levels in the order none, selective, full.
 
+    `again_link_bytes` is what full recomputation sends beside `link_bytes`.
     `input_bytes` is not known here: the activation of level full is set where the layer's predecessors are. A level whose
     `freed_at_input_grad` is None holds what level none holds after the input gradient.
     """
@@ -59,6 +65,7 @@ class LayerCost:
     exposed_forward_s: float = 0.0
     exposed_backward_s: float = 0.0
     link_bytes: dict[str, float] = field(default_factory=dict)
+    again_link_bytes: dict[str, float] = field(default_factory=dict)
     freed_at_input_grad: tuple[float, float | None, float | None] = (0.0, None, None)
     optimizer_s: float | None = None
     full_kept_bytes: float | None = None
@@ -74,8 +81,9 @@ def analytic_cost(
     output_bytes = dense = expert = flops = 0.0
     routed_forward_s = routed_backward_s = 0.0
     exchanges: list[Exchange] = []
-    for operator in layer.operators:
-        size = work(operator, setting)
+    sizes = [work(operator, setting) for operator in layer.operators]
+    last_kept = max((index for index, size in enumerate(sizes) if size.kept_bytes > 0), default=-1)
+    for index, (operator, size) in enumerate(zip(layer.operators, sizes, strict=True)):
         seconds = phase_seconds(operator, size, roofline)
         if "ep" in operator.split and operator.kind != "dispatch":
             routed_forward_s += seconds.forward
@@ -95,7 +103,11 @@ def analytic_cost(
         dense += dense_part
         expert += expert_part
         flops += whole_flops(operator, setting)
-        exchanges += operator_exchanges(operator, setting, options, seconds.forward, seconds.input_grad)
+        needed = index < last_kept if operator.exits else index <= last_kept
+        exchanges += [
+            replace(item, count_again=item.count if item.forward and needed else 0)
+            for item in operator_exchanges(operator, setting, options, seconds.forward, seconds.input_grad)
+        ]
     # Tokens in r chunks: all but the first chunk's dispatch and the last one's combine run beside experts.
     hidden = 1 - 1 / options.expert_chunks
     exchanges = [
@@ -120,6 +132,7 @@ def analytic_cost(
         exposed_forward_s=forward_comm_s,
         exposed_backward_s=backward_comm_s,
         link_bytes=link_bytes,
+        again_link_bytes=sent_again(exchanges, groups),
     )
 
 
@@ -157,6 +170,37 @@ def price(exchanges: Sequence[Exchange], groups: RankGroups) -> tuple[float, flo
 
     What hides under compute slows it down by the link's `overlap_slowdown`, and that counts as exposed.
     """
+    exposed = [0.0, 0.0]
+    link_bytes: dict[str, float] = {}
+    for exchange in exchanges:
+        shape = _shape(exchange, groups)
+        if shape.size == 1:
+            continue
+        seconds = exchange.count * collective_s(exchange.operation, exchange.payload_bytes, shape)
+        slowdown = max(tier.link.overlap_slowdown for tier in shape.tiers)
+        slowed_s = min(seconds, exchange.hidden_under_s) * (slowdown - 1)
+        exposed[0 if exchange.forward else 1] += max(0.0, seconds - exchange.hidden_under_s) + slowed_s
+        _add_sent(link_bytes, exchange, exchange.count, shape)
+    return exposed[0], exposed[1], link_bytes
+
+
+def sent_again(exchanges: Sequence[Exchange], groups: RankGroups) -> dict[str, float]:
+    """Return the bytes one device sends in the backward under full recomputation beside what it sends without."""
+    link_bytes: dict[str, float] = {}
+    for exchange in exchanges:
+        shape = _shape(exchange, groups)
+        if exchange.count_again and shape.size > 1:
+            _add_sent(link_bytes, exchange, exchange.count_again, shape)
+    return link_bytes
+
+
+def _add_sent(link_bytes: dict[str, float], exchange: Exchange, count: int, shape: GroupShape) -> None:
+    name = f"{exchange.operation}/{_LINK_NAMES.get(exchange.group_name, exchange.group_name)}"
+    sent = count * sent_bytes(exchange.operation, exchange.payload_bytes, shape.size)
+    link_bytes[name] = link_bytes.get(name, 0.0) + sent
+
+
+def _shape(exchange: Exchange, groups: RankGroups) -> GroupShape:
     shapes: dict[str, Callable[[], GroupShape]] = {
         "tp": lambda: groups.tp,
         "ulysses": lambda: groups.ulysses,
@@ -166,20 +210,7 @@ def price(exchanges: Sequence[Exchange], groups: RankGroups) -> tuple[float, flo
         "etp": lambda: groups.etp,
         "dp": lambda: groups.replicas,
     }
-    exposed = [0.0, 0.0]
-    link_bytes: dict[str, float] = {}
-    for exchange in exchanges:
-        shape = shapes[exchange.group_name]()
-        if shape.size == 1:
-            continue
-        seconds = exchange.count * collective_s(exchange.operation, exchange.payload_bytes, shape)
-        slowdown = max(tier.link.overlap_slowdown for tier in shape.tiers)
-        slowed_s = min(seconds, exchange.hidden_under_s) * (slowdown - 1)
-        exposed[0 if exchange.forward else 1] += max(0.0, seconds - exchange.hidden_under_s) + slowed_s
-        name = f"{exchange.operation}/{_LINK_NAMES.get(exchange.group_name, exchange.group_name)}"
-        sent = exchange.count * sent_bytes(exchange.operation, exchange.payload_bytes, shape.size)
-        link_bytes[name] = link_bytes.get(name, 0.0) + sent
-    return exposed[0], exposed[1], link_bytes
+    return shapes[exchange.group_name]()
 
 
 _LINK_NAMES = {"ulysses": "cp", "ring": "cp"}

@@ -38,6 +38,7 @@ class LayerTable:
     model_flops : forward matrix-product FLOP of the whole layer for this microbatch, over all its devices.
     logits_bytes : the part of the kept bytes that is logits, the same at every level.
     link_bytes : bytes one device sends for one microbatch, by "operation/group", each [L].
+    again_link_bytes : what full recomputation sends beside that.
     source : the worst provenance among the numbers used.
     """
 
@@ -56,4 +57,5 @@ class LayerTable:
     model_flops: Floats
     logits_bytes: Floats = field(default_factory=lambda: np.zeros(0))
     link_bytes: Mapping[str, Floats] = field(default_factory=dict)
+    again_link_bytes: Mapping[str, Floats] = field(default_factory=dict)
     source: Source = Source.ANALYTIC

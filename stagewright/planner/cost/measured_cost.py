@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stagewright.planner.cost.layer_cost import Exchange, LayerCost, price
+from stagewright.planner.cost.layer_cost import Exchange, LayerCost, price, sent_again
 from stagewright.planner.cost.operator_cost import Setting
 from stagewright.planner.cost.rank_groups import RankGroups
 from stagewright.planner.documents.profile import Collective, ConfigurationCost, LayerClass, Recompute, Source
@@ -86,6 +86,7 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         exposed_forward_s=forward_comm_s,
         exposed_backward_s=backward_comm_s,
         link_bytes=link_bytes,
+        again_link_bytes=sent_again(exchanges, groups),
         freed_at_input_grad=_freed(found),
         optimizer_s=numbers["optimizer_s"] or None,
         source=_source(found, divided=degrees.cp > 1),
@@ -166,7 +167,17 @@ def _freed(found: Blend) -> tuple[float, float | None, float | None]:
 
 
 def _exchange(item: Collective, weight: float) -> Exchange:
-    return Exchange(item.phase == "forward", item.operation, item.group, item.payload_bytes * weight, item.count)
+    """Return a collective of a measured layer, whose last sum is behind everything that its backward needs."""
+    forward = item.phase == "forward"
+    behind = item.operation in ("all-reduce", "reduce-scatter") and item.group == "tp"
+    return Exchange(
+        forward,
+        item.operation,
+        item.group,
+        item.payload_bytes * weight,
+        item.count,
+        count_again=item.count - behind if forward else 0,
+    )
 
 
 def _parameters(layer: LayerClass, tensor_degree: int, setting: Setting) -> tuple[float, float]:
