@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def main() -> int:
     parser.add_argument("--schedules", default="", help="some of them")
     parser.add_argument("--models", default=",".join(MODELS), help="some of them")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--budget", type=float, default=30.0)
+    parser.add_argument("--budget", type=float, default=15.0)
     arguments = parser.parse_args()
     parts = arguments.parts or ["emulated", "real"]
     chosen = tuple(arguments.schedules.split(",")) if arguments.schedules else ()
@@ -345,28 +346,34 @@ def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: 
 
     cluster = discover_local()
     rows = []
-    for model in (MODELS[name] for name in models):
+    for model, name in product((MODELS[name] for name in models), schedules):
+        # A machine's speed drifts over minutes, so each schedule is profiled right before it runs.
         profile = profile_model(
             model, microbatches=(1, 2), sequence_length=128, num_busy_ranks=2, optimizer="sgd-momentum",
             budget_s=budget_s,
         )  # fmt: skip
-        for name in schedules:
-            for microbatch, recompute in ((1, Recompute.NONE), (2, Recompute.FULL)):
-                chunks = 2 if name in TWO_CHUNKS else 1
-                choice = Choice(Degrees(), 2, chunks, microbatch, name, recompute)
-                plan = with_prediction(even_plan(profile, cluster, _job(8 * microbatch, 128), choice), profile)
-                with tempfile.TemporaryDirectory() as folder:
-                    report = run_plan(
-                        plan, profile, model=model, steps=steps, checks=("memory", "traffic", "time"),
-                        directory=Path(folder),
-                    )  # fmt: skip
-                row = {
-                    "model": model.rpartition(":")[2], "num_steps": steps, "schedule": name, "microbatch": microbatch,
-                    "recompute": recompute.value, "step_time_s": report.measured["step_time_s"], "step_error": report.error["step_time"],
-                    "peak_error": report.error["peak_memory_max"], "traffic_exact": report.checks["traffic"]["passed"],
-                }  # fmt: skip
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+        for microbatch, recompute in ((1, Recompute.NONE), (2, Recompute.FULL)):
+            chunks = 2 if name in TWO_CHUNKS else 1
+            choice = Choice(Degrees(), 2, chunks, microbatch, name, recompute)
+            plan = with_prediction(even_plan(profile, cluster, _job(8 * microbatch, 128), choice), profile)
+            with tempfile.TemporaryDirectory() as folder:
+                report = run_plan(
+                    plan, profile, model=model, steps=steps, checks=("memory", "traffic", "time"),
+                    directory=Path(folder),
+                )  # fmt: skip
+            row = {
+                "model": model.rpartition(":")[2],
+                "schedule": name,
+                "microbatch": microbatch,
+                "recompute": recompute.value,
+                "num_steps": steps,
+                "step_time_s": report.measured["step_time_s"],
+                "step_error": report.error["step_time"],
+                "peak_error": report.error["peak_memory_max"],
+                "traffic_exact": report.checks["traffic"]["passed"],
+            }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     return rows
 
 

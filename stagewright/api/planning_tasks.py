@@ -6,16 +6,12 @@ The planner's compiled parts are imported inside the functions: the server names
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from stagewright.api.names import cluster_of, profile_of
 from stagewright.api.requests import SimulationRequest
 from stagewright.api.tasks import TaskContext
 from stagewright.planner.documents.document import canonical_json
 from stagewright.planner.documents.request import PlanRequest
-
-if TYPE_CHECKING:
-    from stagewright.planner.simulation.timeline import Timeline
 
 MAX_SPANS = 400_000
 """A longer timeline is not sent: it would be tens of megabytes of JSON."""
@@ -64,6 +60,7 @@ def solve(argument: str, context: TaskContext) -> str:
 
 def simulate(argument: str, _context: TaskContext) -> str:
     """Return the SimulationReport of a SimulationRequest, both as JSON."""
+    from stagewright.api.timeline_columns import columns_of
     from stagewright.planner.plan_check import memory_limits
     from stagewright.planner.prediction import evaluate
 
@@ -77,7 +74,7 @@ def simulate(argument: str, _context: TaskContext) -> str:
         "memory_limit_bytes": memory_limits(request.plan),
     }
     if request.timeline and num_spans <= MAX_SPANS:
-        report["timeline"] = spans(evaluation.timeline, evaluation.prediction.peak_memory_bytes)
+        report["timeline"] = columns_of(evaluation.timeline, evaluation.prediction.peak_memory_bytes)
     return canonical_json(report)
 
 
@@ -86,32 +83,3 @@ def validate(argument: str, _context: TaskContext) -> str:
     from stagewright.api.validation import plan_report
 
     return canonical_json(plan_report(json.loads(argument)).model_dump(mode="json"))
-
-
-def spans(timeline: Timeline, peak_bytes: tuple[float, ...]) -> dict[str, object]:
-    """Return a timeline in columns; memory is lifted by what never changes, so that its peak is the predicted one."""
-    from stagewright.planner.schedules.action import Kind
-    from stagewright.planner.schedules.schedule import KIND, MICROBATCH, REPLICA, SLICE, STAGE
-    from stagewright.planner.simulation.timeline import LANE_NAMES
-
-    action = timeline.action
-    columns = {"kind": KIND, "stage": STAGE, "microbatch": MICROBATCH, "slice": SLICE, "replica": REPLICA}
-    memory = [
-        (levels + (peak - levels.max(initial=0.0))).round().tolist()
-        for levels, peak in zip(timeline.memory_bytes, peak_bytes, strict=False)
-    ]
-    return {
-        "source": timeline.source,
-        "num_ranks": timeline.num_ranks,
-        "makespan_s": timeline.makespan_s,
-        "lanes": list(LANE_NAMES),
-        "kinds": [kind.name for kind in Kind],
-        "rank": timeline.rank.tolist(),
-        "lane": timeline.lane.tolist(),
-        **{name: action[:, column].tolist() for name, column in columns.items()},
-        "start_s": timeline.start_s.round(9).tolist(),
-        "end_s": timeline.end_s.round(9).tolist(),
-        "memory_time_s": [times.round(9).tolist() for times in timeline.memory_time_s],
-        "memory_bytes": memory,
-        "critical_path": timeline.critical_path.tolist(),
-    }

@@ -2,7 +2,7 @@
 
 Waiting takes no processor, so many ranks run on few cores, and what differs from the simulation is what the simulation
 leaves out: the cost of messages, of waking up, and of the interpreter itself. No model is imported. Messages have the
-profile's boundary sizes and gradients those of the cost model; collectives inside layers are part of the planned times.
+profile's boundary sizes, lent activations (BPipe) those that are kept, and gradients those of the cost model; collectives inside layers are part of the planned times.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from stagewright.runtime.communication import PointToPoint, ShapeBook
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, UnitInput
 from stagewright.runtime.mailbox import Mailbox, StageGraph
+from stagewright.runtime.peer_swap import make_swap
 from stagewright.runtime.recorder import Recorder, now_s
 from stagewright.runtime.reduction import BucketSet, ReplicatedBucket
 from stagewright.runtime.stage import Unit, Values
@@ -38,6 +39,7 @@ class EmulatedStage:
         self._forward_s = float(costs.forward_s[index]) * share
         self._input_grad_s = float(costs.input_grad_s[index] + costs.recompute_s[index]) * share
         self._weight_grad_s = float(costs.weight_grad_s[index]) * share
+        self._kept_bytes = round(float(costs.activation[index]) * share)
         self._values = {layer: (torch.zeros(max(1, round(size * share / 4))),) for layer, size in value_bytes.items()}
         self._received: dict[Unit, Values] = {}
 
@@ -59,8 +61,8 @@ class EmulatedStage:
         _wait(self._weight_grad_s)
 
     def activations(self, unit: Unit) -> list[torch.UntypedStorage]:
-        """Return nothing: no values are kept."""
-        return []
+        """Return a storage as large as what a unit keeps; it is there only to be lent."""
+        return [torch.empty(self._kept_bytes, dtype=torch.uint8).untyped_storage()]
 
 
 class EmulatedWorker:
@@ -111,6 +113,7 @@ class EmulatedWorker:
         self._mailbox = Mailbox(
             StageGraph(edges, peers), self.topology.rank, self._transport, ShapeBook(store), self.recorder
         )
+        self._swap = make_swap(schedule, self.topology, groups, torch.device("cpu"))
         self._buckets = BucketSet(self._bucket(plan, profile, groups, stage) for stage in range(len(plan.stages)))
 
     def run(self, batch: Batch | None, step: int) -> float | None:
@@ -128,6 +131,7 @@ class EmulatedWorker:
             optimize=lambda key, microbatch: _wait(self._optimizer_s),
             recorder=self.recorder,
             at_action=self._at_action,
+            swap=self._swap,
         )
         self.recorder.clear()
         interpreter.run(self.steps, units)

@@ -20,6 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, UntypedStorage
 
 from stagewright.planner.schedules.action import Action, Kind
+from stagewright.planner.schedules.schedule import Schedule
+from stagewright.runtime.groups import Groups
+from stagewright.runtime.topology import Topology
 
 _EVICTED, _RETURNED = 1, 2
 UnitKey = tuple[int, int, int, int]  # (replica, stage, microbatch, slice)
@@ -104,6 +107,22 @@ class PeerSwap:
 
     def _receive(self, value: Tensor, tag: int) -> None:
         dist.recv(value, self._peer, group=self._group, tag=tag)
+
+
+def make_swap(schedule: Schedule, topology: Topology, groups: Groups, device: torch.device) -> PeerSwap | None:
+    """Return a rank's half of its pair, rank d with rank D - 1 - d, where one of the two evicts; every rank calls this."""
+    count = schedule.num_ranks
+    moves = [swaps([action for step in schedule.actions(rank) for action in step]) for rank in range(count)]
+    if not any(moves):
+        return None
+    ranks = topology.plan.mapping.pipeline_ranks
+    pairs = [pair for d in range(count // 2) for pair in zip(ranks[d], ranks[count - 1 - d], strict=True)]
+    group = groups.make_all("peer swap", pairs)
+    other = count - 1 - topology.pipeline_rank
+    if group is None or not (moves[other] or moves[topology.pipeline_rank]):
+        return None
+    peer = next(rank for pair in pairs if topology.rank in pair for rank in pair if rank != topology.rank)
+    return PeerSwap(group, peer, moves[other], device)
 
 
 def swaps(actions: Sequence[Action]) -> tuple[Action, ...]:

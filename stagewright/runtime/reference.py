@@ -51,7 +51,7 @@ def run_reference(
     gradients: dict[str, Tensor] = {}
     losses = []
     for step, batch in enumerate(batches if stepper is not None else batches[:1]):
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=step == 0)  # later steps begin with zeros, as those of a run do
         losses.append(_accumulate(chain, to_device(batch, device), microbatch=microbatch, seed=seed, step=step))
         if step == 0:
             gradients = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -178,7 +179,8 @@ def _traffic(predicted: Mapping[str, float], measured: Mapping[str, float]) -> d
 def _time(plan: Plan, simulated: Timeline, measured: Timeline) -> dict[str, object]:
     """Compare spans of compute, action by action, over the first device of each pipeline rank.
 
-    `critical_path` compares the seconds of the actions on the simulated longest path.
+    `critical_path` compares the seconds of the actions on the simulated longest path. The simulation has one optimizer step
+    for all stages of a rank, so where it does, those of its stages are added up.
     """
     first = {ranks[0]: index for index, ranks in enumerate(plan.mapping.pipeline_ranks)}
     expected = {
@@ -190,18 +192,26 @@ def _time(plan: Plan, simulated: Timeline, measured: Timeline) -> dict[str, obje
     path = {
         (int(simulated.rank[span]), *simulated.action[span, :5].tolist()) for span in simulated.critical_path.tolist()
     }
-    by_action: dict[str, list[tuple[float, float]]] = {}
-    along_path: list[tuple[float, float]] = []
+    steps: dict[int, list[tuple[int, ...]]] = {}  # optimizer steps by rank
+    for key in expected:
+        if key[1] == Kind.OPT:
+            steps.setdefault(key[0], []).append(key)
+    taken: dict[tuple[int, ...], float] = {}
     for rank, lane, row, start, end in zip(
         measured.rank, measured.lane, measured.action.tolist(), measured.start_s, measured.end_s, strict=True
     ):
         key = (first.get(int(rank), -1), *row[:5])
-        if lane == 0 and key in expected:
-            name = str(Action(Kind(row[0]), row[2]))
-            pair = (float(expected[key]), float(end - start))
-            by_action.setdefault(name, []).append(pair)
-            if key in path:
-                along_path.append(pair)
+        if lane == 0:
+            if row[0] == Kind.OPT and len(steps.get(key[0], ())) == 1:
+                key = steps[key[0]][0]
+            taken[key] = taken.get(key, 0.0) + float(end - start)
+    by_action: dict[str, list[tuple[float, float]]] = {}
+    along_path: list[tuple[float, float]] = []
+    for key in taken.keys() & expected.keys():
+        pair = (float(expected[key]), taken[key])
+        by_action.setdefault(str(Action(Kind(key[1]), key[3])), []).append(pair)
+        if key in path:
+            along_path.append(pair)
     actions = {
         name: {
             "predicted_s": float(np.median([p for p, _ in pairs])),
@@ -218,8 +228,8 @@ def _time(plan: Plan, simulated: Timeline, measured: Timeline) -> dict[str, obje
         "makespan_s": {"predicted": simulated.makespan_s, "measured": measured.makespan_s},
         "critical_path": {
             "actions": len(along_path),
-            "predicted_s": sum(predicted for predicted, _ in along_path),
-            "measured_s": sum(taken for _, taken in along_path),
+            "predicted_s": math.fsum(predicted for predicted, _ in along_path),
+            "measured_s": math.fsum(seconds for _, seconds in along_path),
         },
     }
 

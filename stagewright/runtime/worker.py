@@ -44,7 +44,7 @@ from stagewright.runtime.local_steps import LocalSteps, outer_step_of
 from stagewright.runtime.mailbox import Mailbox, StageGraph
 from stagewright.runtime.microbatches import division_of, plan_iteration
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
-from stagewright.runtime.peer_swap import PeerSwap, swaps
+from stagewright.runtime.peer_swap import make_swap, swaps
 from stagewright.runtime.post_validation import PostValidation
 from stagewright.runtime.predicted_weights import predictor_of
 from stagewright.runtime.recorder import Recorder, now_s
@@ -148,7 +148,7 @@ class Worker:
         self._mailbox = Mailbox(self._graph(), self.topology.rank, self.transport, ShapeBook(store), self.recorder)
         self._check_reductions()
         self._validation = self._make_validation()
-        self._swap = self._make_swap(schedule)
+        self._swap = make_swap(schedule, self.topology, self.groups, settings.device)
         self._sent_in_warm_up = self._messages_of_warm_ups(schedule) if settings.post_validation else frozenset()
 
     @property
@@ -471,21 +471,6 @@ class Worker:
     def bytes_evicted(self) -> int:
         """Bytes of activations this rank has lent to its peer so far."""
         return 0 if self._swap is None else self._swap.bytes_evicted
-
-    def _make_swap(self, schedule: Schedule) -> PeerSwap | None:
-        """Return this rank's half of its pair, rank d with rank D - 1 - d, where one of the two evicts."""
-        count = schedule.num_ranks
-        moves = [swaps([action for step in schedule.actions(rank) for action in step]) for rank in range(count)]
-        if not any(moves):
-            return None
-        ranks = self.plan.mapping.pipeline_ranks
-        pairs = [pair for d in range(count // 2) for pair in zip(ranks[d], ranks[count - 1 - d], strict=True)]
-        group = self.groups.make_all("peer swap", pairs)
-        other = count - 1 - self.topology.pipeline_rank
-        if group is None or not (moves[other] or moves[self.topology.pipeline_rank]):
-            return None
-        peer = next(rank for pair in pairs if self.topology.rank in pair for rank in pair if rank != self.topology.rank)
-        return PeerSwap(group, peer, moves[other], self.settings.device)
 
     def _make_stages(self) -> dict[StageKey, Stage]:
         loss_context = loss_parallel if self._shards.group and self.topology.degrees.vocab_parallel else nullcontext

@@ -95,9 +95,11 @@ def simulate(argument: str, context: object) -> str:
         time.sleep(60)
     if value["model"] == "deadly":
         os.kill(os.getpid(), signal.SIGKILL)
-    columns = {name: [0, 1] for name in ("rank", "lane", "kind", "stage", "microbatch", "slice", "replica")}
+    columns = {name: [0, 1] for name in ("rank", "lane", "kind", "stage", "microbatch")}
     timeline = {
         **columns,
+        "slice": [-1, -1],
+        "replica": [0, 0],
         "source": "simulated",
         "num_ranks": 2,
         "makespan_s": 2.0,

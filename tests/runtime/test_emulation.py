@@ -15,10 +15,16 @@ from stagewright.runtime.run import run_plan
 pytestmark = pytest.mark.ranks
 
 
-def test_an_emulated_run_takes_at_least_the_simulated_time_and_sends_the_predicted_bytes():
+@pytest.mark.parametrize(
+    ("schedule", "num_ranks", "num_microbatches"),
+    [("1f1b", 2, 4), pytest.param("bpipe", 4, 8, marks=pytest.mark.soak)],
+)
+def test_an_emulated_run_takes_at_least_the_simulated_time_and_sends_the_predicted_bytes(
+    schedule, num_ranks, num_microbatches
+):
     chain = split(TinyModel(6, tied=False))
     profile = profile_of(chain)
-    plan = plan_of(chain, profile, "1f1b", 2, 4)
+    plan = plan_of(chain, profile, schedule, num_ranks, num_microbatches)
     report = run_plan(plan, profile, model="nothing:imported", steps=2, emulate=True)
     simulated, measured = report.predicted_timeline.makespan_s, report.timeline.makespan_s
     assert simulated * 0.999 <= measured <= 5 * simulated + 0.5

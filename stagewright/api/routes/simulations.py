@@ -9,12 +9,12 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from stagewright.api.auth import may
-from stagewright.api.chrome_trace import chrome_trace
 from stagewright.api.problems import Problem
 from stagewright.api.requests import SimulationRequest, ValidationRequest, read_object, simulation_request
 from stagewright.api.resources import SimulationReport, Spans, ValidationReport
 from stagewright.api.routes.bodies import body_of, problems
 from stagewright.api.service import Service
+from stagewright.api.timeline_columns import timeline_of
 from stagewright.planner.documents.document import canonical_json
 
 ROUTER = APIRouter(tags=["simulations"])
@@ -86,5 +86,11 @@ async def trace(
     if spans is None:
         raise Problem("task-timeout", "the timeline is too long to be traced", hint="simulate it on the command line")
     headers = {"Content-Disposition": f'attachment; filename="{plan_id}.trace.json"'}
-    body = await run_in_threadpool(chrome_trace, Spans.model_validate(spans))
+    body = await run_in_threadpool(_trace, Spans.model_validate(spans))
     return Response(body, headers=headers, media_type="application/json")
+
+
+def _trace(spans: Spans) -> str:
+    from stagewright.formats.chrome_trace import chrome_trace
+
+    return json.dumps(chrome_trace(timeline_of(spans)), allow_nan=False)
