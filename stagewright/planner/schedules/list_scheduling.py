@@ -266,6 +266,11 @@ def _keeps_bankers_rule(
         oldest = min(oldest, freed[other] // fan)
         youngest = max(youngest, done[FORWARD, other] + (1 if other == position else 0))
     room -= held[position]
+    most = 0.0
+    for index in range(low, high):
+        most += held[member[index]]
+    if most <= room + EPSILON:
+        return True  # no unit needs more
     for unit in range(oldest, youngest):
         need, hold = 0.0, 0.0
         for index in range(low, high):

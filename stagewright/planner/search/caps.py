@@ -100,6 +100,33 @@ def order_caps(tables: RankTables, num_microbatches: int, target_s: float) -> tu
 
 
 @njit(cache=True)
+def recompute_floors(tables: RankTables, low: Longs, high: Longs) -> Floats:
+    """Return the least recomputation a microbatch of each rank with low, low + 1, ... layers of the largest class, [D, n].
+
+    Entries beyond `high`, and numbers that never fit, are infinite.
+    """
+    runs, run_class = len(tables.forward_s), tables.run_class
+    bulk, _ = largest_class(run_class, tables.run_start[1:] - tables.run_start[:-1])
+    like = np.zeros(runs, dtype=np.bool_)
+    for run in range(runs):
+        like[run] = run_class[run] == run_class[bulk]
+    inner_low, inner_high = _bulk_stages(tables, like)
+    forced = np.zeros(runs)
+    floors = np.full((len(low), (high - low).max() + 1), np.inf)
+    for rank in range(len(low)):
+        _forced(tables, rank, forced)
+        states = 0.0
+        for run in range(runs):
+            if not like[run]:
+                states += forced[run] * tables.state_bytes[run]
+        for number in range(low[rank], high[rank] + 1):
+            floors[rank, number - low[rank]] = _least_levels(
+                tables, rank, bulk, like, forced, inner_low, inner_high, number, states, np.inf
+            )
+    return floors
+
+
+@njit(cache=True)
 def largest_class(run_class: npt.NDArray[np.int32], length: Longs) -> tuple[int, int]:
     """Return a run of the class with most layers, and how many layers the class has."""
     best, most = 0, 0
@@ -177,7 +204,9 @@ def _cap(
     while low < high:
         middle = (low + high + 1) // 2
         spare = min(limit - step - middle * unit, limit - back - middle * each * time) / each
-        if spare >= -1e-15 and _fits(tables, rank, bulk, like, forced, inner_low, inner_high, middle, states, spare):
+        if spare >= -1e-15 and np.isfinite(
+            _least_levels(tables, rank, bulk, like, forced, inner_low, inner_high, middle, states, spare)
+        ):
             low = middle
         else:
             high = middle - 1
@@ -211,11 +240,14 @@ def _way(tables: RankTables, first: int) -> tuple[float, float]:
 
 
 @njit(cache=True)
-def _fits(
+def _least_levels(
     tables: RankTables, rank: int, bulk: int, like: Bools, forced: Floats, inner_low: int, inner_high: int,
     number: int, states: float, spare_s: float,
-) -> bool:  # fmt: skip
-    """Tell whether `number` layers with at most `spare_s` of recomputation a microbatch can fit the rank."""
+) -> float:  # fmt: skip
+    """Return the least recomputation a microbatch with which `number` layers can fit; infinite when none does.
+
+    With a finite `spare_s`, any recomputation of at most that much will do, and the first found is returned.
+    """
     width, vectors = tables.slot_stage.shape[1], tables.live.shape[1]
     floor = 0.0
     for run in range(len(forced)):
@@ -257,9 +289,10 @@ def _fits(
                             if tables.levels[level]:
                                 least = min(least, _bytes(tables, rank, vector, place, level, run))
                         fixed[vector] += least
+    best = np.inf
     for full in range(number + 1):
-        if full > 0 and (not tables.levels[2] or full * tables.recompute_s[2, bulk] > spare_s + 1e-15):
-            return False
+        if full > 0 and (not tables.levels[2] or full * tables.recompute_s[2, bulk] > min(spare_s + 1e-15, best)):
+            break
         for half in range(number - full + 1):
             if half > 0 and not tables.levels[1]:
                 break
@@ -268,7 +301,7 @@ def _fits(
                 continue
             seconds = full * tables.recompute_s[2, bulk] + half * tables.recompute_s[1, bulk]
             seconds += none * tables.recompute_s[0, bulk]
-            if seconds > spare_s + 1e-15:
+            if seconds > spare_s + 1e-15 or seconds >= best:
                 break
             workspace = floor
             if none > 0:
@@ -286,8 +319,11 @@ def _fits(
                     fits = False
                     break
             if fits:
-                return True
-    return False
+                best = seconds
+                if np.isfinite(spare_s):
+                    return float(best)
+                break
+    return float(best)
 
 
 @njit(cache=True, inline="always")

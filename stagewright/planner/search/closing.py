@@ -106,8 +106,7 @@ class Closer:
             program = CutProgram(costs, form="ranks", rank_layers=rank_layers)
         shared = self.cuts.setdefault(costs.order.key, [])
         added: list[Cut] = []
-        for cut in shared:
-            program.add(cut)
+        program.add(shared)
         nodes, simulated, reason = MOST_NODES, 0, "open"
         for _ in range(INTEGER_ITERATIONS):
             goal_s = target_s if best is None else min(target_s, best.step_s / (1.0 + self.limits.gap))
@@ -131,8 +130,7 @@ class Closer:
                     best = judge(found)
             if not new:
                 break
-            for extra in new:
-                program.add(extra)
+            program.add(new)
             added += new
         self.cuts[costs.order.key] = _merged(shared, added)
         return Closed(bound_s, reason, best, simulated)
@@ -154,8 +152,7 @@ class Closer:
         program = CutProgram(costs, form=form, rank_layers=rank_layers)
         shared = self.cuts.setdefault(costs.order.key, [])
         used = list(shared)
-        for cut in used:
-            program.add(cut)
+        program.add(used)
         simulated, bound = 0, -np.inf
         best: Point | None = None
         best_value = np.inf
@@ -168,16 +165,16 @@ class Closer:
             if bound >= target_s:
                 break
             points = [point] if best is None else [_between(best, point, _SMOOTHING), point]
-            new = 0
+            new: list[Cut] = []
             for trial in points:
                 value, cut = _trace(costs, trial)
                 simulated += 1
                 if value < best_value:
                     best, best_value = trial, value
-                if cut is not None and value > bound * (1 + _TOLERANCE):
-                    program.add(cut)
-                    used.append(cut)
-                    new += 1
+                if value > bound * (1 + _TOLERANCE):
+                    new.append(cut)
+            program.add(new)
+            used += new
             if not new or (form == "light" and best_value < target_s):
                 break
             if (
@@ -263,12 +260,14 @@ def _between(first: Point, second: Point, share: float) -> Point:
         -np.inf,
         share * first.layers + (1 - share) * second.layers,
         share * first.raised + (1 - share) * second.raised,
+        extra_s=share * first.extra_s + (1 - share) * second.extra_s,
     )
 
 
 def _trace(costs: CandidateCosts, point: Point) -> tuple[float, Cut]:
     """Return the step at a fractional point, with least hops and no ties, and its critical path."""
     times = costs.stage_costs(point.counts)  # type: ignore[arg-type]
+    times[1] += point.extra_s
     by_stage = point.layers @ costs.runs.step_s + costs.stage_latency_s
     if len(costs.replica_s):
         by_stage = by_stage + point.layers @ costs.replica_s + costs.replica_latency_s

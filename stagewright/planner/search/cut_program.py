@@ -8,8 +8,13 @@
          sum_l e[s, k, l] <= n[s, k]                                  layers raised above the weakest level
          states + live vectors . bytes + workspace <= capacity        for every rank and up to 4 of its vectors
 
-n and e are real: a relaxation, so its optimum bounds every completion of the candidate from below. The light program has
-no e and no memory rows. F, I, W and the tails are linear in n and e; hops take the least tensor that may cross.
+         rho_r >= lower convex hull of the least recomputation of lo_r, .., hi_r whole layers on rank r
+
+n and e are real: a relaxation, so its optimum bounds every completion of the candidate from below. rho_r, the seconds of
+recomputation of a microbatch on rank r, is sum_s sum_l e[s, k, l] rho_l; its hull (`caps.recompute_floors`) knows that layers
+and workspaces are whole. The light program has no e and no memory rows: rho_r is a column, and a path pays it as often
+as it visits the stage of r that it visits least, over the number of replicas, each of which would count the stage again. F, I, W and the tails are linear in n and e; hops take the least tensor
+that may cross.
 
 The integer programs have whole n and e, or whole sums of them over each rank, all live vectors, the target as ceiling of theta, and for the workspace of rank r
 
@@ -27,7 +32,9 @@ target or the simulated point falls below it. HiGHS keeps the basis between solv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import highspy
@@ -35,12 +42,14 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.search.candidate_costs import CandidateCosts
+from stagewright.planner.search.caps import recompute_floors
 from stagewright.planner.search.order import Cut
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 MOST_VECTORS = 4
+MOST_LISTED = 80  # layers of a rank up to which every number is tried
 MOST_NODES = 400
 MOST_WHOLE = 250  # columns of a program where all are whole; more take tens of seconds
 _INTEGER_GAP = 1e-3  # at which a tree stops: its dual bound counts, not its point
@@ -52,13 +61,14 @@ Form = Literal["light", "full", "ranks", "whole"]
 class Point:
     """A solution: bound in seconds, layers [S, K], raised layers [S, K, 3] (level 0 unused), and theta at it, seconds.
 
-    Theta is above the bound where a tree was left early, and minus infinity at a point that no program returned.
+    `extra_s` [S] is recomputation of a microbatch on each stage that no raised layer stands for. Theta is above the bound where a tree was left early, and minus infinity at a point that no program returned.
     """
 
     bound_s: float
     layers: Floats
     raised: Floats
     theta_s: float = -np.inf
+    extra_s: float | Floats = 0.0
 
     @property
     def counts(self) -> Floats:
@@ -81,6 +91,7 @@ class CutProgram:
         self._solver = highspy.Highs()
         for option, value in (("output_flag", False), ("presolve", "off"), ("threads", 1)):
             self._solver.setOptionValue(option, value)
+        self._floors = None if rank_layers is None else _floor_lines(costs, rank_layers)
         self._columns(rank_layers)
         self._rows(rank_layers)
         self.num_cuts = 0
@@ -104,11 +115,12 @@ class CutProgram:
         whole = 1 + len(self._cells) * (1 + len(self._raise))
         ranks = self._costs.order.num_ranks if self._is_integer else 0
         totals = ranks * (1 + len(self._raise)) if self._form == "ranks" else 0
-        count = whole + ranks * len(self._raise) + totals
+        self._num_floors = 0 if self._form != "light" or self._floors is None else self._costs.order.num_ranks
+        count = whole + ranks * len(self._raise) + totals + self._num_floors
         upper = np.full(count, np.inf)
         most = np.tile(self._costs.runs.length.astype(np.float64), (stages, 1))
         upper[1:whole] = np.tile(most.ravel()[self._cells], 1 + len(self._raise))
-        upper[whole : count - totals] = 1.0
+        upper[whole : whole + ranks * len(self._raise)] = 1.0
         self._first_switch, self._first_total, self._num_totals = whole, count - totals, totals
         cost = np.zeros(count)
         cost[0] = 1.0
@@ -135,23 +147,52 @@ class CutProgram:
         )
 
     def _rows(self, rank_layers: tuple[Longs, Longs] | None) -> None:
+        costs, count = self._costs, len(self._cells)
         stages, runs = self._shape
-        for run in range(runs):
-            number = float(self._costs.runs.length[run])
-            self._sum_row(number, number, [(s, run) for s in range(stages)])
-        for stage in range(stages):
-            self._sum_row(1.0, np.inf, [(stage, k) for k in range(runs)])
+        stage_of, run_of = self._cells // runs, self._cells % runs
+        layers = slice(1, 1 + count)
+        whole = np.zeros((runs, self.num_columns))
+        whole[run_of, 1 + np.arange(count)] = 1.0
+        number = costs.runs.length.astype(np.float64)
+        some = np.zeros((stages, self.num_columns))
+        some[stage_of, 1 + np.arange(count)] = 1.0
+        blocks = [(whole, number, number), (some, np.ones(stages), np.full(stages, np.inf))]
         if rank_layers is not None:
-            of_class = self._costs.classes.run_class
-            bulk = np.flatnonzero(of_class == of_class[self._costs.bulk_run]).tolist()
-            for rank, slots in enumerate(self._costs.order.slots):
-                cells = [(slot.stage, run) for slot in slots for run in bulk]
-                self._sum_row(float(rank_layers[0][rank]), float(rank_layers[1][rank]), cells)
+            of_class = costs.classes.run_class
+            bulk = of_class == of_class[costs.bulk_run]
+            held = _held(costs)
+            ranks = np.zeros((costs.order.num_ranks, self.num_columns))
+            ranks[:, layers] = held[:, stage_of] * bulk[run_of]
+            blocks.append((ranks, rank_layers[0].astype(np.float64), rank_layers[1].astype(np.float64)))
+            assert self._floors is not None
+            rank, slope, least = self._floors
+            if len(rank) and (self._num_floors or self._raise):
+                floors = -slope[:, None] * self._scale * ranks[rank]
+                if self._num_floors:
+                    floors[np.arange(len(rank)), 1 + count + rank] = 1.0
+                for position, level in enumerate(self._raise):
+                    extra_s = costs.runs.recompute_s[level] - costs.runs.recompute_s[self._base]
+                    first = 1 + count * (1 + position)
+                    floors[:, first : first + count] = held[rank][:, stage_of] * (bulk * extra_s * self._scale)[run_of]
+                blocks.append((floors, least * self._scale, np.full(len(rank), np.inf)))
+        if self._raise:
+            most = np.zeros((count, self.num_columns))
+            most[np.arange(count), 1 + np.arange(count)] = -1.0
+            for position in range(len(self._raise)):
+                most[np.arange(count), 1 + count * (1 + position) + np.arange(count)] = 1.0
+            blocks.append((most, np.full(count, -np.inf), np.zeros(count)))
+        self._add_all(*(np.concatenate(part) for part in zip(*blocks, strict=True)))
         if self._is_integer:
             self._run_order_rows()
             self._total_rows()
         if self._form != "light":
             self._memory_rows(rank_layers)
+
+    def _add_all(self, rows: Floats, lower: Floats, upper: Floats) -> None:
+        """Add dense rows [n, columns]."""
+        at, index = np.nonzero(rows)
+        starts = np.searchsorted(at, np.arange(len(rows))).astype(np.int32)
+        self._solver.addRows(len(rows), lower, upper, len(index), starts, index.astype(np.int32), rows[at, index])
 
     def _run_order_rows(self) -> None:
         """Keep runs in the model's order: a share of run k + 1 at most up to a stage as of run k.
@@ -184,24 +225,7 @@ class CutProgram:
                 index, value = _merged([cell + block * len(self._cells) for cell in cells], [1.0] * len(cells))
                 self._add(0.0, 0.0, [*index, self._first_total + rank * blocks + block], [*value, -1.0])
 
-    def _sum_row(self, lower: float, upper: float, cells: list[tuple[int, int]]) -> None:
-        """Add a row over the layers of some (stage, run), a cell named twice counting twice."""
-        total: dict[int, float] = {}
-        for stage, run in cells:
-            column = self._index(stage, run)
-            if column:
-                total[column] = total.get(column, 0.0) + 1.0
-        self._add(lower, upper, list(total), list(total.values()))
-
     def _memory_rows(self, rank_layers: tuple[Longs, Longs] | None) -> None:
-        stages, runs = self._shape
-        if self._raise:
-            for stage in range(stages):
-                for run in range(runs):
-                    if not self._index(stage, run):
-                        continue
-                    index = [self._raised(p, stage, run) for p in range(len(self._raise))]
-                    self._add(-np.inf, 0.0, [*index, self._index(stage, run)], [1.0] * len(index) + [-1.0])
         costs = self._costs
         scale = 1.0 / max(costs.capacity_bytes, 1.0)
         for rank in range(costs.order.num_ranks):
@@ -289,38 +313,47 @@ class CutProgram:
                         value.append(saved)
         return _merged(index, value)
 
-    def add(self, cut: Cut) -> None:
-        """Add a critical path of the order as a row."""
-        coefficients, constant = self.row(cut)
-        index = np.flatnonzero(coefficients).astype(np.int32)
-        self._add(constant, np.inf, index, coefficients[index])
-        self.num_cuts += 1
+    def add(self, cuts: Sequence[Cut]) -> None:
+        """Add critical paths of the order as rows."""
+        if not cuts:
+            return
+        rows, constants = self.rows(cuts)
+        self._add_all(rows, constants, np.full(len(cuts), np.inf))
+        self.num_cuts += len(cuts)
 
-    def row(self, cut: Cut) -> tuple[Floats, float]:
-        """Return (coefficients, constant) with coefficients . columns >= constant, scaled: theta minus the path."""
+    def rows(self, cuts: Sequence[Cut]) -> tuple[Floats, Floats]:
+        """Return coefficients [n, columns] and constants [n], scaled, with row . columns >= constant: theta minus a path."""
         costs, runs = self._costs, self._costs.runs
-        forward, input_grad, weight_grad = cut.counts.astype(np.float64)
-        each = forward[:, None] * runs.forward_s + input_grad[:, None] * runs.input_grad_s
-        each += weight_grad[:, None] * runs.weight_grad_s + input_grad[:, None] * runs.recompute_s[self._base]
-        constant = float(cut.hops @ costs.least_hop_s) + costs.step_overhead_s
-        overheads = forward.sum() + input_grad.sum() + (weight_grad.sum() if costs.order.split else 0.0)
-        constant += costs.overhead_s * float(overheads)
-        constant += float(costs.constant_tail_s[cut.end_rank])
-        for slot in costs.order.slots[cut.end_rank]:
-            each[slot.stage] += runs.step_s
-            constant += costs.stage_latency_s
-            if len(costs.replica_s):
-                each[slot.stage] += costs.replica_s
-                constant += float(costs.replica_latency_s[slot.stage])
-        row = np.zeros(self.num_columns)
-        row[0] = 1.0
-        count = len(self._cells)
-        row[1 : 1 + count] = -each.ravel()[self._cells] * self._scale
+        counts = np.array([cut.counts for cut in cuts], dtype=np.float64)
+        forward, input_grad, weight_grad = counts[:, 0], counts[:, 1], counts[:, 2]
+        ends = np.array([cut.end_rank for cut in cuts], dtype=np.int64)
+        held = _held(costs)[ends]
+        back_s = runs.input_grad_s + runs.recompute_s[self._base]
+        each = forward[:, :, None] * runs.forward_s + input_grad[:, :, None] * back_s
+        each += weight_grad[:, :, None] * runs.weight_grad_s
+        tail_s = runs.step_s + costs.replica_s if len(costs.replica_s) else runs.step_s
+        each += held[:, :, None] * tail_s
+        constants = np.array([cut.hops for cut in cuts]) @ costs.least_hop_s + costs.step_overhead_s
+        overheads = forward.sum(axis=1) + input_grad.sum(axis=1)
+        if costs.order.split:
+            overheads = overheads + weight_grad.sum(axis=1)
+        constants = constants + costs.overhead_s * overheads + costs.constant_tail_s[ends]
+        constants = constants + costs.stage_latency_s * held.sum(axis=1)
+        if len(costs.replica_latency_s):
+            constants = constants + held @ costs.replica_latency_s
+        rows = np.zeros((len(cuts), self.num_columns))
+        rows[:, 0] = 1.0
+        count, runs_of = len(self._cells), self._shape[1]
+        rows[:, 1 : 1 + count] = -each.reshape(len(cuts), -1)[:, self._cells] * self._scale
         for position, level in enumerate(self._raise):
-            extra = input_grad[:, None] * (runs.recompute_s[level] - runs.recompute_s[self._base])
+            extra_s = (runs.recompute_s[level] - runs.recompute_s[self._base])[self._cells % runs_of]
             first = 1 + count * (1 + position)
-            row[first : first + count] = -extra.ravel()[self._cells] * self._scale
-        return row, constant * self._scale
+            rows[:, first : first + count] = -input_grad[:, self._cells // runs_of] * extra_s * self._scale
+        if self._num_floors:
+            place = costs.slots.stage
+            visits = np.where(place >= 0, input_grad[:, np.maximum(place, 0)], np.inf).min(axis=2)
+            rows[:, 1 + count : 1 + count + self._num_floors] = -visits / costs.order.num_replicas
+        return rows, constants * self._scale
 
     def below(self, target_s: float, nodes: int, left_s: float) -> Point | None:
         """Return the integer program's best point of at most `target_s` and its dual bound; None when there is none.
@@ -357,7 +390,17 @@ class CutProgram:
             return self._give_up()
         values = np.array(self._solver.getSolution().col_value)
         theta_s = float(values[0]) / self._scale
-        return Point(theta_s, self._spread(values, 0), self._spread_raised(values), theta_s)
+        layers = self._spread(values, 0)
+        return Point(theta_s, layers, self._spread_raised(values), theta_s, self._spread_floors(values, layers))
+
+    def _spread_floors(self, values: Floats, layers: Floats) -> float | Floats:
+        """Return each rank's recomputation spread over its stages by their layers, [S]."""
+        if not self._num_floors:
+            return 0.0
+        first = 1 + len(self._cells)
+        held, on_stage = _held(self._costs), layers.sum(axis=1)
+        share = values[first : first + self._num_floors] / self._scale / np.maximum(held @ on_stage, 1e-9)
+        return np.asarray(on_stage * (held * share[:, None]).max(axis=0))
 
     def _spread(self, values: Floats, block: int) -> Floats:
         """Return a block of columns as [S, K]."""
@@ -390,6 +433,57 @@ def _some(live: Floats) -> Floats:
     if len(live) <= MOST_VECTORS:
         return live
     return np.asarray(live[np.unique(np.linspace(0, len(live) - 1, MOST_VECTORS).astype(int))])
+
+
+def _held(costs: CandidateCosts) -> Floats:
+    """Return how often each stage stands on each rank, [D, S]."""
+    held = np.zeros((costs.order.num_ranks, costs.num_stages))
+    rank, place = np.nonzero(costs.slots.stage >= 0)
+    np.add.at(held, (rank, costs.slots.stage[rank, place]), 1.0)
+    return held
+
+
+def _floor_lines(costs: CandidateCosts, rank_layers: tuple[Longs, Longs]) -> tuple[Longs, Floats, Floats]:
+    """Return (rank, slope, constant) of the lines of each rank's hull: recomputation above the weakest level's, seconds.
+
+    Lines that are nowhere positive are left out, and so are ranks of more than MOST_LISTED layers.
+    """
+    low, high = rank_layers
+    base = int(np.argmax(costs.levels))
+    ranks: list[int] = []
+    lines: list[tuple[float, float]] = []
+    if int(costs.levels.sum()) > 1 and int(high.max(initial=0)) <= MOST_LISTED:
+        floors = recompute_floors(costs.rank_tables, low, high)
+        each = float(costs.runs.recompute_s[base, costs.bulk_run])
+        for rank in range(len(low)):
+            numbers = low[rank] + np.flatnonzero(np.isfinite(floors[rank]))
+            values = floors[rank][numbers - low[rank]] - each * numbers
+            for line in _lower_hull(numbers.tolist(), values.tolist()):
+                ranks.append(rank)
+                lines.append(line)
+    columns = np.array(lines).reshape(-1, 2)
+    return np.array(ranks, dtype=np.int64), columns[:, 0], columns[:, 1]
+
+
+def _lower_hull(numbers: list[int], values: list[float]) -> list[tuple[float, float]]:
+    """Return (slope, constant) of the lower hull's lines; one level line where there is one number; no line at zero."""
+    hull: list[int] = []
+    for place in range(len(numbers)):
+        while len(hull) > 1:
+            first, second = hull[-2], hull[-1]
+            rise = (values[second] - values[first]) * (numbers[place] - numbers[first])
+            if rise < (values[place] - values[first]) * (numbers[second] - numbers[first]):
+                break
+            hull.pop()
+        hull.append(place)
+    if len(hull) == 1:
+        return [(0.0, values[hull[0]])] if values[hull[0]] > 0.0 else []
+    lines = []
+    for first, second in pairwise(hull):
+        if max(values[first], values[second]) > 0.0:
+            slope = (values[second] - values[first]) / (numbers[second] - numbers[first])
+            lines.append((slope, values[first] - slope * numbers[first]))
+    return lines
 
 
 def reachable(costs: CandidateCosts) -> npt.NDArray[np.bool_]:

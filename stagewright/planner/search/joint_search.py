@@ -35,6 +35,7 @@ from stagewright.planner.search.bounds import (
 from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots, RunCosts
 from stagewright.planner.search.caps import RankTables, largest_class, order_caps
 from stagewright.planner.search.closing import Closer
+from stagewright.planner.search.dominance import leaders_of
 from stagewright.planner.search.incumbent import Completion, improve, start
 from stagewright.planner.search.limits import Limits, Termination
 from stagewright.planner.search.order import Layout, Order, OrderKey
@@ -46,6 +47,7 @@ from stagewright.planner.search.pricing import (
     PP,
     SP,
     TP,
+    UNIT,
     Priced,
     configuration_of,
 )
@@ -60,6 +62,7 @@ NUM_REFINED = 600
 LEAST_ANSWERED_S = 0.1
 NUM_FIRST = 12
 NUM_STARTS = 12
+NUM_TRIED, NUM_ALIKE = 24, 2
 MOST_PROGRAMS = 2_000
 NUM_IMPROVED = 6
 
@@ -87,7 +90,8 @@ class JointSearch:
     _costs: dict[int, CandidateCosts] = field(default_factory=dict)
     _slots: dict[OrderKey, RankSlots] = field(default_factory=dict)
     _rank_slots: dict[int, RankSlots] = field(default_factory=dict)
-    _rows: dict[tuple[object, ...], Floats] = field(default_factory=dict)
+    _ring: dict[tuple[object, ...], Floats] = field(default_factory=dict)
+    _leading: dict[int, int] = field(default_factory=dict)
     _lines: dict[tuple[object, ...], tuple[Floats, Floats]] = field(default_factory=dict)
 
     # ---- the space -------------------------------------------------------------------------------------------------
@@ -226,7 +230,7 @@ class JointSearch:
         kept = priced.kept_bytes[row][:, of_run]
         cuts = np.append(priced.cut_bytes[row][classes.of_layer], 0.0)
         latency, per_byte = self._hop_lines(row, order)
-        key = self.key(index)
+        key = order.key
         if key not in self._slots:
             self._slots[key] = RankSlots.of(order)
         return CandidateCosts(
@@ -426,18 +430,58 @@ class JointSearch:
         chosen = tight[np.argsort(self.bound_s[tight], kind="stable")][:NUM_REFINED]
         self._refine(chosen, 4.0 * float(self.bound_s.min()), 10)
         chosen = chosen[np.argsort(self.bound_s[chosen], kind="stable")]
-        stopped = self._begin(chosen[:NUM_FIRST])
+        stopped = self._begin(chosen[:NUM_FIRST].tolist())
         if stopped is not None:
             return stopped
         high_s = self.incumbent_s if self.best is not None else 16.0 * float(self.bound_s.min())
         left = np.flatnonzero(self.bound_s < self.target_s)
         self._refine(left, high_s / (1.0 + self.limits.gap) if self.best is not None else high_s, 0)
         left = np.flatnonzero(self.bound_s < self.target_s)
-        estimate = self.estimate(left)
-        stopped = self._begin(left[np.argsort(estimate, kind="stable")], NUM_STARTS)
-        return stopped
+        return self._begin(self._promising(left), NUM_STARTS)
 
-    def _begin(self, chosen: Longs, most: int | None = None) -> Termination | None:
+    def _promising(self, chosen: Longs) -> list[int]:
+        """Return candidates in order of what a start with few microbatches promises, then the others by estimate.
+
+        Some of each pipeline depth and schedule are started; rows that another row undercuts and pairs of replicas are not.
+        """
+        leading = np.array(self._leaders(chosen)[0], dtype=np.int64)
+        leading = leading[np.argsort(self.estimate(leading), kind="stable")].tolist()
+        tried: dict[OrderKey, int] = {}
+        found: list[tuple[float, int]] = []
+        for index in leading:
+            key = self.key(index)._replace(num_microbatches=0)
+            if len(found) >= NUM_TRIED or self.limits.reached() is not None:
+                break
+            if tried.get(key, 0) >= NUM_ALIKE or self.rule(index).num_replicas > 1:
+                continue
+            tried[key] = tried.get(key, 0) + 1
+            promised_s = self._promise(index)
+            if promised_s is not None:
+                found.append((promised_s, index))
+        first = [index for _, index in sorted(found)]
+        known = set(first)
+        return first + [index for index in leading if index not in known]
+
+    def _promise(self, index: int) -> float | None:
+        """Return the step of a start with few microbatches, the rest at the pace of its fullest rank; None without one."""
+        try:
+            order = self.problem.short_order_of(self.key(index), self.rule(index))
+        except (InvalidArgument, InvalidSchedule):
+            return None
+        costs = self._make_costs(index, order)
+        self.simulated += 1
+        completion = start(costs)
+        if completion is None:
+            return None
+        left = self.key(index).num_microbatches - order.key.num_microbatches
+        if left == 0:
+            self._costs[index] = costs
+            self.keep(index, completion)
+        on_stage = costs.stage_costs(completion.counts).sum(axis=0)
+        on_rank = np.where(costs.slots.stage >= 0, on_stage[costs.slots.stage], 0.0).sum(axis=1)
+        return completion.step_s + left / order.num_replicas * float(on_rank.max())
+
+    def _begin(self, chosen: Sequence[int], most: int | None = None) -> Termination | None:
         """Complete candidates until `most` were tried, and improve the best of them.
 
         A deadline of LEAST_ANSWERED_S or more does not end the first few tries, so that a late search has something to
@@ -446,7 +490,7 @@ class JointSearch:
         in_haste = self.limits.deadline_s is not None and self.limits.deadline_s < LEAST_ANSWERED_S
         begun: list[tuple[float, int]] = []
         tried = 0
-        for index in chosen.tolist():
+        for index in chosen:
             if most is not None and tried >= most and self.best is not None:
                 break
             if self.bound_s[index] >= self.target_s:
@@ -481,46 +525,43 @@ class JointSearch:
         return None if self.best is None else self.incumbent_s
 
     def _close_all(self) -> tuple[float, Termination]:
-        """Close candidates in order of bound until none is left below the target."""
+        """Close candidates in order of bound until none is left below the target.
+
+        A candidate whose row another one undercuts waits for the same family and chunks on that row: it is closed with it,
+        or inherits the bound that it was left with.
+        """
         closer = Closer(self.limits)
         left = np.flatnonzero(self.bound_s < self.target_s)
         self.count("bound", self.num_candidates - len(left))
-        groups: dict[OrderKey, list[int]] = {}
-        for index in left.tolist():
-            groups.setdefault(self.key(index), []).append(index)
-        leader: dict[int, int] = {}
+        leading, waiting = self._leaders(left)
         opened: dict[int, float] = {}
-        waiting: dict[int, list[int]] = {}
-        heap = [(float(self.bound_s[index]), index) for index in left.tolist()]
+        heap = [(float(self.bound_s[index]), index) for index in leading]
         heapq.heapify(heap)
+        num_left = len(leading) + sum(len(followers) for followers in waiting.values())
+        self.count("dominated", len(left) - num_left)
         done = 0
         while heap:
             bound_s, index = heapq.heappop(heap)
             if bound_s >= self.target_s:
-                self.count("bound", len(heap) + 1)
+                self.count("bound", num_left)
                 break
             stopped = self.limits.reached()
             if stopped is not None or closer.num_programs >= MOST_PROGRAMS:
-                self.count("left open", len(heap) + 1)
+                self.count("left open", num_left)
                 self.count("open", sum(left_s < self.target_s for left_s in opened.values()))
                 return min([bound_s, self.incumbent_s, *opened.values()]), stopped or "time_limit"
-            members = groups.pop(self.key(index), [])
-            if len(members) > 1:
-                leader |= self._leaders([member for member in members if self.bound_s[member] < self.target_s])
-            first = leader.get(index)
-            if first is not None and first not in opened and self.bound_s[first] < self.target_s:
-                waiting.setdefault(first, []).append(index)
-                continue
-            if first is not None and self.bound_s[first] >= self.target_s:
-                self.count("dominated")
-                continue
             bound_s = self._close(index, closer)
             done += 1
+            num_left -= 1
             self.bound_s[index] = max(self.bound_s[index], bound_s)
+            followers = waiting.pop(index, [])
             if bound_s < self.target_s:
                 opened[index] = bound_s
-            for other in waiting.pop(index, []):
-                heapq.heappush(heap, (float(max(self.bound_s[other], bound_s)), other))
+                for other in followers:
+                    heapq.heappush(heap, (float(max(self.bound_s[other], bound_s)), other))
+            else:
+                self.count("dominated", len(followers))
+                num_left -= len(followers)
             if done % 64 == 0:
                 least = min([self.target_s, *(pair[0] for pair in heap[:1]), *opened.values()])
                 self.limits.report("closing", done, done + len(heap), self._known(), least)
@@ -564,54 +605,85 @@ class JointSearch:
             self.keep(index, closed.completion)
         return closed.reason, max(bound_s, closed.bound_s)
 
-    def _leaders(self, members: Sequence[int]) -> dict[int, int]:
-        """Return for each dominated candidate of one order another one that costs no more in any component.
+    def _leaders(self, chosen: Longs) -> tuple[list[int], dict[int, list[int]]]:
+        """Return which of some candidates lead, and the followers of each: equal schedule on a row that another row leads.
 
-        Its every completion takes at least as long as the same completion of that one while links never wait, so a bound
-        of the one is a bound of the other.
+        A follower's every completion takes at least as long as the same completion of its leader while links never wait,
+        so a bound of the one is a bound of the other. A leader that is not among the chosen has a bound of at least the
+        target; then so has the follower, which is in neither result.
         """
-        try:
-            rows = np.array([self._features(index) for index in members])
-        except (InvalidArgument, InvalidSchedule):
-            return {}
-        leader: dict[int, int] = {}
-        kept: list[int] = []
-        for place in np.argsort(rows.sum(axis=1), kind="stable").tolist():
-            beaten = [other for other in kept if (rows[other] <= rows[place]).all()]
-            if beaten:
-                leader[members[place]] = members[beaten[0]]
-            else:
-                kept.append(place)
-        return leader
+        rows, rules, chunks = (column[chosen] for column in self.crossed)
+        of_row = self._row_leaders(np.unique(rows))
+        leading_rows = np.array([of_row[row] for row in rows.tolist()], dtype=np.int64)
+        schedules = rules * 1024 + chunks
+        places = dict(zip(zip(rows.tolist(), schedules.tolist(), strict=True), chosen.tolist(), strict=True))
+        leads = leading_rows == rows
+        followers: dict[int, list[int]] = {}
+        for index, row, schedule in zip(
+            chosen[~leads].tolist(), leading_rows[~leads].tolist(), schedules[~leads].tolist(), strict=True
+        ):
+            first = places.get((row, schedule))
+            if first is not None:
+                followers.setdefault(first, []).append(index)
+        return chosen[leads].tolist(), followers
 
-    def _features(self, index: int) -> Floats:
-        """Return all that a candidate's completions cost and keep, one row."""
-        row = int(self.crossed[0][index])
-        layout = self._layout(index)
-        key = (row, layout.placement.shape, layout.placement.tobytes())
-        if key in self._rows:
-            return self._rows[key]
+    def _row_leaders(self, rows: Longs) -> dict[int, int]:
+        """Return the leading row of each row, among rows with equal ranks and microbatches that were asked for first."""
+        if self._leading.keys() >= set(rows.tolist()):
+            return self._leading
+        self._leading = {}
+        shape = self.priced.shape[rows]
+        _, group = np.unique(shape[:, [PP, NUM_MICROBATCHES]], axis=0, return_inverse=True)
+        group = np.ravel(group)
+        for place in range(int(group.max(initial=-1)) + 1):
+            members = rows[group == place]
+            leaders = leaders_of(self._features(members)) if len(members) > 1 else np.zeros(1, dtype=np.int64)
+            self._leading |= dict(zip(members.tolist(), members[leaders].tolist(), strict=True))
+        return self._leading
+
+    def _features(self, rows: Longs) -> Floats:
+        """Return all that completions on rows of equal ranks and microbatches cost and keep under any family, [n, F].
+
+        Families send messages between neighbours on the ring of ranks only, and two replicas of a stage meet on ranks 0
+        and D - 1 as far from each other as anywhere.
+        """
         priced = self.priced
-        latency, per_byte = self._hop_lines(row, layout)
-        ties = self.problem.tie_seconds(configuration_of(priced.shape[row]))
-        columns = [
-            priced.forward_s[row],
-            priced.input_grad_s[row],
-            priced.weight_grad_s[row],
-            priced.recompute_s[row].ravel(),
-            priced.kept_bytes[row].ravel(),
-            priced.late_bytes[row].ravel(),
-            priced.workspace_of(defers=layout.defers)[row].ravel(),
-            priced.state_bytes[row],
-            priced.step_s[row],
-            priced.cut_bytes[row],
-            priced.latency_s[row : row + 1],
-            latency,
-            per_byte,
-            *(seconds.ravel() for _, _, seconds in ties),
+        flat = [
+            priced.forward_s[rows],
+            priced.input_grad_s[rows],
+            priced.weight_grad_s[rows],
+            priced.state_bytes[rows],
+            priced.step_s[rows],
+            priced.cut_bytes[rows],
+            priced.gradient_bytes[rows],
+            priced.latency_s[rows][:, None],
         ]
-        self._rows[key] = np.concatenate(columns)
-        return self._rows[key]
+        tall = (
+            priced.recompute_s,
+            priced.kept_bytes,
+            priced.late_bytes,
+            priced.workspace_bytes,
+            priced.split_workspace_bytes,
+        )
+        flat += [values[rows].reshape(len(rows), -1) for values in tall]
+        flat.append(np.array([self._ring_terms(row) for row in rows.tolist()]))
+        return np.concatenate(flat, axis=1)
+
+    def _ring_terms(self, row: int) -> Floats:
+        """Return the lines between neighbouring ranks, the line of a sum over the first and last, and tied sums."""
+        shape = self.priced.shape[row]
+        configuration = configuration_of(shape)
+        reference_bytes = float(self.priced.cut_bytes[row][self.problem.classes.of_layer].max())
+        key = (*(int(shape[place]) for place in (TP, SP, AXES, CP, DP, PP)), reference_bytes)
+        if key not in self._ring:
+            ranks = int(shape[PP])
+            wiring = self.problem.wiring_for(configuration, reference_bytes)
+            lines = [wiring.line(rank, (rank + 1) % ranks) for rank in range(ranks)] if ranks > 1 else []
+            latency = 2.0 * wiring.sum_s(0, ranks - 1, UNIT) - wiring.sum_s(0, ranks - 1, 2.0 * UNIT)
+            terms = [line.latency_s for line in lines] + [1.0 / line.bytes_per_s for line in lines]
+            self._ring[key] = np.array([*terms, max(latency, 0.0), wiring.sum_s(0, ranks - 1, UNIT) - latency])
+        ties = self.problem.tie_seconds(configuration)
+        return np.concatenate((self._ring[key], *(seconds.ravel() for _, _, seconds in ties)))
 
     def _close(self, index: int, closer: Closer) -> float:
         """Return a bound of the candidate that is at least the target, or the best that was proved."""

@@ -208,8 +208,11 @@ def pad(hop_s: Floats) -> Floats:
     return np.concatenate((np.zeros(1), hop_s))
 
 
-def compile_search_order(schedule: Schedule, key: OrderKey) -> Order:
-    """Return the order of a schedule; raises InvalidSchedule for slices, stage graphs that are no chain, and deadlocks."""
+def compile_search_order(schedule: Schedule, key: OrderKey, layout: Layout | None = None) -> Order:
+    """Return the order of a schedule; raises InvalidSchedule for slices, stage graphs that are no chain, and deadlocks.
+
+    `layout` is the schedule's, where it is known.
+    """
     if schedule.num_slices > 1 or schedule.edges != chain_edges(schedule.num_stages):
         raise InvalidSchedule(
             f"{schedule.name} has {schedule.num_slices} slices and {len(schedule.edges)} edges; the search takes whole "
@@ -219,7 +222,7 @@ def compile_search_order(schedule: Schedule, key: OrderKey) -> Order:
     graph = compile_order(schedule)
     stages = schedule.num_stages
     kind, stage = graph.kind_stage()
-    layout = layout_of(schedule)
+    layout = layout_of(schedule) if layout is None else layout
     if ((graph.hop == 1) & (kind < 0)).any():
         raise InvalidSchedule(
             f"{schedule.name} fuses actions that wait for messages; the search takes separate actions", field="schedule"

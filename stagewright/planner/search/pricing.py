@@ -167,6 +167,7 @@ class Priced:
     shape : int32 [n, 12], the columns of SHAPE.
     latency_s : once a step and stage.
     state_bytes : of one layer of each class.
+    gradient_bytes : of its parameters on one device before ZeRO.
     step_s : reduction and optimizer of one layer of each class.
     """
 
@@ -181,6 +182,7 @@ class Priced:
     split_workspace_bytes: Floats
     cut_bytes: Floats
     state_bytes: Floats
+    gradient_bytes: Floats
     step_s: Floats
     latency_s: Floats
 
@@ -449,6 +451,7 @@ def _combine(shapes: Ints, table: dict[str, Floats], dense: Floats, expert: Floa
         split_workspace_bytes=split_workspace,
         cut_bytes=table["cut_bytes"],
         state_bytes=table["dense_parameters"] * dense[:, 4, None] + table["expert_parameters"] * expert[:, 4, None],
+        gradient_bytes=parameters * model.job.optimizer.gradient_bytes,
         step_s=each(2) + optimizer,
         latency_s=dense[:, 3],
     )
@@ -466,6 +469,7 @@ def _no_rows(num_classes: int) -> Priced:
         tall,
         tall,
         tall,
+        flat,
         flat,
         flat,
         flat,

@@ -274,8 +274,13 @@ class Problem:
     def order_of(self, key: OrderKey, rule: FamilyRule) -> Order:
         """Return the compiled order of a family at some sizes; raises InvalidArgument when it refuses them."""
         if key not in self._orders:
-            self._orders[key] = compile_search_order(_generated(key, rule), key)
+            layout = self._layouts.get(_short(key) if rule.steady else key)
+            self._orders[key] = compile_search_order(_generated(key, rule), key, layout)
         return self._orders[key]
+
+    def short_order_of(self, key: OrderKey, rule: FamilyRule) -> Order:
+        """Return an order of a few microbatches in place of many: quick to make and to simulate."""
+        return self.order_of(key if key in self._orders else _short(key), rule)
 
     def schedule_of(self, key: OrderKey, rule: FamilyRule) -> Schedule:
         """Return the schedule of a family at some sizes, and keep it: for the few that are judged by the rich simulator."""
@@ -290,9 +295,9 @@ class Problem:
         """
         if key in self._orders:
             return self._orders[key]
-        ranks, count = key.num_ranks, key.num_microbatches
-        if rule.steady and count > 5 * ranks:
-            key = key._replace(num_microbatches=4 * ranks + count % ranks)
+        key = _short(key) if rule.steady else key
+        if key in self._orders:
+            return self._orders[key]
         if key not in self._layouts:
             self._layouts[key] = layout_of(_generated(key, rule))
         return self._layouts[key]
@@ -407,6 +412,12 @@ class Problem:
             ),
             prediction=NO_PREDICTION,
         )
+
+
+def _short(key: OrderKey) -> OrderKey:
+    """Return the key of 4 D microbatches and a few more, of the same residue, in place of many more."""
+    ranks, count = key.num_ranks, key.num_microbatches
+    return key._replace(num_microbatches=4 * ranks + count % ranks) if count > 5 * ranks else key
 
 
 def _generated(key: OrderKey, rule: FamilyRule) -> Schedule:
