@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from delayed_recurrence import delayed_changes, elastic_changes
 from runtime_documents import plan_of, profile_of
-from runtime_models import LENGTH, VOCABULARY, TinyBranches, TinyModel, hugging_face, sequential
+from runtime_models import LENGTH, VOCABULARY, TinyBranches, TinyModel, TinySkip, hugging_face, sequential
 
 from stagewright.modeling import split
 from stagewright.modeling.batch import default_loss
@@ -73,6 +73,9 @@ class Case:
         return self.num_ranks * Degrees(**self.degrees).num_devices
 
 
+SKIP = ((0, 1), (1, 2), (0, 2))  # edges of a skip connection over the stage in the middle
+
+
 @dataclass(frozen=True)
 class PreparedCase:
     """A case with its documents, made once by the test and not by each rank."""
@@ -102,7 +105,7 @@ def make_model(case: Case, num_stages: int) -> torch.nn.Module:
         return sequential(num_stages + 1).to(getattr(torch, case.dtype))
     torch.manual_seed(5)
     if case.edges:
-        return TinyBranches().to(getattr(torch, case.dtype))
+        return (TinySkip if case.edges == SKIP else TinyBranches)().to(getattr(torch, case.dtype))
     num_blocks = case.num_blocks or max(3, num_stages - 2)
     sizes = {"dropout": case.dropout, "num_choices": case.num_choices, "width": case.width}
     model = TinyModel(num_blocks, tied=case.tied, **sizes)

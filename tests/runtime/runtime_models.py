@@ -164,6 +164,22 @@ class TinyBranches(nn.Module):
         return [("left", "left-block"), ("left-block", "join"), ("right", "right-block"), ("right-block", "join")]
 
 
+class TinySkip(nn.Module):
+    """An entry, a block, and a layer that joins the block's output with the entry's: a skip connection over a stage."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.entry = Entry(width, flip=False)
+        self.block = TinyBlock(width, 0.1)
+        self.join = Join(width)
+
+    def stagewright_layers(self):
+        return {"entry": self.entry, "block": self.block, "join": self.join}
+
+    def stagewright_edges(self):
+        return [("entry", "block"), ("block", "join"), ("entry", "join")]
+
+
 class BrokenBlock(TinyBlock):
     def forward(self, hidden):
         raise ValueError("broken on purpose")

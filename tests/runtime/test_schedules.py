@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("torch")
-from runtime_cases import Case, prepare
+from runtime_cases import SKIP, Case, CaseResult, prepare
+from runtime_models import LENGTH
 
 from stagewright.planner.prediction import schedule_of
 
 pytestmark = pytest.mark.ranks
 
 
-def assert_equal_to_one_process(pools, case: Case) -> None:
+def assert_equal_to_one_process(pools, case: Case) -> list[CaseResult]:
     limit = 1e-10 if case.dtype == "float64" else 1e-5
     pool = pools(case.world)
     results = pool.run("gradients_and_weights", prepare(case, pool.next_number()))
@@ -23,6 +24,7 @@ def assert_equal_to_one_process(pools, case: Case) -> None:
         assert result.weights.max_relative_error <= limit, result.weights
         assert result.num_live == 0
     assert sum(result.loss or 0.0 for result in results) == pytest.approx(results[0].reference_loss, rel=1e-5)
+    return results
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -150,6 +152,15 @@ BRANCHES = ((0, 1), (1, 3), (2, 3))
 def test_a_stage_that_joins_two_branches_takes_both(rank_pools, dtype):
     sizes = {"num_chunks": 1, "dropout": 0.1, "dtype": dtype}
     assert_equal_to_one_process(rank_pools, Case("graphpipe", 4, 6, edges=BRANCHES, **sizes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_skip_connection_over_a_stage_goes_straight_to_where_it_is_read(rank_pools, dtype):
+    case = Case("graphpipe", 3, 5, num_chunks=1, dropout=0.1, dtype=dtype, edges=SKIP)
+    for result in assert_equal_to_one_process(rank_pools, case):
+        # Rank 0 sends its output to both readers, rank 1 only its own output and gradient, rank 2 a gradient to each.
+        message_bytes = case.microbatch * LENGTH * case.width * (8 if dtype == "float64" else 4)
+        assert result.sent["send-receive/pp"] == 2 * case.num_microbatches * message_bytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -71,4 +71,5 @@ FAMILY = ScheduleFamily(
     "bpipe",
     "Kim et al., BPipe: Memory-Balanced Pipeline Parallelism for Training Large Language Models, ICML 2023",
     bpipe,
+    plain=False,
 )

@@ -61,8 +61,8 @@ class ScheduleFamily:
     held_chunks : most live chunks of a rank, from D, whatever the costs, where the construction fixes it.
     fixed_order : sizes alone fix each rank's order of F and I; costs and effort only place the W.
     takes_cap : the order is made for the request's memory cap; other families look away from it.
-    plain : F, B, I and W of a chain of stages, and nothing beside them; not where host memory, another stage graph, or the user's
-        own text makes the order one of another problem.
+    plain : F, B, I and W of a chain of stages, and nothing beside them; not where host memory, a peer's memory, another stage graph, or the
+        user's own text makes the order one of another problem.
     lowered : its messages can be put in an order that NCCL takes; otherwise it is only planned and simulated.
     expanded_costs : the costs of its own stages from those of one block on each rank, where it has other stages.
     """

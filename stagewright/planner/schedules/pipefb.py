@@ -32,7 +32,7 @@ from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.schedule import Schedule
-from stagewright.planner.schedules.sizes import check_placement, require
+from stagewright.planner.schedules.sizes import check_parts, check_placement
 from stagewright.planner.schedules.stage_graph_lists import GraphRule, greedy_orders
 
 NEXT_TO_NOTHING = 1e-6
@@ -41,19 +41,11 @@ NEXT_TO_NOTHING = 1e-6
 def pipefb(request: ScheduleRequest) -> Schedule:
     """Return the order in which a stage's forwards run on one rank and its backwards on another."""
     ranks, count = request.num_ranks, request.num_microbatches
-    for field, value in (("num_ranks", ranks), ("num_microbatches", count)):
-        require(value >= 1, f"{field} is {value}, a pipeline has at least 1", field=field)
-    require(
-        request.num_chunks in (None, 2),
-        f"pipefb puts 2 half stages on a rank, a forward and a backward, {request.num_chunks} were asked for",
-        field="num_chunks",
-    )
-    require(
-        request.costs is None or request.costs.num_stages == 2 * ranks,
-        f"costs hold {request.costs.num_stages if request.costs else 0} stages, {ranks} forwards and {ranks} backwards "
-        f"are {2 * ranks}",
-        field="costs",
-        hint="see pipefb.halved",
+    check_parts(
+        request,
+        "pipefb",
+        chunks=(2, "half stages, a forward and a backward,"),
+        stages=(2 * ranks, f"{ranks} forwards and {ranks} backwards (see pipefb.halved)"),
     )
     rank = np.arange(ranks, dtype=np.int32)
     placement = np.concatenate((rank, rank[::-1]))[None, :]

@@ -68,6 +68,22 @@ def sizes_of(
     return sizes
 
 
+def check_parts(request: ScheduleRequest, name: str, *, chunks: tuple[int, str], stages: tuple[int, str]) -> None:
+    """Check a family whose stages are no equal chunks of a rank: how many are on a rank and in all, each with what they are."""
+    for field, value in (("num_ranks", request.num_ranks), ("num_microbatches", request.num_microbatches)):
+        require(value >= 1, f"{field} is {value}, a pipeline has at least 1", field=field)
+    require(
+        request.num_chunks in (None, chunks[0]),
+        f"{name} puts {chunks[0]} {chunks[1]} on a rank, {request.num_chunks} were asked for",
+        field="num_chunks",
+    )
+    require(
+        request.costs is None or request.costs.num_stages == stages[0],
+        f"costs hold {request.costs.num_stages if request.costs else 0} stages, {stages[1]} are {stages[0]}",
+        field="costs",
+    )
+
+
 def costs_of(request: ScheduleRequest, sizes: Sizes) -> StageCosts:
     """Return the costs of the virtual stages; equal unit shares, which the chunks divide, when the request has none."""
     return request.costs or StageCosts.uniform(sizes.num_stages, num_chunks=sizes.num_chunks)

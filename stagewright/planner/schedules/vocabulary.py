@@ -32,7 +32,7 @@ from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.schedule import Schedule
-from stagewright.planner.schedules.sizes import check_placement, require
+from stagewright.planner.schedules.sizes import check_parts, check_placement, require
 from stagewright.planner.schedules.stage_graph_lists import GraphRule, greedy_orders
 
 BARRIERS = {1: 2, 2: 1}  # by algorithm
@@ -42,20 +42,13 @@ def vocabulary_1f1b(request: ScheduleRequest) -> Schedule:
     """Return blocks in 1F1B with the passes of the vocabulary between them."""
     ranks, count = request.num_ranks, request.num_microbatches
     algorithm = int(request.parameters.get("algorithm", 1))
-    for field, value in (("num_ranks", ranks), ("num_microbatches", count)):
-        require(value >= 1, f"{field} is {value}, a pipeline has at least 1", field=field)
-    require(
-        request.num_chunks in (None, 1),
-        f"1f1b-vocab puts 1 block on a rank, {request.num_chunks} were asked for",
-        field="num_chunks",
-    )
     require(algorithm in BARRIERS, f"algorithm is {algorithm}, there are 1 and 2", field="parameters")
     stages = 2 * ranks + 1
-    require(
-        request.costs is None or request.costs.num_stages == stages,
-        f"costs hold {request.costs.num_stages if request.costs else 0} stages, {ranks} blocks, {ranks} parts of the "
-        f"vocabulary and the barrier are {stages}",
-        field="costs",
+    check_parts(
+        request,
+        "1f1b-vocab",
+        chunks=(1, "block"),
+        stages=(stages, f"{ranks} blocks, {ranks} parts of the vocabulary and the barrier"),
     )
     placement = np.concatenate((np.arange(ranks), np.arange(ranks), [ranks - 1])).astype(np.int32)[None, :]
     check_placement(request, placement, "1f1b-vocab")

@@ -35,6 +35,7 @@ def test_bpipe_holds_half_the_ranks_plus_one_everywhere_and_costs_no_time(num_ra
     plain = simulate(generate("1f1b", request), costs)
     assert timeline.peak_memory().max() == min(activation_cap(num_ranks), num_ranks)
     assert timeline.makespan_s == plain.makespan_s
+    assert peak_activations(schedule, costs).tolist() == timeline.peak_memory().tolist()
 
 
 def test_bpipe_caps_are_3_for_4_ranks_and_5_for_8():
