@@ -101,7 +101,7 @@ def round_up(instance: Instance, bound_s: float) -> float:
 def heads_and_tails(instance: Instance, *, rounds: int = ROUNDS) -> tuple[Floats, Floats]:
     """Return, [num_letters, num_microbatches], the earliest start and the least time from end to the schedule's end."""
     forward = precedence_graph(instance)
-    mirror = _mirrored(instance, forward)
+    mirror = mirrored(instance, forward)
     stages = stages_by_rank(instance)
     longest = int(instance.tables.lengths.max())
     set_work = float((instance.tables.lengths.astype(np.float64) ** 2).sum())
@@ -131,7 +131,7 @@ def precedence_graph(instance: Instance) -> Graph:
     )  # fmt: skip
 
 
-def _mirrored(instance: Instance, graph: Graph) -> Graph:
+def mirrored(instance: Instance, graph: Graph) -> Graph:
     """Return the graph with time reversed: microbatch k becomes T - 1 - k, W allocates and F releases."""
     activation, share = instance.costs.activation, instance.costs.freed_at_input_grad
     allocated, released = np.zeros_like(graph.allocated), np.zeros_like(graph.released)

@@ -8,7 +8,7 @@
     x(a, y_k) <= x(a, y_k+1),  x(y_k+1, a) <= x(y_k, a)   letters keep their microbatches in order
     sum of held_a x_af over actions a of the rank + held_f <= cap      at each forward f
 
-Pairs that the relaxed graph fixes (see `branching`) are constants. Practical to about 40 actions; branch and bound goes
+Pairs that the relaxed graph fixes (see `precedence`) are constants. Practical to about 40 actions; branch and bound goes
 further. It serves as an independent check and where a solver's own proof is wanted.
 """
 
@@ -17,8 +17,8 @@ from __future__ import annotations
 import numpy as np
 import pulp
 
-from stagewright.planner.schedules.auto.branching import AFTER, BEFORE, layout_of, root_node
 from stagewright.planner.schedules.auto.instance import Instance
+from stagewright.planner.schedules.auto.precedence import Layout, Node, layout_of, root_node
 
 RELATIVE_SLACK = 1e-3  # the incumbent as an upper bound needs room for the solver's tolerances
 
@@ -60,10 +60,7 @@ def _model(instance: Instance, limit_s: float) -> tuple[pulp.LpProblem, pulp.LpV
             source = before * microbatches + microbatch
             problem += start[action] >= start[source] + float(duration_s[source] + tables.delay_s[letter])
     for rank in range(instance.num_ranks):
-        own = layout.action[rank][: tables.lengths[rank]].tolist()
-        _add_rank(
-            problem, instance, rank, own, root.order[rank].tolist(), start, earliest_s.tolist(), latest_s.tolist()
-        )
+        _add_rank(problem, instance, rank, layout, root, start, earliest_s.tolist(), latest_s.tolist())
     return problem, end
 
 
@@ -71,24 +68,31 @@ def _add_rank(
     problem: pulp.LpProblem,
     instance: Instance,
     rank: int,
-    own: list[int],
-    order: list[list[int]],
+    layout: Layout,
+    root: Node,
     start: list[pulp.LpVariable],
     earliest_s: list[float],
     latest_s: list[float],
 ) -> None:
     """Add the disjunctions, the order of equal letters and the cap of one rank."""
     tables, microbatches = instance.tables, instance.num_microbatches
+    own = [
+        letter * microbatches + microbatch
+        for letter in layout.letters[rank].tolist()
+        if letter >= 0
+        for microbatch in range(microbatches)
+    ]
     before: dict[tuple[int, int], pulp.LpAffineExpression | int] = {}
     for row, first in enumerate(own):
-        for column, second in enumerate(own[:row]):
-            known = order[row][column]
+        for second in own[:row]:
+            letter, microbatch = divmod(second, microbatches)
+            column = layout.column[letter]
             one_s = float(tables.duration_s[first // microbatches])
             two_s = float(tables.duration_s[second // microbatches])
-            if known == BEFORE:
+            if microbatch >= root.most[first, column]:
                 before[first, second], before[second, first] = 1, 0
                 problem += start[second] >= start[first] + one_s
-            elif known == AFTER:
+            elif microbatch < root.least[first, column]:
                 before[first, second], before[second, first] = 0, 1
                 problem += start[first] >= start[second] + two_s
             else:

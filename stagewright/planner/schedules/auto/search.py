@@ -1,10 +1,12 @@
 """The `auto` schedule: the best order found on any allowed placement, with a proved bound.
 
 1. Every named order that fits the caps is split and becomes a starting order on its own placement, so the result is never
-   worse than a named schedule.
+   worse than a named schedule (see `seed` for which). Those that take long to make wait until step 4 is done.
 2. Each placement gets its lower bound; one whose bound is not below the best makespan cannot win and is skipped. A
    makespan that meets the least bound is optimal and ends the search.
-3. A first share of the budget goes evenly to the placements: repeating blocks, list-decoder climbing, annealing.
+3. A first share of the budget goes evenly to the placements: repeating blocks, list-decoder climbing, and annealing from
+   what each of them found and from the best named order. Their lines stay apart: a named order is often a local optimum
+   that annealing does not leave, while a worse order of another kind leads below it.
 4. Small placements are then searched exactly, within a number of nodes; most instances with at most 12 actions on a rank
    are closed in one.
 5. Most of the budget anneals the placements that lead, from the best orders found so far.
@@ -27,8 +29,7 @@ from stagewright.planner.schedules.auto.block import search_blocks
 from stagewright.planner.schedules.auto.bound import lower_bound
 from stagewright.planner.schedules.auto.branching import improve_exactly, raise_bound
 from stagewright.planner.schedules.auto.climbing import climb_targets
-from stagewright.planner.schedules.auto.instance import Instance
-from stagewright.planner.schedules.auto.pool import Pool
+from stagewright.planner.schedules.auto.instance import Instance, Ints
 from stagewright.planner.schedules.auto.request import AutoRequest, AutoResult, Gain, Stop
 from stagewright.planner.schedules.auto.seed import Seed, Seeds
 from stagewright.planner.schedules.auto.site import Site, sites
@@ -36,18 +37,22 @@ from stagewright.planner.schedules.auto.word import schedule_of
 
 Progress = Callable[[float, float], None]
 
-TEMPERATURES = (0.1, 0.03, 0.2, 0.01)  # first temperatures in shares of the mean action
+TEMPERATURES = (0.6, 0.3)  # first temperatures in shares of the mean action, run by run
+ACTIONS_PER_MOVE = 1000  # in an instance of so many actions a move costs twice what it costs in a tiny one
+WARM_MOVES = 80  # for each action; a run of fewer moves starts colder in proportion
 FIRST_SHARE, EXACT_SHARE, BOUND_SHARE = 0.35, 0.1, 0.05  # of the budget; leaders anneal with the rest
 BLOCK_SHARE, CLIMB_SHARE = 0.35, 0.1  # of a placement's first visit
+MOST_BEHIND = 1.2  # a line longer than the placement's best one by this factor is not annealed
 LEADERS = 2
 ROUNDS = 4  # annealing runs of each leader
 EXACT_ACTIONS = 12  # on a rank; up to this size the exact search goes on until it ends
 MOST_EXACT_NODES = 200_000  # of an instance of that size, at normal effort and above
 LEAST_EXACT_NODES = 20_000
 EVALUATIONS_PER_NODE = 25  # of the budget, between the two
+ACTION_PAIRS_PER_MOVE = 15  # of a rank, looked at by the exact search in the time of an annealing move
 LEAST_NODES = 20  # fewer are not worth a start
 LEAST_PROBES, MOST_PROBES = 3, 8  # of one bisection of a bound
-PROBE_NODES = 1  # nodes that cost as much as one probe of the bound
+PROBE_NODES = 5  # nodes that cost as much as one probe of the bound
 
 
 @dataclass(eq=False)
@@ -57,7 +62,7 @@ class _Visit:
     site: Site
     bound_s: float
     seeds: list[Seed]
-    pool: Pool = field(default_factory=Pool)
+    lines: list[tuple[float, Ints]] = field(default_factory=list)  # the best order that came from each start
     evaluations: int = 0
     runs: int = 0
 
@@ -66,8 +71,26 @@ class _Visit:
         return self.site.instance
 
     @property
+    def best_s(self) -> float:
+        return min(makespan_s for makespan_s, _ in self.lines)
+
+    @property
+    def best_words(self) -> Ints:
+        return min(self.lines, key=lambda line: line[0])[1]
+
+    @property
     def solved(self) -> bool:
-        return self.pool.best_s <= self.bound_s + self.instance.time_slack_s
+        return self.best_s <= self.bound_s + self.instance.time_slack_s
+
+    def start_line(self, makespan_s: float, words: Ints) -> None:
+        """Take in an order that owes nothing to the others, if it is one."""
+        if np.isfinite(makespan_s):
+            self.lines.append((makespan_s, words.copy()))
+
+    def promising(self) -> list[int]:
+        """Return the lines that are worth annealing, the best first."""
+        found = [line for line, (makespan_s, _) in enumerate(self.lines) if makespan_s <= MOST_BEHIND * self.best_s]
+        return sorted(found, key=lambda line: self.lines[line][0])
 
 
 class _Search:
@@ -81,11 +104,11 @@ class _Search:
         self.seeds = Seeds(allowed)
         self.seeds.collect(self.is_late)
         self.sites = [_open(site, found) for site, found in zip(allowed, self.seeds.found, strict=True)]
-        self.visits = sorted(self.sites, key=lambda visit: (visit.bound_s, visit.pool.best_s))
+        self.visits = sorted(self.sites, key=lambda visit: (visit.bound_s, visit.best_s))
 
     @property
     def best(self) -> _Visit:
-        return min(self.visits, key=lambda visit: visit.pool.best_s)
+        return min(self.visits, key=lambda visit: visit.best_s)
 
     @property
     def bound_s(self) -> float:
@@ -94,7 +117,7 @@ class _Search:
     @property
     def solved(self) -> bool:
         best = self.best
-        return best.pool.best_s <= self.bound_s + best.instance.time_slack_s
+        return best.best_s <= self.bound_s + best.instance.time_slack_s
 
     def is_late(self) -> bool:
         return self.ends_at is not None and time.monotonic() >= self.ends_at
@@ -102,7 +125,7 @@ class _Search:
     def is_open(self, visit: _Visit) -> bool:
         """Return whether the placement could still have a shorter order than the best one."""
         best = self.best
-        return not visit.solved and visit.bound_s < best.pool.best_s - best.instance.time_slack_s
+        return not visit.solved and visit.bound_s < best.best_s - best.instance.time_slack_s
 
     def run(self) -> Stop:
         """Spend the budget and return why it ended."""
@@ -113,12 +136,15 @@ class _Search:
                 self._first_visit(visit, int(budget * FIRST_SHARE) // len(candidates))
         for visit in self.visits:
             self._solve_exactly(visit, int(budget * EXACT_SHARE) // len(self.visits))
-        rest = int(budget * (1.0 - FIRST_SHARE - EXACT_SHARE - BOUND_SHARE))
-        for _ in range(ROUNDS):
-            leaders = sorted((v for v in self.visits if self.is_open(v)), key=lambda visit: visit.pool.best_s)[:LEADERS]
-            for visit in leaders:
-                self._anneal(visit, rest // (ROUNDS * len(leaders)))
         self._complete_seeds()
+        rest = int(budget * (1.0 - FIRST_SHARE - EXACT_SHARE - BOUND_SHARE))
+        for turn in range(ROUNDS):
+            leaders = sorted((v for v in self.visits if self.is_open(v)), key=lambda visit: visit.best_s)[:LEADERS]
+            for visit in leaders:
+                lines = visit.promising()
+                # The best line every other time, the others in between.
+                line = lines[(turn + 1) // 2 % len(lines)] if turn % 2 else lines[0]
+                self._anneal(visit, line, rest // (ROUNDS * len(leaders)))
         self._raise_bounds(int(budget * BOUND_SHARE))
         if self.solved:
             return Stop.OPTIMAL
@@ -129,26 +155,27 @@ class _Search:
         seed = self.request.seed
         blocks = int(budget * BLOCK_SHARE)
         if blocks and not self.is_late():
-            visit.pool.add(*search_blocks(instance, moves=blocks, seed=seed))
+            visit.start_line(*search_blocks(instance, moves=blocks, seed=seed))
             visit.evaluations += blocks
         climbs = int(budget * CLIMB_SHARE) // _moves_per_order(instance, 8)
         if climbs and not self.is_late():
-            visit.pool.add(*climb_targets(instance, evaluations=climbs, seed=seed))
+            visit.start_line(*climb_targets(instance, evaluations=climbs, seed=seed))
             visit.evaluations += climbs
         rest = budget - int(budget * BLOCK_SHARE) - int(budget * CLIMB_SHARE)
-        for _ in range(2):
-            self._anneal(visit, rest // 2)
+        lines = visit.promising()
+        for line in lines:
+            self._anneal(visit, line, rest // len(lines))
 
-    def _anneal(self, visit: _Visit, moves: int) -> None:
-        """Anneal from an order of the pool, the temperatures in turn."""
+    def _anneal(self, visit: _Visit, line: int, budget: int) -> None:
+        """Anneal one line of the placement, the temperatures in turn."""
         if self.is_late() or not self.is_open(visit):
             return
         instance = visit.instance
-        start = visit.runs // len(TEMPERATURES) % len(visit.pool.orders)
-        share = TEMPERATURES[visit.runs % len(TEMPERATURES)]
+        moves = int(budget / (1.0 + instance.num_actions / ACTIONS_PER_MOVE))
+        share = TEMPERATURES[visit.runs % len(TEMPERATURES)] * min(1.0, moves / (WARM_MOVES * instance.num_actions))
         makespan_s, words, made = anneal(
             instance,
-            visit.pool.orders[start][1],
+            visit.lines[line][1],
             moves=moves,
             temperature_s=share * float(instance.tables.duration_s.mean()),
             bound_s=visit.bound_s,
@@ -156,7 +183,7 @@ class _Search:
         )
         visit.runs += 1
         visit.evaluations += made
-        visit.pool.add(makespan_s, words)
+        visit.lines[line] = (makespan_s, words)
         self._report()
 
     def _solve_exactly(self, visit: _Visit, budget: int) -> None:
@@ -168,11 +195,11 @@ class _Search:
             nodes = min(max(LEAST_EXACT_NODES, self.request.budget // EVALUATIONS_PER_NODE), MOST_EXACT_NODES)
         if nodes < LEAST_NODES:
             return
-        limit_s = self.best.pool.best_s
+        limit_s = self.best.best_s
         verdict = improve_exactly(visit.instance, limit_s, nodes=nodes)
         visit.evaluations += verdict.nodes
         if verdict.words is not None:
-            visit.pool.add(verdict.makespan_s, verdict.words)
+            visit.start_line(verdict.makespan_s, verdict.words)
         if verdict.proved:
             visit.bound_s = max(visit.bound_s, verdict.makespan_s)
         self._report()
@@ -182,8 +209,8 @@ class _Search:
         for choice in self.seeds.left:
             if self.is_late() or self.solved:
                 return
-            for site, seed in self.seeds.complete(choice, self.best.pool.best_s):
-                self.sites[site].pool.add(seed.split_s, seed.words)
+            for site, seed in self.seeds.complete(choice, self.best.best_s):
+                self.sites[site].start_line(seed.split_s, seed.words)
 
     def _raise_bounds(self, budget: int) -> None:
         """Raise the bound of the open placement that has the lowest one, as long as that succeeds: only the lowest counts."""
@@ -198,14 +225,14 @@ class _Search:
                 return
             left -= probes * cost
             before_s = visit.bound_s
-            visit.bound_s = raise_bound(visit.instance, before_s, self.best.pool.best_s, probes=probes)
+            visit.bound_s = raise_bound(visit.instance, before_s, self.best.best_s, probes=probes)
             self._report()
             if visit.bound_s <= before_s + visit.instance.time_slack_s:
                 return
 
     def _report(self) -> None:
         if self.progress is not None:
-            self.progress(self.best.pool.best_s, self.bound_s)
+            self.progress(self.best.best_s, self.bound_s)
 
 
 def search(request: AutoRequest, *, progress: Progress | None = None, deadline_s: float | None = None) -> AutoResult:
@@ -223,26 +250,27 @@ def search(request: AutoRequest, *, progress: Progress | None = None, deadline_s
     stop = state.run()
     best = state.best
     instance = best.instance
-    words = best.pool.best_words
+    words = best.best_words
     return AutoResult(
         schedule=schedule_of(instance, words),
         costs=instance.costs,
         placement=best.site.name,
         num_chunks=best.site.num_chunks,
-        makespan_s=best.pool.best_s,
-        bound_s=min(state.bound_s, best.pool.best_s),
+        makespan_s=best.best_s,
+        bound_s=min(state.bound_s, best.best_s),
         evaluations=sum(visit.evaluations for visit in state.visits),
         stop=stop,
-        gain=_gain([seed for visit in state.visits for seed in visit.seeds], best.pool.best_s),
+        gain=_gain([seed for visit in state.visits for seed in visit.seeds], best.best_s),
     )
 
 
 def _open(site: Site, found: list[Seed]) -> _Visit:
     visit = _Visit(site, lower_bound(site.instance), found)
-    for seed in sorted(found, key=lambda seed: (seed.split_s, seed.named_s)):
-        visit.pool.add(seed.split_s, seed.words)
-    if not visit.pool.orders:
-        visit.pool.add(*climb_targets(site.instance, evaluations=2, seed=0))
+    if found:
+        best = min(found, key=lambda seed: (seed.split_s, seed.named_s))
+        visit.start_line(best.split_s, best.words)
+    else:
+        visit.start_line(*climb_targets(site.instance, evaluations=2, seed=0))
     return visit
 
 
@@ -259,5 +287,5 @@ def _moves_per_order(instance: Instance, actions_per_move: int) -> int:
 
 
 def _moves_per_node(instance: Instance) -> int:
-    """Return how many annealing moves cost as much as one node of the exact search, cubic in a rank's actions."""
-    return max(1, int(instance.num_ranks * float(instance.tables.lengths.max()) ** 3 / 100))
+    """Return how many annealing moves cost as much as one node of the exact search, quadratic in a rank's actions."""
+    return max(1, int(instance.num_ranks * float(instance.tables.lengths.max()) ** 2 / ACTION_PAIRS_PER_MOVE))

@@ -1,16 +1,20 @@
 """The named schedules as starting orders: what the search returns is never worse than any of them.
 
 Every plain family of one replica that fits the placements is tried for each number of chunks, without a cap and, where it takes
-one, under it. Fixed orders come first and cost little. A family that improves its order for the costs is drawn up without improvement; only then, the
-most promising first, it is generated in full. It is left out only where that is proved to change nothing:
+one, under it. A family that improves its order for the costs takes most of its time for that, so it is first drawn up without
+improvement. The most promising one is then generated in full, the others only when the search has found its best order (`Seeds.left`),
+and a family is left out where that is proved to change nothing:
 
 - its floor is not below the best order known. The floor is a bound on every order of its placement under the caps that counts a full
   backward as one action where the family does not split it, and holds the chunks that its construction allows. Where sizes alone
   fix the order of F and I, it is also a bound on that order: each rank from each of its actions on, W included;
 - sizes alone fix its order of F and I, and that order is over the caps even with each W right behind its I.
 
-A family that is over the caps as it is drawn up could fit when it is generated in full. That is rare and takes its time, so it is
-put off (`Seeds.left`) until the search has found its best order, which leaves fewer floors below it.
+Families whose orders are orders of another problem are no seeds, and `auto` may lose to them: two copies of the weights on each rank
+(chimera, gems, dualpipe), activations moved to a peer or to the host (bpipe, pipeoffload), slices, stage graphs, and asynchronous
+ones. Two copies hold twice the weights and their gradients, which a cap on activations does not see.
+
+The later that is, the fewer floors are below the best order known. A family that is over the caps as it is drawn up could fit in full.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ class Choice(NamedTuple):
 
 
 class Seeds:
-    """The seeds found so far, by site, and the choices left to be generated in full.
+    """The seeds found so far, by site, and the choices left to be generated in full, the most promising first.
 
     `drawn` keeps the words that a family was last generated with, by family, chunks and the sites that have its placement.
     """
@@ -68,20 +72,17 @@ class Seeds:
 
     def collect(self, is_late: Callable[[], bool]) -> None:
         """Find the orders that keep the caps; `is_late` is asked before each family, and once it says so, the rest is left out."""
-        promising: list[tuple[float, Choice]] = []
+        left: list[tuple[float, Choice]] = []
         for choice in self._choices():
             if is_late():
                 return
             improves = choice.family.improves
             fitting, can_fit = self._add(choice, 0.0 if improves else IN_FULL)
-            if improves and fitting:
-                promising.append((min(seed.split_s for seed in fitting), choice))
-            elif improves and can_fit:
-                self.left.append(choice)
-        for _, choice in sorted(promising, key=lambda pair: pair[0]):
-            if is_late():
-                return
-            self.complete(choice, self.best_s)
+            if improves and (fitting or can_fit):
+                left.append((min((seed.split_s for seed in fitting), default=np.inf), choice))
+        self.left = [choice for _, choice in sorted(left, key=lambda pair: pair[0])]
+        if self.left and not is_late():
+            self.complete(self.left.pop(0), self.best_s)
 
     def complete(self, choice: Choice, best_s: float) -> list[tuple[int, Seed]]:
         """Generate the order in full unless its floor is at least `best_s`; return (site, seed) of those that fit."""
