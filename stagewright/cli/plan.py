@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from stagewright.planner.documents import Cluster, ModelProfile, Plan, TrainingJob
     from stagewright.planner.documents.migration import Migration
     from stagewright.planner.documents.outcome import Diagnosis, FrontierPoint, PlanOutcome, Progress
+    from stagewright.planner.search.reproof import Reproof
 
 INFEASIBLE, NO_SOLUTION = 3, 4
 
@@ -78,13 +80,14 @@ def plan(
     Example: stagewright plan llama2-13b --cluster a100-sxm-80g:8x8 --global-batch 1024 -o plan.json
     """
     from stagewright.cli.inputs import load_model
+    from stagewright.planner.compiling import compiled_by_two
     from stagewright.planner.planning import make_plan
 
     if output is not None and not output.parent.is_dir():
         raise InvalidArgument(
             f"{output.parent} is not a folder", field="output", hint="give a path in a folder that exists"
         )
-    with progress_bar(quiet=json) as report:
+    with compiled_by_two(), progress_bar(quiet=json) as report:
         profile = load_model(model)
         previous = None if from_plan is None else _load_plan(from_plan)
         machines = _priced(_machines(cluster, previous, report), price_per_hour)
@@ -116,21 +119,34 @@ def plan(
             previous=previous,
             progress=lambda state: report(state.phase, state.done, state.total, _known_text(state)),
         )
+    reproof = None
     if verify and outcome.plan is not None:
         from stagewright.planner.search.verify import verify_certificate
 
-        verify_certificate(outcome.plan, profile)
+        reproof = verify_certificate(outcome.plan, profile)
         sys.stderr.write("certificate verified: the plan was scored again and objective, bound and gap agree\n")
+        sys.stderr.write(_reproof_text(reproof))
     if output is not None and outcome.plan is not None:
         outcome.plan.save(output)
     if json:
-        print_document(outcome.model_dump(mode="json"))
+        verified = {} if reproof is None else {"verification": dataclasses.asdict(reproof)}
+        print_document(outcome.model_dump(mode="json") | verified)
     else:
         print_outcome(outcome, output)
     if outcome.status == "infeasible":
         raise typer.Exit(INFEASIBLE)
     if outcome.status == "no_solution":
         raise typer.Exit(NO_SOLUTION)
+
+
+def _reproof_text(reproof: Reproof | None) -> str:
+    if reproof is None:
+        return "the bound itself was not proved again: this kind of space is not enumerated by the check\n"
+    return (
+        f"{reproof.candidates} candidates enumerated anew: {reproof.reproved} proved again by arithmetic, "
+        f"{reproof.programs} rest on linear and integer programs, {reproof.attacked} of these completed and simulated "
+        "without coming below the bound\n"
+    )
 
 
 def profile_sequence(profile: ModelProfile, told: int | None) -> int:

@@ -299,7 +299,8 @@ class CostModel:
     def _architecture(self) -> Architecture:
         return self.profile.architecture or Architecture()
 
-    def _setting(self, degrees: Degrees, microbatch: int) -> Setting:
+    def setting(self, degrees: Degrees, microbatch: int) -> Setting:
+        """Return what operators see of degrees and a microbatch."""
         return Setting(
             degrees=degrees,
             microbatch=microbatch,
@@ -312,7 +313,7 @@ class CostModel:
         )
 
     def _make_table(self, degrees: Degrees, microbatch: int, group: NodeGroup) -> LayerTable:
-        setting = self._setting(degrees, microbatch)
+        setting = self.setting(degrees, microbatch)
         groups = RankGroups(degrees, group, self.order)
         roofline = Roofline.of(group.device, self.job.precision)
         costs = {

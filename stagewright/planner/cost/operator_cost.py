@@ -154,6 +154,11 @@ def phase_seconds(operator: Operator, size: Work, roofline: Roofline) -> PhaseSe
     return PhaseSeconds(seconds(1.0), seconds(input_factor), seconds(weight_factor))
 
 
+def peak_seconds(operator: Operator, flops: float, roofline: Roofline) -> float:
+    """Return the seconds of `flops` of an operator at the peak of its engine: no kernel is faster."""
+    return flops / roofline.peak(_engine(operator))
+
+
 def _engine(operator: Operator) -> Engine:
     if operator.kind == "attention":
         return "batched" if operator.materialised else "attention"

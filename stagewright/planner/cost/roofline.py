@@ -97,6 +97,12 @@ class Roofline:
         memory_s = moved_bytes / (self.bytes_per_s * self.memory(moved_bytes)) if moved_bytes > 0 else 0.0
         return self.launch_s + max(compute_s, memory_s)
 
+    def peak(self, engine: Engine) -> float:
+        """Return the FLOP per second that no kernel of an engine exceeds."""
+        if engine == "vector":
+            return self.vector_flops
+        return self.matmul_flops if engine == "matmul" else self.attention_flops
+
     def _rate(self, engine: Engine, flops: float) -> float:
         if engine == "vector":
             return self.vector_flops

@@ -223,7 +223,7 @@ class CandidateCosts:
     @cached_property
     def tables(self) -> CompletionTables:
         """The candidate as flat arrays, for compiled evaluation."""
-        order, runs = self.order, self.runs
+        order, runs, replicated = self.order, self.runs, len(self.replica_s) > 0
         return CompletionTables(
             before=order.before,
             across=order.across,
@@ -234,27 +234,27 @@ class CandidateCosts:
             slot_stage=self.slots.stage,
             live=self.slots.live,
             run_start=self.classes.run_start.astype(np.int64),
-            forward_s=runs.forward_s,
-            input_grad_s=runs.input_grad_s,
-            weight_grad_s=runs.weight_grad_s,
-            recompute_s=runs.recompute_s,
-            kept_bytes=runs.kept_bytes,
-            late_bytes=runs.late_bytes,
-            workspace_bytes=runs.workspace_bytes,
-            state_bytes=runs.state_bytes,
-            step_s=runs.step_s,
+            by_run=np.stack(
+                [
+                    runs.forward_s,
+                    runs.input_grad_s,
+                    runs.weight_grad_s,
+                    runs.state_bytes,
+                    runs.step_s,
+                    self.replica_s if replicated else np.zeros(runs.num_runs),
+                ]
+            ),
+            by_level=np.stack([runs.recompute_s, runs.kept_bytes, runs.late_bytes, runs.workspace_bytes]),
             levels=self.levels,
-            hop_latency_s=self.hop_latency_s,
-            hop_s_per_byte=self.hop_s_per_byte,
+            hop_lines=np.stack([self.hop_latency_s, self.hop_s_per_byte]),
             cut_bytes=self.cut_bytes,
-            stage_latency_s=self.stage_latency_s,
-            overhead_s=self.overhead_s,
-            split=order.split,
             constant_tail_s=self.constant_tail_s,
             tie_layers=np.array([tie[:2] for tie in self.ties], dtype=np.int64).reshape(-1, 2),
             tie_s=np.array([tie[2] for tie in self.ties]).reshape(-1, order.num_ranks, order.num_ranks),
-            replica_s=self.replica_s,
-            replica_latency_s=self.replica_latency_s,
+            replica_latency_s=self.replica_latency_s if replicated else np.zeros(order.num_stages),
+            stage_latency_s=self.stage_latency_s,
+            overhead_s=self.overhead_s,
+            split=order.split,
             capacity_bytes=self.capacity_bytes,
             step_overhead_s=self.step_overhead_s,
             microbatches_each=order.key.num_microbatches / order.num_replicas,

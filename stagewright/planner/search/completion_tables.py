@@ -24,8 +24,12 @@ _POWER = 32
 
 
 class CompletionTables(NamedTuple):
-    """The fields of a candidate's costs and order, as numba takes them; names as in `CandidateCosts` and `Order`.
+    """A candidate's costs and order as numba takes them, names as in `CandidateCosts` and `Order`; few fields, because
+    compiled code copies all of them at each call and each use.
 
+    `by_run` holds forward, input gradient and weight gradient seconds, state bytes, seconds at the step's end and those
+    of a sum over two replicas, [6, K]; `by_level` recompute seconds, kept, late and workspace bytes, [4, 3, K];
+    `hop_lines` latency and seconds a byte, [2, num_hops]. `replica_latency_s` is [S], zero for one replica;
     `microbatches_each` run through a slot.
     """
 
@@ -38,30 +42,25 @@ class CompletionTables(NamedTuple):
     slot_stage: Longs
     live: Floats
     run_start: Longs
-    forward_s: Floats
-    input_grad_s: Floats
-    weight_grad_s: Floats
-    recompute_s: Floats
-    kept_bytes: Floats
-    late_bytes: Floats
-    workspace_bytes: Floats
-    state_bytes: Floats
-    step_s: Floats
+    by_run: Floats
+    by_level: Floats
     levels: Bools
-    hop_latency_s: Floats
-    hop_s_per_byte: Floats
+    hop_lines: Floats
     cut_bytes: Floats
-    stage_latency_s: float
-    overhead_s: float
-    split: bool
     constant_tail_s: Floats
     tie_layers: Longs
     tie_s: Floats
-    replica_s: Floats
     replica_latency_s: Floats
+    stage_latency_s: float
+    overhead_s: float
+    split: bool
     capacity_bytes: float
     step_overhead_s: float
     microbatches_each: float
+
+
+FORWARD, INPUT_GRAD, WEIGHT_GRAD, STATE, STEP, REPLICA = range(6)
+RECOMPUTE, KEPT, LATE, WORKSPACE = range(4)
 
 
 class Scratch(NamedTuple):
@@ -79,9 +78,9 @@ def scratch_of(tables: CompletionTables) -> Scratch:
     """Return scratch for a candidate."""
     stages = tables.placement.shape[1]
     return Scratch(
-        np.zeros((stages, len(tables.forward_s)), dtype=np.int64),
+        np.zeros((stages, tables.by_run.shape[1]), dtype=np.int64),
         np.zeros(4 * stages + 1),
-        np.zeros(len(tables.hop_latency_s) + 1),
+        np.zeros(tables.hop_lines.shape[1] + 1),
         np.zeros(len(tables.slot_stage)),
         np.empty(len(tables.before)),
     )
@@ -94,49 +93,79 @@ def evaluate(tables: CompletionTables, bounds: Longs, weight: Floats, counts: Lo
     `weight` [S] says how much a second of recomputation costs on each stage.
     """
     stages, runs = counts.shape[0], counts.shape[1]
-    layers = scratch.layers
+    layers, run_start = scratch.layers, tables.run_start
     for stage in range(stages):
         for run in range(runs):
-            low = max(bounds[stage], tables.run_start[run])
-            high = min(bounds[stage + 1], tables.run_start[run + 1])
+            low = max(bounds[stage], run_start[run])
+            high = min(bounds[stage + 1], run_start[run + 1])
             layers[stage, run] = max(high - low, 0)
-    if not _fit(tables, layers, weight, counts):
+    if not _fit(
+        len(tables.placement),
+        tables.slot_stage,
+        tables.live,
+        tables.by_level,
+        tables.by_run[STATE],
+        tables.levels,
+        tables.capacity_bytes,
+        layers,
+        weight,
+        counts,
+    ):
         return np.inf
-    _fill_seconds(tables, bounds, counts, scratch)
+    seconds, hop_s, tail_s = scratch.seconds, scratch.hop_s, scratch.tail_s
+    _fill_seconds(tables.by_run, tables.by_level, tables.overhead_s, tables.split, layers, counts, seconds)
+    _fill_hops(tables.hop_lines, tables.cut_bytes, bounds, hop_s)
+    _fill_tails(
+        tables.by_run,
+        tables.placement,
+        tables.constant_tail_s,
+        tables.stage_latency_s,
+        tables.replica_latency_s,
+        tables.tie_layers,
+        tables.tie_s,
+        layers,
+        bounds,
+        tail_s,
+    )
     value: float = sweep(
-        tables.before,
-        tables.across,
-        tables.hop,
-        tables.code,
-        tables.last,
-        scratch.seconds,
-        scratch.hop_s,
-        scratch.tail_s,
-        scratch.end,
+        tables.before, tables.across, tables.hop, tables.code, tables.last, seconds, hop_s, tail_s, scratch.end
     )
     return value + tables.step_overhead_s
 
 
 @njit(cache=True)
-def _fit(tables: CompletionTables, layers: Longs, weight: Floats, counts: Longs) -> bool:
+def _fit(
+    replicas: int,
+    slot_stage: Longs,
+    live: Floats,
+    by_level: Floats,
+    state_bytes: Floats,
+    levels: Bools,
+    capacity_bytes: float,
+    layers: Longs,
+    weight: Floats,
+    counts: Longs,
+) -> bool:
     """Fill `counts` with the levels of `layers`; False when the greedy search finds none that fit."""
-    if len(tables.placement) > 1:
+    recompute_s, kept_bytes = by_level[RECOMPUTE], by_level[KEPT]
+    late_bytes, workspace_bytes = by_level[LATE], by_level[WORKSPACE]
+    if replicas > 1:
         replicas_fit: bool = fit_replicas(
             layers,
-            tables.recompute_s,
-            tables.kept_bytes,
-            tables.late_bytes,
-            tables.workspace_bytes,
-            tables.state_bytes,
-            tables.levels,
-            tables.slot_stage,
-            tables.live,
+            recompute_s,
+            kept_bytes,
+            late_bytes,
+            workspace_bytes,
+            state_bytes,
+            levels,
+            slot_stage,
+            live,
             weight,
-            tables.capacity_bytes,
+            capacity_bytes,
             counts,
         )
         return replicas_fit
-    ranks, width = tables.slot_stage.shape
+    ranks, width = slot_stage.shape
     runs = layers.shape[1]
     here = np.zeros((width, runs), dtype=np.int64)
     local = np.zeros((width, runs, 3), dtype=np.int64)
@@ -144,75 +173,97 @@ def _fit(tables: CompletionTables, layers: Longs, weight: Floats, counts: Longs)
     for rank in range(ranks):
         states = 0.0
         for place in range(width):
-            stage = tables.slot_stage[rank, place]
+            stage = slot_stage[rank, place]
             for run in range(runs):
                 here[place, run] = layers[stage, run] if stage >= 0 else 0
-                states += here[place, run] * tables.state_bytes[run]
+                states += here[place, run] * state_bytes[run]
             if stage >= 0:
                 costs[place] = weight[stage]
         if not fit_rank(
             here,
-            tables.recompute_s,
-            tables.kept_bytes,
-            tables.late_bytes,
-            tables.workspace_bytes,
-            tables.levels,
-            tables.live[rank],
+            recompute_s,
+            kept_bytes,
+            late_bytes,
+            workspace_bytes,
+            levels,
+            live[rank],
             costs,
-            tables.capacity_bytes - states,
+            capacity_bytes - states,
             local,
         ):
             return False
         for place in range(width):
-            stage = tables.slot_stage[rank, place]
-            if stage >= 0:
-                counts[stage] = local[place]
+            stage = slot_stage[rank, place]
+            for run in range(runs if stage >= 0 else 0):
+                for level in range(3):
+                    counts[stage, run, level] = local[place, run, level]
     return True
 
 
 @njit(cache=True)
-def _fill_seconds(tables: CompletionTables, bounds: Longs, counts: Longs, scratch: Scratch) -> None:
-    """Fill seconds by code, hops and tails for chosen levels."""
-    stages, runs = counts.shape[0], counts.shape[1]
-    seconds, tail_s = scratch.seconds, scratch.tail_s
+def _fill_seconds(
+    by_run: Floats, by_level: Floats, overhead_s: float, split: bool, layers: Longs, counts: Longs, seconds: Floats
+) -> None:
+    """Fill seconds by code, [4 S + 1], for chosen levels."""
+    stages, runs = layers.shape
     for stage in range(stages):
-        forward, input_grad, weight_grad = tables.overhead_s, tables.overhead_s, 0.0
-        if tables.split:
-            weight_grad = tables.overhead_s
+        forward, input_grad, weight_grad = overhead_s, overhead_s, overhead_s if split else 0.0
         for run in range(runs):
-            number = scratch.layers[stage, run]
-            forward += number * tables.forward_s[run]
-            input_grad += number * tables.input_grad_s[run]
-            weight_grad += number * tables.weight_grad_s[run]
+            number = layers[stage, run]
+            forward += number * by_run[FORWARD, run]
+            input_grad += number * by_run[INPUT_GRAD, run]
+            weight_grad += number * by_run[WEIGHT_GRAD, run]
             for level in range(3):
-                input_grad += counts[stage, run, level] * tables.recompute_s[level, run]
+                input_grad += counts[stage, run, level] * by_level[RECOMPUTE, level, run]
         seconds[stage] = forward
         seconds[stages + stage] = input_grad + weight_grad
         seconds[2 * stages + stage] = input_grad
         seconds[3 * stages + stage] = weight_grad
-    boundaries = stages - 1
-    for index in range(len(tables.hop_latency_s)):
-        size = tables.cut_bytes[bounds[index % boundaries + 1]]
-        scratch.hop_s[index + 1] = tables.hop_latency_s[index] + tables.hop_s_per_byte[index] * size
-    tail_s[:] = tables.constant_tail_s
-    for replica in range(len(tables.placement)):
-        for stage in range(stages):
-            own = tables.stage_latency_s
-            if len(tables.replica_s):
-                own += tables.replica_latency_s[stage]
-            for run in range(runs):
-                own += scratch.layers[stage, run] * tables.step_s[run]
-                if len(tables.replica_s):
-                    own += scratch.layers[stage, run] * tables.replica_s[run]
-            tail_s[tables.placement[replica, stage]] += own
-    for tie in range(len(tables.tie_layers)):
-        first = np.searchsorted(bounds, tables.tie_layers[tie, 0], side="right") - 1
-        second = np.searchsorted(bounds, tables.tie_layers[tie, 1], side="right") - 1
-        for replica in range(len(tables.placement)):
-            a, b = tables.placement[replica, first], tables.placement[replica, second]
+
+
+@njit(cache=True)
+def _fill_hops(hop_lines: Floats, cut_bytes: Floats, bounds: Longs, hop_s: Floats) -> None:
+    """Fill the seconds of a message over each hop, behind the zero of `pad`."""
+    boundaries = len(bounds) - 2
+    for index in range(hop_lines.shape[1]):
+        size = cut_bytes[bounds[index % boundaries + 1]]
+        hop_s[index + 1] = hop_lines[0, index] + hop_lines[1, index] * size
+
+
+@njit(cache=True)
+def _fill_tails(
+    by_run: Floats,
+    placement: Ints,
+    constant_tail_s: Floats,
+    stage_latency_s: float,
+    replica_latency_s: Floats,
+    tie_layers: Longs,
+    tie_s: Floats,
+    layers: Longs,
+    bounds: Longs,
+    tail_s: Floats,
+) -> None:
+    """Fill the seconds of each rank behind its last action."""
+    replicas, stages = placement.shape
+    ends = np.zeros(2, dtype=np.int64)
+    for rank in range(len(tail_s)):
+        tail_s[rank] = constant_tail_s[rank]
+    for stage in range(stages):
+        own = stage_latency_s + replica_latency_s[stage]
+        for run in range(by_run.shape[1]):
+            own += layers[stage, run] * (by_run[STEP, run] + by_run[REPLICA, run])
+        for replica in range(replicas):
+            tail_s[placement[replica, stage]] += own
+    for tie in range(len(tie_layers)):
+        for end in range(2):
+            ends[end] = 0
+            while bounds[ends[end] + 1] <= tie_layers[tie, end]:
+                ends[end] += 1
+        for replica in range(replicas):
+            a, b = placement[replica, ends[0]], placement[replica, ends[1]]
             if a != b:
-                tail_s[a] += tables.tie_s[tie, a, b]
-                tail_s[b] += tables.tie_s[tie, a, b]
+                tail_s[a] += tie_s[tie, a, b]
+                tail_s[b] += tie_s[tie, a, b]
 
 
 @njit(cache=True)
@@ -221,13 +272,14 @@ def crowding(tables: CompletionTables, scratch: Scratch, step_s: float) -> float
 
     Moves that leave the step alone but take work from one of several fullest ranks lower it.
     """
-    stages = tables.placement.shape[1]
+    stages, slot_stage, each = tables.placement.shape[1], tables.slot_stage, tables.microbatches_each
+    tail_s, seconds = scratch.tail_s, scratch.seconds
     total = 0.0
-    for rank in range(len(tables.slot_stage)):
-        work = scratch.tail_s[rank]
-        for place in range(tables.slot_stage.shape[1]):
-            stage = tables.slot_stage[rank, place]
+    for rank in range(len(slot_stage)):
+        work = tail_s[rank]
+        for place in range(slot_stage.shape[1]):
+            stage = slot_stage[rank, place]
             if stage >= 0:
-                work += tables.microbatches_each * (scratch.seconds[stage] + scratch.seconds[stages + stage])
+                work += each * (seconds[stage] + seconds[stages + stage])
         total += (work / step_s) ** _POWER
-    return float(total / len(tables.slot_stage))
+    return float(total / len(slot_stage))

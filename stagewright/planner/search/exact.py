@@ -52,12 +52,14 @@ def _plans(search: JointSearch) -> list[Plan]:
     """Return the best candidates that were completed as scored plans, the best one first."""
     assert search.best is not None
     limits, problem = search.limits, search.problem
-    if len(search.found) <= limits.top:
+    if len(search.found) <= limits.top and limits.reached() is None:
         _complete_others(search, limits.top + 1)
     order = sorted(search.found, key=lambda index: (search.found[index].step_s, index))
     order.remove(search.best.index)
-    plans = []
+    plans: list[Plan] = []
     for index in [search.best.index, *order][: limits.top + 1]:
+        if plans and limits.reached() is not None:
+            break
         partition = search.partition(index, search.found[index])
         plan = problem.plan(search.candidate(index), partition, "exact")
         plans.append(plan.model_copy(update={"prediction": evaluate(plan, problem.profile).prediction}))

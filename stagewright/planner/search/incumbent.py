@@ -20,7 +20,7 @@ from stagewright.planner.search.order import Cut
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
-_TRIES, _MOST_STEPS = 30, 200
+TRIES, MOST_STEPS = 30, 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +41,8 @@ def improve(
     costs: CandidateCosts,
     bounds: Sequence[int] | Longs,
     *,
-    tries: int = _TRIES,
-    most_steps: int = _MOST_STEPS,
+    tries: int = TRIES,
+    most_steps: int = MOST_STEPS,
     give_up_s: float = np.inf,
 ) -> tuple[Completion | None, int]:
     """Return the completion that moves from a partition reach, None when it does not fit, and the simulations made.

@@ -22,6 +22,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.cost.least_work import least_work_s
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.search.bounds import (
     KINDS,
@@ -36,7 +37,8 @@ from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots
 from stagewright.planner.search.caps import RankTables, largest_class, order_caps
 from stagewright.planner.search.closing import Closer
 from stagewright.planner.search.dominance import leaders_of
-from stagewright.planner.search.incumbent import Completion, improve, start
+from stagewright.planner.search.exact_levels import with_exact_levels
+from stagewright.planner.search.incumbent import MOST_STEPS, TRIES, Completion, improve, start
 from stagewright.planner.search.limits import Limits, Termination
 from stagewright.planner.search.order import Layout, Order, OrderKey
 from stagewright.planner.search.pricing import (
@@ -52,13 +54,16 @@ from stagewright.planner.search.pricing import (
     configuration_of,
 )
 from stagewright.planner.search.problem import Candidate, Partition, Problem, pipeline_ranks
-from stagewright.planner.search.space import FamilyRule, schedule_sizes
+from stagewright.planner.search.space import PIPELINE_OUTSIDE, FamilyRule, schedule_sizes
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
 NUM_REFINED = 600
+_CHUNK = 64  # candidates refined between two looks at the clock
+_PRICING = 0.3  # share of a deadline that pricing may take
+_EVALUATED_S = 1e-8  # for each action of an order, of one evaluation by local search
 LEAST_ANSWERED_S = 0.1
 NUM_FIRST = 12
 NUM_STARTS = 12
@@ -109,9 +114,30 @@ class JointSearch:
         return self.problem.capacity_bytes - self.problem.base_bytes
 
     @cached_property
+    def _shapes(self) -> tuple[Ints, int]:
+        """The configurations to search, and how many a short deadline left unpriced."""
+        shapes = self.problem.shapes
+        if self.limits.deadline_s is None:
+            return shapes, 0
+        kept_s = (1.0 - _PRICING) * self.limits.deadline_s
+        known = self.problem.price_list.priced_in_time(shapes, lambda: self.limits.left_s() < kept_s)
+        return shapes[known], int((~known).sum())
+
+    @cached_property
+    def unpriced_s(self) -> float:
+        """Bound of what a short deadline left unpriced: all work at the engines' peaks; infinite when nothing was."""
+        unpriced = self._shapes[1]
+        self.count("not priced", unpriced)
+        if not unpriced:
+            return float("inf")
+        work_s = least_work_s(self.problem.model(PIPELINE_OUTSIDE))
+        return work_s / max(self.problem.device_counts) + self.problem.profile.step_overhead_s
+
+    @cached_property
     def priced(self) -> Priced:
         """Configurations that might fit."""
-        priced = self.problem.priced
+        unpriced = self._shapes[1]
+        priced = self.problem.priced if not unpriced else self.problem.price_list.price(self._shapes[0])
         possible = memory_possible(priced, self.problem.classes, self.room_bytes, self.levels)
         self.count("memory", int((~possible).sum()))
         return priced.take(np.flatnonzero(possible))
@@ -167,8 +193,8 @@ class JointSearch:
         Work and the longest layer, and where that is below the incumbent, all ranks' memory over time (`pool_admits`).
         """
         rows = np.flatnonzero(self.work_s < self.incumbent_s)
-        if not len(rows):
-            return float(self.work_s.min(initial=float("inf")))
+        if not len(rows) or self.limits.reached() is not None:
+            return min(float(self.work_s.min(initial=float("inf"))), self.unpriced_s)
         extra_s = self.problem.profile.step_overhead_s
         high_s = self.incumbent_s if self.best is not None else 16.0 * float(self.work_s.min())
         ones = np.ones(len(rows), dtype=np.int64)
@@ -184,7 +210,7 @@ class JointSearch:
             splits=ones > 0,
             workspace_bytes=self.priced.workspace_of(defers=True),
         )
-        return float(min(high_s, found.min() + extra_s))
+        return float(min(high_s, found.min() + extra_s, self.unpriced_s))
 
     @property
     def num_candidates(self) -> int:
@@ -322,15 +348,40 @@ class JointSearch:
 
     def run(self) -> tuple[float, Termination]:
         """Search; return the proved bound and why the search ended."""
-        if not self.num_candidates:
-            return float("inf"), "gap"
+        bound_s, stopped = self._run() if self.num_candidates else (float("inf"), "gap")
+        if self.best is not None:
+            costs = self.costs(self.best.index)
+            assert costs is not None
+            self.keep(self.best.index, with_exact_levels(costs, self.best.completion, self._is_late))
+            bound_s = min(bound_s, self.incumbent_s)
+        if self.unpriced_s < bound_s:
+            return self.unpriced_s, "time_limit"
+        return bound_s, stopped
+
+    def _is_late(self) -> bool:
+        return self.limits.reached() is not None
+
+    def _run(self) -> tuple[float, Termination]:
+        """Search what was priced."""
         stopped = self._find_incumbents()
         if stopped is not None:
             return float(min(self.bound_s.min(), self.incumbent_s)), stopped
         return self._close_all()
 
     def _refine(self, chosen: Longs, high_s: float, steps: int) -> None:
-        """Raise the bounds of some candidates to what their caps show; infinite where `high_s` is out of reach."""
+        """Raise the bounds of some candidates to what their caps show, until a limit is reached.
+
+        Where `high_s` is out of reach, that is the bound.
+        """
+        if self.limits.deadline_s is None:
+            self._refine_some(chosen, high_s, steps)
+            return
+        for first in range(0, len(chosen), _CHUNK * 16 >> min(steps, 4)):
+            if self.limits.reached() is not None:
+                return
+            self._refine_some(chosen[first : first + (_CHUNK * 16 >> min(steps, 4))], high_s, steps)
+
+    def _refine_some(self, chosen: Longs, high_s: float, steps: int) -> None:
         if not len(chosen):
             return
         rows, rules, chunks = (column[chosen] for column in self.crossed)
@@ -425,6 +476,12 @@ class JointSearch:
 
     def _find_incumbents(self) -> Termination | None:
         """Complete the most promising candidates: first where the caps are tight, then everywhere."""
+        if self.limits.deadline_s is not None:
+            # An answer first: what comes behind may take all the time there is.
+            guessed = np.argsort(self.estimate(np.arange(self.num_candidates)), kind="stable")
+            stopped = self._begin(guessed[:NUM_FIRST].tolist())
+            if stopped is not None:
+                return stopped
         bound_kinds = np.array([KINDS[rule.bound] for rule in self.problem.rules])[self.crossed[1]]
         tight = np.flatnonzero((bound_kinds == KINDS["uniform"]) | (bound_kinds == KINDS["gpipe"]))
         chosen = tight[np.argsort(self.bound_s[tight], kind="stable")][:NUM_REFINED]
@@ -515,11 +572,19 @@ class JointSearch:
                 break
             costs = self.costs(index)
             assert costs is not None
-            better, made = improve(costs, self.found[index].bounds)
+            steps = self._moves_in_time(costs.order)
+            better, made = improve(costs, self.found[index].bounds, most_steps=steps)
             self.simulated += made
             if better is not None:
                 self.keep(index, better)
         return self.limits.reached()
+
+    def _moves_in_time(self, order: Order) -> int:
+        """Return how many steps local search may take on an order before the deadline, at least one."""
+        if self.limits.deadline_s is None:
+            return MOST_STEPS
+        each_s = TRIES * _EVALUATED_S * len(order.before)
+        return max(1, min(MOST_STEPS, int(self.limits.left_s() / each_s)))
 
     def _known(self) -> float | None:
         return None if self.best is None else self.incumbent_s

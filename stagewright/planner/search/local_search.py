@@ -16,7 +16,19 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from stagewright.planner.search.completion_tables import CompletionTables, crowding, evaluate, scratch_of
+from stagewright.planner.search.completion_tables import (
+    FORWARD,
+    INPUT_GRAD,
+    KEPT,
+    LATE,
+    RECOMPUTE,
+    STATE,
+    WEIGHT_GRAD,
+    CompletionTables,
+    crowding,
+    evaluate,
+    scratch_of,
+)
 from stagewright.planner.search.order import trace_back
 
 Floats = npt.NDArray[np.float64]
@@ -35,7 +47,7 @@ def descend(
     The step is infinite when no recomputation was found with which the first partition fits, and moves are not tried when
     its step is beyond `give_up_s`.
     """
-    stages, runs = len(start) - 1, len(tables.forward_s)
+    stages, runs = len(start) - 1, tables.by_run.shape[1]
     scratch = scratch_of(tables)
     bounds, trial = start.copy(), start.copy()
     counts = np.zeros((stages, runs, 3), dtype=np.int64)
@@ -46,7 +58,7 @@ def descend(
     if not np.isfinite(value) or value > give_up_s:
         return value, bounds, counts, made
     goal = value * (1.0 + _CROWDING * crowding(tables, scratch, value))
-    path = np.zeros(3 * stages + len(tables.hop_latency_s) + 1, dtype=np.int32)
+    path = np.zeros(3 * stages + tables.hop_lines.shape[1] + 1, dtype=np.int32)
     stale = False
     for _ in range(most_steps):
         if stale:
@@ -65,16 +77,22 @@ def descend(
             stages,
             path,
         )
-        weights = path[stages : 2 * stages]
-        weight[:] = weights + 0.05 * max(1.0, float(weights.max()))
-        give, take = _prices(tables, bounds, counts, path, weight)
+        most = 1
+        for stage in range(stages):
+            most = max(most, path[stages + stage])
+        for stage in range(stages):
+            weight[stage] = path[stages + stage] + 0.05 * most
+        give, take = _prices(
+            tables.by_run, tables.by_level, tables.levels, tables.slot_stage, tables.live, counts, path, weight
+        )
         found = False
-        for giver, taker in _moves(tables, bounds, give, take, tries):
-            trial[:] = bounds
-            if giver < taker:
-                trial[giver + 1 : taker + 1] -= 1
-            else:
-                trial[taker + 1 : giver + 1] += 1
+        for giver, taker in _moves(tables.slot_stage, bounds, give, take, tries):
+            for place in range(len(bounds)):
+                trial[place] = bounds[place]
+            for place in range(giver + 1, taker + 1):
+                trial[place] -= 1
+            for place in range(taker + 1, giver + 1):
+                trial[place] += 1
             made += 1
             stale = True
             new: float = evaluate(tables, trial, weight, trial_counts, scratch)
@@ -93,83 +111,97 @@ def descend(
 
 
 @njit(cache=True)
-def _moves(tables: CompletionTables, bounds: Longs, give: Floats, take: Floats, tries: int) -> list[tuple[int, int]]:
+def _moves(slot_stage: Longs, bounds: Longs, give: Floats, take: Floats, tries: int) -> list[tuple[int, int]]:
     """Return (giver, taker): the `tries` dearest moves that promise anything, then those between chunks of one rank.
 
     Between chunks of a rank the work stays and the live bytes change.
     """
-    givers, takers = np.argsort(-give)[:_PARTNERS], np.argsort(take)[:_PARTNERS]
+    givers, takers = _largest(give, 1.0, _PARTNERS), _largest(take, -1.0, _PARTNERS)
     gain = np.empty(len(givers) * len(takers))
     for first in range(len(givers)):
         for second in range(len(takers)):
             gain[first * len(takers) + second] = give[givers[first]] - take[takers[second]]
     moves = []
-    for place in np.argsort(-gain)[:tries]:
+    for place in _largest(gain, 1.0, tries):
         giver, taker = int(givers[place // len(takers)]), int(takers[place % len(takers)])
         if gain[place] > 0.0 and giver != taker and bounds[giver + 1] - bounds[giver] > 1:
             moves.append((giver, taker))
     if tries > 0:
-        for rank in range(len(tables.slot_stage)):
-            for giver in tables.slot_stage[rank]:
-                for taker in tables.slot_stage[rank]:
+        for rank in range(len(slot_stage)):
+            for giver in slot_stage[rank]:
+                for taker in slot_stage[rank]:
                     if giver >= 0 and taker >= 0 and giver != taker and bounds[giver + 1] - bounds[giver] > 1:
                         moves.append((int(giver), int(taker)))
     return moves
 
 
 @njit(cache=True)
+def _largest(values: Floats, sign: float, count: int) -> Longs:
+    """Return the places of the `count` largest sign * value, the largest first; of equal ones the first."""
+    count = min(count, len(values))
+    chosen = np.empty(count, dtype=np.int64)
+    left = np.ones(len(values), dtype=np.bool_)
+    for place in range(count):
+        best = -1
+        for index in range(len(values)):
+            if left[index] and (best < 0 or sign * values[index] > sign * values[best]):
+                best = index
+        chosen[place], left[best] = best, False
+    return chosen
+
+
+@njit(cache=True)
 def _prices(
-    tables: CompletionTables, bounds: Longs, counts: Longs, path: npt.NDArray[np.int32], weight: Floats
+    by_run: Floats,
+    by_level: Floats,
+    levels: npt.NDArray[np.bool_],
+    slot_stage: Longs,
+    live: Floats,
+    counts: Longs,
+    path: npt.NDArray[np.int32],
+    weight: Floats,
 ) -> tuple[Floats, Floats]:
     """Return what a layer less saves and a layer more costs on each stage, [S], [S]."""
     stages, runs = counts.shape[0], counts.shape[1]
     give, take = np.zeros(stages), np.zeros(stages)
     lowest = 0
-    while not tables.levels[lowest]:
+    while not levels[lowest]:
         lowest += 1
     mean_kept, mean_late, mean_state = np.zeros(stages), np.zeros(stages), np.zeros(stages)
     for stage in range(stages):
-        total = max(bounds[stage + 1] - bounds[stage], 1)
+        total = max(counts[stage].sum(), 1)
         for run in range(runs):
-            share = _number_on(tables, bounds, stage, run) / total
-            seconds = path[stage] * tables.forward_s[run] + path[stages + stage] * tables.input_grad_s[run]
-            seconds += path[2 * stages + stage] * tables.weight_grad_s[run]
+            share = (counts[stage, run, 0] + counts[stage, run, 1] + counts[stage, run, 2]) / total
+            seconds = path[stage] * by_run[FORWARD, run] + path[stages + stage] * by_run[INPUT_GRAD, run]
+            seconds += path[2 * stages + stage] * by_run[WEIGHT_GRAD, run]
             give[stage] += share * seconds
-            mean_kept[stage] += share * tables.kept_bytes[lowest, run]
-            mean_late[stage] += share * tables.late_bytes[lowest, run]
-            mean_state[stage] += share * tables.state_bytes[run]
+            mean_kept[stage] += share * by_level[KEPT, lowest, run]
+            mean_late[stage] += share * by_level[LATE, lowest, run]
+            mean_state[stage] += share * by_run[STATE, run]
         take[stage] = give[stage]
-    for rank in range(len(tables.slot_stage)):
+    for rank in range(len(slot_stage)):
         slope = np.inf
-        for place in range(tables.slot_stage.shape[1]):
-            stage = tables.slot_stage[rank, place]
+        for place in range(slot_stage.shape[1]):
+            stage = slot_stage[rank, place]
             if stage < 0:
                 continue
-            before, behind = tables.live[rank, :, 0, place].max(), tables.live[rank, :, 1, place].max()
+            before, behind = live[rank, :, 0, place].max(), live[rank, :, 1, place].max()
             for run in range(runs):
                 for high in range(lowest + 1, 3):
                     if counts[stage, run, high] > 0:
-                        saved = before * (tables.kept_bytes[lowest, run] - tables.kept_bytes[high, run])
-                        saved += behind * (tables.late_bytes[lowest, run] - tables.late_bytes[high, run])
-                        price = tables.recompute_s[high, run] - tables.recompute_s[lowest, run]
+                        saved = before * (by_level[KEPT, lowest, run] - by_level[KEPT, high, run])
+                        saved += behind * (by_level[LATE, lowest, run] - by_level[LATE, high, run])
+                        price = by_level[RECOMPUTE, high, run] - by_level[RECOMPUTE, lowest, run]
                         if saved > 0.0:
                             slope = min(slope, weight[stage] * price / saved)
         if not np.isfinite(slope):
             continue
-        for place in range(tables.slot_stage.shape[1]):
-            stage = tables.slot_stage[rank, place]
+        for place in range(slot_stage.shape[1]):
+            stage = slot_stage[rank, place]
             if stage < 0:
                 continue
-            before, behind = tables.live[rank, :, 0, place].max(), tables.live[rank, :, 1, place].max()
+            before, behind = live[rank, :, 0, place].max(), live[rank, :, 1, place].max()
             held = slope * (mean_state[stage] + before * mean_kept[stage] + behind * mean_late[stage])
             give[stage] += held
             take[stage] += held
     return give, take
-
-
-@njit(cache=True)
-def _number_on(tables: CompletionTables, bounds: Longs, stage: int, run: int) -> float:
-    """Return how many layers of a run stand on a stage."""
-    low = max(bounds[stage], tables.run_start[run])
-    high = min(bounds[stage + 1], tables.run_start[run + 1])
-    return float(max(high - low, 0))

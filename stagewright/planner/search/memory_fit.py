@@ -122,10 +122,10 @@ def fit_replicas(
             budget = capacity_bytes
             for place in range(width):
                 stage = slot_stage[other, place]
-                local[place] = 0
-                if stage >= 0:
-                    local[place] = counts[stage]
-                    for run in range(runs):
+                for run in range(runs):
+                    for level in range(3):
+                        local[place, run, level] = counts[stage, run, level] if stage >= 0 else 0
+                    if stage >= 0:
                         budget -= layers[stage, run] * state_bytes[run]
             room = _fill(local, kept_bytes, late_bytes, workspace_bytes, live[other], budget, used)
             if room < least:

@@ -300,7 +300,8 @@ def _peaks(kinds: Ints, cells: Ints, amounts: Ints, num_slots: int) -> Ints:
         elif kind == _W:
             live[num_slots + cell] -= amount
         if kind in (_F, _I) and (index + 1 == len(kinds) or kinds[index + 1] != _F):
-            found[row] = live
+            for entry in range(2 * num_slots):
+                found[row, entry] = live[entry]
             row += 1
     return found[:row].copy()
 

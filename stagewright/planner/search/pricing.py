@@ -10,7 +10,7 @@ n configurations, C classes: about 1 us a configuration beside the tables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -30,9 +30,11 @@ from stagewright.planner.search.space import PIPELINE_INSIDE, PIPELINE_OUTSIDE
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
 
 AXIS_ORDERS: tuple[AxisOrder, ...] = (PIPELINE_OUTSIDE, PIPELINE_INSIDE)
 UNIT = 2.0**30
+_LEAST_PRICED = 24  # tables that even a deadline long past leaves time for, so that something can be answered
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,16 +287,36 @@ class PriceList:
         expert = self._group_rows(shapes, expert=True)
         return _combine(shapes, stacked, dense, expert, self.model)
 
+    def priced_in_time(self, shapes: Ints, stop: Callable[[], bool]) -> Bools:
+        """Price tables until `stop` says so; return of which shapes the tables are known then, bool [n].
+
+        Those with fewest devices beside the tensor ranks come first, then small microbatches, then many tensor ranks.
+        """
+        keys, table_of = np.unique(_table_keys(shapes), axis=0, return_inverse=True)
+        tp, cp, least, ep, etp = keys[:, :5].T
+        known = np.zeros(len(keys), dtype=np.bool_)
+        full: set[tuple[int, ...]] = set()
+        for place in np.lexsort((-tp, keys[:, -1], least * cp * ep * etp)).tolist():
+            key = tuple(keys[place].tolist())
+            if key[:-1] not in full and key not in self._tables:
+                if len(self._tables) >= _LEAST_PRICED and stop():
+                    break
+                self._tables[key] = self._make_table(key)
+            known[place] = True
+            table = self._tables.get(key)
+            if self._grows and table is not None and _least_bytes(table) > self.most_bytes:
+                full.add(key[:-1])
+        return np.asarray(known[np.ravel(table_of)])
+
     def _all_tables(self, keys: Sequence[Sequence[int]]) -> list[ClassTable | None]:
         """Return the tables of keys in ascending order of microbatch; None when refused, or when one layer never fits.
 
         Without measured tables a larger microbatch never needs less, so the ones behind are not priced.
         """
-        grows = not any(layer.costs for layer in self.model.profile.classes.values())
         full: tuple[int, ...] | None = None
         found: list[ClassTable | None] = []
         for key in map(tuple, keys):
-            if grows and key[:-1] == full:
+            if self._grows and key[:-1] == full:
                 found.append(None)
                 continue
             if key not in self._tables:
@@ -304,6 +326,11 @@ class PriceList:
                 table, full = None, key[:-1]
             found.append(table)
         return found
+
+    @cached_property
+    def _grows(self) -> bool:
+        """Whether a larger microbatch never needs less: where no table was measured."""
+        return not any(layer.costs for layer in self.model.profile.classes.values())
 
     def _make_table(self, key: tuple[int, ...]) -> ClassTable | None:
         tp, cp, dp, ep, etp, sp, vocabulary, microbatch = key

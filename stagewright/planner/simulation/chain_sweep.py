@@ -224,12 +224,14 @@ def number_nodes(program: Program, hops: Hops, has_tail: npt.NDArray[np.bool_]) 
     num_stages, num_edges = program.placement.shape[1], len(program.edge_from)
     num_replicas = program.placement.shape[0]
     sends = np.zeros((3, num_replicas * num_stages), np.int32)  # F, B, I by (replica, stage)
-    timed = hops.occupied_s + hops.latency_s > 0.0
     for replica in range(num_replicas):
         for edge in range(num_edges):
             cell = replica * num_edges + edge
-            sends[_F, replica * num_stages + program.edge_from[edge]] += timed[0, cell]
-            sends[1:, replica * num_stages + program.edge_to[edge]] += timed[1, cell]
+            if hops.occupied_s[0, cell] + hops.latency_s[0, cell] > 0.0:
+                sends[_F, replica * num_stages + program.edge_from[edge]] += 1
+            if hops.occupied_s[1, cell] + hops.latency_s[1, cell] > 0.0:
+                for kind in range(1, 3):
+                    sends[kind, replica * num_stages + program.edge_to[edge]] += 1
     first_row, first_message = np.zeros(len(offset), np.int32), np.zeros(len(offset) - 1, np.int32)
     for rank in range(len(offset) - 1):
         count = 0

@@ -362,7 +362,8 @@ def _sort_chain(program: Program) -> tuple[int, Ints, Ints, Ints, Bytes, Ints, I
     position = offset[:-1].copy()
     waits = np.full(num_ranks, -1, dtype=np.int64)  # 2 * key + (1 for gradient) that a stopped rank waits for
     stack = np.zeros(num_ranks + 1, dtype=np.int32)
-    stack[:num_ranks] = np.arange(num_ranks - 1, -1, -1)
+    for rank in range(num_ranks):
+        stack[num_ranks - 1 - rank] = rank
     stage_before, stage_after = np.full(num_stages, -1, np.int32), np.full(num_stages, -1, np.int32)
     for edge in range(len(program.edge_from)):
         stage_before[program.edge_to[edge]] = program.edge_from[edge]
@@ -433,7 +434,8 @@ def _sort(program: Program, capacity: int) -> tuple[int, Ints, Ints, Ints, Bytes
     position = offset[:-1].copy()
     waits = np.full(num_ranks, -1, dtype=np.int64)
     stack = np.zeros(num_ranks + 1, dtype=np.int32)
-    stack[:num_ranks] = np.arange(num_ranks - 1, -1, -1)
+    for rank in range(num_ranks):
+        stack[num_ranks - 1 - rank] = rank
     found = np.empty((len(program.edge_from) + 1) * slices, dtype=np.int32)
     depth, count = num_ranks, 0
     while depth > 0:

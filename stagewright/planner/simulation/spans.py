@@ -88,13 +88,18 @@ def _fill(
     latest, last = -1.0, -1
     for rank in range(len(offset) - 1):
         first, node = nodes.first_row[rank], nodes.first_row[rank] + offset[rank + 1] - offset[rank]
-        words[first:node] = packed[offset[rank] : offset[rank + 1]]
+        shift = offset[rank] - first
+        for index in range(first, node):
+            for word in range(3):
+                words[index, word] = packed[index + shift, word]
         rank_of[first : nodes.first_row[rank + 1]] = rank
         lane_of[first : nodes.first_message[rank]] = COMPUTE_LANE
         lane_of[nodes.first_message[rank] : nodes.first_row[rank + 1]] = SEND_LANE
         if node < nodes.first_message[rank]:
             ended = end_s[node - 1] if node > first else 0.0
-            action[node], swept.before[node] = tails[rank], node - 1 if node > first else -1
+            for column in range(6):
+                action[node, column] = tails[rank, column]
+            swept.before[node] = node - 1 if node > first else -1
             start_s[node], end_s[node] = ended, ended + tail_s[rank]
             node += 1
         if node > first and end_s[node - 1] > latest:
@@ -107,13 +112,47 @@ def _fill(
             action[message, KIND] = _SEND_F if rows[row, KIND] == _F else _SEND_B
             in_order = in_order and (message == node or start_s[message - 1] <= start_s[message])
         if not in_order:
-            part = np.argsort(start_s[node:stop], kind="mergesort")
-            start_s[node:stop], end_s[node:stop] = start_s[node:stop][part], end_s[node:stop][part]
-            action[node:stop] = action[node:stop][part]
             if not len(place):
-                place = np.arange(len(start_s)).astype(np.int32)
-            place[node + part] = np.arange(node, stop)
+                place = np.empty(len(start_s), np.int32)
+                for span in range(len(place)):
+                    place[span] = span
+            _sort_by_start(start_s, end_s, words, place, node, stop)
     return last, place
+
+
+@njit(cache=True)
+def _sort_by_start(
+    start_s: Floats, end_s: Floats, words: npt.NDArray[np.int64], place: Ints, first: int, stop: int
+) -> None:
+    """Sort the spans [first, stop) by start, equal ones in their order, and note where each went (merge sort)."""
+    count = stop - first
+    order, merged = np.empty(count, np.int32), np.empty(count, np.int32)
+    for index in range(count):
+        order[index] = index
+    width = 1
+    while width < count:
+        for low in range(0, count, 2 * width):
+            left, middle = low, min(low + width, count)
+            right, high = middle, min(low + 2 * width, count)
+            for at in range(low, high):
+                takes_left = left < middle and (
+                    right >= high or start_s[first + order[left]] <= start_s[first + order[right]]
+                )
+                if takes_left:
+                    merged[at] = order[left]
+                    left += 1
+                else:
+                    merged[at] = order[right]
+                    right += 1
+        order, merged = merged, order
+        width *= 2
+    old_start_s, old_end_s, old_words = start_s[first:stop].copy(), end_s[first:stop].copy(), words[first:stop].copy()
+    for at in range(count):
+        source = order[at]
+        start_s[first + at], end_s[first + at] = old_start_s[source], old_end_s[source]
+        for word in range(3):
+            words[first + at, word] = old_words[source, word]
+        place[first + source] = first + at
 
 
 def graph_spans(schedule: Schedule, program: Program, solved: Solved, tail_s: Floats, *, trace: bool) -> Spans:

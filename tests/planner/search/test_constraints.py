@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from stagewright.planner.catalog.clusters import resolve_cluster
+from stagewright.planner.catalog.models import resolve_model
 from stagewright.planner.documents import TrainingJob
 from stagewright.planner.documents.job import Forbid, Pins, SearchSpace
 from stagewright.planner.errors import InvalidArgument
@@ -70,3 +72,14 @@ def test_a_deadline_that_has_passed_still_brings_a_plan_and_a_bound() -> None:
     assert 0 < outcome.bound_s <= outcome.objective_s
     assert outcome.plan.certificate is not None and outcome.plan.certificate.any_order_bound is not None
     assert outcome.plan.certificate.any_order_bound <= outcome.objective_s
+
+
+def test_what_a_deadline_leaves_unpriced_is_bounded_by_its_work_at_the_peaks() -> None:
+    job = TrainingJob(global_batch=64, sequence_length=1024)
+    cluster = resolve_cluster("a100-sxm-80g:8x1")
+    problem = Problem(resolve_model("gpt2"), cluster, job, 8)
+    hurried = solve(problem, Limits(deadline_s=0.5, clock=lambda: 1e9))
+    assert hurried.plan is not None and hurried.plan.certificate is not None and hurried.bound_s is not None
+    assert hurried.plan.certificate.pruned["not priced"] > 0
+    proved = solve(Problem(resolve_model("gpt2"), cluster, job, 8), Limits())
+    assert proved.objective_s is not None and 0 < hurried.bound_s <= proved.objective_s

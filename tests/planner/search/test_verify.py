@@ -17,8 +17,34 @@ def test_a_certificate_holds_and_a_changed_one_does_not() -> None:
     job = TrainingJob(global_batch=4, sequence_length=128, precision="fp32")
     plan = make_plan(profile, cluster_factory(2), job).plan
     assert plan is not None and plan.certificate is not None
-    verify_certificate(plan, profile)
+    reproof = verify_certificate(plan, profile)
+    assert (
+        reproof is not None and reproof.reproved + reproof.programs == reproof.candidates == plan.certificate.candidates
+    )
     for change in ({"objective": 1e-9}, {"gap": 0.5}, {"bound": 1e9}):
         changed = plan.model_copy(update={"certificate": plan.certificate.model_copy(update=change)})
         with pytest.raises(InvalidDocument, match=r"certificate|bound|gap"):
             verify_certificate(changed, profile)
+
+
+def test_a_worse_plan_that_claims_to_be_optimal_is_refuted_by_a_better_one() -> None:
+    profile = profile_factory(4, jitter=0.3)
+    job = TrainingJob(global_batch=4, sequence_length=128, precision="fp32")
+    outcome = make_plan(profile, cluster_factory(2), job, gap=0.0, top=8)
+    assert outcome.plan is not None and outcome.plan.certificate is not None
+    worse = outcome.alternatives[-1]
+    assert worse.step_time_s > 1.001 * outcome.plan.prediction.step_time_s
+    claim = {"objective": worse.step_time_s, "bound": worse.step_time_s, "gap": 0.0, "status": "optimal"}
+    claimed = worse.plan.model_copy(update={"certificate": outcome.plan.certificate.model_copy(update=claim)})
+    with pytest.raises(InvalidDocument, match="nothing is below"):
+        verify_certificate(claimed, profile)
+
+
+def test_a_space_with_other_candidates_than_the_certificate_counts_is_refused() -> None:
+    profile = profile_factory(4, jitter=0.3)
+    job = TrainingJob(global_batch=4, sequence_length=128, precision="fp32")
+    plan = make_plan(profile, cluster_factory(2), job).plan
+    assert plan is not None and plan.certificate is not None
+    fewer = plan.certificate.model_copy(update={"candidates": plan.certificate.candidates - 1})
+    with pytest.raises(InvalidDocument, match="the declared space has"):
+        verify_certificate(plan.model_copy(update={"certificate": fewer}), profile)

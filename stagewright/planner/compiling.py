@@ -1,0 +1,204 @@
+"""Compilation of what the search calls, in two processes at once on the very first run of an installation.
+
+Compiled functions are cached on disk, so this matters once. While this process prices and bounds candidates, a helper
+process plans a tiny model from the other end: it completes a candidate, scores it, then makes an order of every
+schedule, which compiles the same functions, in another order, into the same cache.
+
+A function is compiled by one of the two alone. Before a process compiles a function that the cache lacks, it takes the
+lock of that function and looks again, so that the other one waits and then loads. Callers lock before what they call and
+calls make no cycles, so no two wait for each other. Where locks cannot be had, both compile, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FunctionType
+from typing import Protocol, cast
+
+_LOCKED_BYTES = 2**31 - 1
+
+
+class FunctionCache(Protocol):
+    """What a compiled function keeps on disk, as numba calls it."""
+
+    @property
+    def cache_path(self) -> str:
+        """Return the folder."""
+
+    def load_overload(self, sig: object, target_context: object) -> object | None:
+        """Return the compiled function for a signature; None when it is not there."""
+
+    def save_overload(self, sig: object, data: object) -> None:
+        """Keep a compiled function."""
+
+    def enable(self) -> None:
+        """Use the cache."""
+
+    def disable(self) -> None:
+        """Pass the cache by."""
+
+    def flush(self) -> None:
+        """Forget what the folder holds."""
+
+
+class CompiledFunction(Protocol):
+    """What of numba's dispatcher is touched here."""
+
+    py_func: FunctionType
+    _cache: FunctionCache
+
+
+class Helper:
+    """The other process: started at the first function that the cache lacks, ended with this one's work.
+
+    `locks` is the descriptor of the file whose bytes are the locks.
+    """
+
+    def __init__(self, locks: int) -> None:
+        self._locks = locks
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process, once."""
+        if self._process is None:
+            command = [sys.executable, "-m", "stagewright.planner.compiling", str(self._locks)]
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=(self._locks,),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+    def end(self) -> None:
+        """End the process, whatever it is at."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+class SharedCache:
+    """A function's cache, in which one process at a time looks for what it would compile otherwise."""
+
+    def __init__(self, cache: FunctionCache, name: str, locks: int, helper: Helper | None) -> None:
+        self._cache = cache
+        self._place = zlib.crc32(name.encode()) % _LOCKED_BYTES
+        self._locks = locks
+        self._helper = helper
+
+    @property
+    def cache_path(self) -> str:
+        return self._cache.cache_path
+
+    def load_overload(self, sig: object, target_context: object) -> object | None:
+        """Return the compiled function; None when this process is to compile it, and then it holds the lock."""
+        found = self._cache.load_overload(sig, target_context)
+        if found is not None:
+            return found
+        if self._helper is not None:
+            self._helper.start()
+        with suppress(OSError):
+            fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, self._place)
+        found = self._cache.load_overload(sig, target_context)
+        if found is not None:
+            self._unlock()
+        return found
+
+    def save_overload(self, sig: object, data: object) -> None:
+        """Keep a compiled function, and let the other process go on."""
+        try:
+            self._cache.save_overload(sig, data)
+        finally:
+            self._unlock()
+
+    def enable(self) -> None:
+        self._cache.enable()
+
+    def disable(self) -> None:
+        self._cache.disable()
+
+    def flush(self) -> None:
+        self._cache.flush()
+
+    def _unlock(self) -> None:
+        with suppress(OSError):
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, self._place)
+
+
+@contextmanager
+def compiled_by_two() -> Iterator[None]:
+    """Let a helper process compile beside this one, should anything have to be compiled; on one core do nothing."""
+    if len(os.sched_getaffinity(0)) < 2:
+        yield
+        return
+    with tempfile.TemporaryFile() as locks:
+        helper = Helper(locks.fileno())
+        shared = share_caches(locks.fileno(), helper)
+        try:
+            yield
+        finally:
+            for function, cache in shared:
+                function._cache = cache
+            helper.end()
+
+
+def share_caches(
+    locks: int, helper: Helper | None, package: str = "stagewright.planner."
+) -> list[tuple[CompiledFunction, FunctionCache]]:
+    """Put the shared cache into every compiled function of a package; return what was there before."""
+    from numba.core.dispatcher import Dispatcher
+
+    import stagewright.planner.planning  # noqa: F401 (its imports are the functions)
+
+    before: list[tuple[CompiledFunction, FunctionCache]] = []
+    for module_name in sorted(name for name in sys.modules if name.startswith(package)):
+        for function in vars(sys.modules[module_name]).values():
+            if not isinstance(function, Dispatcher):
+                continue
+            compiled = cast(CompiledFunction, function)
+            if not isinstance(compiled._cache, SharedCache):
+                name = f"{compiled.py_func.__module__}.{compiled.py_func.__qualname__}"
+                before.append((compiled, compiled._cache))
+                compiled._cache = SharedCache(compiled._cache, name, locks, helper)
+    return before
+
+
+def _plan_from_the_end() -> None:
+    """Complete and score a candidate of a tiny problem, then make orders of all its schedules."""
+    from stagewright.planner.catalog.clusters import resolve_cluster
+    from stagewright.planner.catalog.models import resolve_model
+    from stagewright.planner.documents.job import TrainingJob
+    from stagewright.planner.prediction import evaluate
+    from stagewright.planner.search.incumbent import improve, start
+    from stagewright.planner.search.joint_search import JointSearch
+    from stagewright.planner.search.limits import Limits
+    from stagewright.planner.search.problem import Problem
+
+    job = TrainingJob(global_batch=8, sequence_length=1024)
+    problem = Problem(resolve_model("gpt2"), resolve_cluster("a100-sxm-80g:2x1"), job, 2)
+    search = JointSearch(problem, Limits())
+    of_rule: dict[str, int] = {}
+    for index in range(search.num_candidates):
+        if search.key(index).num_ranks == 2:
+            of_rule.setdefault(search.rule(index).name, index)
+    index = of_rule.pop("1f1b")
+    costs = search.costs(index)
+    first = None if costs is None else start(costs)
+    if costs is not None and first is not None:
+        search.keep(index, first)
+        improve(costs, first.bounds)
+        evaluate(problem.plan(search.candidate(index), search.partition(index, first), "exact"), problem.profile)
+    for index in of_rule.values():
+        search.costs(index)
+
+
+if __name__ == "__main__":
+    share_caches(int(sys.argv[1]), None)
+    _plan_from_the_end()

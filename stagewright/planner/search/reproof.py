@@ -1,0 +1,191 @@
+"""A certificate's bound proved again as far as arithmetic alone goes, and the rest put to the test.
+
+The declared space is enumerated anew. For D ranks, T microbatches, n_k layers of class k with t_k seconds a microbatch
+(forward and both gradients) and u_k seconds at the step's end, no plan of a configuration takes less than
+
+    area     (T sum_k n_k t_k + sum_k n_k u_k) / D            any order: all work, shared by all ranks
+    layer    T max_k t_k                                      any order: one rank runs a layer (half with two replicas)
+    ranks    x / (1 - (1 - 1/T)^D),  x = sum_k n_k t_k        one chunk, whole backwards: rank r waits for the ranks above
+                                                              it, M >= x_1 + .. + x_{r-1} + T x_r; eliminate the x_r
+    uniform  x (T + D - 1) / D                                GPipe, and 1F1B with T > D
+    serial   T x                                              one rank works at a time
+
+Candidates whose bound here reaches the certificate's are proved again. For the others the certificate rests on path cuts
+in linear and integer programs, hence on the solver. Those are attacked: the most promising are completed with balanced
+stages and simulated, and one step below the bound refutes the certificate. Costs are those of the cost model, checked
+against the ones that plans are scored with on a sample of configurations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.documents.plan import Certificate, Plan
+from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.errors import InvalidArgument, InvalidDocument, InvalidSchedule
+from stagewright.planner.prediction import evaluate
+from stagewright.planner.search.pricing import NUM_MICROBATCHES, PP, Priced, configuration_of
+from stagewright.planner.search.problem import Candidate, Partition, Problem
+from stagewright.planner.search.space import FamilyRule, schedule_sizes
+
+Floats = npt.NDArray[np.float64]
+
+_TOLERANCE = 1e-6
+NUM_ATTACKED = 24
+NUM_COMPARED = 32
+
+
+@dataclass(frozen=True)
+class Reproof:
+    """What was proved again.
+
+    Parameters
+    ----------
+    candidates : of the declared space that memory admits.
+    reproved : whose bound by arithmetic reaches the certificate's.
+    programs : whose bound rests on linear and integer programs.
+    attacked : of these, completed and simulated without coming below the bound.
+    """
+
+    candidates: int
+    reproved: int
+    programs: int
+    attacked: int
+
+
+def reprove(plan: Plan, profile: ModelProfile) -> Reproof | None:
+    """Return what holds by arithmetic; None for a space of another kind than equal degrees and least step time.
+
+    Raises InvalidDocument where the space is not the one that was counted, or where a plan is below the bound.
+    """
+    certificate = plan.certificate
+    if certificate is None or not _is_equal_degrees(plan, certificate):
+        return None
+    problem = _problem(plan, profile, certificate)
+    _compare_prices(problem)
+    priced = problem.priced.take(np.flatnonzero(_memory_admits(problem, problem.priced)))
+    open_ones: list[tuple[float, int, FamilyRule, int]] = []
+    candidates = 0
+    for row in range(len(priced)):
+        ranks, count = int(priced.shape[row, PP]), int(priced.shape[row, NUM_MICROBATCHES])
+        sizes = schedule_sizes(problem.rules, plan.job.space, ranks, count, profile.num_layers)
+        for rule, chunks in sizes:
+            candidates += 1
+            bound_s = least_step_s(priced, row, problem.classes.counts, rule)
+            if bound_s < certificate.bound * (1 - _TOLERANCE):
+                open_ones.append((bound_s, row, rule, chunks))
+    if candidates != certificate.candidates and not certificate.pruned.get("not priced"):
+        raise InvalidDocument(
+            f"the certificate counts {certificate.candidates} candidates, the declared space has {candidates}",
+            field="certificate.candidates",
+            hint="plan again with this version",
+        )
+    attacked = _attack(problem, priced, open_ones, certificate.bound)
+    return Reproof(candidates, candidates - len(open_ones), len(open_ones), attacked)
+
+
+def least_step_s(priced: Priced, row: int, numbers: npt.NDArray[np.int32], rule: FamilyRule) -> float:
+    """Return the bound of one candidate by the formulas above."""
+    ranks, count = int(priced.shape[row, PP]), int(priced.shape[row, NUM_MICROBATCHES])
+    each = priced.forward_s[row] + priced.input_grad_s[row] + priced.weight_grad_s[row]
+    whole = float(each @ numbers)
+    bounds = [(count * whole + float(priced.step_s[row] @ numbers)) / ranks, count * each.max() / rule.num_replicas]
+    if rule.bound in ("uniform", "gpipe", "fused"):
+        bounds.append(whole / (1.0 - (1.0 - 1.0 / count) ** ranks))
+    if rule.bound == "gpipe" or (rule.bound == "uniform" and count > ranks):
+        bounds.append(whole * (count + ranks - 1) / ranks)
+    if rule.bound == "serial":
+        bounds.append(whole * count)
+    return float(max(bounds))
+
+
+def _is_equal_degrees(plan: Plan, certificate: Certificate) -> bool:
+    space = certificate.space
+    return (
+        certificate.objective_name == "step_time_s"
+        and space.get("degrees") == "equal on all stages"
+        and "target" not in space
+        and "most_bytes" not in space
+        and not plan.cluster.is_mixed
+        and plan.planner == "exact"
+    )
+
+
+def _problem(plan: Plan, profile: ModelProfile, certificate: Certificate) -> Problem:
+    """Return the question that the certificate answers."""
+    counts = certificate.space["devices"]
+    if not isinstance(counts, list) or not counts:
+        raise InvalidDocument("the certificate's space names no devices", field="certificate.space.devices")
+    numbers = tuple(int(count) for count in counts)
+    return Problem(profile, plan.cluster, plan.job, max(numbers), numbers)
+
+
+def _memory_admits(problem: Problem, priced: Priced) -> npt.NDArray[np.bool_]:
+    """Return which configurations hold all states and one microbatch at its lightest, spread evenly, [n]."""
+    room = (problem.capacity_bytes - problem.base_bytes) * (1 + 1e-9)
+    allowed, numbers = list(problem.levels), problem.classes.counts
+    lightest = priced.kept_bytes[:, allowed].min(axis=1)
+    alone = (priced.kept_bytes + priced.workspace_bytes)[:, allowed].min(axis=1)
+    spread = ((priced.state_bytes + lightest) @ numbers) / priced.shape[:, PP] <= room
+    return np.asarray(spread & ((priced.state_bytes + alone).max(axis=1) <= room))
+
+
+def _compare_prices(problem: Problem) -> None:
+    """Raise InvalidDocument where the search's prices are not those that plans are scored with."""
+    priced, classes = problem.priced, problem.classes
+    if not len(priced):
+        return
+    for row in np.unique(np.linspace(0, len(priced) - 1, NUM_COMPARED).astype(int)).tolist():
+        scored = problem.costs(configuration_of(priced.shape[row]))
+        for name in ("forward_s", "input_grad_s", "weight_grad_s"):
+            ours, theirs = getattr(priced, name)[row][classes.of_layer], getattr(scored, name)
+            if not np.allclose(ours, theirs, rtol=1e-9, atol=0.0):
+                raise InvalidDocument(
+                    f"{configuration_of(priced.shape[row])}: the search priced {float(ours.sum())!r} {name}, plans are "
+                    f"scored with {float(theirs.sum())!r}",
+                    field="certificate.space",
+                )
+
+
+def _attack(
+    problem: Problem, priced: Priced, open_ones: list[tuple[float, int, FamilyRule, int]], bound_s: float
+) -> int:
+    """Complete and simulate the candidates of least bound; raise InvalidDocument for a plan below `bound_s`."""
+    attacked = 0
+    for _, row, rule, chunks in sorted(open_ones, key=lambda item: item[0]):
+        if attacked == NUM_ATTACKED:
+            break
+        candidate = Candidate(configuration_of(priced.shape[row]), rule, chunks)
+        try:
+            stages = problem.order(candidate).num_stages
+            each = priced.forward_s[row] + priced.input_grad_s[row] + priced.weight_grad_s[row]
+            bounds = _balanced(each[problem.classes.of_layer], stages)
+            plans = [
+                problem.plan(candidate, Partition(bounds, (level,) * problem.profile.num_layers), "exact")
+                for level in problem.levels
+            ]
+        except (InvalidArgument, InvalidSchedule):
+            continue
+        for plan in plans:
+            found = evaluate(plan, problem.profile).prediction
+            fits = max(found.peak_memory_bytes) <= problem.capacity_bytes
+            if fits and found.step_time_s < bound_s * (1 - _TOLERANCE):
+                raise InvalidDocument(
+                    f"{candidate.summary} takes {found.step_time_s!r} s, the certificate says nothing is below {bound_s!r}",
+                    field="certificate.bound",
+                )
+        attacked += 1
+    return attacked
+
+
+def _balanced(seconds: Floats, stages: int) -> tuple[int, ...]:
+    """Return bounds whose stages end where the work comes nearest to an even share, each with one layer at least."""
+    ends, layers = np.cumsum(seconds), len(seconds)
+    bounds = [0]
+    for stage in range(1, stages):
+        nearest = int(np.abs(ends - ends[-1] * stage / stages).argmin()) + 1
+        bounds.append(min(max(nearest, bounds[-1] + 1), layers - (stages - stage)))
+    return (*bounds, layers)
