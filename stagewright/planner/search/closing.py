@@ -1,7 +1,7 @@
 """Closing one candidate: a proof that none of its completions beats the target, or its best completion.
 
-    few partitions   enumerate them (`enumeration`): exact
     light program    stage totals without recomputation and memory: a bound in a few milliseconds
+    few partitions   enumerate them (`enumeration`): exact
     full program     levels and memory rows, same cuts
     integers         round the program's point and move layers; then whole layers and levels, and binaries for workspaces,
                      with the target as ceiling: a solution is simulated, completed and moved, and its path is one more
@@ -60,22 +60,28 @@ class Closer:
     num_nodes: int = 0
     work: int = 0
 
-    def enumerated(self, costs: CandidateCosts, incumbent_s: float, judge: Judge) -> Closed | None:
-        """Return the best completion of a candidate with few partitions, None for others."""
-        enumeration = Enumeration(costs)
-        if not enumeration.is_small:
-            return None
-        best, simulated = enumeration.best(incumbent_s, judge)
-        return Closed(incumbent_s if best is None else best.step_s, "enumerated", best, simulated)
-
     def close(
-        self, costs: CandidateCosts, target_s: float, incumbent_s: float, rank_layers: tuple[Longs, Longs] | None
+        self,
+        costs: CandidateCosts,
+        target_s: float,
+        incumbent_s: float,
+        rank_layers: tuple[Longs, Longs] | None,
+        judge: Judge | None = None,
     ) -> Closed:
-        """Return a bound of at least `target_s`, or the best bound, with the completion its program leads to."""
+        """Return a bound of at least `target_s`, or the best bound, with the completion its program leads to.
+
+        Without a judge nothing is enumerated.
+        """
         self.num_programs += 1
         light = self._kelley(costs, target_s, rank_layers, form="light", iterations=LIGHT_ITERATIONS)
         if light.bound_s >= target_s:
             return Closed(light.bound_s, "light program", simulated=light.simulated)
+        enumeration = Enumeration(costs)
+        enumerated = enumeration.best(incumbent_s, judge) if judge is not None and enumeration.is_small else None
+        if enumerated is not None:
+            found, made = enumerated
+            bound_s = incumbent_s if found is None else found.step_s
+            return Closed(bound_s, "enumerated", found, light.simulated + made)
         full = self._kelley(costs, target_s, rank_layers, form="full", iterations=FULL_ITERATIONS)
         simulated = light.simulated + full.simulated
         if full.bound_s >= target_s:

