@@ -62,7 +62,7 @@ def reprove(plan: Plan, profile: ModelProfile) -> Reproof | None:
     Raises InvalidDocument where the space is not the one that was counted, or where a plan is below the bound.
     """
     certificate = plan.certificate
-    if certificate is None or not _is_equal_degrees(plan, certificate):
+    if certificate is None or profile.edges is not None or not _is_equal_degrees(plan, certificate):
         return None
     problem = _problem(plan, profile, certificate)
     _compare_prices(problem)
@@ -110,6 +110,8 @@ def _is_equal_degrees(plan: Plan, certificate: Certificate) -> bool:
         and "target" not in space
         and "most_bytes" not in space
         and not plan.cluster.is_mixed
+        and not plan.job.space.per_stage_degrees
+        and not plan.job.space.ties
         and plan.planner == "exact"
     )
 
