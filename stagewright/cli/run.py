@@ -86,6 +86,8 @@ def run(
     from stagewright.runtime.run import RunOptions, run_plan
     from stagewright.runtime.training import TrainingSettings
 
+    if fallback and (emulate or replay is not None):
+        raise InvalidArgument("a run with fallbacks computes on every rank", field="fallback")
     checks = tuple(name.strip() for name in check.split(",") if name.strip())
     out = Path("out") if output is None else output.parent
     with progress_bar(quiet=json) as report:
@@ -123,8 +125,6 @@ def run(
             save_every=save_every,
             load=None if load is None else str(load),
         )
-        if fallback and (emulate or replay is not None):
-            raise InvalidArgument("a run with fallbacks computes on every rank", field="fallback")
         options = RunOptions(
             model=factory,
             data=data,

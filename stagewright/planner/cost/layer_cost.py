@@ -201,18 +201,18 @@ def _add_sent(link_bytes: dict[str, float], exchange: Exchange, count: int, shap
 
 
 def _shape(exchange: Exchange, groups: RankGroups) -> GroupShape:
-    shapes: dict[str, Callable[[], GroupShape]] = {
-        "tp": lambda: groups.tp,
-        "ulysses": lambda: groups.ulysses,
-        "ring": lambda: groups.ring,
-        "cp": lambda: groups.context,
-        "ep": lambda: groups.ep,
-        "etp": lambda: groups.etp,
-        "dp": lambda: groups.replicas,
-    }
-    return shapes[exchange.group_name]()
+    return _SHAPES[exchange.group_name](groups)
 
 
+_SHAPES: dict[str, Callable[[RankGroups], GroupShape]] = {
+    "tp": lambda groups: groups.tp,
+    "ulysses": lambda groups: groups.ulysses,
+    "ring": lambda groups: groups.ring,
+    "cp": lambda groups: groups.context,
+    "ep": lambda groups: groups.ep,
+    "etp": lambda groups: groups.etp,
+    "dp": lambda groups: groups.replicas,
+}
 _LINK_NAMES = {"ulysses": "cp", "ring": "cp"}
 
 

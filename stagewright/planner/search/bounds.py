@@ -59,7 +59,7 @@ def work_bounds(priced: Priced, classes: LayerClasses, overhead_s: float, step_o
     ranks = priced.shape[:, PP].astype(np.float64)
     count = priced.shape[:, NUM_MICROBATCHES].astype(np.float64)
     numbers = classes.counts.astype(np.float64)
-    each = priced.forward_s + priced.input_grad_s + priced.weight_grad_s
+    each = priced.time_s
     area = count * (each @ numbers / ranks + 2.0 * overhead_s) + priced.step_s @ numbers / ranks
     layer = (0.5 * count[:, None] * each + priced.step_s).max(axis=1) + count * overhead_s
     return np.asarray(np.maximum(area, layer) + priced.latency_s + step_overhead_s)
@@ -94,7 +94,7 @@ def family_bounds(
     ranks_of = priced.shape[:, PP].astype(np.float64)
     count_of = priced.shape[:, NUM_MICROBATCHES].astype(np.float64)
     numbers = classes.counts.astype(np.float64)
-    times = priced.forward_s + priced.input_grad_s + priced.weight_grad_s
+    times = priced.time_s
     forward_of = priced.forward_s @ numbers + ranks_of * overhead_s
     each_of = times @ numbers + 2.0 * ranks_of * overhead_s
     layer_of = (count_of[:, None] * times + priced.step_s).max(axis=1) + 2.0 * count_of * overhead_s + step_overhead_s

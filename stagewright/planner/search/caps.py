@@ -61,12 +61,8 @@ def order_caps(tables: RankTables, num_microbatches: int, target_s: float) -> tu
     """Tell whether a completion of at most `target_s` is left, and the caps [D] on layers of the largest class."""
     ranks = len(tables.slot_stage)
     replicas = len(tables.placement)
-    runs, run_class = len(tables.forward_s), tables.run_class
-    length = tables.run_start[1:] - tables.run_start[:-1]
-    bulk, number = largest_class(run_class, length)
-    like = np.zeros(runs, dtype=np.bool_)
-    for run in range(runs):
-        like[run] = run_class[run] == run_class[bulk]
+    runs = len(tables.forward_s)
+    bulk, number, like = _bulk_runs(tables)
     each = float(num_microbatches) / replicas
     caps = np.zeros(ranks, dtype=np.int64)
     forced = np.zeros(runs)
@@ -105,11 +101,8 @@ def recompute_floors(tables: RankTables, low: Longs, high: Longs) -> Floats:
 
     Entries beyond `high`, and numbers that never fit, are infinite.
     """
-    runs, run_class = len(tables.forward_s), tables.run_class
-    bulk, _ = largest_class(run_class, tables.run_start[1:] - tables.run_start[:-1])
-    like = np.zeros(runs, dtype=np.bool_)
-    for run in range(runs):
-        like[run] = run_class[run] == run_class[bulk]
+    runs = len(tables.forward_s)
+    bulk, _, like = _bulk_runs(tables)
     inner_low, inner_high = _bulk_stages(tables, like)
     forced = np.zeros(runs)
     floors = np.full((len(low), (high - low).max() + 1), np.inf)
@@ -124,6 +117,17 @@ def recompute_floors(tables: RankTables, low: Longs, high: Longs) -> Floats:
                 tables, rank, bulk, like, forced, inner_low, inner_high, number, states, np.inf
             )
     return floors
+
+
+@njit(cache=True)
+def _bulk_runs(tables: RankTables) -> tuple[int, int, Bools]:
+    """Return a run of the class with most layers, how many layers the class has, and which runs are of it."""
+    run_class = tables.run_class
+    bulk, number = largest_class(run_class, tables.run_start[1:] - tables.run_start[:-1])
+    like = np.zeros(len(run_class), dtype=np.bool_)
+    for run in range(len(run_class)):
+        like[run] = run_class[run] == run_class[bulk]
+    return bulk, number, like
 
 
 @njit(cache=True)

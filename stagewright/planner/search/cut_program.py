@@ -13,8 +13,8 @@
 n and e are real: a relaxation, so its optimum bounds every completion of the candidate from below. rho_r, the seconds of
 recomputation of a microbatch on rank r, is sum_s sum_l e[s, k, l] rho_l; its hull (`caps.recompute_floors`) knows that layers
 and workspaces are whole. The light program has no e and no memory rows: rho_r is a column, and a path pays it as often
-as it visits the stage of r that it visits least, over the number of replicas, each of which would count the stage again. F, I, W and the tails are linear in n and e; hops take the least tensor
-that may cross.
+as it visits the stage of r that it visits least, over the number of replicas, each of which would count the stage again.
+F, I, W and the tails are linear in n and e; hops take the least tensor that may cross.
 
 The integer programs have whole n and e, or whole sums of them over each rank, all live vectors, the target as ceiling of theta, and for the workspace of rank r
 
@@ -61,7 +61,8 @@ Form = Literal["light", "full", "ranks", "whole"]
 class Point:
     """A solution: bound in seconds, layers [S, K], raised layers [S, K, 3] (level 0 unused), and theta at it, seconds.
 
-    `extra_s` [S] is recomputation of a microbatch on each stage that no raised layer stands for. Theta is above the bound where a tree was left early, and minus infinity at a point that no program returned.
+    `extra_s` [S] is recomputation of a microbatch on each stage that no raised layer stands for. Theta is above the bound
+    where a tree was left early, and minus infinity at a point that no program returned.
     """
 
     bound_s: float

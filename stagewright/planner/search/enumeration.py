@@ -46,11 +46,12 @@ class Choice:
     seconds: Floats
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Enumeration:
     """The enumeration of one candidate's completions."""
 
     costs: CandidateCosts
+    _num_levels: int = 0  # assignments looked at so far
 
     @property
     def is_small(self) -> bool:
@@ -75,21 +76,20 @@ class Enumeration:
     def best(self, below_s: float, judge: Judge) -> tuple[Completion | None, int] | None:
         """Return the best completion of less than `below_s`, if any, and how many simulations it took.
 
-        None when memory leaves too many assignments of levels to look at. `judge` returns a completion with its step on links that messages wait for; never less than before.
+        None when memory leaves too many assignments of levels to look at. `judge` returns a completion with its step on
+        links that messages wait for; never less than before.
         """
         bounds, values = self._bounded()
         simulated = len(values)
         best: Completion | None = None
-        left = MOST_LEVELS
         for place in np.argsort(values, kind="stable").tolist():
             if values[place] >= below_s:
                 break
             try:
-                found, tries, looked = self._best_levels(bounds[place], below_s, judge, left)
+                found, tries = self._best_levels(bounds[place], below_s, judge)
             except _TooMany:
                 return None
             simulated += tries
-            left -= looked
             if found is not None:
                 best, below_s = found, found.step_s
         return best, simulated
@@ -111,19 +111,15 @@ class Enumeration:
         values = costs.order.makespans(np.array(times), np.array(hops), np.array(tails))
         return bounds, values + costs.step_overhead_s
 
-    def _best_levels(
-        self, bounds: tuple[int, ...], below_s: float, judge: Judge, most: int
-    ) -> tuple[Completion | None, int, int]:
-        """Return the completion of a partition of least step, if below `below_s`, the simulations and the levels seen."""
+    def _best_levels(self, bounds: tuple[int, ...], below_s: float, judge: Judge) -> tuple[Completion | None, int]:
+        """Return the completion of a partition of least step, if below `below_s`, and the simulations."""
         costs = self.costs
         layers = costs.layers_of(bounds)
         choices: list[list[Choice]] = []
-        looked = 0
         for ranks, stages in self.components:
-            found, seen = self._choices(ranks, stages, layers, most - looked)
-            looked += seen
+            found = self._choices(ranks, stages, layers)
             if not found:
-                return None, 0, looked
+                return None, 0
             choices.append(found)
         hops, tails = costs.hop_seconds(bounds), costs.tails(layers, bounds)
         base = costs.stage_costs(_at_level(layers, 0))
@@ -156,7 +152,7 @@ class Enumeration:
             picked[place] = 0
 
         descend(0, least, [0] * len(choices))
-        return best, tries, looked
+        return best, tries
 
     def _completion(self, bounds: tuple[int, ...], choices: list[list[Choice]], picked: list[int]) -> Completion:
         costs = self.costs
@@ -166,21 +162,19 @@ class Enumeration:
         value, cut = costs.trace(counts, bounds)
         return Completion(value, bounds, counts, cut)
 
-    def _choices(
-        self, ranks: tuple[int, ...], stages: tuple[int, ...], layers: Longs, most: int
-    ) -> tuple[list[Choice], int]:
-        """Return the level choices of a component that fit and that no other one beats on every stage, and the tries."""
+    def _choices(self, ranks: tuple[int, ...], stages: tuple[int, ...], layers: Longs) -> list[Choice]:
+        """Return the level choices of a component that fit and that no other one beats on every stage."""
         costs, runs = self.costs, self.costs.runs
         base = int(np.argmax(costs.levels))
         weakest = np.zeros((len(stages), runs.num_runs, 3), dtype=np.int64)
         weakest[:, :, base] = layers[list(stages)]
         if self._fits(ranks, stages, weakest):
-            return [self._choice(weakest)], 1
+            self._num_levels += 1
+            return [self._choice(weakest)]
         found: list[Choice] = []
-        seen = 0
         for counts in self._all_counts(stages, layers):
-            seen += 1
-            if seen > most:
+            self._num_levels += 1
+            if self._num_levels > MOST_LEVELS:
                 raise _TooMany
             choice = self._choice(counts)
             if any((other.seconds <= choice.seconds).all() for other in found):
@@ -188,7 +182,7 @@ class Enumeration:
             if self._fits(ranks, stages, counts):
                 found = [other for other in found if not (choice.seconds <= other.seconds).all()]
                 found.append(choice)
-        return found, seen
+        return found
 
     def _all_counts(self, stages: tuple[int, ...], layers: Longs) -> Iterator[Longs]:
         """Yield every assignment of levels to the layers of a component's stages."""

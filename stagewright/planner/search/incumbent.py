@@ -62,17 +62,20 @@ def improve(
 def start(costs: CandidateCosts) -> Completion | None:
     """Return the first of a few balanced completions that fits; None when none does."""
     for load in (costs.runs.time_s, costs.runs.state_bytes + costs.runs.kept_bytes[0], np.ones(costs.runs.num_runs)):
-        found, _ = improve(costs, balanced(costs, load), most_steps=0)
+        each = np.repeat(load, costs.runs.length)
+        found, _ = improve(costs, balanced(each, costs.num_stages), most_steps=0)
         if found is not None:
             return found
     return None
 
 
-def balanced(costs: CandidateCosts, load: Floats) -> Longs:
-    """Return bounds whose largest stage load is least, every stage at least one layer (bisection, then spreading)."""
-    each = load[np.repeat(np.arange(costs.runs.num_runs), costs.runs.length)]
+def balanced(each: Floats, num_stages: int) -> Longs:
+    """Return bounds whose largest stage load is least, every stage at least one layer (bisection, then spreading).
+
+    `each` [L] is the load of each layer.
+    """
     before = np.concatenate((np.zeros(1), np.cumsum(each)))
-    bounds: Longs = _balanced(before, costs.num_stages, float(each.max()))
+    bounds: Longs = _balanced(before, num_stages, float(each.max()))
     return bounds
 
 

@@ -376,10 +376,11 @@ class JointSearch:
         if self.limits.deadline_s is None:
             self._refine_some(chosen, high_s, steps)
             return
-        for first in range(0, len(chosen), _CHUNK * 16 >> min(steps, 4)):
+        size = _CHUNK * 16 >> min(steps, 4)
+        for first in range(0, len(chosen), size):
             if self.limits.reached() is not None:
                 return
-            self._refine_some(chosen[first : first + (_CHUNK * 16 >> min(steps, 4))], high_s, steps)
+            self._refine_some(chosen[first : first + size], high_s, steps)
 
     def _refine_some(self, chosen: Longs, high_s: float, steps: int) -> None:
         if not len(chosen):

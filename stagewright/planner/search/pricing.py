@@ -191,6 +191,11 @@ class Priced:
     def __len__(self) -> int:
         return len(self.shape)
 
+    @cached_property
+    def time_s(self) -> Floats:
+        """Seconds of one layer's microbatch without recomputation, [n, C]."""
+        return self.forward_s + self.input_grad_s + self.weight_grad_s
+
     def take(self, rows: npt.NDArray[np.int64]) -> Priced:
         """Return some of the configurations, each array contiguous by row."""
         columns = (getattr(self, name)[rows] for name in self.__dataclass_fields__)

@@ -27,11 +27,10 @@ from stagewright.planner.documents.plan import Certificate, Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument, InvalidDocument, InvalidSchedule
 from stagewright.planner.prediction import evaluate
+from stagewright.planner.search.incumbent import balanced
 from stagewright.planner.search.pricing import NUM_MICROBATCHES, PP, Priced, configuration_of
 from stagewright.planner.search.problem import Candidate, Partition, Problem
 from stagewright.planner.search.space import FamilyRule, schedule_sizes
-
-Floats = npt.NDArray[np.float64]
 
 _TOLERANCE = 1e-6
 NUM_ATTACKED = 24
@@ -90,7 +89,7 @@ def reprove(plan: Plan, profile: ModelProfile) -> Reproof | None:
 def least_step_s(priced: Priced, row: int, numbers: npt.NDArray[np.int32], rule: FamilyRule) -> float:
     """Return the bound of one candidate by the formulas above."""
     ranks, count = int(priced.shape[row, PP]), int(priced.shape[row, NUM_MICROBATCHES])
-    each = priced.forward_s[row] + priced.input_grad_s[row] + priced.weight_grad_s[row]
+    each = priced.time_s[row]
     whole = float(each @ numbers)
     bounds = [(count * whole + float(priced.step_s[row] @ numbers)) / ranks, count * each.max() / rule.num_replicas]
     if rule.bound in ("uniform", "gpipe", "fused"):
@@ -163,8 +162,7 @@ def _attack(
         candidate = Candidate(configuration_of(priced.shape[row]), rule, chunks)
         try:
             stages = problem.order(candidate).num_stages
-            each = priced.forward_s[row] + priced.input_grad_s[row] + priced.weight_grad_s[row]
-            bounds = _balanced(each[problem.classes.of_layer], stages)
+            bounds = tuple(balanced(priced.time_s[row][problem.classes.of_layer], stages).tolist())
             plans = [
                 problem.plan(candidate, Partition(bounds, (level,) * problem.profile.num_layers), "exact")
                 for level in problem.levels
@@ -181,13 +179,3 @@ def _attack(
                 )
         attacked += 1
     return attacked
-
-
-def _balanced(seconds: Floats, stages: int) -> tuple[int, ...]:
-    """Return bounds whose stages end where the work comes nearest to an even share, each with one layer at least."""
-    ends, layers = np.cumsum(seconds), len(seconds)
-    bounds = [0]
-    for stage in range(1, stages):
-        nearest = int(np.abs(ends - ends[-1] * stage / stages).argmin()) + 1
-        bounds.append(min(max(nearest, bounds[-1] + 1), layers - (stages - stage)))
-    return (*bounds, layers)

@@ -114,8 +114,8 @@ def tighten(tables: Tables, layout: Layout, node: Node, limit_s: float) -> bool:
     while True:
         moved = True
         while moved:
-            _chain_heads(tables, node, has_new_heads)
-            _chain_tails(tables, node, has_new_tails)
+            _raise_along_chains(tables, node, EARLY, has_new_heads)
+            _raise_along_chains(tables, node, LATE, has_new_tails)
             moved = False
             for rank in range(num_ranks):
                 if has_new_heads[rank]:
@@ -195,41 +195,23 @@ def close(tables: Tables, layout: Layout, node: Node, rank: int) -> bool:
 
 
 @njit(cache=True)
-def _chain_heads(tables: Tables, node: Node, is_new: np.ndarray) -> None:
-    """Raise heads along the chains, and mark the ranks where one rose."""
+def _raise_along_chains(tables: Tables, node: Node, direction: int, is_new: np.ndarray) -> None:
+    """Raise heads (EARLY) or tails (LATE) along the chains, and mark the ranks where one rose."""
     microbatches = tables.num_microbatches
     num_stages = len(tables.rank) // 3
-    for step in range(3 * num_stages):
-        letter = _letter_in_chain(step, num_stages)
-        before = tables.predecessor[letter]
-        if before < 0:
+    values_s = node.head_s if direction == EARLY else node.tail_s
+    for place in range(3 * num_stages):
+        later = _letter_in_chain(place if direction == EARLY else 3 * num_stages - 1 - place, num_stages)
+        earlier = tables.predecessor[later]
+        if earlier < 0:
             continue
-        lag_s = tables.duration_s[before] + tables.delay_s[letter]
+        source, target = (earlier, later) if direction == EARLY else (later, earlier)
+        lag_s = tables.duration_s[source] + tables.delay_s[later]
         for microbatch in range(microbatches):
-            target = letter * microbatches + microbatch
-            time_s = node.head_s[before * microbatches + microbatch] + lag_s
-            if time_s > node.head_s[target]:
-                node.head_s[target] = time_s
-                is_new[tables.rank[letter]] = True
-
-
-@njit(cache=True)
-def _chain_tails(tables: Tables, node: Node, is_new: np.ndarray) -> None:
-    """Raise tails along the chains, and mark the ranks where one rose."""
-    microbatches = tables.num_microbatches
-    num_stages = len(tables.rank) // 3
-    for step in range(3 * num_stages - 1, -1, -1):
-        letter = _letter_in_chain(step, num_stages)
-        before = tables.predecessor[letter]
-        if before < 0:
-            continue
-        lag_s = tables.duration_s[letter] + tables.delay_s[letter]
-        for microbatch in range(microbatches):
-            target = before * microbatches + microbatch
-            time_s = node.tail_s[letter * microbatches + microbatch] + lag_s
-            if time_s > node.tail_s[target]:
-                node.tail_s[target] = time_s
-                is_new[tables.rank[before]] = True
+            time_s = values_s[source * microbatches + microbatch] + lag_s
+            if time_s > values_s[target * microbatches + microbatch]:
+                values_s[target * microbatches + microbatch] = time_s
+                is_new[tables.rank[target]] = True
 
 
 @njit(cache=True)
