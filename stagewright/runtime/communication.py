@@ -14,7 +14,7 @@ batch, so both know when a shape is new.
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +48,42 @@ class Pending:
         for work in self.works:
             work.wait()
         return self.buffers
+
+
+class Sending:
+    """A send under way.
+
+    Parameters
+    ----------
+    buffer : what is sent; held, and let go by the rank's own thread, so that its release is counted there.
+    waiter : waits for the transfer where only who waits is told that it is complete; None where it can be asked.
+    """
+
+    def __init__(self, work: dist.Work, buffer: Tensor, waiter: Executor | None) -> None:
+        self._work: dist.Work | None = work
+        self._buffer: Tensor | None = buffer
+        self._waited = None if waiter is None else waiter.submit(self._wait)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the transfer is complete; one that failed has not left, so that `finish` raises."""
+        if self._waited is not None:
+            return self._waited.done() and self._waited.exception() is None
+        return self._work is None or bool(self._work.is_completed())
+
+    def finish(self) -> None:
+        """Wait until the transfer is complete, and let the buffer go."""
+        if self._waited is None:
+            self._wait()
+        else:
+            self._waited.result()
+        self._buffer = None
+
+    def _wait(self) -> None:
+        """Wait for the transfer and forget it: it holds the buffer too."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
 
 
 class ShapeBook:
@@ -87,9 +123,8 @@ class PointToPoint:
         self._device = device
         self._rank = dist.get_rank()
         self._num_stages = num_stages
-        self._waits_aside = device.type == "cpu"
-        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="sends")
-        self._sending: list[tuple[Future[bool] | dist.Work, Tensor]] = []
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="sends") if device.type == "cpu" else None
+        self._sending: list[Sending] = []
         self.bytes_sent = 0
 
     def send(self, message: Message, tensors: tuple[Tensor, ...], peer: int) -> None:
@@ -98,7 +133,7 @@ class PointToPoint:
             buffer = value.contiguous()
             work = dist.isend(buffer, peer, group=self._groups[peer > self._rank], tag=self._tag(message, index))
             assert work is not None
-            self._sending.append((self._waiter.submit(work.wait) if self._waits_aside else work, buffer))
+            self._sending.append(Sending(work, buffer, self._waiter))
             self.bytes_sent += buffer.numel() * buffer.element_size()
 
     def receive(self, message: Message, specs: tuple[TensorSpec, ...], peer: int) -> Pending:
@@ -114,15 +149,15 @@ class PointToPoint:
 
     def let_go(self) -> None:
         """Forget the buffers of the sends that have left."""
-        self._sending = [pair for pair in self._sending if not _has_left(pair[0])]
+        left = [sending for sending in self._sending if sending.has_left]
+        for sending in left:
+            sending.finish()
+            self._sending.remove(sending)
 
     def drain(self) -> None:
         """Wait until every send has left."""
-        for sending, _ in self._sending:
-            if isinstance(sending, Future):
-                sending.result()
-            else:
-                sending.wait()
+        for sending in self._sending:
+            sending.finish()
         self._sending.clear()
 
     def _tag(self, message: Message, index: int) -> int:
@@ -132,12 +167,6 @@ class PointToPoint:
         tag = tag * 2 + message.replica % 2
         tag = (tag * self._num_stages + message.source) * _MOST_TENSORS + index
         return tag % (2**31 - 1)
-
-
-def _has_left(sending: Future[bool] | dist.Work) -> bool:
-    if not isinstance(sending, Future):
-        return bool(sending.is_completed())
-    return sending.done() and sending.exception() is None  # what failed is raised by `drain`
 
 
 _MOST_SLICES = 64

@@ -33,7 +33,7 @@ class _Live:
     leaves: Values
     cache: KeyValueCache | None = None
     roots: dict[int, tuple[GradientEdge | None, ...]] = field(default_factory=dict)
-    storages: dict[int, UntypedStorage] = field(default_factory=dict)  # by address, where they are kept
+    storages: dict[int, UntypedStorage] = field(default_factory=dict)  # by address when saved, where they are kept
 
 
 class Stage:
@@ -112,10 +112,10 @@ class Stage:
         model = self.segment.chain.model
         others = {_address(value) for value in (*model.parameters(), *model.buffers())}
         for other, live in self._live.items():
-            if other != unit:
-                others |= live.storages.keys()
-        found = self._live[unit].storages
-        return [storage for address, storage in found.items() if address not in others and storage.nbytes()]
+            if other != unit:  # what it has lent lies elsewhere now, and its old addresses are others' again
+                others.update(storage.data_ptr() for storage in live.storages.values() if storage.nbytes())
+        found = self._live[unit].storages.values()
+        return [storage for storage in found if storage.nbytes() and storage.data_ptr() not in others]
 
     def _noted(self, live: _Live) -> AbstractContextManager[object]:
         """Note the storage of every tensor that is saved for the backward within."""

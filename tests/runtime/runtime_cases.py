@@ -215,11 +215,22 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
 
 
 def peak_memory(prepared: PreparedCase) -> float:
-    """Return the peak memory of this rank in one step of the job's optimizer, as a run measures it."""
+    """Return the peak memory of this rank in one step of the job's optimizer, as a run measures it.
+
+    Every action waits until all sends have left: what is on its way then, and for how long, depends on the other ranks.
+    """
     case = prepared.case
     chain = split(make_model(case, case.num_ranks * (case.num_chunks or 2)))
     store = dist.PrefixStore(f"case/{prepared.number}", default_store())
-    worker = Worker(prepared.plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS)
+    worker = Worker(
+        prepared.plan,
+        prepared.schedule,
+        chain,
+        WorkerSettings(CPU, seed=1),
+        store=store,
+        groups=GROUPS,
+        at_action=lambda position: worker.transport.drain(),
+    )
     worker.use_optimizer(OptimizerChoice("adamw", 1e-3))
     (batch,) = batches_of(prepared, 1)
     worker.run(batch, 0)

@@ -26,11 +26,12 @@ def test_the_first_rank_lends_one_of_four_microbatches_and_needs_that_much_less(
     pool = rank_pools(4)
     sizes = {"dropout": 0.0, "width": 128, "tied": False, "microbatch": 4}
     lent = pool.run("bytes_lent", prepare(Case("bpipe", 4, 8, **sizes), pool.next_number()))
-    assert lent[0][0] > 0 and [each for each, _ in lent[1:]] == [0, 0, 0]
+    again = pool.run("bytes_lent", prepare(Case("bpipe", 4, 8, **sizes), pool.next_number()))
+    assert lent == again and lent[0][0] > 0
+    assert [each for each, _ in lent[1:]] == [0, 0, 0]
     peaks = {}
     for schedule in ("1f1b", "bpipe"):
         peaks[schedule] = pool.run("peak_memory", prepare(Case(schedule, 4, 8, **sizes), pool.next_number()))
-    # Of four microbatches the first rank keeps three, one of which may be on its way.
     one = lent[0][0] / lent[0][1]
-    assert peaks["1f1b"][0] - peaks["bpipe"][0] >= 0.8 * one
-    assert peaks["bpipe"][1] == pytest.approx(peaks["1f1b"][1], rel=1e-2)
+    assert peaks["1f1b"][0] - peaks["bpipe"][0] >= one, "of four microbatches the first rank keeps three"
+    assert peaks["bpipe"][1:3] == peaks["1f1b"][1:3], "the pair in the middle lends nothing"
