@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine  # noqa: E402
 from stagewright.modeling import call_model  # noqa: E402
+from stagewright.modeling.kept_memory import keep_freed_memory  # noqa: E402
 from stagewright.profiler.memory_trace import peak_above_start  # noqa: E402
 from stagewright.profiler.model_bench import Configuration, ModelBench  # noqa: E402
 from stagewright.profiler.model_profile import profile_model  # noqa: E402
@@ -97,6 +98,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=8.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # a run's ranks do, whose steps a profile foretells
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models or ["example", *CONFIGS]:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from stagewright.modeling import LayerChain
+from stagewright.modeling.kept_memory import keep_freed_memory
 from stagewright.planner.documents import ConfigurationCost, LayerClass, ModelProfile, Pedigree, Source
 from stagewright.planner.errors import InvalidArgument
 from stagewright.profiler.cut_check import refused_layers
@@ -84,6 +85,8 @@ def profile_model(
     resume : go on from the journal of an interrupted profile with the same settings.
     refresh : ignore cached entries.
 
+    On CPU this process keeps its freed memory from then on, as the ranks of a run do.
+
     Raises
     ------
     InvalidArgument : when the model, its batches or a setting make no sense.
@@ -110,6 +113,8 @@ def profile_model(
             hint="name the model as module:factory, or profile with num_busy_ranks 1",
         )
     began = time.perf_counter()
+    if settings.torch_device.type == "cpu":
+        keep_freed_memory()
     with _threads(settings):
         parts = _profile_parts(source, settings, cache, resume=resume, refresh=refresh, report=progress or _silent)
         return _document(source, settings, parts, name, time.perf_counter() - began)

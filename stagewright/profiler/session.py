@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
+from stagewright.modeling.kept_memory import keep_freed_memory
 from stagewright.planner.documents import Recompute
 from stagewright.planner.errors import InvalidArgument, StagewrightError
 from stagewright.profiler.journal import Journal, Record
@@ -188,6 +189,7 @@ def busy_rank(
 ) -> None:
     """Keep one core busy with the model's own work until the parent stops it."""
     torch.set_num_threads(num_threads)
+    keep_freed_memory()
     settings = ProfileSettings((), dtype=dtype)  # type: ignore[arg-type]
     source = ModelSource(model, None, data, layers)
     wanted = [Configuration(*values) for values in configurations]

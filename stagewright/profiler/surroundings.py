@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from stagewright import __version__
+from stagewright.modeling.kept_memory import allocator_name
 from stagewright.profiler.discover import cpu_name
 
 _QUERY = (
@@ -64,6 +65,7 @@ def versions(device: torch.device) -> dict[str, str]:
             found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     else:
         found["mkldnn"] = str(torch.backends.mkldnn.is_available()).lower()
+        found["allocator"] = allocator_name()
     return found
 
 

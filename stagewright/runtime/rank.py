@@ -52,11 +52,13 @@ def _run(job: RunJob, rank: int, world: int, status: StatusFile, rescue: Rescue 
     import torch
     import torch.distributed as dist
 
+    from stagewright.modeling.kept_memory import keep_freed_memory
     from stagewright.planner.documents import ModelProfile, Plan
     from stagewright.runtime.program import describe_action, program_of
     from stagewright.runtime.session import Session
 
     torch.set_num_threads(job.num_threads)
+    keep_freed_memory()
     plan, profile = Plan.load(job.path / "plan.json"), ModelProfile.load(job.path / "profile.json")
     schedule, evaluation = program_of(plan, profile)
     liveness = Liveness(

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from stagewright.modeling.batch import Batch, shape_key
+from stagewright.modeling.kept_memory import keep_freed_memory
 from stagewright.modeling.unfilled import without_values
 from stagewright.planner.documents.document import write_text
 from stagewright.planner.documents.plan import Plan
@@ -62,6 +63,7 @@ def main(path: str, rank: int) -> int:
 def replay_rank(job: RunJob, rank: int) -> RankReplay:
     """Return seconds by action and peak memory of one rank."""
     torch.set_num_threads(job.num_threads)
+    keep_freed_memory()
     plan, profile = Plan.load(job.path / "plan.json"), ModelProfile.load(job.path / "profile.json")
     schedule, _ = program_of(plan, profile)
     device = _device(plan)

@@ -17,6 +17,7 @@ from torch import nn
 from stagewright.modeling.batch import Batch
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.factory import load_function
+from stagewright.modeling.kept_memory import allocator_name
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.prediction import Evaluation
@@ -113,7 +114,7 @@ class Session:
                 rows=rows,
                 gradients=None if gradients is None else (gradients.max_relative_error, gradients.parameter),
                 weights=None if weights is None else (weights.max_relative_error, weights.parameter),
-                versions={"torch": torch.__version__, "python": platform.python_version()},
+                versions=_versions(),
             )
         )
         worker.close()
@@ -136,7 +137,7 @@ class Session:
                 losses=losses,
                 sent_bytes=sent,
                 rows=rows,
-                versions={"torch": torch.__version__, "python": platform.python_version()},
+                versions=_versions(),
             )
         )
 
@@ -288,3 +289,7 @@ class Session:
     def _write(self, measurement: Measurement) -> None:
         if self._rank == 0:
             measurement.save(self._job.path / "measurement.json")
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "python": platform.python_version(), "allocator": allocator_name()}
