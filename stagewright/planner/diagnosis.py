@@ -33,7 +33,10 @@ def diagnose(problem: Problem, limits: Limits | None = None) -> Diagnosis:
     limits = replace(
         limits, started_s=limits.clock(), deadline_s=min(MOST_S, max(limits.left_s(), LEAST_S)), progress=None
     )
-    least = least_memory(problem, replace(limits, deadline_s=0.5 * (limits.deadline_s or MOST_S), gap=0.01))
+    # The search for least memory cuts anywhere, so its plan and its bound say nothing of tied layers.
+    tied = bool(problem.uncut)
+    half = replace(limits, deadline_s=0.5 * (limits.deadline_s or MOST_S), gap=0.01)
+    least = None if tied else least_memory(problem, half)
     plan = _nearest_plan(problem, least)
     if plan is None:
         empty = _empty_space(problem)
@@ -87,7 +90,13 @@ def _nearest_plan(problem: Problem, least: LeastMemory | None) -> Plan | None:
 
 
 def _promising(problem: Problem) -> list[Candidate]:
-    """Return at most MOST_TRIED candidates that need least: states and one microbatch over all ranks, 1F1B or the like."""
+    """Return at most MOST_TRIED candidates that need least: states and one microbatch over all ranks, 1F1B or the like.
+
+    With tied layers, only those that the search of tied layers has: all devices, one stage on each pipeline rank.
+    """
+    tied = bool(problem.uncut)
+    if tied:
+        problem = problem.narrowed(counts=(problem.num_devices,))
     priced = problem.price_list.without_limit().price(problem.shapes)
     if not len(priced):
         return []
@@ -98,7 +107,7 @@ def _promising(problem: Problem) -> list[Candidate]:
     order = np.argsort(each + workspace, kind="stable")
     found: list[Candidate] = []
     for row in order.tolist():
-        found += problem.candidates(priced.shape[row : row + 1])
+        found += [one for one in problem.candidates(priced.shape[row : row + 1]) if one.num_chunks == 1 or not tied]
         if len(found) >= MOST_TRIED:
             break
     return found
@@ -136,36 +145,45 @@ def _nearest(problem: Problem, candidates: Sequence[Candidate]) -> tuple[float, 
 
 
 def _least_peak(problem: Problem, candidate: Candidate) -> tuple[float, Partition] | None:
-    """Return the least peak over ranks among equal-count partitions moved one layer at a time, and its partition."""
+    """Return the least peak over ranks among equal-count partitions moved one cut at a time, and its partition.
+
+    None where ties leave fewer places to cut than the candidate has boundaries.
+    """
     order = problem.order(candidate)
     count, stages = problem.profile.num_layers, order.num_stages
+    places = [0, *(layer for layer in range(1, count) if layer not in problem.uncut), count]
+    if len(places) <= stages:
+        return None
     costs = problem.costs(candidate.configuration)
     chosen = list(problem.levels)
     levels = [
         chosen[int(np.argmin(costs.kept_bytes[chosen, layer] + 1e-9 * np.arange(len(chosen))))]
         for layer in range(count)
     ]
-    bounds = [round(index * count / stages) for index in range(stages + 1)]
-    best = Partition(tuple(bounds), tuple(levels))
+    cuts = [round(index * (len(places) - 1) / stages) for index in range(stages + 1)]
+    best = Partition(tuple(places[cut] for cut in cuts), tuple(levels))
     peak = float(problem.pipeline(candidate, best).peak_bytes.max())
     improved = True
     while improved:
         improved = False
         for index in range(1, stages):
             for step in (-1, 1):
-                moved = list(best.bounds)
-                moved[index] += step
+                moved = [*cuts[:index], cuts[index] + step, *cuts[index + 1 :]]
                 if not moved[index - 1] < moved[index] < moved[index + 1]:
                     continue
-                trial = Partition(tuple(moved), best.levels)
+                trial = Partition(tuple(places[cut] for cut in moved), best.levels)
                 value = float(problem.pipeline(candidate, trial).peak_bytes.max())
                 if value < peak:
-                    best, peak, improved = trial, value, True
+                    best, cuts, peak, improved = trial, moved, value, True
     return peak, best
 
 
 def _empty_space(problem: Problem) -> Diagnosis:
     """Return why the space holds no candidate at all: the first rule that refuses the trivial degrees."""
     reasons = sorted(set(problem.refusals()))
+    blocks = problem.profile.num_layers - len(problem.uncut)
+    if problem.uncut:
+        held = f"tied layers leave {blocks} of {problem.profile.num_layers} to cut between, so pp = {blocks} at most"
+        reasons = [held, *reasons]
     text = "; ".join(reasons[:3]) if reasons else "pins and forbids leave nothing"
     return Diagnosis(message=f"no combination of degrees, microbatch and schedule is allowed: {text}", binding="space")

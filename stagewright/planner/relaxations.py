@@ -1,6 +1,6 @@
 """The smallest changes of a question without an answer that give it one. Each is tried by a search; none is guessed.
 
-Tried one at a time: every pin and every forbid left out, all recomputation levels, all ZeRO stages, all schedules, less
+Tried one at a time: every pin, forbid and tie left out, all recomputation levels, all ZeRO stages, all schedules, less
 headroom, devices with more memory, more devices, a smaller batch. More devices and a smaller batch are doubled and halved
 until something fits, then bisected; between two steps of a bisection nothing is claimed. The memory that would do is
 the least peak over the whole space (`objectives.min_max_memory`).
@@ -18,11 +18,12 @@ from stagewright.planner.documents.outcome import PlanOutcome, Relaxation
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import Recompute
 from stagewright.planner.errors import InvalidArgument
-from stagewright.planner.objectives.least_step import Tally, fitting
+from stagewright.planner.objectives.least_step import ANY_GAP, Tally, fitting
 from stagewright.planner.objectives.min_max_memory import peak_of, solve_min_max_memory
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import divisors
+from stagewright.planner.search.stage_answer import solve_tied
 
 GIB = 2.0**30
 MOST_GROWTH = 256
@@ -102,11 +103,17 @@ def _fits(
     changed = Problem(
         problem.profile, cluster or problem.cluster, job or problem.job, num_devices or problem.num_devices
     )
+    solve = _fitting_tied if changed.job.space.ties else fitting
     try:
-        outcome = fitting(changed, limits, Tally())
+        outcome = solve(changed, limits, Tally())
     except InvalidArgument:
         return None
     return outcome if outcome.plan is not None else None
+
+
+def _fitting_tied(problem: Problem, limits: Limits, tally: Tally) -> PlanOutcome:
+    """Return some plan that fits and keeps tied layers together, or the proof that none does."""
+    return tally.add(solve_tied(problem, replace(limits, top=0, gap=ANY_GAP, progress=None)))
 
 
 def _loosened(job: TrainingJob) -> Iterator[tuple[str, TrainingJob]]:
@@ -122,6 +129,8 @@ def _loosened(job: TrainingJob) -> Iterator[tuple[str, TrainingJob]]:
         yield f"target {space.target} not required", _in_space(job, target=None)
     for index, pair in enumerate(space.equal):
         yield f"{pair[0]} and {pair[1]} not tied", _in_space(job, equal=space.equal[:index] + space.equal[index + 1 :])
+    for index, names in enumerate(space.ties):
+        yield f"{' and '.join(names)} not tied", _in_space(job, ties=space.ties[:index] + space.ties[index + 1 :])
     missing = [level for level in Recompute if level not in space.recompute]
     if missing:
         yield (

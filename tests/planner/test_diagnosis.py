@@ -101,3 +101,24 @@ def test_headroom_that_is_in_the_way_is_named() -> None:
     most = float(re.findall(r"at most ([0-9.]+)", text)[0])
     changed = job.model_copy(update={"space": job.space.model_copy(update={"memory_headroom": most})})
     assert _fits(profile, cluster, changed)
+
+
+@pytest.mark.parametrize(("tied", "memory_bytes"), [((0, 2), 2.2e8), ((1, 3), 2.2e8), ((0, 2), 2.8e8)])
+def test_a_diagnosis_keeps_tied_layers_together_and_says_whether_untying_them_helps(
+    tied: tuple[int, int], memory_bytes: float
+) -> None:
+    profile, cluster, job = _question(memory_bytes, pins=Pins(pp=2, dp=2, microbatch=1))
+    names = tuple(profile.layer_names[layer] for layer in tied)
+    bound = job.model_copy(update={"space": job.space.model_copy(update={"ties": (names,)})})
+    diagnosis = _diagnosis(profile, cluster, bound)
+    assert diagnosis.nearest is not None
+    for stage in diagnosis.nearest.stages:
+        assert len({layer in stage.layer_indices for layer in range(tied[0], tied[1] + 1)}) == 1
+    untied = any("not tied" in item.change for item in diagnosis.relaxations)
+    assert untied == _fits(profile, cluster, job) == (memory_bytes > 2.5e8)
+
+
+def test_ties_that_leave_too_few_places_to_cut_are_counted() -> None:
+    profile, cluster, job = _question(2e9, pins=Pins(pp=4))
+    bound = job.model_copy(update={"space": job.space.model_copy(update={"ties": (profile.layer_names[:3],)})})
+    assert "tied layers leave 2 of 4" in _diagnosis(profile, cluster, bound).message

@@ -63,3 +63,29 @@ def test_the_devices_of_a_pipeline_rank_are_replayed_once():
     assert replayed_ranks(plan, "5") == (5,)
     with pytest.raises(InvalidArgument, match="the plan has ranks 0 to 7"):
         replayed_ranks(plan, "8")
+
+
+def test_the_partition_of_least_memory_needs_the_memory_that_was_predicted_for_it():
+    from stagewright.planner.documents import TrainingJob
+    from stagewright.planner.documents.job import Optimizer, Pins, SearchSpace
+    from stagewright.planner.planning import make_plan
+    from stagewright.profiler.model_profile import profile_model
+
+    model = f"{MODELS}:build_wide"
+    profile = profile_model(
+        model, data=DATA, microbatches=(4,), sequence_length=8, device="cpu", budget_s=0.5, optimizer="sgd-momentum"
+    )
+    job = TrainingJob(
+        global_batch=16,
+        sequence_length=8,
+        precision="fp32",
+        optimizer=Optimizer.standard("sgd-momentum", "fp32"),
+        space=SearchSpace(schedules=("1f1b",), pins=Pins(pp=2, microbatch=4)),
+    )
+    equal = plan_of(split(build_wide()), profile, "1f1b", 2, 4, microbatch=4, optimizer="sgd-momentum")
+    found = make_plan(profile, equal.cluster, job, planner="mcap", top=0).plan
+    assert found is not None
+    report = run_plan(found, profile, model=model, data=DATA, steps=3, replay="all", checks=())
+    errors = [row["peak_memory_bytes"]["error"] for row in report.replayed]
+    assert len(errors) == 2
+    assert max(abs(error) for error in errors) <= 0.05, errors

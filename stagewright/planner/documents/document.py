@@ -83,7 +83,9 @@ def digest_of(text: str) -> str:
 
 def invalid_document(name: str, error: ValidationError, *, source: str | None = None) -> InvalidDocument:
     """Return one error for all that pydantic found: field by path, the value given, what is wanted."""
-    details = error.errors(include_url=False, include_context=False)
+    found = error.errors(include_url=False, include_context=False)
+    # A default made from other fields fails with them; the fields themselves say why.
+    details = [item for item in found if item["type"] != "default_factory_not_called"] or found
     lines = [f"{field_path(item['loc'])}: {item['msg']} (got {_shorten(item['input'])})" for item in details[:8]]
     if len(details) > 8:
         lines.append(f"and {len(details) - 8} more")
