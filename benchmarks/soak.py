@@ -1,6 +1,7 @@
 """Runs the tests marked `soak` in parts that each end within an hour, and leaves benchmarks/results/soak.json.
 
-Usage: python benchmarks/soak.py [PART ...]; a part is a folder under tests, all of them unless told.
+Usage: python benchmarks/soak.py [PART ...]; a part is a folder or a file under tests, all folders unless told. Parts that
+are not run keep their rows of the last result.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -30,9 +32,11 @@ def main(parts: list[str]) -> int:
         print(f"soak: {folder} ...", flush=True)
         rows.append(_run(folder))
         print(f"  {rows[-1]}", flush=True)
-    result = {**machine("python benchmarks/soak.py " + " ".join(parts)), "parts": rows}
     target = ROOT / "benchmarks" / "results" / "soak.json"
     target.parent.mkdir(exist_ok=True)
+    kept = json.loads(target.read_text())["parts"] if parts and target.exists() else []
+    made = {row["part"]: row for row in [*kept, *rows]}
+    result = {**machine("python benchmarks/soak.py " + " ".join(parts)), "parts": [made[part] for part in sorted(made)]}
     target.write_text(json.dumps(result, indent=1) + "\n")
     return int(any(row["exit_code"] not in (0, 5) for row in rows))
 
@@ -50,7 +54,14 @@ def _run(folder: str) -> dict[str, object]:
         )
     last = output.strip().splitlines()[-1] if output.strip() else ""
     counts = {word.rstrip("s"): int(count) for count, word in _COUNTS.findall(last)}
-    return {"part": folder, "exit_code": code, "seconds": round(time.monotonic() - started, 1), **counts}
+    failed = [line.split()[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    row = {
+        "part": folder,
+        "date": f"{date.today()}",
+        "exit_code": code,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return {**row, **counts, **({"failures": failed} if failed else {})}
 
 
 if __name__ == "__main__":

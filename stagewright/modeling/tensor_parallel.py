@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 
 from stagewright.modeling.chain import LayerChain
@@ -243,6 +242,8 @@ def _row(
 
 def _head(forward: Callable[[Tensor], Tensor], group: TensorGroup, mesh: DeviceMesh, inputs: Tensor) -> Tensor:
     """Return logits split by the vocabulary, as a distributed tensor."""
+    from torch.distributed.tensor import DTensor, Shard  # takes a second to import
+
     local = forward(copy(inputs, group))
     return DTensor.from_local(local, mesh, [Shard(local.dim() - 1)], run_check=False)
 

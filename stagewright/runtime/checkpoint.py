@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
 
 from stagewright.planner.errors import InvalidArgument
@@ -24,6 +23,8 @@ from stagewright.runtime.worker import Worker
 
 def save_checkpoint(worker: Worker, directory: Path | str, *, step: int) -> None:
     """Write weights, optimizer states and the step; every rank calls this."""
+    import torch.distributed.checkpoint as torch_checkpoint  # takes a second to import
+
     torch_checkpoint.save(whole_state(worker) | {"step": torch.tensor(step)}, checkpoint_id=str(directory))
 
 
@@ -48,6 +49,8 @@ def load_checkpoint(worker: Worker, directory: Path | str) -> int:
     if step is not None:
         _load_rescued(worker, Path(directory), step)
         return step
+    import torch.distributed.checkpoint as torch_checkpoint
+
     reader = torch_checkpoint.FileSystemReader(str(directory))
     stored = reader.read_metadata().state_dict_metadata
     names = canonical_names(worker)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor.parallel import loss_parallel
 
 from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
 from stagewright.modeling.chain import LayerChain
@@ -473,7 +472,11 @@ class Worker:
         return 0 if self._swap is None else self._swap.bytes_evicted
 
     def _make_stages(self) -> dict[StageKey, Stage]:
-        loss_context = loss_parallel if self._shards.group and self.topology.degrees.vocab_parallel else nullcontext
+        loss_context: Callable[[], AbstractContextManager[object]] = nullcontext
+        if self._shards.group and self.topology.degrees.vocab_parallel:
+            from torch.distributed.tensor.parallel import loss_parallel  # DTensor takes a second to import
+
+            loss_context = loss_parallel
         context = self._context_attention()
         return {
             (replica, stage): Stage(

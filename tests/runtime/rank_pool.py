@@ -1,8 +1,8 @@
 """A pool of gloo ranks that live as long as the test session and run one case after another.
 
 Starting a rank costs seconds, a case a fraction of one: all cases of a world size share its ranks. A case that fails on
-one rank would leave the others waiting, so after a failure or a timeout the pool is ended and the next case gets a new
-one.
+one rank leaves the others waiting: then, and after a timeout, the pool is ended and the next case gets a new one. Where
+every rank refuses a case, all are ready for the next.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+REFUSAL_S = 3.0  # for which the other ranks are waited for when one has raised
 PRELOADED = ["torch", "torch.distributed", "torch.distributed.tensor.parallel", "runtime_cases"]
 
 
@@ -38,9 +39,12 @@ class RankPool:
         for pipe in self._pipes:
             pipe.send((function, argument))
         results: dict[int, Any] = {}
-        while len(results) < self.num_ranks:
-            waiting = {pipe: index for index, pipe in enumerate(self._pipes) if index not in results}
-            ready = wait(list(waiting), timeout=timeout_s)
+        errors: dict[int, str] = {}
+        while len(results) + len(errors) < self.num_ranks:
+            waiting = {pipe: index for index, pipe in enumerate(self._pipes) if index not in {*results, *errors}}
+            ready = wait(list(waiting), timeout=REFUSAL_S if errors else timeout_s)
+            if not ready and errors:
+                break
             if not ready:
                 self.close()
                 raise TimeoutError(
@@ -52,10 +56,12 @@ class RankPool:
                     kind, value = pipe.recv()
                 except EOFError:
                     kind, value = "error", f"rank {index} died"
-                if kind == "error":
-                    self.close()
-                    raise RankError(f"rank {index} of {self.num_ranks}: {value}")
-                results[index] = value
+                (errors if kind == "error" else results)[index] = value
+        if errors:
+            if results or len(errors) < self.num_ranks:
+                self.close()
+            index, value = min(errors.items())
+            raise RankError(f"rank {index} of {self.num_ranks}: {value}")
         return [results[index] for index in range(self.num_ranks)]
 
     def next_number(self) -> int:

@@ -52,7 +52,7 @@ class Case:
     tied: bool = True
     dropout: float = 0.1
     microbatch: int = 2
-    num_steps: int = 3
+    num_steps: int = 2
     recompute: tuple[str, ...] = ()
     degrees: dict[str, int] = field(default_factory=dict)
     num_blocks: int = 0

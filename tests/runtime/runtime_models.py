@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import signal
 import socket
 import threading
 import time
@@ -187,6 +189,21 @@ class BrokenBlock(TinyBlock):
 
 def build() -> nn.Module:
     return TinyModel(3)
+
+
+def build_to_die() -> nn.Module:
+    """As `build_wide`, on a rank that kills itself in the forward that the environment counts to, once in all attempts."""
+    model = build_wide()
+    if os.environ["RANK"] == os.environ["DIES_ON_RANK"]:
+        numbers = itertools.count(1)
+        model.blocks[0].register_forward_pre_hook(lambda _module, _args: _die_once(next(numbers)))
+    return model
+
+
+def _die_once(forward: int) -> None:
+    if forward == int(os.environ["DIES_IN_FORWARD"]) and not Path(os.environ["DIES_FILE"]).exists():
+        Path(os.environ["DIES_FILE"]).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def build_to_cut() -> nn.Module:

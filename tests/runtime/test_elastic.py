@@ -8,20 +8,23 @@ import os
 import signal
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
+import torch
 from runtime_documents import plan_of, profile_of
-from runtime_models import build_wide
+from runtime_models import build_wide, data, halving
 
 from stagewright.modeling import split
 from stagewright.planner.documents import Degrees, ModelProfile, Plan
 from stagewright.planner.errors import InvalidArgument, RankLost
 from stagewright.runtime.elastic import next_plan, num_lost, run_elastic
+from stagewright.runtime.optimizers import OptimizerChoice
+from stagewright.runtime.reference import run_reference
 from stagewright.runtime.rescue import complete_rescue, is_rescuable, owners, rescue_folder, rescued_step
-from stagewright.runtime.run import run_plan
 from stagewright.runtime.status import StatusFile
 from stagewright.runtime.training import TrainingSettings, latest_step
 from stagewright.testing.mocked_cluster import cluster_factory
@@ -59,69 +62,65 @@ class _Killer(threading.Thread):
 
 
 RULES = {"learning_rate": 1e-2, "clip_norm": 0.5, "learning_rate_schedule": f"{MODELS}:halving"}
+STEPS, WARM_UP = 30, 2
 
 
 @pytest.fixture(scope="module")
-def losses_of_a_whole_run() -> tuple[float, ...]:
-    _, small, profile = _documents()
-    report = run_plan(
-        small, profile, model=MODEL, data=DATA, steps=60, checks=(), training=TrainingSettings(**RULES)
-    )  # fmt: skip
-    assert report.first_step == 2 and len(report.losses) == 60
-    assert report.losses[-1] < 0.95 * report.losses[0]
-    return report.losses
+def losses_of_one_process() -> tuple[float, ...]:
+    """The losses of the timed steps, which the steps of the warm-up precede."""
+    _, small, _ = _documents()
+    batches = list(islice(data(small.job.global_batch, small.job.sequence_length), WARM_UP + STEPS))
+    torch.manual_seed(0)
+    run = run_reference(
+        split(build_wide()),
+        batches,
+        microbatch=small.schedule.microbatch,
+        seed=0,
+        device=torch.device("cpu"),
+        optimizer=OptimizerChoice("adamw", RULES["learning_rate"]),
+        clip_norm=RULES["clip_norm"],
+        learning_rate_factor=halving,
+    )
+    assert run.losses[-1] < 0.95 * run.losses[WARM_UP]
+    return run.losses[WARM_UP:]
 
 
-class _EarlyKiller(threading.Thread):
-    """Kills a rank while it runs one of the first actions of a step, when no rank has left the step before."""
-
-    def __init__(self, directory: Path, rank: int, step: int) -> None:
-        super().__init__(daemon=True)
-        self.directory, self.rank, self.step = directory, rank, step
-
-    def run(self) -> None:
-        deadline = time.monotonic() + 120
-        while not (self.directory / "events.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        status = StatusFile(self.directory / "status", 4)
-        while time.monotonic() < deadline:
-            here = status.read(self.rank)
-            if here.step >= self.step and 0 <= here.position <= 3 and here.phase == "training":
-                os.kill(here.pid, signal.SIGKILL)
-                return
-            time.sleep(0.0005)
-
-
-def test_a_run_that_loses_a_rank_goes_on_from_surviving_replicas_with_the_same_losses(tmp_path, losses_of_a_whole_run):
+def test_a_run_that_loses_a_rank_goes_on_from_surviving_replicas_with_the_losses_of_one_process(
+    tmp_path, monkeypatch, losses_of_one_process
+):
     large, small, profile = _documents()
-    _EarlyKiller(tmp_path / "run" / "attempt-0", rank=0, step=9).start()
+    # Rank 0 dies in the last of the step's four forwards, when it has had gradients of the first from the next stage.
+    step = 9
+    forwards = {"DIES_ON_RANK": "0", "DIES_IN_FORWARD": str(4 * step + 4), "DIES_FILE": str(tmp_path / "died")}
+    for name, value in forwards.items():
+        monkeypatch.setenv(name, value)
     report = run_elastic(
-        large, [small], profile, model=MODEL, data=DATA, steps=60, checks=(), directory=tmp_path / "run",
-        training=TrainingSettings(**RULES, save=str(tmp_path / "saved"), save_every=1000),
+        large, [small], profile, model=f"{MODELS}:build_to_die", data=DATA, steps=STEPS, checks=(),
+        directory=tmp_path / "run", training=TrainingSettings(**RULES, save=str(tmp_path / "saved"), save_every=1000),
     )  # fmt: skip
     (restart,) = report.restarts
     assert restart["rank"] == 0 and restart["num_devices"] == 2
-    assert restart["continued_from"] == "replicas" and 9 <= restart["continued_from_step"] < 62
-    assert report.first_step == 2 and latest_step(tmp_path / "saved") == 62
-    assert report.losses == pytest.approx(losses_of_a_whole_run, rel=1e-5)
+    assert restart["continued_from"] == "replicas" and restart["continued_from_step"] == step
+    assert report.first_step == WARM_UP and latest_step(tmp_path / "saved") == WARM_UP + STEPS
+    assert report.losses == pytest.approx(losses_of_one_process, rel=1e-5)
 
 
 @pytest.mark.soak
 def test_a_run_whose_states_are_divided_goes_on_from_its_checkpoint_with_the_same_losses(
-    tmp_path, losses_of_a_whole_run
+    tmp_path, losses_of_one_process
 ):
     large, small, profile = _documents(zero=1)
     saved = tmp_path / "saved"
     _Killer(tmp_path / "run" / "attempt-0", saved, rank=3, step=8).start()
     report = run_elastic(
-        large, [small], profile, model=MODEL, data=DATA, steps=60, checks=(), directory=tmp_path / "run",
+        large, [small], profile, model=MODEL, data=DATA, steps=STEPS, checks=(), directory=tmp_path / "run",
         training=TrainingSettings(**RULES, save=str(saved), save_every=4),
     )  # fmt: skip
     (restart,) = report.restarts
     assert restart["rank"] == 3 and restart["num_devices"] == 2
-    assert restart["continued_from"] == "checkpoint" and 8 <= restart["continued_from_step"] < 62
-    assert latest_step(saved) == 62
-    assert report.losses == pytest.approx(losses_of_a_whole_run, rel=1e-5)
+    assert restart["continued_from"] == "checkpoint" and 8 <= restart["continued_from_step"] < STEPS + WARM_UP
+    assert latest_step(saved) == STEPS + WARM_UP
+    assert report.losses == pytest.approx(losses_of_one_process, rel=1e-5)
 
 
 def _leave(folder: Path, rank: int, stages: dict[int, int]) -> None:
