@@ -10,7 +10,7 @@ For the gradients of S bytes on one device, on m data- and context-parallel devi
 
 over all of them (S_w: bytes of the weights). Under ZeRO a buffer is padded to m equal shards: a whole stage at stage 1, a
 layer at stages 2 and 3. With shards over p < m devices (`shard_size`) m / p groups scatter and gather apart, and the shards
-are all-reduced over all groups once. Experts are summed over the devices that own the same ones. A weight that layers of several stages
+are all-reduced over all groups once. Experts are summed over the devices that own the same ones. BPipe lends what a stage keeps of a microbatch and gets it back: its bytes twice. A weight that layers of several stages
 share is summed once over the devices of all of them (at stages above 0: reduce-scatter and all-gather); one whose layers
 lie on one stage is a buffer of its own.
 """
@@ -20,6 +20,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.documents.plan import Plan
@@ -33,6 +35,8 @@ from stagewright.planner.search.pipeline_costs import sent_over
 
 Totals = dict[str, float]
 
+LENT = "send-receive/lent"  # activations on their way to a peer rank and back
+
 
 def link_bytes(
     plan: Plan,
@@ -41,9 +45,16 @@ def link_bytes(
     layout: Layout,
     bounds: Sequence[int],
     layers: Sequence[LayerCosts],
+    kept_bytes: Sequence[float],
 ) -> Totals:
-    """Return the bytes by "operation/group"; names without bytes are left out."""
+    """Return the bytes by "operation/group"; names without bytes are left out.
+
+    `kept_bytes` is what one device of each stage keeps of a microbatch.
+    """
     total: Totals = {}
+    for order in schedule.orders:
+        for stage in order[np.isin(order[:, KIND], (Kind.EVICT, Kind.LOAD)), STAGE].tolist():
+            _add(total, LENT, kept_bytes[stage] * plan.stages[stage].degrees.num_devices)
     for stage, row in enumerate(layers):
         _own_collectives(total, plan, profile, stage, row)
     for (first, second), edge in zip(layout.hop_pairs.tolist(), layout.edges * layout.num_replicas, strict=True):

@@ -97,7 +97,7 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
     costs = stage_costs(pipeline, bounds, levels, layers)
     links = links_of(layout, bounds, layers, wiring)
     timeline = simulate(schedule, costs, links=links, tail_s=pipeline.tail_s)
-    prediction = _prediction(plan, profile, schedule, layout, pipeline, timeline, layers, levels, bounds)
+    prediction = _prediction(plan, profile, schedule, layout, pipeline, timeline, layers, levels, bounds, costs)
     return Evaluation(prediction, timeline, schedule, costs, pipeline, links)
 
 
@@ -367,6 +367,7 @@ def _prediction(
     layers: Sequence[LayerCosts],
     levels: Sequence[int],
     bounds: Sequence[int],
+    costs: StageCosts,
 ) -> Prediction:
     job = plan.job
     step_s = timeline.makespan_s + profile.step_overhead_s
@@ -389,7 +390,7 @@ def _prediction(
         stage_time_s=tuple(pipeline.costs.sum(axis=0).tolist()),
         exposed_communication_s=float((pipeline.tail_s - _rank_sum(layout, pipeline.optimizer_s)).max()),
         optimizer_s=float(_rank_sum(layout, pipeline.optimizer_s).max()),
-        link_bytes=link_bytes(plan, profile, schedule, layout, bounds, layers),
+        link_bytes=link_bytes(plan, profile, schedule, layout, bounds, layers, costs.activation.tolist()),
         tokens_per_dollar=None if price is None else tokens / step_s / price,
         source=source,
         expected_error=max(expected_error(source, device_of(plan.cluster, stage.group)) for stage in plan.stages),

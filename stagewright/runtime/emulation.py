@@ -24,7 +24,7 @@ from stagewright.runtime.communication import PointToPoint, ShapeBook
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, UnitInput
 from stagewright.runtime.mailbox import Mailbox, StageGraph
-from stagewright.runtime.peer_swap import make_swap
+from stagewright.runtime.peer_swap import make_swap, traffic_of
 from stagewright.runtime.recorder import Recorder, now_s
 from stagewright.runtime.reduction import BucketSet, ReplicatedBucket
 from stagewright.runtime.stage import Unit, Values
@@ -139,7 +139,7 @@ class EmulatedWorker:
 
     def traffic(self) -> dict[str, float]:
         """Return the bytes this rank has sent so far, by operation and group."""
-        return {"send-receive/pp": float(self._transport.bytes_sent), **self._traffic}
+        return {"send-receive/pp": float(self._transport.bytes_sent), **traffic_of(self._swap), **self._traffic}
 
     def _bucket(self, plan: Plan, profile: ModelProfile, groups: Groups, stage: int) -> ReplicatedBucket:
         sets = []

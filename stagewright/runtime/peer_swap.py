@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, UntypedStorage
 
+from stagewright.planner.link_bytes import LENT
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.runtime.groups import Groups
@@ -45,7 +46,8 @@ class PeerSwap:
         self._away: dict[UnitKey, list[tuple[UntypedStorage, int]]] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self.bytes_evicted = 0
+        self.bytes_lent = 0
+        self.bytes_returned = 0
 
     def begin(self) -> None:
         """Start to accept what the peer evicts in this iteration."""
@@ -72,7 +74,7 @@ class PeerSwap:
             self._send(_bytes_of(storage, self._device), _EVICTED)
             storage.resize_(0)
         self._away[_key(action)] = list(zip(storages, sizes, strict=True))
-        self.bytes_evicted += sum(sizes)
+        self.bytes_lent += sum(sizes)
 
     def load(self, action: Action) -> None:
         """Fetch a unit's storages back."""
@@ -89,6 +91,7 @@ class PeerSwap:
                 else:
                     for buffer in held.pop(_key(action)):
                         self._send(buffer, _RETURNED)
+                        self.bytes_returned += buffer.numel()
         except BaseException as error:  # handed to the rank's own thread, which raises it
             self._error = error
 
@@ -107,6 +110,11 @@ class PeerSwap:
 
     def _receive(self, value: Tensor, tag: int) -> None:
         dist.recv(value, self._peer, group=self._group, tag=tag)
+
+
+def traffic_of(swap: PeerSwap | None) -> dict[str, float]:
+    """Return the bytes a rank has sent to its peer, as a loan or in return; nothing without one."""
+    return {} if swap is None else {LENT: float(swap.bytes_lent + swap.bytes_returned)}
 
 
 def make_swap(schedule: Schedule, topology: Topology, groups: Groups, device: torch.device) -> PeerSwap | None:

@@ -43,7 +43,7 @@ from stagewright.runtime.local_steps import LocalSteps, outer_step_of
 from stagewright.runtime.mailbox import Mailbox, StageGraph
 from stagewright.runtime.microbatches import division_of, plan_iteration
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
-from stagewright.runtime.peer_swap import make_swap, swaps
+from stagewright.runtime.peer_swap import make_swap, swaps, traffic_of
 from stagewright.runtime.post_validation import PostValidation
 from stagewright.runtime.predicted_weights import predictor_of
 from stagewright.runtime.recorder import Recorder, now_s
@@ -275,7 +275,7 @@ class Worker:
 
     def traffic(self) -> dict[str, float]:
         """Return the bytes this rank has sent so far, by operation and group."""
-        return {"send-receive/pp": float(self.transport.bytes_sent), **self._traffic}
+        return {"send-receive/pp": float(self.transport.bytes_sent), **traffic_of(self._swap), **self._traffic}
 
     def zero_gradients(self) -> None:
         """Forget all gradients."""
@@ -465,11 +465,6 @@ class Worker:
                 hint="take a synchronous schedule and zero at most 2",
             )
         return PostValidation(self._rule, self.topology, group, beside, self.settings.device)
-
-    @property
-    def bytes_evicted(self) -> int:
-        """Bytes of activations this rank has lent to its peer so far."""
-        return 0 if self._swap is None else self._swap.bytes_evicted
 
     def _make_stages(self) -> dict[StageKey, Stage]:
         loss_context: Callable[[], AbstractContextManager[object]] = nullcontext

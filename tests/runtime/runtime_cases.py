@@ -16,6 +16,7 @@ from stagewright.modeling import split
 from stagewright.modeling.batch import default_loss
 from stagewright.modeling.expert_capacity import limit_experts
 from stagewright.planner.documents import Degrees, Plan
+from stagewright.planner.link_bytes import LENT
 from stagewright.planner.prediction import schedule_of
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
@@ -237,15 +238,15 @@ def peak_memory(prepared: PreparedCase) -> float:
     return measure_memory(worker, lambda: worker.run(batch, 1), CPU).peak
 
 
-def bytes_lent(prepared: PreparedCase) -> tuple[int, int]:
-    """Return the bytes this rank lends to its peer in one step, and how often it evicts."""
+def bytes_lent(prepared: PreparedCase) -> tuple[float, int]:
+    """Return the bytes this rank sends to its peer in one step, lent or returned, and how often it evicts."""
     case = prepared.case
     chain = split(make_model(case, case.num_ranks * 2))
     store = dist.PrefixStore(f"case/{prepared.number}", default_store())
     worker = Worker(prepared.plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS)
     (batch,) = batches_of(prepared, 1)
     worker.run(batch, 0)
-    return worker.bytes_evicted, sum(action.kind is Kind.EVICT for action in worker.actions)
+    return worker.traffic().get(LENT, 0.0), sum(action.kind is Kind.EVICT for action in worker.actions)
 
 
 def post_validated_and_synchronous(argument: tuple[PreparedCase, float | None, int]) -> tuple[bool, int, int]:
