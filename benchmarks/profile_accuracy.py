@@ -161,7 +161,8 @@ def measure(name: str, model: str, device_choice: str, runs: int, budget_s: floa
         measured.append((before[0] + after[0]) / 2)
         own.append((before[1] + after[1]) / 2)
         before = after
-    peak = 8 * profile.num_parameters + peak_above_start(step, device)
+    used = profile.num_parameters - sum(profile.classes[name].unused_parameters for name in profile.layer_classes)
+    peak = 4 * (profile.num_parameters + used) + peak_above_start(step, device)
     errors = [each.step_s / wall - 1 for each, wall in zip(predicted, measured, strict=True)]
     return Row(
         model=name,

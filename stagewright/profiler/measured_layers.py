@@ -36,6 +36,7 @@ class LayerNumbers:
     output_bytes: float
     workspace_bytes: float
     forward_flops: float
+    unused_parameters: int
     freed_at_input_grad: float
     forward_spread_s: tuple[float, float]
     backward_spread_s: tuple[float, float]
@@ -72,6 +73,7 @@ def configuration_numbers(samples: Mapping[str, Sequence[Numbers]]) -> Configura
     kept = {Recompute.NONE: _row(memory, "saved_bytes"), **_recomputed_bytes(memory)}
     recompute_s = {level: _recompute_seconds(samples.get(level.value, ()), forward_s + backward_s) for level in kept}
     freed = _freed(splits, kept[Recompute.NONE])
+    unused = [int(count) for count in memory["unused_parameters"]]
     outputs, workspace, flops = (_row(memory, name) for name in ("output_bytes", "workspace_bytes", "forward_flops"))
     layers = tuple(
         LayerNumbers(
@@ -84,6 +86,7 @@ def configuration_numbers(samples: Mapping[str, Sequence[Numbers]]) -> Configura
             output_bytes=float(outputs[index]),
             workspace_bytes=float(workspace[index]),
             forward_flops=float(flops[index]),
+            unused_parameters=unused[index],
             freed_at_input_grad=float(freed[index]),
             forward_spread_s=_spread(forward[:, index]),
             backward_spread_s=_spread(backward[:, index]),

@@ -37,6 +37,7 @@ from stagewright.profiler.layer_timer import LayerTimer, LayerTimes, busy_share
 from stagewright.profiler.memory_trace import layer_growth_bytes, layer_workspace_bytes
 from stagewright.profiler.model_source import ModelSource
 from stagewright.profiler.saved_bytes import layer_bytes, storage_bytes, storage_key
+from stagewright.profiler.structure import is_expert_parameter
 from stagewright.profiler.timing import Clock, clock_of, flush_of
 
 Kind = Literal["step", "split", "full", "selective", "memory"]
@@ -176,7 +177,23 @@ class ModelBench:
             "selective_bytes": kept["selective"],
             "full_bytes": kept["full"],
             "forward_flops": _forward_flops(chain, batch),
+            "unused_parameters": self._unused_parameters(),
         }
+
+    def _unused_parameters(self) -> list[int]:
+        """Return by layer how many trainable parameters have no gradient, though backwards of all layers ran.
+
+        Routed experts are not among them: without a gradient they had no token.
+        """
+        experts = {
+            id(value)
+            for name, value in self.chain.model.named_parameters(remove_duplicate=False)
+            if is_expert_parameter(name)
+        }
+        return [
+            sum(value.numel() for value in own if value.grad is None and id(value) not in experts)
+            for own in self._own_parameters
+        ]
 
     def _step(self) -> tuple[list[float], float]:
         """Return the seconds of each layer's optimizer step and of zeroing its gradients, and those of a step of nothing.

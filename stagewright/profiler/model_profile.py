@@ -231,13 +231,14 @@ def _add(
         collectives = measured.collectives(item, value.layers) if item.tensor_degree > 1 else {}
         found = class_costs(item, measured.class_names, value.layers, _sources(settings), collectives)
         costs.classes[item] = {**found, **costs.classes.get(item, {})}
-        costs.overheads.setdefault(item, _overheads(value, sizes))
+        unused = dict(zip(measured.class_names, (each.unused_parameters for each in value.layers), strict=True))
+        costs.overheads.setdefault(item, _overheads(value, sizes, unused))
 
 
-def _overheads(numbers: ConfigurationNumbers, sizes: Mapping[str, int]) -> Overheads:
+def _overheads(numbers: ConfigurationNumbers, sizes: Mapping[str, int], unused: Mapping[str, int]) -> Overheads:
     """A microbatch is two actions; what one takes beside its layers, and what a step takes beside its microbatches."""
     action_s = (numbers.outside_s + numbers.entrance_s) / 2
-    return Overheads(action_s, numbers.entrance_s, numbers.empty_step_s, sizes)
+    return Overheads(action_s, numbers.entrance_s, numbers.empty_step_s, sizes, unused)
 
 
 def _sources(settings: ProfileSettings) -> dict[str, Source]:
@@ -288,6 +289,7 @@ def _document(
             parameters=layer.num_parameters,
             replicated_parameters=_replicated(costs, configurations, class_name, layer.num_parameters),
             expert_parameters=expert_parameters(chain, layer),
+            unused_parameters=_unused(costs, configurations, class_name, layer.num_parameters),
             costs=_with_whole_flops([costs.classes[item][class_name] for item in configurations]),
         )
         for class_name, layer in first.items()
@@ -337,6 +339,13 @@ def _replicated(costs: Costs, configurations: Sequence[Configuration], name: str
         return 0
     item = max(sharded, key=lambda item: item.tensor_degree)
     return replicated_parameters(whole, costs.overheads[item].parameters.get(name, whole), item.tensor_degree)
+
+
+def _unused(costs: Costs, configurations: Sequence[Configuration], name: str, whole: int) -> int:
+    """Return how many of a layer's parameters no forward uses, seen in the largest shard."""
+    overheads = costs.overheads[min(configurations, key=lambda item: item.tensor_degree)]
+    shard = overheads.parameters.get(name, whole)
+    return round(overheads.unused.get(name, 0) * whole / shard) if shard else 0
 
 
 def _framework_bytes(device: torch.device) -> float:

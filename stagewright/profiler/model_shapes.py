@@ -20,7 +20,7 @@ from stagewright.profiler.measured_layers import LayerNumbers
 from stagewright.profiler.model_bench import Configuration
 from stagewright.profiler.model_source import ModelSource, is_huggingface
 from stagewright.profiler.settings import ProfileSettings
-from stagewright.profiler.structure import layer_structures
+from stagewright.profiler.structure import is_expert_parameter, layer_structures
 from stagewright.profiler.tensor_shard import layer_collectives
 
 _MEMORY_SHARE = 0.5
@@ -132,4 +132,4 @@ def replicated_parameters(whole: int, shard: int, tensor_degree: int) -> int:
 def expert_parameters(chain: LayerChain, layer: Layer) -> int:
     """Return how many of a layer's parameters belong to routed experts, by name."""
     parameters = dict(chain.model.named_parameters(remove_duplicate=False))
-    return sum(parameters[name].numel() for name in layer.parameters if ".experts." in name)
+    return sum(parameters[name].numel() for name in layer.parameters if is_expert_parameter(name))

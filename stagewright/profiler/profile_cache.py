@@ -26,12 +26,14 @@ class Overheads:
     entrance_s : the part of a microbatch's two actions that a stage without predecessor is spared.
     step_s : for each step.
     parameters : of a shard, by class.
+    unused : how many of these no forward uses.
     """
 
     action_s: float
     entrance_s: float
     step_s: float
     parameters: Mapping[str, int]
+    unused: Mapping[str, int]
 
 
 @dataclass
@@ -102,7 +104,7 @@ class ProfileCache:
             entry = self._entries.get(self._model_key(item))
             if entry is not None:
                 seconds = [float(str(entry[name])) for name in ("action_s", "entrance_s", "step_s")]
-                costs.overheads[item] = Overheads(*seconds, _counts(entry["parameters"]))
+                costs.overheads[item] = Overheads(*seconds, _counts(entry["parameters"]), _counts(entry["unused"]))
         return costs
 
     def write(self, costs: Costs, configurations: Sequence[Configuration]) -> None:
@@ -111,7 +113,8 @@ class ProfileCache:
             for name, cost in costs.classes[item].items():
                 self._entries.put(self._class_key(name, item), cost.model_dump(mode="json"))
             value = costs.overheads[item]
-            self._entries.put(self._model_key(item), {**asdict(value), "parameters": dict(value.parameters)})
+            counts = {"parameters": dict(value.parameters), "unused": dict(value.unused)}
+            self._entries.put(self._model_key(item), {**asdict(value), **counts})
 
     def _class_key(self, name: str, item: Configuration) -> dict[str, object]:
         return {**self._common, "layer": self._structures[name], "shape": _shape(item)}

@@ -2,7 +2,7 @@
 
     step = n (sum over layers of F + I + W  +  2 overheads of an action - entrance) + sum of optimizer steps
            + overhead of a step
-    peak = parameters + gradients + states + max over layers (kept by it and the layers before it + its workspace)
+    peak = parameters + gradients and states of those that are used + max over layers (kept by it and the layers before it + its workspace)
 
 for n microbatches that run one after another; nothing enters the model in the middle. It is the check of the profile: planner and simulator are not involved.
 """
@@ -54,7 +54,9 @@ def predict_single_device(
     step_s = num_microbatches * microbatch_s + optimizer_s + profile.step_overhead_s
     kept = accumulate(cost.activation_bytes[Recompute.NONE] for cost in costs)
     highest = max(before + cost.workspace_bytes for before, cost in zip(kept, costs, strict=True))
-    static = profile.num_parameters * (2 * parameter_bytes + state_bytes)
+    unused = sum(profile.classes[name].unused_parameters for name in profile.layer_classes)
+    used = profile.num_parameters - unused
+    static = profile.num_parameters * parameter_bytes + used * (parameter_bytes + state_bytes)
     return SingleDevice(step_s, static + highest)
 
 

@@ -44,3 +44,8 @@ def _code(module: nn.Module) -> str:
         return digest_of(inspect.getsource(kind))
     except (OSError, TypeError):
         return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_expert_parameter(name: str) -> bool:
+    """Whether a parameter belongs to a routed expert, by its name."""
+    return ".experts." in name

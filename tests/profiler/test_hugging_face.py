@@ -41,6 +41,11 @@ CONFIGS = {
         "model_type": "resnet", "architectures": ["ResNetForImageClassification"], "embedding_size": 8,
         "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "layer_type": "basic",
     },
+    "bart": {  # without an encoder, the cross-attention of its blocks is never used
+        "model_type": "bart", "architectures": ["BartForCausalLM"], "d_model": 64, "decoder_layers": 2,
+        "decoder_attention_heads": 4, "decoder_ffn_dim": 128, "vocab_size": 500, "is_decoder": True,
+        "is_encoder_decoder": False, "max_position_embeddings": 64,
+    },
 }  # fmt: skip
 BLOCKS = {
     "gpt2": ["transformer.h.{}"],
@@ -49,7 +54,9 @@ BLOCKS = {
     "bert": ["bert.encoder.layer.{}"],
     "vit": ["vit.layers.{}"],
     "resnet": [f"resnet.encoder.stages.{index}" for index in range(4)],
+    "bart": ["model.decoder.layers.{}"],
 }
+UNUSED = {"bart": 4 * (64 * 64 + 64) + 2 * 64}  # of each block: the cross-attention's projections, the norm before it
 CONFIGURATION = (2, 16, 1)
 
 
@@ -71,6 +78,8 @@ def test_a_models_layers_and_the_peak_of_its_step_are_known(config_file):
     torch.manual_seed(0)
     model = source.build(device=torch.device("cpu"), dtype=torch.float32)
     assert profile.num_parameters == sum(value.numel() for value in model.parameters())
+    unused = {value.unused_parameters for value in profile.classes.values() if value.kind == "block"}
+    assert unused == {UNUSED.get(name, 0)}
     batch = source.batch(model, 2, 16, torch.device("cpu"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
@@ -81,7 +90,8 @@ def test_a_models_layers_and_the_peak_of_its_step_are_known(config_file):
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    measured = 8 * profile.num_parameters + peak_above_start(step, torch.device("cpu"))
+    states = sum(value.numel() for state in optimizer.state.values() for value in state.values())
+    measured = 4 * (profile.num_parameters + states) + peak_above_start(step, torch.device("cpu"))
     predicted = predict_single_device(
         profile, CONFIGURATION, num_microbatches=2, parameter_bytes=4, state_bytes=4
     ).peak_bytes

@@ -118,7 +118,8 @@ def test_medians_of_layers_are_scaled_to_the_median_of_their_sum():
     ]  # fmt: skip
     zeros = [0.0, 0.0]
     names = ("saved_bytes", "output_bytes", "workspace_bytes", "selective_bytes", "full_bytes", "forward_flops")
-    numbers = configuration_numbers({"step": steps, "memory": [dict.fromkeys(names, zeros)]})
+    memory = {"unused_parameters": [0, 0], **dict.fromkeys(names, zeros)}
+    numbers = configuration_numbers({"step": steps, "memory": [memory]})
     assert sum(layer.forward_s for layer in numbers.layers) == pytest.approx(3.0)
 
 

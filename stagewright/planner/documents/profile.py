@@ -125,6 +125,8 @@ class LayerClass(Part):
     parameters : trainable parameters of the whole layer.
     replicated_parameters : of these, how many tensor parallelism does not split (norms, biases of row-split layers).
     expert_parameters : of these, how many belong to routed experts, split by the expert groups.
+    unused_parameters : of these, how many no forward uses. A plain loop makes neither gradients nor optimizer states for
+        them; a run's buffers hold theirs like all others'.
     costs : measured or derived entries, at most one for each configuration; may be empty when `operators` are given.
     operators : the layer's operators for the analytic model.
     """
@@ -133,6 +135,7 @@ class LayerClass(Part):
     parameters: Index
     replicated_parameters: Index = 0
     expert_parameters: Index = 0
+    unused_parameters: Index = 0
     costs: tuple[ConfigurationCost, ...] = ()
     operators: tuple[Operator, ...] = ()
 
@@ -143,6 +146,8 @@ class LayerClass(Part):
                 f"replicated_parameters {self.replicated_parameters} and expert_parameters {self.expert_parameters} "
                 f"exceed parameters {self.parameters}"
             )
+        if self.unused_parameters > self.parameters:
+            raise ValueError(f"unused_parameters {self.unused_parameters} exceed parameters {self.parameters}")
         keys = [cost.key for cost in self.costs]
         for index, key in enumerate(keys):
             if key in keys[:index]:
