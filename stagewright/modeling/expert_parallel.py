@@ -12,6 +12,10 @@ Routing is the model's own and sees the rank's tokens only, so any top-k is exac
 limit on the experts (`expert_capacity`). Gradients of an expert are summed over the ranks that own it, not over the group.
 An imbalanced routing costs time, never correctness.
 
+Between 2's way there and back the tensors of each expert may be split over t ranks (expert tensor parallelism, Megatron-Core's
+etp): each gathers the rows that the t have got, runs its part of the hidden units, and the partial results are summed and
+scattered.
+
 The group may lie across the tensor-parallel one (folding): its ranks hold the same tokens, so each sends its share of them
 and the results are gathered; under sequence parallelism they hold different tokens already.
 
@@ -21,7 +25,8 @@ al., MoE Parallel Folding, 2025.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -31,75 +36,134 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.expert_capacity import Capacity, Forward, is_experts
-from stagewright.modeling.tensor_collectives import TensorGroup, join, split
-from stagewright.modeling.tensor_parallel import TensorShards
+from stagewright.modeling.tensor_collectives import TensorGroup, gather_rows, join, scatter_rows, split
+from stagewright.modeling.tensor_parallel import InnerSplit, TensorShards
 from stagewright.planner.errors import InvalidArgument
 
 
-def divide_experts(
-    chain: LayerChain,
-    indices: Iterable[int],
-    group: TensorGroup,
-    shards: TensorShards,
-    *,
-    same_tokens: TensorGroup | None = None,
-) -> set[int]:
-    """Divide the experts of the layers over the group, in place; returns the ids of their parameters.
+@dataclass(frozen=True)
+class ExpertGroups:
+    """The ranks that a rank shares its experts with.
 
-    `same_tokens` are ranks that hold copies of this rank's tokens, each of which sends a part of them.
+    Parameters
+    ----------
+    experts : those that divide the experts (ep); None where each has all.
+    tensors : those that split the tensors of each expert (etp); None where nobody does.
+    same_tokens : those that hold copies of this rank's tokens, each of which sends a part of them; None for no copies.
+    """
+
+    experts: TensorGroup | None
+    tensors: TensorGroup | None = None
+    same_tokens: TensorGroup | None = None
+
+    def num_local(self, num_experts: int) -> int:
+        """Return the experts of one rank; raises InvalidArgument when the group does not divide them."""
+        size = 1 if self.experts is None else self.experts.size
+        if num_experts % size:
+            raise InvalidArgument(f"{num_experts} experts do not divide over ep = {size} ranks", field="degrees.ep")
+        return num_experts // size
+
+
+def divide_experts(chain: LayerChain, indices: Iterable[int], groups: ExpertGroups, shards: TensorShards) -> set[int]:
+    """Divide the experts of the layers over the groups, in place; returns the ids of their parameters.
 
     Raises
     ------
-    InvalidArgument : when the model has no experts, or the group does not divide their number.
+    InvalidArgument : when the model has no experts, or a group does not divide their number or their tensors.
     """
     if not any(is_experts(module) for module in chain.model.modules()):
         raise InvalidArgument(
-            f"{type(chain.model).__name__} has no experts to divide", field="degrees.ep", hint="pin ep=1"
+            f"{type(chain.model).__name__} has no experts to divide", field="degrees.ep", hint="pin ep=1 and etp=1"
         )
     divided: set[int] = set()
     for index in indices:
         for path in chain.layers[index].modules:
             for module in chain.model.get_submodule(path).modules():
                 if is_experts(module):
-                    divided |= _divide(module, group, shards, same_tokens)
+                    divided |= _divide(module, groups, shards)
     return divided
 
 
-def _divide(module: nn.Module, group: TensorGroup, shards: TensorShards, same_tokens: TensorGroup | None) -> set[int]:
-    count = module.num_experts
-    if count % group.size:
-        raise InvalidArgument(f"{count} experts do not divide over ep = {group.size} ranks", field="degrees.ep")
+def _divide(module: nn.Module, groups: ExpertGroups, shards: TensorShards) -> set[int]:
+    num_local = groups.num_local(module.num_experts)
+    inner = {} if groups.tensors is None else inner_splits(module, groups.tensors)
     divided = set()
     for name, parameter in list(module._parameters.items()):
         if parameter is None:
             continue
-        own = parameter.detach().chunk(group.size, dim=0)[group.index].clone()
-        made = nn.Parameter(own, requires_grad=parameter.requires_grad)
+        own = parameter.detach()
+        if groups.experts is not None:
+            own = own.chunk(groups.experts.size, dim=0)[groups.experts.index]
+        if name in inner:
+            own = inner[name].part(own)
+        made = nn.Parameter(own.clone(), requires_grad=parameter.requires_grad)
         module._parameters[name] = made
         shards.partial.discard(id(parameter))
-        shards.dimensions[id(made)] = 0
-        shards.groups[id(made)] = group
+        if groups.experts is not None:
+            shards.dimensions[id(made)] = 0
+            shards.groups[id(made)] = groups.experts
+        if name in inner:
+            shards.inner[id(made)] = inner[name]
         divided.add(id(made))
-    module.num_experts = count // group.size
+    module.num_experts = num_local
     limit = module.forward if isinstance(module.forward, Capacity) else None
     forward = module.forward if limit is None else limit.forward
-    module.forward = partial(_run, forward, group, count // group.size, same_tokens, limit)
+    module.forward = partial(_run, forward, groups, num_local, limit)
     return divided
+
+
+def inner_splits(module: nn.Module, group: TensorGroup) -> dict[str, InnerSplit]:
+    """Return how a group splits each parameter of a module of experts along the experts' hidden units.
+
+    The module's `stagewright_expert_plan()` names for each parameter the dimension and how many parts lie along it (two
+    where a gate and an up projection are one tensor); Hugging Face's gated experts need none.
+
+    Raises
+    ------
+    InvalidArgument : when a parameter has no entry, or the group does not divide its hidden units.
+    """
+    told: Mapping[str, tuple[int, int]] = {}
+    if hasattr(module, "stagewright_expert_plan"):
+        told = dict(module.stagewright_expert_plan())
+    elif isinstance(getattr(module, "intermediate_dim", None), int):
+        sizes = {"gate_up_proj": (1, 2), "down_proj": (2, 1)}
+        told = {
+            name: (dimension, parts)
+            for name, (dimension, parts) in sizes.items()
+            if name in module._parameters
+            and module._parameters[name].shape[dimension] == parts * module.intermediate_dim
+        }
+    found = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if name not in told:
+            raise InvalidArgument(
+                f"{type(module).__name__}.{name} has no place in a plan for the tensors of experts",
+                field="degrees.etp",
+                hint="give the module stagewright_expert_plan(), which maps names to (dimension, parts), or pin etp=1",
+            )
+        dimension, parts = told[name]
+        if parameter.shape[dimension] % (parts * group.size):
+            raise InvalidArgument(
+                f"{name} has {parameter.shape[dimension] // parts} hidden units, which etp = {group.size} does not divide",
+                field="degrees.etp",
+            )
+        found[name] = InnerSplit(dimension, parts, group)
+    return found
 
 
 def _run(
     forward: Forward,
-    group: TensorGroup,
+    groups: ExpertGroups,
     num_local: int,
-    same_tokens: TensorGroup | None,
     limit: Capacity | None,
     hidden: Tensor,
     index: Tensor,
     weights: Tensor,
 ) -> Tensor:
     kept = torch.ones_like(index, dtype=torch.bool) if limit is None else limit.keep(index)
+    same_tokens = groups.same_tokens
     if same_tokens is None:
-        return _exchange_and_run(forward, group, num_local, hidden, index, weights, kept)
+        return _exchange_and_run(forward, groups, num_local, hidden, index, weights, kept)
     if len(hidden) % same_tokens.size:
         raise InvalidArgument(
             f"{len(hidden)} tokens do not divide over tp = {same_tokens.size} ranks",
@@ -108,13 +172,13 @@ def _run(
         )
     index, kept = same_tokens.part(index[None])[0], same_tokens.part(kept[None])[0]
     hidden, weights = split(hidden[None], same_tokens)[0], split(weights[None], same_tokens)[0]
-    result = _exchange_and_run(forward, group, num_local, hidden, index, weights, kept)
+    result = _exchange_and_run(forward, groups, num_local, hidden, index, weights, kept)
     return join(result[None], same_tokens)[0]
 
 
 def _exchange_and_run(
     forward: Forward,
-    group: TensorGroup,
+    groups: ExpertGroups,
     num_local: int,
     hidden: Tensor,
     index: Tensor,
@@ -124,19 +188,38 @@ def _exchange_and_run(
     num_tokens, num_choices = index.shape
     chosen = torch.nonzero(kept.reshape(-1)).squeeze(1)
     order = chosen[torch.argsort(index.reshape(-1)[chosen], stable=True)]
-    expert = index.reshape(-1)[order]
-    outgoing = torch.bincount(expert // num_local, minlength=group.size)
-    incoming = torch.empty_like(outgoing)
-    dist.all_to_all_single(incoming, outgoing, group=group.group)
-    there, back = outgoing.tolist(), incoming.tolist()
-    rows = _Exchange.apply(hidden[order // num_choices], there, back, group)
-    local = expert.new_empty(sum(back))
-    dist.all_to_all_single(local, expert % num_local, back, there, group=group.group)
-    if len(rows):
-        rows = forward(rows, local[:, None], torch.ones_like(rows[:, :1]))
-    results = _Exchange.apply(rows, back, there, group)
+    rows, local = hidden[order // num_choices], index.reshape(-1)[order]
+    group = groups.experts
+    if group is None:
+        results = _run_split(forward, groups.tensors, rows, local)
+    else:
+        outgoing = torch.bincount(local // num_local, minlength=group.size)
+        incoming = torch.empty_like(outgoing)
+        dist.all_to_all_single(incoming, outgoing, group=group.group)
+        there, back = outgoing.tolist(), incoming.tolist()
+        rows = _Exchange.apply(rows, there, back, group)
+        expert = local.new_empty(sum(back))
+        dist.all_to_all_single(expert, local % num_local, back, there, group=group.group)
+        results = _Exchange.apply(_run_split(forward, groups.tensors, rows, expert), back, there, group)
     placed = results.new_zeros((num_tokens * num_choices, *results.shape[1:])).index_copy(0, order, results)
     return (placed.view(num_tokens, num_choices, -1) * weights[..., None].to(placed.dtype)).sum(1)
+
+
+def _run_split(forward: Forward, group: TensorGroup | None, rows: Tensor, expert: Tensor) -> Tensor:
+    """Return what the experts make of the rows; with a group, of the rows of all its ranks, each by a part of the tensors."""
+    if group is None:
+        return _run_all(forward, rows, expert)
+    sizes = [expert.new_empty(1) for _ in range(group.size)]
+    dist.all_gather(sizes, expert.new_tensor([len(rows)]), group=group.group)
+    counts = [int(size) for size in sizes]
+    if not any(counts):
+        return rows
+    everyone = TensorGroup(group.group).gather_rows(expert, counts)
+    return scatter_rows(_run_all(forward, gather_rows(rows, counts, group), everyone), counts, group)
+
+
+def _run_all(forward: Forward, rows: Tensor, expert: Tensor) -> Tensor:
+    return forward(rows, expert[:, None], torch.ones_like(rows[:, :1])) if len(rows) else rows
 
 
 class _Exchange(torch.autograd.Function):

@@ -6,6 +6,7 @@
     scatter    reduce-scatter    | all-gather        out of a row-split layer, to sequence shards
     split      own part          | all-gather        into the sequence-parallel region
     join       all-gather        | own part          out of it, to equal copies
+    gather_rows, scatter_rows    gather and scatter along dimension 0, of uneven parts
 
 (forward | backward). Sequences are split along dimension 1. All ranks of the group hold equal copies outside.
 
@@ -14,8 +15,9 @@ Papers: Shoeybi et al., Megatron-LM, 2019; Korthikanti et al., MLSys 2023 (seque
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -62,6 +64,26 @@ class TensorGroup:
         dist.reduce_scatter(result, parts, group=self.group)
         self._count("reduce-scatter", _bytes(value))
         return result
+
+    def gather_rows(self, value: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the rows of all ranks one behind the other; `counts` are how many each has."""
+        padded = value.new_zeros((max(counts), *value.shape[1:]))
+        padded[: len(value)] = value
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.group)
+        result = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        self._count("all-gather", _bytes(result))
+        return result
+
+    def scatter_rows(self, value: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return this rank's rows of the sum over the group of the rows of all ranks."""
+        parts = [value.new_zeros((max(counts), *value.shape[1:])) for _ in counts]
+        for part, rows in zip(parts, value.split(list(counts)), strict=True):
+            part[: len(rows)] = rows
+        result = torch.empty_like(parts[0])
+        dist.reduce_scatter(result, parts, group=self.group)
+        self._count("reduce-scatter", _bytes(value))
+        return result[: counts[self.index]]
 
     def part(self, value: Tensor) -> Tensor:
         """Return this rank's part along dimension 1."""
@@ -116,6 +138,18 @@ def split(value: Tensor, group: TensorGroup) -> Tensor:
 def join(value: Tensor, group: TensorGroup) -> Tensor:
     """Return the whole sequence, an equal copy on every rank."""
     return _Pair.apply(value, group.all_gather, group.part)
+
+
+def gather_rows(value: Tensor, counts: Sequence[int], group: TensorGroup) -> Tensor:
+    """Return the rows of all ranks; gradients of a rank's rows are sums over the group."""
+    there, back = partial(group.gather_rows, counts=counts), partial(group.scatter_rows, counts=counts)
+    return _Pair.apply(value, there, back)
+
+
+def scatter_rows(value: Tensor, counts: Sequence[int], group: TensorGroup) -> Tensor:
+    """Return this rank's rows of the sum over the group."""
+    there, back = partial(group.scatter_rows, counts=counts), partial(group.gather_rows, counts=counts)
+    return _Pair.apply(value, there, back)
 
 
 def _identity(value: Tensor) -> Tensor:

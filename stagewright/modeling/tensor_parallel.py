@@ -9,6 +9,9 @@ reduce-scatters, and parameters used between (norms, biases of row layers) have 
 With a split vocabulary the embedding looks up what it holds and sums; the head's logits stay split, and the loss is
 computed on them as they are (torch's `loss_parallel`).
 
+With fewer key-value heads K than ranks t (grouped queries), t / K neighbours hold a copy of one head and serve its queries
+between them; the gradients of its projections are summed over them.
+
 Papers: Shoeybi et al., Megatron-LM, 2019; Korthikanti et al., MLSys 2023.
 """
 
@@ -32,6 +35,28 @@ from stagewright.modeling.weight_gradients import WeightGradientSink, linear_map
 from stagewright.planner.errors import InvalidArgument
 
 
+@dataclass(frozen=True)
+class InnerSplit:
+    """A parameter that a group splits along a dimension, each of the `parts` that lie along it apart."""
+
+    dimension: int
+    parts: int
+    group: TensorGroup
+
+    def whole(self, value: Tensor) -> Tensor:
+        """Return the value whole; every rank of the group calls this."""
+        pieces = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(self.group.size)]
+        dist.all_gather(pieces, value.contiguous(), group=self.group.group)
+        split = [piece.chunk(self.parts, dim=self.dimension) for piece in pieces]
+        return torch.cat([row[part] for part in range(self.parts) for row in split], dim=self.dimension)
+
+    def part(self, value: Tensor) -> Tensor:
+        """Return this rank's part of a whole value."""
+        size, index = self.group.size, self.group.index
+        parts = value.chunk(self.parts, dim=self.dimension)
+        return torch.cat([part.chunk(size, dim=self.dimension)[index] for part in parts], dim=self.dimension)
+
+
 @dataclass
 class TensorShards:
     """How this rank's parameters are split over the tensor-parallel group.
@@ -42,32 +67,48 @@ class TensorShards:
     dimensions : split dimension of each split parameter, by its id.
     groups : the group of a parameter that another group splits (experts), by its id.
     partial : ids of parameters whose gradients are sums over the group, because each rank sees a part of the sequence.
+    inner : how another group splits what `dimensions` leaves of a parameter (the tensors of an expert), by its id.
+    shared : neighbours in the group that hold copies of the same part and sum its gradients, by the parameter's id.
     """
 
     group: TensorGroup | None = None
     dimensions: dict[int, int] = field(default_factory=dict)
     groups: dict[int, TensorGroup] = field(default_factory=dict)
     partial: set[int] = field(default_factory=set)
+    inner: dict[int, InnerSplit] = field(default_factory=dict)
+    shared: dict[int, TensorGroup] = field(default_factory=dict)
+
+    def is_split(self, parameter: Tensor) -> bool:
+        """Whether this rank holds a part of the parameter."""
+        return id(parameter) in self.dimensions or id(parameter) in self.inner
 
     def group_of(self, parameter: Tensor) -> TensorGroup | None:
         """Return the group that splits a parameter."""
         return self.groups.get(id(parameter), self.group)
 
+    def num_copies(self, parameter: Tensor) -> int:
+        """Return how many ranks of the group that splits a parameter hold what this one holds of it."""
+        group = self.shared.get(id(parameter))
+        return 1 if group is None else group.size
+
     def whole(self, value: Tensor, parameter: Tensor) -> Tensor:
-        """Return a parameter-shaped value whole; every rank of the group calls this."""
+        """Return a parameter-shaped value whole; every rank of the groups calls this."""
+        if id(parameter) in self.inner:
+            value = self.inner[id(parameter)].whole(value)
         dimension, group = self.dimensions.get(id(parameter)), self.group_of(parameter)
         if group is None or dimension is None:
             return value
         parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(group.size)]
         dist.all_gather(parts, value.contiguous(), group=group.group)
-        return torch.cat(parts, dim=dimension)
+        return torch.cat(parts[:: self.num_copies(parameter)], dim=dimension)
 
     def part(self, value: Tensor, parameter: Tensor) -> Tensor:
         """Return this rank's part of a whole value."""
         dimension, group = self.dimensions.get(id(parameter)), self.group_of(parameter)
-        if group is None or dimension is None:
-            return value
-        return value.chunk(group.size, dim=dimension)[group.index]
+        if group is not None and dimension is not None:
+            copies = self.num_copies(parameter)
+            value = value.chunk(group.size // copies, dim=dimension)[group.index // copies]
+        return self.inner[id(parameter)].part(value) if id(parameter) in self.inner else value
 
 
 def parallelize(
@@ -78,8 +119,11 @@ def parallelize(
     *,
     sequence_parallel: bool,
     vocabulary_parallel: bool,
+    sharing: TensorGroup | None = None,
 ) -> TensorShards:
     """Split the layers' modules over the group, in place; what the other layers hold is left alone.
+
+    `sharing` are the `key_value_copies` neighbours of the group that hold one key-value head, where there are several.
 
     Raises
     ------
@@ -94,7 +138,7 @@ def parallelize(
         and (vocabulary_parallel or role != "vocabulary")
     }
     _check_heads(chain.model, group.size)
-    splitter = _Splitter(chain.model, group, sink, sequence_parallel)
+    splitter = _Splitter(chain.model, group, sink, sequence_parallel, sharing)
     for path, role in plan.items():
         splitter.split_module(path, role)
     splitter.hook_entrances(plan, inside)
@@ -107,8 +151,17 @@ def parallelize(
 class _Splitter:
     """Splits modules one by one and keeps the record."""
 
-    def __init__(self, model: nn.Module, group: TensorGroup, sink: WeightGradientSink, sequence_parallel: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        group: TensorGroup,
+        sink: WeightGradientSink,
+        sequence_parallel: bool,
+        sharing: TensorGroup | None,
+    ) -> None:
         self.shards = TensorShards(group)
+        self._sharing = sharing
+        self._regrouped: set[int] = set()
         self._model = model
         self._group = group
         self._sink = sink
@@ -126,18 +179,30 @@ class _Splitter:
             raise InvalidArgument(
                 f"{path!r} is {type(module).__name__}, tensor parallelism splits nn.Linear", field="degrees.tp"
             )
-        self._split_parameter(path, module, "weight", 1 if role == "row" else 0)
+        sharing = self._sharing if role == "column" and self._is_key_value(path, module) else None
+        self._split_parameter(path, module, "weight", 1 if role == "row" else 0, sharing)
         if role == "row":
             leave = scatter if self._sequence_parallel else reduce
             module.forward = partial(_row, module, self._group, self._sink, leave)
             return
-        self._split_parameter(path, module, "bias", 0)
+        self._split_parameter(path, module, "bias", 0, sharing)
         forward: Callable[[Tensor], Tensor] = partial(_column, module, self._sink)
         module.forward = forward
         if role == "vocabulary":
             device = module.weight.device.type
             mesh = DeviceMesh.from_group(self._group.group, device)
             module.forward = partial(_head, forward, self._group, mesh)
+
+    def _is_key_value(self, path: str, module: nn.Linear) -> bool:
+        """Whether a column layer makes keys or values; lets its attention know how many queries share a head here."""
+        owner = self._model.get_submodule(path.rpartition(".")[0])
+        size, count = getattr(owner, "head_dim", None), num_key_value_heads(self._model)
+        if self._sharing is None or not isinstance(size, int) or module.out_features != size * (count or 0):
+            return False
+        if id(owner) not in self._regrouped and isinstance(getattr(owner, "num_key_value_groups", None), int):
+            self._regrouped.add(id(owner))
+            owner.num_key_value_groups //= self._sharing.size
+        return True
 
     def hook_entrances(self, plan: Mapping[str, Role], layers: Iterable[str]) -> None:
         """Let column layers communicate at their entrance, those that share an input once.
@@ -171,7 +236,9 @@ class _Splitter:
                 if id(parameter) not in self.shards.dimensions:
                     self.shards.partial.add(id(parameter))
 
-    def _split_parameter(self, path: str, module: nn.Module, name: str, dimension: int) -> None:
+    def _split_parameter(
+        self, path: str, module: nn.Module, name: str, dimension: int, sharing: TensorGroup | None = None
+    ) -> None:
         parameter = module._parameters.get(name)
         if parameter is None or parameter.is_meta:
             return
@@ -180,17 +247,20 @@ class _Splitter:
             return
         if id(parameter) in self.shards.dimensions:
             return
-        size = parameter.shape[dimension]
-        if size % self._group.size:
+        size, copies = parameter.shape[dimension], 1 if sharing is None else sharing.size
+        parts = self._group.size // copies
+        if size % parts:
             raise InvalidArgument(
-                f"{path}.{name} has {size} in dimension {dimension}, which {self._group.size} ranks do not divide",
+                f"{path}.{name} has {size} in dimension {dimension}, which {parts} ranks do not divide",
                 field="degrees.tp",
                 hint="take a degree that divides it, or pad it",
             )
-        own = parameter.detach().chunk(self._group.size, dim=dimension)[self._group.index].clone()
+        own = parameter.detach().chunk(parts, dim=dimension)[self._group.index // copies].clone()
         made = nn.Parameter(own, requires_grad=parameter.requires_grad)
         self._split[id(parameter)] = (parameter, made)
         self.shards.dimensions[id(made)] = dimension
+        if sharing is not None:
+            self.shards.shared[id(made)] = sharing
         module._parameters[name] = made
 
 
@@ -215,14 +285,29 @@ class _Entrance:
         self._last = None
 
 
+def num_key_value_heads(model: nn.Module) -> int | None:
+    """Return the key-value heads that the model's configuration tells of; None when it does not."""
+    heads = getattr(getattr(model, "config", None), "num_key_value_heads", None)
+    return heads if isinstance(heads, int) else None
+
+
+def key_value_copies(model: nn.Module, size: int) -> int:
+    """Return how many of `size` tensor-parallel ranks hold one key-value head between them; 1 when each has its own."""
+    heads = num_key_value_heads(model)
+    return size // heads if heads and heads < size and size % heads == 0 else 1
+
+
 def _check_heads(model: nn.Module, size: int) -> None:
-    config = getattr(model, "config", None)
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, name, None)
-        if isinstance(heads, int) and heads % size:
-            raise InvalidArgument(
-                f"the model has {heads} {name}, which tp = {size} does not divide", field="degrees.tp"
-            )
+    heads, pairs = getattr(getattr(model, "config", None), "num_attention_heads", None), num_key_value_heads(model)
+    if isinstance(heads, int) and heads % size:
+        raise InvalidArgument(
+            f"the model has {heads} num_attention_heads, which tp = {size} does not divide", field="degrees.tp"
+        )
+    if pairs is not None and pairs % size and size % pairs:
+        raise InvalidArgument(
+            f"the model has {pairs} num_key_value_heads, which neither divide by tp = {size} nor divide it",
+            field="degrees.tp",
+        )
 
 
 def _column(module: nn.Linear, sink: WeightGradientSink, inputs: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     Under sequence parallelism the sequence is split at the first block and joined behind the last, which gathers gradients
     at the one and values at the other; embedding and head lie outside and sum whole tensors. Parameters of blocks that
     tensor parallelism copies see a part of the sequence each, so their gradients are summed: once an iteration, or before
-    each scatter of ZeRO-2 and 3.
+    each scatter of ZeRO-2 and 3. So are those of keys and values whose heads are fewer than the devices.
     """
     degrees = plan.stages[stage].degrees
     devices, repeats = degrees.num_devices, plan.schedule.num_microbatches
@@ -89,6 +89,7 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     blocks = [layer for layer, kind in enumerate(kinds) if kind == "block"]
     ends = (blocks[0], blocks[-1] + 1) if blocks and degrees.sp else ()
     levels = plan.stages[stage].recompute_levels()
+    sums = units if degrees.zero >= 2 and degrees.dp * degrees.cp > 1 else len(plan.schedule.placement)
     for layer, level in zip(plan.stages[stage].layer_indices, levels, strict=True):
         summed = degrees.sp and kinds[layer] in ("embedding", "head", "loss")
         for name, each in row.table.again_link_bytes.items() if level is Recompute.FULL else ():
@@ -103,8 +104,20 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
             )
         if degrees.sp and kinds[layer] == "block":
             size = copied_parameters(profile.classes[profile.layer_classes[layer]]) * plan.job.optimizer.gradient_bytes
-            sums = units if degrees.zero >= 2 and degrees.dp * degrees.cp > 1 else len(plan.schedule.placement)
             _add(total, "all-reduce/tp", 2 * (degrees.tp - 1) / degrees.tp * size * devices * sums)
+        shared, copies = shared_key_values(profile, layer, degrees.tp)
+        if copies > 1:
+            size = shared * plan.job.optimizer.gradient_bytes
+            _add(total, "all-reduce/tp", 2 * (copies - 1) / copies * size * devices * sums)
+
+
+def shared_key_values(profile: ModelProfile, layer: int, tp: int) -> tuple[float, int]:
+    """Return a layer's key-value parameters on one of `tp` devices, and how many devices hold the same and sum their gradients."""
+    heads = tp if profile.architecture is None else profile.architecture.num_kv_heads or tp
+    if heads >= tp:
+        return 0.0, 1
+    operators = profile.classes[profile.layer_classes[layer]].operators
+    return sum(op.parameters for op in operators if "kv" in op.split) / heads, tp // heads
 
 
 def copied_parameters(layer: LayerClass) -> int:

@@ -54,9 +54,9 @@ def outer_step_of(plan: Plan) -> OuterStep | None:
     if every < 1:
         raise InvalidArgument(f"local_steps is {every}, it must be at least 1", field=field)
     degrees = plan.stages[0].degrees
-    if degrees.ep > 1 or plan.schedule.num_replicas > 1:
+    if degrees.ep * degrees.etp > 1 or plan.schedule.num_replicas > 1:
         raise InvalidArgument(
-            f"local_steps is {every} with ep {degrees.ep} and {plan.schedule.num_replicas} model replicas in a pipeline, "
+            f"local_steps is {every} with ep {degrees.ep}, etp {degrees.etp} and {plan.schedule.num_replicas} model replicas in a pipeline, "
             "which meet at each step",
             field=field,
             hint="pin ep=1 and take a schedule of one direction",

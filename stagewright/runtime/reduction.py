@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.runtime.gradient_buffer import BUCKET_BYTES, GradientBuffer
 from stagewright.runtime.ring import Ring
@@ -408,20 +409,28 @@ def local_gradient(parameter: nn.Parameter) -> Tensor:
 
 def squared_norm(pairs: Iterable[tuple[nn.Parameter, Tensor]], shards: TensorShards) -> Tensor:
     """Return the squared norm of gradients, those of parameters that tensor parallelism copies divided by the copies."""
-    copies = 1 if shards.group is None else shards.group.size
+    whole = 1 if shards.group is None else shards.group.size
     total = torch.zeros((), dtype=torch.float64)
     for parameter, gradient in pairs:
-        share = 1.0 if id(parameter) in shards.dimensions else 1.0 / copies
+        share = 1.0 / (shards.num_copies(parameter) if shards.is_split(parameter) else whole)
         total += share * gradient.detach().double().square().sum().cpu()
     return total
 
 
 def sum_partial(parameters: Iterable[nn.Parameter], shards: TensorShards) -> None:
-    """Sum, over the tensor-parallel group, the gradients of parameters that see only a part of the sequence."""
-    chosen = [parameter for parameter in parameters if id(parameter) in shards.partial]
-    if shards.group is None or not chosen:
+    """Sum the gradients of parameters that see only a part of the sequence, or of the queries, over the ranks with the others."""
+    seen = list(parameters)
+    if shards.group is not None:
+        _sum_over(shards.group, [parameter for parameter in seen if id(parameter) in shards.partial])
+    sharing = {id(shards.shared[id(each)]): shards.shared[id(each)] for each in seen if id(each) in shards.shared}
+    for group in sharing.values():
+        _sum_over(group, [each for each in seen if shards.shared.get(id(each)) is group])
+
+
+def _sum_over(group: TensorGroup, chosen: Sequence[nn.Parameter]) -> None:
+    if not chosen:
         return
-    flat = shards.group.all_reduce(torch.cat([local_gradient(parameter).reshape(-1) for parameter in chosen]))
+    flat = group.all_reduce(torch.cat([local_gradient(parameter).reshape(-1) for parameter in chosen]))
     offset = 0
     for parameter in chosen:
         gradient = local_gradient(parameter)

@@ -19,7 +19,11 @@ from stagewright.runtime.replay import ComposedStep
 
 GRADIENT_LIMITS: Mapping[str, float] = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3, "fp8": 2e-1}
 MEMORY_LIMIT = 0.03
-ROUTED = ("all-to-all/ep",)  # bytes that depend on which experts the tokens choose
+ROUTED = (
+    "all-to-all/ep",
+    "all-gather/etp",
+    "reduce-scatter/etp",
+)  # bytes that depend on which experts the tokens choose
 TRAFFIC_LIMIT, LENT_LIMIT = 1e-9, 0.03  # what is lent are activations, as close as the prediction of memory
 
 

@@ -23,19 +23,14 @@ def check_supported(plan: Plan) -> None:
                 field=f"{field}.degrees",
                 hint="plan with equal degrees for all stages",
             )
-        if degrees.etp > 1:
+        experts = degrees.ep * degrees.etp
+        owners = degrees.num_devices // experts
+        if experts > 1 and degrees.zero > 1 and owners > 1:
             raise InvalidArgument(
-                f"etp is {degrees.etp}, the runtime divides experts and not the tensors of one",
-                field=f"{field}.degrees.etp",
-                hint="pin etp=1",
-            )
-        owners = degrees.num_devices // degrees.ep
-        if degrees.ep > 1 and degrees.zero > 1 and owners > 1:
-            raise InvalidArgument(
-                f"zero is {degrees.zero} with ep {degrees.ep} on {degrees.num_devices} devices; experts that {owners} "
-                "devices own are sharded at ZeRO stage 1 only",
+                f"zero is {degrees.zero} with ep {degrees.ep} and etp {degrees.etp} on {degrees.num_devices} devices; "
+                f"experts that {owners} devices own are sharded at ZeRO stage 1 only",
                 field=f"{field}.degrees.zero",
-                hint="pin zero=1, or an ep that covers all devices of the stage",
+                hint="pin zero=1, or an ep x etp that covers all devices of the stage",
             )
         if stage.batch_shares:
             raise InvalidArgument(

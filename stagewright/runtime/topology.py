@@ -75,6 +75,11 @@ class Topology:
         first = self._place[1] - self.coordinates.tp
         return tuple(ranks[first : first + self.degrees.tp])
 
+    def key_value_ranks(self, copies: int) -> tuple[int, ...]:
+        """Return those of `tensor_ranks` that hold the same key-value head as this rank: `copies` neighbours."""
+        first = self.coordinates.tp // copies * copies
+        return self.tensor_ranks[first : first + copies]
+
     @property
     def context_ranks(self) -> tuple[int, ...]:
         """Global ranks that divide this rank's sequences with it, in the order of their parts."""
@@ -104,14 +109,22 @@ class Topology:
 
     @property
     def expert_ranks(self) -> tuple[int, ...]:
-        """Global ranks that divide this rank's experts with it: neighbours in the pipeline rank, across all its axes."""
-        ranks = self.plan.mapping.pipeline_ranks[self.pipeline_rank]
-        first = self._place[1] // self.degrees.ep * self.degrees.ep
-        return tuple(ranks[first : first + self.degrees.ep])
+        """Global ranks that divide this rank's experts with it: across all axes of the pipeline rank, every etp-th device."""
+        ranks, etp = self.plan.mapping.pipeline_ranks[self.pipeline_rank], self.degrees.etp
+        size = etp * self.degrees.ep
+        first = self._place[1] // size * size + self._place[1] % etp
+        return tuple(ranks[first : first + size : etp])
+
+    @property
+    def expert_tensor_ranks(self) -> tuple[int, ...]:
+        """Global ranks that split the tensors of this rank's experts with it: neighbours in the pipeline rank."""
+        ranks, etp = self.plan.mapping.pipeline_ranks[self.pipeline_rank], self.degrees.etp
+        first = self._place[1] // etp * etp
+        return tuple(ranks[first : first + etp])
 
     def expert_gradient_ranks(self, stage: int) -> tuple[int, ...]:
         """Return the global ranks that own the same experts of a stage as this rank."""
-        size = self.degrees.ep
+        size = self.degrees.ep * self.degrees.etp
         holders = {row[stage] for row in self.plan.schedule.placement}
         return tuple(
             sorted(

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.context_attention import ContextAttention, ContextGroups, positions_of
-from stagewright.modeling.expert_parallel import divide_experts
+from stagewright.modeling.expert_parallel import ExpertGroups, divide_experts
 from stagewright.modeling.keep import keep_layers, move_to
 from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.seeding import microbatch_seed
 from stagewright.modeling.slicing import divide_sequence, equal_lengths, select_sequence, sequence_length
 from stagewright.modeling.tensor_collectives import TensorGroup
-from stagewright.modeling.tensor_parallel import TensorShards, parallelize
+from stagewright.modeling.tensor_parallel import TensorShards, key_value_copies, parallelize
 from stagewright.modeling.unfilled import fill_layers
 from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
 from stagewright.planner.documents.plan import Plan
@@ -489,12 +489,16 @@ class Worker:
     def _divide_experts(self, held: frozenset[int]) -> set[int]:
         """Divide this rank's experts, where the plan does; returns the ids of their parameters."""
         views = [Topology(self.plan, rank) for rank in range(dist.get_world_size())]
-        group = self.groups.make_all("experts", {view.expert_ranks for view in views})
-        if group is None:
+        experts = self.groups.make_all("experts", {view.expert_ranks for view in views})
+        tensors = self.groups.make_all("expert tensors", {view.expert_tensor_ranks for view in views})
+        if experts is None and tensors is None:
             return set()
-        expert_group = TensorGroup(group, self._traffic, "ep")
-        copies = None if self.topology.degrees.sp else self._shards.group
-        return divide_experts(self.chain, sorted(held), expert_group, self._shards, same_tokens=copies)
+        groups = ExpertGroups(
+            None if experts is None else TensorGroup(experts, self._traffic, "ep"),
+            None if tensors is None else TensorGroup(tensors, self._traffic, "etp"),
+            None if self.topology.degrees.sp else self._shards.group,
+        )
+        return divide_experts(self.chain, sorted(held), groups, self._shards)
 
     def _context_attention(self) -> Callable[[], ContextAttention] | None:
         """Return what makes the attention over this rank's context-parallel group, where it has one."""
@@ -528,11 +532,15 @@ class Worker:
         if group is None:
             return TensorShards()
         degrees = self.topology.degrees
+        copies = key_value_copies(self.chain.model, degrees.tp)
+        views = [Topology(self.plan, rank) for rank in range(dist.get_world_size())]
+        sharing = self.groups.make_all("key-value heads", {view.key_value_ranks(copies) for view in views})
         return parallelize(
             self.chain,
             sorted(held),
             TensorGroup(group, self._traffic),
             self._sink,
+            sharing=None if sharing is None else TensorGroup(sharing, self._traffic),
             sequence_parallel=degrees.sp,
             vocabulary_parallel=degrees.vocab_parallel,
         )
@@ -591,7 +599,7 @@ class Worker:
 
     def _expert_gradient_group(self, stage: int) -> dist.ProcessGroup | None:
         """Make the groups of ranks that own the same experts of a stage; returns this rank's."""
-        if self.topology.degrees.ep == 1:
+        if self.topology.degrees.ep * self.topology.degrees.etp == 1:
             return None
         sets = []
         for rank in range(dist.get_world_size()):

@@ -2,7 +2,7 @@
 
 Starting a rank costs seconds, a case a fraction of one: all cases of a world size share its ranks. A case that fails on
 one rank leaves the others waiting: then, and after a timeout, the pool is ended and the next case gets a new one. Where
-every rank refuses a case, all are ready for the next.
+every rank refuses a case in the same words, all are ready for the next.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 REFUSAL_S = 3.0  # for which the other ranks are waited for when one has raised
+START_S = 500.0  # for which ranks may start and join: eight of them on a busy machine take minutes
 PRELOADED = ["torch", "torch.distributed", "torch.distributed.tensor.parallel", "runtime_cases"]
 
 
@@ -33,11 +34,16 @@ class RankPool:
         self._pipes: list[Connection] = []
         self._number = 0
 
-    def run(self, function: str, argument: object, *, timeout_s: float = 120.0) -> list[Any]:
+    def run(self, function: str, argument: object, *, timeout_s: float = 300.0) -> list[Any]:
         if not self._processes:
             self._start()
+            self._results("the start", timeout_s=START_S)
         for pipe in self._pipes:
             pipe.send((function, argument))
+        return self._results(f"{function}({argument})", timeout_s=timeout_s)
+
+    def _results(self, what: str, *, timeout_s: float) -> list[Any]:
+        """Return what every rank answers; raises for a rank that raised, died or does not answer."""
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         while len(results) + len(errors) < self.num_ranks:
@@ -47,9 +53,7 @@ class RankPool:
                 break
             if not ready:
                 self.close()
-                raise TimeoutError(
-                    f"ranks {sorted(waiting.values())} of {self.num_ranks} hang in {function}({argument})"
-                )
+                raise TimeoutError(f"ranks {sorted(waiting.values())} of {self.num_ranks} hang in {what}")
             for pipe in ready:
                 index = waiting[pipe]
                 try:
@@ -58,7 +62,8 @@ class RankPool:
                     kind, value = "error", f"rank {index} died"
                 (errors if kind == "error" else results)[index] = value
         if errors:
-            if results or len(errors) < self.num_ranks:
+            refusals = {value.strip().splitlines()[-1] for value in errors.values()}
+            if len(errors) < self.num_ranks or len(refusals) > 1 or any("died" in value for value in refusals):
                 self.close()
             index, value = min(errors.items())
             raise RankError(f"rank {index} of {self.num_ranks}: {value}")
@@ -105,8 +110,10 @@ def _serve(rank: int, num_ranks: int, port: int, pipe: Connection, path: str) ->
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=60))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
+    store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=START_S))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=START_S))
+    dist.barrier()
+    pipe.send(("result", None))
     while True:
         try:
             function, argument = pipe.recv()

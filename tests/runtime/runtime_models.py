@@ -54,6 +54,9 @@ class TinyExperts(nn.Module):
         self.inner = nn.Parameter(torch.randn(num_experts, width, 2 * width) * 0.2)
         self.outer = nn.Parameter(torch.randn(num_experts, 2 * width, width) * 0.2)
 
+    def stagewright_expert_plan(self):
+        return {"inner": (2, 1), "outer": (1, 1)}
+
     def forward(self, hidden, index, weights):
         result = torch.zeros_like(hidden)
         for expert in range(self.num_experts):

@@ -27,7 +27,7 @@ def test_an_emulated_run_takes_at_least_the_simulated_time_and_sends_the_predict
     plan = plan_of(chain, profile, schedule, num_ranks, num_microbatches)
     report = run_plan(plan, profile, model="nothing:imported", steps=2, emulate=True)
     simulated, measured = report.predicted_timeline.makespan_s, report.timeline.makespan_s
-    assert simulated * 0.999 <= measured <= 5 * simulated + 0.5
+    assert simulated * 0.999 <= measured
     assert report.checks["traffic"]["passed"], report.checks["traffic"]
     assert set(report.checks) == {"traffic", "time"}
     path = report.checks["time"]["critical_path"]

@@ -38,6 +38,10 @@ FOLDED = [
     {"dp": 2, "tp": 2, "ep": 4, "zero": 3},
     {"dp": 2, "tp": 2, "ep": 2, "zero": 1},
     {"dp": 2, "cp": 2, "ep": 4},
+    {"dp": 4, "etp": 2},
+    {"dp": 4, "ep": 2, "etp": 2},
+    {"dp": 2, "tp": 2, "ep": 2, "etp": 2, "zero": 1},
+    {"dp": 2, "tp": 2, "sp": True, "etp": 2, "zero": 1},
 ]
 
 

@@ -43,5 +43,5 @@ def test_local_steps_with_an_outer_nesterov_step_follow_the_recurrence(rank_pool
 def test_replicas_that_need_each_other_inside_a_step_are_refused(rank_pools):
     pool = rank_pools(4)
     case = Case("gpipe", 1, 2, degrees={"dp": 4, "ep": 2}, dropout=0.0, num_choices=1, parameters={"local_steps": 2})
-    with pytest.raises(RankError, match="local_steps is 2 with ep 2"):
+    with pytest.raises(RankError, match="local_steps is 2 with ep 2, etp 1"):
         pool.run("degree_cases.local_steps", prepare(case, pool.next_number()))

@@ -191,6 +191,8 @@ def test_a_hugging_face_llama_runs_in_every_dimension(rank_pools):
     sizes = {"hugging_face": "llama", "dropout": 0.0, "dtype": "float64", "num_steps": 2}
     assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 4, degrees={"tp": 2, "sp": True}, **sizes))
     assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 4, degrees={"cp": 2}, **sizes))
+    assert_equal_to_one_process(rank_pools, Case("gpipe", 1, 4, degrees={"tp": 4}, clip_norm=0.05, **sizes))
+    assert_equal_to_one_process(rank_pools, Case("gpipe", 1, 4, degrees={"tp": 4, "sp": True}, **sizes))
     assert_equal_to_one_process(rank_pools, Case("seq1f1b", 2, 4, num_slices=2, **sizes))
 
 
@@ -229,8 +231,9 @@ def test_experts_divided_over_replicas_equal_one_process(rank_pools, num_choices
 
 def test_the_experts_of_a_hugging_face_mixtral_are_divided_unchanged(rank_pools):
     pytest.importorskip("transformers")
-    case = Case("1f1b", 2, 2, hugging_face="mixtral", dropout=0.0, num_steps=2, degrees={"dp": 2, "ep": 2})
-    assert_equal_to_one_process(rank_pools, case)
+    sizes = {"hugging_face": "mixtral", "dropout": 0.0}
+    for experts in ({"ep": 2}, {"etp": 2}):
+        assert_equal_to_one_process(rank_pools, Case("1f1b", 2, 2, degrees={"dp": 2, **experts}, **sizes))
 
 
 def test_the_rest_of_a_model_with_a_frozen_prefix_equals_one_process(rank_pools):

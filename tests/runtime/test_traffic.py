@@ -64,6 +64,7 @@ SPLIT = [
     {"cp": 2, "ulysses": 2},
     {"cp": 4, "ulysses": 2},
     {"tp": 2, "sp": True, "dp": 2, "zero": 2},
+    {"tp": 4, "sp": True},  # two key-value heads
 ]
 
 
