@@ -9,6 +9,7 @@ replaces those and keeps the others.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -75,11 +76,19 @@ def measure(name: str) -> dict[str, object]:
     }
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Measure the named cases (all of the catalogue's by default), print a line each and keep them."""
-    names = [name for name in arguments if not name.startswith("--")] or list(CASES)
-    if "--growth" in arguments:
-        names += [*DEVICES, *LAYERS]
+    known_cases = [*CASES, *DEVICES, *LAYERS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"what to measure, of {', '.join(known_cases)}")
+    parser.add_argument("--growth", action="store_true", help="measure the growth with devices and with layers as well")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.cases if name not in known_cases]
+    if unknown:
+        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(known_cases)}")
+    names = arguments.cases or ([] if arguments.growth else list(CASES))
+    if arguments.growth:
+        names = [*names, *DEVICES, *LAYERS]
     make_plan(
         resolve_model("gpt2"), resolve_cluster("a100-sxm-80g:4x1"), TrainingJob(global_batch=8, sequence_length=512)
     )
@@ -93,4 +102,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

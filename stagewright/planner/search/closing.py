@@ -3,9 +3,8 @@
     light program    stage totals without recomputation and memory: a bound in a few milliseconds
     few partitions   enumerate them (`enumeration`): exact
     full program     levels and memory rows, same cuts
-    integers         round the program's point and move layers; then whole layers and levels, and binaries for workspaces,
-                     with the target as ceiling: a solution is simulated, completed and moved, and its path is one more
-                     row; none left is the proof, and what is found early lowers the target of all that follow
+    branching        whole layers, levels and workspaces (`branching`): what is found lowers the target of all that follow,
+                     no node left is the proof
 
 Cuts belong to the order and not to the candidate, so those that carried a multiplier are kept for all candidates that
 share the order. Kelley's iterates are drawn towards the best point known (Wentges smoothing), which saves half of them.
@@ -18,8 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.search.branching import Branching
 from stagewright.planner.search.candidate_costs import CandidateCosts
-from stagewright.planner.search.cut_program import MOST_NODES, MOST_WHOLE, CutProgram, Form, Point, reachable
+from stagewright.planner.search.cut_program import CutProgram, Form, Point, reachable
 from stagewright.planner.search.enumeration import Enumeration, Judge
 from stagewright.planner.search.incumbent import Completion, improve
 from stagewright.planner.search.limits import Limits
@@ -30,9 +30,7 @@ Longs = npt.NDArray[np.int64]
 
 LIGHT_ITERATIONS = 25
 FULL_ITERATIONS = 40
-INTEGER_ITERATIONS = 12
-MOST_NODES_IN_ALL = 3_000
-MOST_WORK = 6_000_000  # sum over all trees of their columns squared, which is about how their roots' seconds grow
+MOST_NODES, MOST_NODES_IN_ALL = 200, 3_000
 _SMOOTHING = 0.85
 _TOLERANCE = 1e-7
 _PROMISING = 1.06  # a rounded point this far above the incumbent is not improved
@@ -58,7 +56,6 @@ class Closer:
     cuts: dict[OrderKey, list[Cut]] = field(default_factory=dict)
     num_programs: int = 0
     num_nodes: int = 0
-    work: int = 0
 
     def close(
         self,
@@ -101,49 +98,36 @@ class Closer:
         rank_layers: tuple[Longs, Longs] | None,
         judge: Judge,
     ) -> Closed:
-        """Return what integer programs prove of a candidate that linear ones left open with `bound_s`.
+        """Return what branching proves of a candidate that linear programs left open with `bound_s`.
 
-        Everything is whole where the program is small, else the sums over each rank. A completion that lowers the incumbent
-        lowers the target by as much.
+        A completion that lowers the incumbent lowers the target by as much.
         """
-        best: Completion | None = None
-        program = CutProgram(costs, form="whole", rank_layers=rank_layers)
-        if program.num_columns > MOST_WHOLE:
-            program = CutProgram(costs, form="ranks", rank_layers=rank_layers)
-        shared = self.cuts.setdefault(costs.order.key, [])
-        added: list[Cut] = []
-        program.add(shared)
-        nodes, simulated, reason = MOST_NODES, 0, "open"
-        for _ in range(INTEGER_ITERATIONS):
-            goal_s = target_s if best is None else min(target_s, best.step_s / (1.0 + self.limits.gap))
-            if nodes <= 0 or self._is_spent or self.limits.reached() is not None:
-                break
-            point = program.below(goal_s, nodes, self.limits.left_s())
-            self.work += program.num_columns**2
-            nodes -= max(program.nodes, 1)
-            self.num_nodes += max(program.nodes, 1)
-            if point is None:
-                bound_s, reason = max(bound_s, goal_s), "integer program"
-                break
-            bound_s = max(bound_s, min(goal_s, point.bound_s * (1 - _TOLERANCE)))
-            value, cut = _trace(costs, point)
-            moved, made = improve(costs, _rounded(costs, point), give_up_s=_PROMISING * incumbent_s)
-            simulated += 2 + made
-            new = [cut] if value > point.theta_s * (1 + _TOLERANCE) else []
-            for found in (_as_it_is(costs, point), moved):
-                if found is not None and (best is None or found.step_s < best.step_s):
-                    new.append(found.cut)
-                    best = judge(found)
-            if not new:
-                break
-            program.add(new)
-            added += new
-        self.cuts[costs.order.key] = _merged(shared, added)
-        return Closed(bound_s, reason, best, simulated)
+        simulated = 0
 
-    @property
-    def _is_spent(self) -> bool:
-        return self.num_nodes >= MOST_NODES_IN_ALL or self.work >= MOST_WORK
+        def complete(point: Point, is_whole: bool) -> Completion | None:
+            nonlocal simulated
+            if is_whole:
+                found, made = _as_it_is(costs, point), 1
+            else:
+                found, made = self._near(costs, point, incumbent_s)
+            simulated += made
+            return None if found is None else judge(found)
+
+        shared = self.cuts.setdefault(costs.order.key, [])
+        program = CutProgram(costs, form="whole", rank_layers=rank_layers)
+        branching = Branching(costs, program, list(shared), target_s, self.limits.gap, _trace, complete)
+        nodes = min(MOST_NODES, MOST_NODES_IN_ALL - self.num_nodes)
+        proved_s = branching.run(nodes, lambda: self.limits.reached() is not None)
+        self.num_nodes += branching.num_nodes
+        self.cuts[costs.order.key] = _merged(shared, list(branching.carrying.values()))
+        simulated += branching.simulated
+        reason = "branching" if proved_s >= branching.target_s else "open"
+        return Closed(max(bound_s, proved_s), reason, branching.best, simulated)
+
+    @staticmethod
+    def _near(costs: CandidateCosts, point: Point, incumbent_s: float) -> tuple[Completion | None, int]:
+        """Return a completion near a fractional point, moved where it is promising, and the simulations made."""
+        return improve(costs, _rounded(costs, point), give_up_s=_PROMISING * incumbent_s)
 
     def _kelley(
         self,

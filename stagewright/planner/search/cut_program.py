@@ -16,15 +16,16 @@ and workspaces are whole. The light program has no e and no memory rows: rho_r i
 as it visits the stage of r that it visits least, over the number of replicas, each of which would count the stage again.
 F, I, W and the tails are linear in n and e; hops take the least tensor that may cross.
 
-The integer programs have whole n and e, or whole sums of them over each rank, all live vectors, the target as ceiling of theta, and for the workspace of rank r
+The whole program is the one that `branching` branches on. It has all live vectors, and for the workspace of rank r
 
          sum_s sum_{m >= l} e[s, k, m] <= hi_r z[r, l],  z binary      for the largest class k
          workspace = w_0 + sum_l (w_l - w_{l-1})+ z[r, l]
 
          sum_{t <= s} n[t, k] / N_k >= sum_{t <= s} n[t, k + 1] / N_{k + 1}        runs in the model's order
 
-Still a relaxation (hops are least, and so are workspaces of small classes), but what fractions of layers hide is gone: infeasible
-means that nothing of the candidate is below the target. Nodes are limited, and seconds by a deadline only, so answers repeat.
+and names what is whole in every completion (`wholes`): n, e, z, and the sums of n and e over stages and ranks. Alone it is
+another linear program; with all of these whole it is still a relaxation, because hops are least and so are the workspaces of
+small classes.
 
 Kelley's method (1960): solve, simulate at the solution, add its critical path as a row, until the bound passes the
 target or the simulated point falls below it. HiGHS keeps the basis between solves.
@@ -33,9 +34,10 @@ target or the simulated point falls below it. HiGHS keeps the basis between solv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import highspy
 import numpy as np
@@ -50,25 +52,38 @@ Longs = npt.NDArray[np.int64]
 
 MOST_VECTORS = 4
 MOST_LISTED = 80  # layers of a rank up to which every number is tried
-MOST_NODES = 400
-MOST_WHOLE = 250  # columns of a program where all are whole; more take tens of seconds
-_INTEGER_GAP = 1e-3  # at which a tree stops: its dual bound counts, not its point
+_NO_LIMIT = 2**31 - 1
 
-Form = Literal["light", "full", "ranks", "whole"]
+Form = Literal["light", "full", "whole"]
+
+# What is whole, in the order in which it decides most.
+ENDS, RANKS, SWITCHES, RAISED_ON_RANKS, STAGES, RAISED, CELLS = range(7)
+
+
+class Wholes(NamedTuple):
+    """Rows and columns that are whole in every completion, [n] each: kind, which of the two, its index, and limits.
+
+    ENDS are layers of small classes on a stage, RANKS layers of the largest class on a rank, SWITCHES workspaces,
+    RAISED_ON_RANKS raised layers of the largest class on a rank, STAGES all layers of a stage, RAISED and CELLS columns.
+    """
+
+    kind: Longs
+    is_row: npt.NDArray[np.bool_]
+    place: Longs
+    low: Floats
+    high: Floats
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A solution: bound in seconds, layers [S, K], raised layers [S, K, 3] (level 0 unused), and theta at it, seconds.
+    """A solution: bound in seconds, layers [S, K], raised layers [S, K, 3] (level 0 unused).
 
-    `extra_s` [S] is recomputation of a microbatch on each stage that no raised layer stands for. Theta is above the bound
-    where a tree was left early, and minus infinity at a point that no program returned.
+    `extra_s` [S] is recomputation of a microbatch on each stage that no raised layer stands for.
     """
 
     bound_s: float
     layers: Floats
     raised: Floats
-    theta_s: float = -np.inf
     extra_s: float | Floats = 0.0
 
     @property
@@ -96,11 +111,7 @@ class CutProgram:
         self._columns(rank_layers)
         self._rows(rank_layers)
         self.num_cuts = 0
-        self.nodes = 0
-
-    @property
-    def _is_integer(self) -> bool:
-        return self._form in ("ranks", "whole")
+        self._first_cut = self._solver.getNumRow()
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -114,24 +125,19 @@ class CutProgram:
         self._position = np.full(stages * runs, -1, dtype=np.int64)
         self._position[self._cells] = np.arange(len(self._cells))
         whole = 1 + len(self._cells) * (1 + len(self._raise))
-        ranks = self._costs.order.num_ranks if self._is_integer else 0
-        totals = ranks * (1 + len(self._raise)) if self._form == "ranks" else 0
+        ranks = self._costs.order.num_ranks if self._form == "whole" else 0
         self._num_floors = 0 if self._form != "light" or self._floors is None else self._costs.order.num_ranks
-        count = whole + ranks * len(self._raise) + totals + self._num_floors
+        count = whole + ranks * len(self._raise) + self._num_floors
         upper = np.full(count, np.inf)
         most = np.tile(self._costs.runs.length.astype(np.float64), (stages, 1))
         upper[1:whole] = np.tile(most.ravel()[self._cells], 1 + len(self._raise))
         upper[whole : whole + ranks * len(self._raise)] = 1.0
-        self._first_switch, self._first_total, self._num_totals = whole, count - totals, totals
+        self._first_switch = whole
         cost = np.zeros(count)
         cost[0] = 1.0
         self._solver.addVars(count, np.zeros(count), upper)
         self._solver.changeColsCost(count, np.arange(count, dtype=np.int32), cost)
         self.num_columns = count
-        if self._is_integer:
-            columns = np.arange(whole if totals else 1, count, dtype=np.int32)
-            kinds = np.full(len(columns), int(highspy.HighsVarType.kInteger), dtype=np.uint8)
-            self._solver.changeColsIntegrality(len(columns), columns, kinds)
 
     def _index(self, stage: int, run: int) -> int:
         """Return the column of a run on a stage, 0 where it cannot stand."""
@@ -152,6 +158,7 @@ class CutProgram:
         stages, runs = self._shape
         stage_of, run_of = self._cells // runs, self._cells % runs
         layers = slice(1, 1 + count)
+        self._has_rank_rows = rank_layers is not None
         whole = np.zeros((runs, self.num_columns))
         whole[run_of, 1 + np.arange(count)] = 1.0
         number = costs.runs.length.astype(np.float64)
@@ -183,9 +190,8 @@ class CutProgram:
                 most[np.arange(count), 1 + count * (1 + position) + np.arange(count)] = 1.0
             blocks.append((most, np.full(count, -np.inf), np.zeros(count)))
         self._add_all(*(np.concatenate(part) for part in zip(*blocks, strict=True)))
-        if self._is_integer:
+        if self._form == "whole":
             self._run_order_rows()
-            self._total_rows()
         if self._form != "light":
             self._memory_rows(rank_layers)
 
@@ -213,18 +219,44 @@ class CutProgram:
                         value.append(sign / length[which])
                 self._add(0.0, np.inf, index, value)
 
-    def _total_rows(self) -> None:
-        """Sum each rank's layers of the largest class, and its raised ones by level, into whole numbers."""
-        if not self._num_totals:
-            return
-        costs, blocks = self._costs, 1 + len(self._raise)
-        of_class = costs.classes.run_class
-        bulk = np.flatnonzero(of_class == of_class[costs.bulk_run]).tolist()
-        for rank, slots in enumerate(costs.order.slots):
-            cells = [self._index(slot.stage, run) for slot in slots for run in bulk if self._index(slot.stage, run)]
-            for block in range(blocks):
-                index, value = _merged([cell + block * len(self._cells) for cell in cells], [1.0] * len(cells))
-                self._add(0.0, 0.0, [*index, self._first_total + rank * blocks + block], [*value, -1.0])
+    @cached_property
+    def wholes(self) -> Wholes:
+        """What is whole in every completion; the sums of raised layers over ranks become rows at the first call."""
+        assert self._form == "whole" and self.num_cuts == 0
+        costs, of_class = self._costs, self._costs.classes.run_class
+        stages, runs = self._shape
+        count, ranks = len(self._cells), costs.order.num_ranks
+        alike = of_class == of_class[costs.bulk_run]
+        found: list[tuple[int, bool, int]] = []
+        layers = np.where(alike[self._cells % runs], CELLS, ENDS).tolist()
+        found += [(kind, False, 1 + place) for place, kind in enumerate(layers)]
+        found += [(RAISED, False, 1 + place) for place in range(count, count * (1 + len(self._raise)))]
+        switches = range(self._first_switch, self._first_switch + ranks * len(self._raise))
+        found += [(SWITCHES, False, column) for column in switches]
+        found += [(STAGES, True, runs + stage) for stage in range(stages)]
+        if self._has_rank_rows:
+            found += [(RANKS, True, runs + stages + rank) for rank in range(ranks)]
+        for slots in costs.order.slots:
+            for position in range(len(self._raise)):
+                cells = [
+                    self._raised(position, slot.stage, run)
+                    for slot in slots
+                    for run in np.flatnonzero(alike).tolist()
+                    if self._index(slot.stage, run)
+                ]
+                index, value = _merged(cells, [1.0] * len(cells))
+                found.append((RAISED_ON_RANKS, True, self._first_cut))
+                self._add(-np.inf, np.inf, index, value)
+                self._first_cut += 1
+        kind, is_row, place = (np.array(column) for column in zip(*found, strict=True))
+        lp = self._solver.getLp()
+        limits = [
+            np.where(
+                is_row, np.array(of_rows)[np.where(is_row, place, 0)], np.array(of_columns)[np.where(is_row, 0, place)]
+            )
+            for of_rows, of_columns in ((lp.row_lower_, lp.col_lower_), (lp.row_upper_, lp.col_upper_))
+        ]
+        return Wholes(kind, is_row, place, limits[0], limits[1])
 
     def _memory_rows(self, rank_layers: tuple[Longs, Longs] | None) -> None:
         costs = self._costs
@@ -233,7 +265,7 @@ class CutProgram:
             most = costs.num_layers if rank_layers is None else int(rank_layers[1][rank])
             least = self._least_workspace(rank)
             room = (costs.capacity_bytes - least) * scale
-            if self._is_integer:
+            if self._form == "whole":
                 switches, rises = self._workspace_switches(rank, least, most)
                 for live in costs.order.live[rank]:
                     index, value = self._bytes_row(rank, live, np.zeros(3))
@@ -356,43 +388,80 @@ class CutProgram:
             rows[:, 1 + count : 1 + count + self._num_floors] = -visits / costs.order.num_replicas
         return rows, constants * self._scale
 
-    def below(self, target_s: float, nodes: int, left_s: float) -> Point | None:
-        """Return the integer program's best point of at most `target_s` and its dual bound; None when there is none.
+    def limit(self, is_row: bool, index: int, low: float, high: float) -> None:
+        """Set the limits of a row or a column."""
+        change = self._solver.changeRowBounds if is_row else self._solver.changeColBounds
+        change(index, low, high)
 
-        A tree that ends at `nodes`, or at a deadline in `left_s`, without a point returns its bound with an even point.
+    def stop_at(self, target_s: float) -> None:
+        """Let the solver stop where the optimum is sure to be above `target_s`."""
+        self._solver.setOptionValue("objective_bound", target_s * self._scale * (1 + 1e-6))
+
+    def solve_below(self) -> Point | None:
+        """Return the optimum; None when there is none, or where it is sure to be above the target of `stop_at`."""
+        return None if self._is_closed() else self._found()
+
+    def values_of(self, wholes: Wholes) -> Floats:
+        """Return the values of what is whole at the last solution, [n]."""
+        solution = self._solver.getSolution()
+        rows, columns = np.array(solution.row_value), np.array(solution.col_value)
+        at_row, at_column = np.where(wholes.is_row, wholes.place, 0), np.where(wholes.is_row, 0, wholes.place)
+        return np.asarray(np.where(wholes.is_row, rows[at_row], columns[at_column]))
+
+    def probe(self, is_row: bool, index: int, limits: Sequence[tuple[float, float]], steps: int) -> list[float]:
+        """Return a bound under each of some limits of a row or column, after so many dual steps from the last optimum.
+
+        Infinite where the optimum is sure to be above the target. The limits stay at the last ones, the basis does not.
         """
-        self._solver.setOptionValue("presolve", "on")
-        self._solver.setOptionValue("mip_rel_gap", _INTEGER_GAP)
-        self._solver.setOptionValue("mip_max_nodes", nodes)
-        if np.isfinite(left_s):
-            self._solver.setOptionValue("time_limit", self._solver.getRunTime() + max(left_s, 0.0))
-        self._solver.changeColBounds(0, 0.0, target_s * self._scale)
-        self._solver.run()
-        status, info = self._solver.getModelStatus(), self._solver.getInfo()
-        self.nodes = int(info.mip_node_count)
-        if status == highspy.HighsModelStatus.kInfeasible:
-            return None
-        bound_s = float(info.mip_dual_bound) / self._scale
-        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible.value:
-            return replace(self._give_up(), bound_s=bound_s)
+        basis = self._solver.getBasis()
+        self._solver.setOptionValue("simplex_iteration_limit", steps)
+        bounds_s = []
+        for low, high in limits:
+            self.limit(is_row, index, low, high)
+            closed = self._is_closed()
+            bounds_s.append(np.inf if closed else float(self._solver.getInfo().objective_function_value) / self._scale)
+            self._solver.setBasis(basis)
+        self._solver.setOptionValue("simplex_iteration_limit", _NO_LIMIT)
+        return bounds_s
+
+    def misses(self, cut: Cut) -> bool:
+        """Tell whether the last optimum is below a path."""
+        rows, constants = self.rows([cut])
         values = np.array(self._solver.getSolution().col_value)
-        theta_s = float(values[0]) / self._scale
-        if not self._num_totals:
-            values = np.round(values)
-        return Point(bound_s, self._spread(values, 0), self._spread_raised(values), theta_s)
+        return bool(constants[0] - rows[0] @ values > 1e-6 * values[0])
+
+    def carrying(self) -> npt.NDArray[np.bool_]:
+        """Return which cuts are binding in the last basis, [num_cuts]."""
+        status = self._solver.getBasis().row_status[self._first_cut :]
+        return np.array([one != highspy.HighsBasisStatus.kBasic for one in status], dtype=np.bool_)
+
+    def drop(self, chosen: npt.NDArray[np.bool_]) -> None:
+        """Remove cuts, [num_cuts]."""
+        rows = self._first_cut + np.flatnonzero(chosen)
+        self._solver.deleteRows(len(rows), rows.astype(np.int32))
+        self.num_cuts -= len(rows)
+
+    def _is_closed(self) -> bool:
+        self._solver.run()
+        return self._solver.getModelStatus() in (
+            highspy.HighsModelStatus.kInfeasible,
+            highspy.HighsModelStatus.kObjectiveBound,
+        )
 
     def solve(self) -> Point | None:
         """Return the optimum; None when the program has no solution."""
         self._solver.run()
-        status = self._solver.getModelStatus()
-        if status == highspy.HighsModelStatus.kInfeasible:
+        if self._solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
             return None
-        if status != highspy.HighsModelStatus.kOptimal:
+        return self._found()
+
+    def _found(self) -> Point:
+        if self._solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return self._give_up()
         values = np.array(self._solver.getSolution().col_value)
         theta_s = float(values[0]) / self._scale
         layers = self._spread(values, 0)
-        return Point(theta_s, layers, self._spread_raised(values), theta_s, self._spread_floors(values, layers))
+        return Point(theta_s, layers, self._spread_raised(values), self._spread_floors(values, layers))
 
     def _spread_floors(self, values: Floats, layers: Floats) -> float | Floats:
         """Return each rank's recomputation spread over its stages by their layers, [S]."""

@@ -5,7 +5,7 @@
     3  incumbent  complete and simulate the most promising candidates, improve the best
     4  close      with target X = incumbent / (1 + gap), in order of bound: caps, then cuts in a linear program without
                   and with memory (`closing`)
-    5  integers   what is still open, the least bound first: the program with whole layers, levels and workspaces
+    5  branch     what is still open, the least bound first: whole layers, levels and workspaces (`branching`)
 
 At most MOST_PROGRAMS candidates go through linear programs; what is left then keeps its bound, and the gap says so.
 A candidate that is closed has no completion below X. The proved bound is the least of X (or the incumbent, at gap 0) and
@@ -634,7 +634,7 @@ class JointSearch:
         return self._close_whole(opened, closer)
 
     def _close_whole(self, opened: dict[int, float], closer: Closer) -> tuple[float, Termination]:
-        """Close what linear programs left open by integer programs, always the one of least bound, until one stays open.
+        """Close what linear programs left open by branching, always the one of least bound, until one stays open.
 
         The least bound is the proof, so the others would not raise it.
         """
@@ -652,12 +652,12 @@ class JointSearch:
                 if heap[0][1] == index:
                     break
             else:
-                self.count("integer program" if reason == "open" else reason)
+                self.count("branching" if reason == "open" else reason)
         self.count("open", sum(bound_s < self.target_s for bound_s, _ in heap))
         return min([self.target_s, *(bound_s for bound_s, _ in heap)]), "gap"
 
     def _close_one_whole(self, index: int, bound_s: float, closer: Closer) -> tuple[str, float]:
-        """Return why a candidate is closed and the bound that integers prove."""
+        """Return why a candidate is closed and the bound that branching proves."""
         reach, rank_layers = self._order_caps(index)
         if not reach:
             return "caps", self.target_s

@@ -1,0 +1,218 @@
+"""Branch and cut over one candidate: layers, levels and workspaces made whole by branching, paths added where they are missed.
+
+    node      limits on what is whole (`cut_program.Wholes`) beside those of the program
+    solve     the linear program; a node whose optimum is at the target or above is closed
+    cut       simulate at the optimum, add its critical path, solve again, a few times
+    probe     solve a few dual steps with a number rounded down and rounded up; where one of the two is closed, the
+              other holds, and where both are, the node is closed
+    branch    on the number whose two sides rise most (the largest product of rises: strong branching)
+
+First come positions of the small classes (is the head on the last stage or on the one before?), then layers of ranks, workspaces
+and raised layers of ranks: there fractions hide most, and where ranks are nearly full, probing decides many at once.
+
+A whole optimum is a completion: it is simulated, and its path is one more row. Where that does not move the optimum (hops
+and small workspaces are least in the program), its numbers are fixed one after the other, until the completion alone is
+left, whose step is known. So the search is exact but for its limit on nodes, and what is left open keeps its bound.
+
+Complexity: a node is tens of linear programs with a warm basis. Paper: Achterberg, Koch, Martin, Branching rules revisited
+(Operations Research Letters 33, 2005).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.search.candidate_costs import CandidateCosts
+from stagewright.planner.search.cut_program import CELLS, ENDS, RAISED, RAISED_ON_RANKS, CutProgram, Point
+from stagewright.planner.search.incumbent import Completion
+from stagewright.planner.search.order import Cut
+
+Floats = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
+
+FIRST_ROUNDS, ROUNDS = 12, 6
+MOST_CUTS = 120  # of a program; idle ones are dropped above
+_PROBED = 3  # numbers of each kind that are probed; at the root all up to RAISED_ON_RANKS
+_STEPS = 40
+_WHOLE = 1e-6
+_TOLERANCE = 1e-7
+_LITTLE = 2e-4  # of the target, that one round has to raise a bound for another
+
+Limit = tuple[int, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    bound_s: float
+    limits: tuple[Limit, ...]
+
+
+@dataclass(eq=False)
+class Branching:
+    """The search of one candidate for a completion below the target.
+
+    Parameters
+    ----------
+    target_s : completions of at least this long are of no interest.
+    gap : a completion found lowers the target to its step over 1 + gap.
+    trace : value and critical path of a fractional point.
+    complete : completions near a point: as it is where it is whole, and moved; judged.
+    """
+
+    costs: CandidateCosts
+    program: CutProgram
+    cuts: list[Cut]
+    target_s: float
+    gap: float
+    trace: Callable[[CandidateCosts, Point], tuple[float, Cut]]
+    complete: Callable[[Point, bool], Completion | None]
+    best: Completion | None = None
+    simulated: int = 0
+    num_nodes: int = 0
+    carrying: dict[int, Cut] = field(default_factory=dict)
+    _held: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._wholes = self.program.wholes
+        self.program.add(self.cuts)
+        self.program.stop_at(self.target_s)
+
+    def run(self, most_nodes: int, is_late: Callable[[], bool]) -> float:
+        """Return the bound that is proved, the target where every node is closed."""
+        stack = [_Node(-np.inf, ())]
+        while stack and self.num_nodes < most_nodes and not is_late():
+            node = stack.pop()
+            if node.bound_s < self.target_s:
+                self.num_nodes += 1
+                stack += self._children(node)
+        return min([self.target_s, *(node.bound_s for node in stack)])
+
+    def _children(self, node: _Node) -> list[_Node]:
+        """Return what is left of a node: nothing where it is closed; the last one is taken next."""
+        self._hold(node.limits)
+        point = self._solved(FIRST_ROUNDS if not node.limits else ROUNDS)
+        if point is None:
+            return []
+        bound_s = max(node.bound_s, point.bound_s * (1 - _TOLERANCE))
+        values = self.program.values_of(self._wholes)
+        away = np.abs(values - np.round(values))
+        if not (away > _WHOLE).any():
+            return self._completed(_Node(bound_s, node.limits), point, np.round(values))
+        self._offer(self.complete(point, False))
+        self._drop_idle()
+        chosen, fixed = self._probed(values, away, bound_s, is_root=not node.limits)
+        if fixed is None:
+            return []
+        if fixed:
+            return [_Node(bound_s, node.limits + fixed)]
+        floor = float(np.floor(values[chosen]))
+        down = _Node(bound_s, (*node.limits, (chosen, -np.inf, floor)))
+        up = _Node(bound_s, (*node.limits, (chosen, floor + 1.0, np.inf)))
+        return [down, up] if values[chosen] - floor > 0.5 else [up, down]
+
+    def _solved(self, rounds: int) -> Point | None:
+        """Return the optimum after some rounds of cuts; None where the node is closed."""
+        before_s = -np.inf
+        for turn in range(rounds):
+            point = self.program.solve_below()
+            if point is None or point.bound_s * (1 - _TOLERANCE) >= self.target_s:
+                return None
+            value, cut = self.trace(self.costs, point)
+            self.simulated += 1
+            if value <= point.bound_s * (1 + _WHOLE):
+                return point
+            self._add(cut)
+            if turn > 1 and point.bound_s - before_s < _LITTLE * self.target_s:
+                break
+            before_s = point.bound_s
+        point = self.program.solve_below()
+        return None if point is None or point.bound_s * (1 - _TOLERANCE) >= self.target_s else point
+
+    def _completed(self, node: _Node, point: Point, values: Floats) -> list[_Node]:
+        """Return what is left of a node whose optimum is whole."""
+        found = self.complete(point, True)
+        self._offer(found)
+        if found is not None:
+            is_missed = self.program.misses(found.cut)
+            self._add(found.cut)
+            if is_missed:
+                return [node]
+        layers = np.isin(self._wholes.kind, (ENDS, CELLS, RAISED))
+        open_places = np.flatnonzero(layers & (self._low < self._high))
+        if not len(open_places):
+            return []
+        first = int(open_places[np.argmin(self._wholes.kind[open_places])])
+        value = float(values[first])
+        sides = ((-np.inf, value - 1.0), (value + 1.0, np.inf), (value, value))
+        inside = [side for side in sides if side[0] <= self._high[first] and side[1] >= self._low[first]]
+        return [_Node(node.bound_s, (*node.limits, (first, *side))) for side in inside]
+
+    def _probed(
+        self, values: Floats, away: Floats, bound_s: float, *, is_root: bool
+    ) -> tuple[int, tuple[Limit, ...] | None]:
+        """Return the number to branch on, and the limits that probing proves; None for these where the node is closed."""
+        kinds = self._wholes.kind
+        best, chosen = -1.0, -1
+        fixed: list[Limit] = []
+        for kind in np.unique(kinds[away > _WHOLE]).tolist():
+            places = np.flatnonzero((away > _WHOLE) & (kinds == kind))
+            places = places[np.argsort(-away[places], kind="stable")]
+            for place in (places if is_root and kind <= RAISED_ON_RANKS else places[:_PROBED]).tolist():
+                floor = float(np.floor(values[place]))
+                low, high = self._low[place], self._high[place]
+                sides = ((low, floor), (floor + 1.0, high))
+                raised_s = self.program.probe(
+                    bool(self._wholes.is_row[place]), int(self._wholes.place[place]), sides, _STEPS
+                )
+                self._limit(place, low, high)
+                closed = [bool(side_s >= self.target_s) for side_s in raised_s]
+                if all(closed):
+                    return place, None
+                if closed[0]:
+                    fixed.append((place, floor + 1.0, np.inf))
+                elif closed[1]:
+                    fixed.append((place, -np.inf, floor))
+                rises = [max(min(side_s, 1.02 * self.target_s) - bound_s, 1e-6 * self.target_s) for side_s in raised_s]
+                if rises[0] * rises[1] > best:
+                    best, chosen = rises[0] * rises[1], place
+        return chosen, tuple(fixed)
+
+    def _offer(self, found: Completion | None) -> None:
+        """Note a completion; the target falls where it is the best one."""
+        if found is not None and (self.best is None or found.step_s < self.best.step_s):
+            self.best = found
+            lowered_s = found.step_s / (1.0 + self.gap)
+            if lowered_s < self.target_s:
+                self.target_s = lowered_s
+                self.program.stop_at(lowered_s)
+
+    def _add(self, cut: Cut) -> None:
+        self.program.add([cut])
+        self.cuts.append(cut)
+
+    def _drop_idle(self) -> None:
+        binding = self.program.carrying()
+        for place in np.flatnonzero(binding).tolist():
+            self.carrying.setdefault(id(self.cuts[place]), self.cuts[place])
+        if len(self.cuts) > MOST_CUTS:
+            self.program.drop(~binding)
+            self.cuts = [cut for cut, stays in zip(self.cuts, binding.tolist(), strict=True) if stays]
+
+    def _hold(self, limits: tuple[Limit, ...]) -> None:
+        """Set the program's limits to those of a node."""
+        self._low, self._high = self._wholes.low.copy(), self._wholes.high.copy()
+        for place, low, high in limits:
+            self._low[place], self._high[place] = max(self._low[place], low), min(self._high[place], high)
+        places = {place for place, _, _ in limits}
+        for place in sorted(places | self._held.keys()):
+            now = (float(self._low[place]), float(self._high[place]))
+            if self._held.get(place) != now:
+                self._limit(place, *now)
+                self._held[place] = now
+
+    def _limit(self, place: int, low: float, high: float) -> None:
+        self.program.limit(bool(self._wholes.is_row[place]), int(self._wholes.place[place]), float(low), float(high))
