@@ -1,4 +1,4 @@
-"""`stagewright profile`: measure a model or the network; show, compare, merge and calibrate profiles."""
+"""`stagewright profile`: measure a model or the network; show, compare, merge, freeze and calibrate profiles."""
 
 from __future__ import annotations
 
@@ -196,6 +196,30 @@ def merge(
     _check_writable(output)
     document = merge_profiles([ModelProfile.load(path) for path in profiles])
     _deliver(document, output, json, print_profile)
+
+
+@app.command("freeze")
+def freeze(
+    profile: Annotated[str, typer.Argument(metavar="PROFILE", help="A profile or config.json, or a catalogue name.")],
+    first: Annotated[int, typer.Option(help="Freeze this many layers from the first on.")] = 0,
+    layer: Annotated[list[str] | None, typer.Option(help="Name of a layer to freeze; may repeat.")] = None,
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """Say which layers are no longer trained: they keep their weights, without gradients and optimizer state.
+
+    Example: stagewright profile freeze vit-l-16 --first 12 -o frozen.json
+    """
+    from stagewright.cli.inputs import load_model
+    from stagewright.planner.freezing import freeze as frozen
+    from stagewright.planner.freezing import frozen_prefix
+
+    _check_writable(output)
+    if not first and not layer:
+        raise InvalidArgument("no layer was named", field="layer", hint="give --first N or --layer NAME")
+    document = load_model(profile)
+    names = {*(layer or ()), *document.layer_names[:first]}
+    _deliver(frozen(document, names) if layer else frozen_prefix(document, first), output, json, print_profile)
 
 
 @app.command("calibrate")

@@ -143,11 +143,11 @@ class SharedWeight:
 
 
 def shared_weights(plan: Plan, profile: ModelProfile) -> list[SharedWeight]:
-    """Return the profile's tied weights as the plan places them."""
+    """Return the profile's trained tied weights as the plan places them."""
     position = {name: index for index, name in enumerate(profile.layer_names)}
     stage_of = {layer: index for index, stage in enumerate(plan.stages) for layer in stage.layer_indices}
     found = []
-    for tie in profile.tied:
+    for tie in profile.trained_ties:
         layers = tuple(sorted(position[name] for name in tie.layers))
         degrees = plan.stages[stage_of[layers[0]]].degrees
         split = degrees.tp if degrees.vocab_parallel else 1

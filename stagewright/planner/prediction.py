@@ -228,7 +228,7 @@ def ties_of(profile: ModelProfile, degrees: Degrees, job: TrainingJob) -> list[T
     names = {name: index for index, name in enumerate(profile.layer_names)}
     divisor = degrees.tp if degrees.vocab_parallel else 1
     found = []
-    for tie in profile.tied:
+    for tie in profile.trained_ties:
         layers = sorted(names[name] for name in tie.layers)
         size = tie.num_parameters / divisor * job.optimizer.gradient_bytes
         found += [Tie(layers[0], other, size) for other in layers[1:]]

@@ -44,6 +44,7 @@ def state_pieces(plan: Plan, profile: ModelProfile) -> Iterator[tuple[int, Piece
     for row in plan.schedule.placement:
         for stage, rank in zip(plan.stages, row, strict=True):
             for layer in stage.layer_indices:
+                trained = profile.classes[names[layer]].is_trained
                 for kind, count, shards in _weights(profile.classes[names[layer]], stage.degrees):
                     for index, device in enumerate(plan.mapping.pipeline_ranks[rank]):
                         shard, replica = index % shards, index // shards
@@ -52,10 +53,10 @@ def state_pieces(plan: Plan, profile: ModelProfile) -> Iterator[tuple[int, Piece
                         each = 1.0 / (shards * replicas)
                         first = (shard * replicas + replica) * each
                         part = (first, first + each)
-                        span = part if stage.degrees.zero >= 3 else whole
+                        span = part if stage.degrees.zero >= 3 and trained else whole
                         yield device, Piece(layer, kind, "parameters", *span, count * optimizer.parameter_bytes)
                         span = part if stage.degrees.zero >= 1 else whole
-                        if optimizer.state_bytes:
+                        if optimizer.state_bytes and trained:
                             yield device, Piece(layer, kind, "optimizer", *span, count * optimizer.state_bytes)
 
 

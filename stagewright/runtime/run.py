@@ -86,6 +86,7 @@ def run_plan(
         checks = tuple(check for check in checks if check in ("traffic", "time"))
     if steps < 1:
         raise InvalidArgument(f"steps is {steps}, it must be at least 1", field="steps")
+    _refuse_frozen_by_hand(profile)
     check_supported(plan)
     check_world(plan, torchrun_arguments)
     replayed = None if replay is None else replayed_ranks(plan, replay)
@@ -128,6 +129,17 @@ def run_plan(
         )
         measurement = Measurement.load(path / "measurement.json")
     return make_report(plan, evaluation.prediction, evaluation.timeline, measurement, checks)
+
+
+def _refuse_frozen_by_hand(profile: ModelProfile) -> None:
+    """Raise InvalidArgument for a profile whose layers were frozen in the document and not in the model."""
+    frozen = sorted(layer.frozen_from for layer in profile.classes.values() if layer.frozen_from is not None)
+    if frozen:
+        raise InvalidArgument(
+            f"layers of {', '.join(frozen)} are frozen in profile {profile.name} alone, and a model says itself what it trains",
+            field="profile",
+            hint="freeze the model's parameters, measure it with `stagewright profile`, and plan with that profile",
+        )
 
 
 def _located(training: TrainingSettings) -> TrainingSettings:

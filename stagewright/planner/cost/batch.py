@@ -25,7 +25,7 @@ Ints = npt.NDArray[np.int64]
 
 # Columns of the per-class table.
 _FORWARD, _INPUT, _WEIGHT, _RECOMPUTE, _KEPT, _WORKSPACE = 0, 1, 2, 3, 6, 9
-_HELD, _DENSE, _EXPERT, _OPTIMIZER, _OUTPUT, _COLUMNS = 12, 15, 16, 17, 18, 19
+_HELD, _DENSE, _EXPERT, _OPTIMIZER, _OUTPUT, _FROZEN, _COLUMNS = 12, 15, 16, 17, 18, 19, 20
 
 _IS_SPLIT = np.array([family in SPLIT_FAMILIES for family in FAMILIES])
 
@@ -264,6 +264,7 @@ def _tables(
         found[index, :, _EXPERT] = table.expert_parameters[at]
         found[index, :, _OPTIMIZER] = table.optimizer_s[at]
         found[index, :, _OUTPUT] = table.output_bytes[at]
+        found[index, :, _FROZEN] = table.frozen_parameters[at] * model.job.optimizer.parameter_bytes
     return found, classes.roles, classes.counts
 
 
@@ -388,7 +389,7 @@ def _sum_layers(
         tail = cost[_DENSE] * dense[2] + cost[_EXPERT] * expert[2] + cost[_OPTIMIZER] * owned
         sums[role, _TAIL] += number * tail
         sums[role, _KEEP] += number * cost[held]
-        sums[role, _STATE] += number * (cost[_DENSE] * dense[3] + cost[_EXPERT] * expert[3])
+        sums[role, _STATE] += number * (cost[_DENSE] * dense[3] + cost[_EXPERT] * expert[3] + cost[_FROZEN])
         work[role] = max(work[role], cost[_WORKSPACE + level])
 
 

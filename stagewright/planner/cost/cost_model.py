@@ -17,7 +17,7 @@ from stagewright.planner.cost import legality as rules
 from stagewright.planner.cost.communication import collective_s
 from stagewright.planner.cost.data_parallel import ReplicaTraffic, replica_traffic
 from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder, GroupShape, Tier, widest_link
-from stagewright.planner.cost.layer_cost import LayerCost, analytic_cost
+from stagewright.planner.cost.layer_cost import LayerCost, analytic_cost, frozen_cost
 from stagewright.planner.cost.layer_table import Floats, LayerTable
 from stagewright.planner.cost.measured_cost import measured_cost, on_other_device, worst_source
 from stagewright.planner.cost.memory import MASTER_BYTES, StateBytes, device_state_bytes, state_divisors
@@ -273,7 +273,7 @@ class CostModel:
     def tied_sync_s(self, degrees: Degrees, first_rank: int, last_rank: int) -> float:
         """Return the seconds of reducing the gradient of tied embeddings between two pipeline ranks."""
         total = 0.0
-        for tie in self.profile.tied:
+        for tie in self.profile.trained_ties:
             divisor = degrees.tp if degrees.vocab_parallel else 1
             size = tie.num_parameters / divisor * self.job.optimizer.gradient_bytes
             ends = np.arange(degrees.num_devices)
@@ -335,8 +335,10 @@ class CostModel:
     def _layer_cost(self, layer: LayerClass, setting: Setting, roofline: Roofline, groups: RankGroups) -> LayerCost:
         cost = measured_cost(layer, setting, groups) if layer.costs else None
         if cost is not None:
-            return on_other_device(cost, self.slowness(groups.group))
-        return analytic_cost(layer, setting, roofline, groups, self.options)
+            cost = on_other_device(cost, self.slowness(groups.group))
+        else:
+            cost = analytic_cost(layer, setting, roofline, groups, self.options)
+        return frozen_cost(cost, layer.backward)
 
     def _assemble(self, costs: dict[str, LayerCost], roofline: Roofline) -> LayerTable:
         """Return the table of all layers from the costs of their classes."""
@@ -372,6 +374,7 @@ class CostModel:
             output_bytes=output,
             dense_parameters=dense,
             expert_parameters=expert,
+            frozen_parameters=column([cost.frozen_parameters for cost in values]),
             optimizer_s=self._optimizer_s(values, index, dense + expert, roofline),
             logits_bytes=none * column([float(self.profile.classes[name].kind == "loss") for name in names]),
             model_flops=column([cost.model_flops for cost in values]),

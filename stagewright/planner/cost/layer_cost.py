@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from stagewright.planner.cost.communication import Operation, collective_s, sent_bytes
 from stagewright.planner.cost.groups import GroupShape
@@ -47,9 +48,10 @@ class Exchange:
 class LayerCost:
     """Costs of one layer for one microbatch on one device, levels in the order none, selective, full.
 
-    `again_link_bytes` is what full recomputation sends beside `link_bytes`.
+    `again_link_bytes` is what full recomputation sends beside `link_bytes`, of which `forward_link_bytes` is the forward's part.
     `input_bytes` is not known here: the activation of level full is set where the layer's predecessors are. A level whose
-    `freed_at_input_grad` is None holds what level none holds after the input gradient.
+    `freed_at_input_grad` is None holds what level none holds after the input gradient. `frozen_parameters` stay whole under
+    every ZeRO stage and have neither gradient nor optimizer state.
     """
 
     forward_s: float
@@ -65,11 +67,13 @@ class LayerCost:
     exposed_forward_s: float = 0.0
     exposed_backward_s: float = 0.0
     link_bytes: dict[str, float] = field(default_factory=dict)
+    forward_link_bytes: dict[str, float] = field(default_factory=dict)
     again_link_bytes: dict[str, float] = field(default_factory=dict)
     freed_at_input_grad: tuple[float, float | None, float | None] = (0.0, None, None)
     optimizer_s: float | None = None
     full_kept_bytes: float | None = None
     source: Source = Source.ANALYTIC
+    frozen_parameters: float = 0.0
 
 
 def analytic_cost(
@@ -132,7 +136,35 @@ def analytic_cost(
         exposed_forward_s=forward_comm_s,
         exposed_backward_s=backward_comm_s,
         link_bytes=link_bytes,
+        forward_link_bytes=sent_forward(exchanges, groups),
         again_link_bytes=sent_again(exchanges, groups),
+    )
+
+
+def frozen_cost(cost: LayerCost, backward: Literal["full", "input", "none"]) -> LayerCost:
+    """Return the cost of a layer whose weights are not trained, from that of the trained layer.
+
+    Without weight gradients a forward and an input gradient are left; without gradients at all, a forward that keeps nothing.
+    A step counts three times `model_flops` for forward and backward, so a frozen layer has two thirds or one third of them.
+    What a layer with frozen weights keeps is taken as unchanged, which is at least what it needs.
+    """
+    if backward == "full":
+        return cost
+    held = {"dense_parameters": 0.0, "expert_parameters": 0.0, "weight_grad_s": 0.0, "optimizer_s": 0.0}
+    parameters = cost.dense_parameters + cost.expert_parameters
+    frozen = replace(cost, **held, frozen_parameters=parameters, model_flops=cost.model_flops * 2 / 3)
+    if backward == "input":
+        return frozen
+    return replace(
+        frozen,
+        input_grad_s=0.0,
+        recompute_s=(0.0, 0.0, 0.0),
+        kept_bytes=(0.0, 0.0),
+        full_kept_bytes=0.0,
+        model_flops=cost.model_flops / 3,
+        exposed_backward_s=0.0,
+        link_bytes=cost.forward_link_bytes,
+        again_link_bytes={},
     )
 
 
@@ -182,6 +214,11 @@ def price(exchanges: Sequence[Exchange], groups: RankGroups) -> tuple[float, flo
         exposed[0 if exchange.forward else 1] += max(0.0, seconds - exchange.hidden_under_s) + slowed_s
         _add_sent(link_bytes, exchange, exchange.count, shape)
     return exposed[0], exposed[1], link_bytes
+
+
+def sent_forward(exchanges: Sequence[Exchange], groups: RankGroups) -> dict[str, float]:
+    """Return the bytes one device sends in the forward, by "operation/group"."""
+    return price([exchange for exchange in exchanges if exchange.forward], groups)[2]
 
 
 def sent_again(exchanges: Sequence[Exchange], groups: RankGroups) -> dict[str, float]:

@@ -34,8 +34,10 @@ class LayerTable:
     split_workspace_bytes : the same in a schedule that splits every backward, above the larger of what is kept and late.
     output_bytes : boundary tensor one device sends to the next stage.
     dense_parameters, expert_parameters : parameters on one device before ZeRO.
+    frozen_parameters : parameters on one device that are not trained, whole under every ZeRO stage.
     optimizer_s : optimizer step of the device's parameters before ZeRO divides it.
-    model_flops : forward matrix-product FLOP of the whole layer for this microbatch, over all its devices.
+    model_flops : forward matrix-product FLOP of the whole layer for this microbatch, over all its devices; of a frozen layer
+        the third of what its forward and backward need.
     logits_bytes : the part of the kept bytes that is logits, the same at every level.
     link_bytes : bytes one device sends for one microbatch, by "operation/group", each [L].
     again_link_bytes : what full recomputation sends beside that.
@@ -53,6 +55,7 @@ class LayerTable:
     output_bytes: Floats
     dense_parameters: Floats
     expert_parameters: Floats
+    frozen_parameters: Floats
     optimizer_s: Floats
     model_flops: Floats
     logits_bytes: Floats = field(default_factory=lambda: np.zeros(0))

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stagewright.planner.cost.layer_cost import Exchange, LayerCost, price, sent_again
+from stagewright.planner.cost.layer_cost import Exchange, LayerCost, price, sent_again, sent_forward
 from stagewright.planner.cost.operator_cost import Setting
 from stagewright.planner.cost.rank_groups import RankGroups
 from stagewright.planner.documents.profile import Collective, ConfigurationCost, LayerClass, Recompute, Source
@@ -86,6 +86,7 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         exposed_forward_s=forward_comm_s,
         exposed_backward_s=backward_comm_s,
         link_bytes=link_bytes,
+        forward_link_bytes=sent_forward(exchanges, groups),
         again_link_bytes=sent_again(exchanges, groups),
         freed_at_input_grad=_freed(found),
         optimizer_s=numbers["optimizer_s"] or None,

@@ -243,6 +243,7 @@ def _peak(
 ) -> float:
     dense, expert = float(share @ table.dense_parameters), float(share @ table.expert_parameters)
     states = model.states(dense, expert, degrees).total
+    states += float(share @ table.frozen_parameters) * model.job.optimizer.parameter_bytes
     held = table.activation_bytes[level]
     if family in SPLIT_FAMILIES:
         held = np.maximum(held, table.late_bytes[level])

@@ -129,6 +129,9 @@ class LayerClass(Part):
         them; a run's buffers hold theirs like all others'.
     costs : measured or derived entries, at most one for each configuration; may be empty when `operators` are given.
     operators : the layer's operators for the analytic model.
+    backward : what of the backward runs: all of it; `input` where the layer's weights are frozen and layers before it are
+        trained; `none` where nothing before it is trained either. Costs and parameters are those of the trained layer.
+    frozen_from : the class that the layer had before it was frozen.
     """
 
     kind: Literal["embedding", "block", "norm", "head", "loss", "convolution", "pooling", "other"]
@@ -138,6 +141,12 @@ class LayerClass(Part):
     unused_parameters: Index = 0
     costs: tuple[ConfigurationCost, ...] = ()
     operators: tuple[Operator, ...] = ()
+    backward: Literal["full", "input", "none"] = "full"
+    frozen_from: Name | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        return self.backward == "full"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -302,15 +311,26 @@ class ModelProfile(Document):
     @property
     def num_parameters(self) -> int:
         """Trainable parameters of the model, tied ones counted once."""
-        total = sum(self.classes[name].parameters for name in self.layer_classes)
-        return total - sum(tie.num_parameters * (len(tie.layers) - 1) for tie in self.tied)
+        trained = [self.classes[name] for name in self.layer_classes if self.classes[name].is_trained]
+        total = sum(layer.parameters for layer in trained)
+        return total - sum(tie.num_parameters * (len(tie.layers) - 1) for tie in self.trained_ties)
+
+    @cached_property
+    def trained_ties(self) -> tuple[TiedWeight, ...]:
+        """Shared parameters that are trained; frozen ones have no gradient to sum."""
+        class_of = dict(zip(self.layer_names, self.layer_classes, strict=True))
+        return tuple(tie for tie in self.tied if self.classes[class_of[tie.layers[0]]].is_trained)
 
     @cached_property
     def layer_digest(self) -> str:
-        """Digest of the structure alone (names, classes, parameters, edges, ties), not of the measured numbers."""
+        """Digest of the structure alone (names, classes, parameters, edges, ties), not of the measured numbers.
+
+        Freezing layers does not change it: the same weights stand in the same places.
+        """
+        before = {name: value.frozen_from or name for name, value in self.classes.items()}
         structure = {
-            "layers": [[name, kind] for name, kind in zip(self.layer_names, self.layer_classes, strict=True)],
-            "classes": {name: [value.kind, value.parameters] for name, value in self.classes.items()},
+            "layers": [[name, before[kind]] for name, kind in zip(self.layer_names, self.layer_classes, strict=True)],
+            "classes": {before[name]: [value.kind, value.parameters] for name, value in self.classes.items()},
             "edges": self.edge_indices,
             "tied": [[tie.parameter, list(tie.layers)] for tie in self.tied],
         }

@@ -120,6 +120,7 @@ def layer_costs(model: CostModel, configuration: Configuration) -> LayerCosts:
         (dense.master_weights + dense.optimizer, expert.master_weights + expert.optimizer),
     ]
     states = np.stack([table.dense_parameters * d + table.expert_parameters * e for d, e in rows])
+    states[0] += table.frozen_parameters * model.job.optimizer.parameter_bytes
     gathered = np.zeros(len(table.forward_s))
     if degrees.zero == 3:
         each = (table.dense_parameters + table.expert_parameters) * model.job.optimizer.parameter_bytes

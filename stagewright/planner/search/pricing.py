@@ -139,6 +139,7 @@ class ClassTable:
     cut_bytes: Floats
     dense_parameters: Floats
     expert_parameters: Floats
+    frozen_parameters: Floats
     optimizer_s: Floats
 
 
@@ -156,6 +157,7 @@ def class_table(table: LayerTable, at: Ints, cut: Floats) -> ClassTable:
         cut[:-1][at],
         table.dense_parameters[at],
         table.expert_parameters[at],
+        table.frozen_parameters[at],
         table.optimizer_s[at],
     )
 
@@ -482,7 +484,9 @@ def _combine(shapes: Ints, table: dict[str, Floats], dense: Floats, expert: Floa
         workspace_bytes=workspace,
         split_workspace_bytes=split_workspace,
         cut_bytes=table["cut_bytes"],
-        state_bytes=table["dense_parameters"] * dense[:, 4, None] + table["expert_parameters"] * expert[:, 4, None],
+        state_bytes=table["dense_parameters"] * dense[:, 4, None]
+        + table["expert_parameters"] * expert[:, 4, None]
+        + table["frozen_parameters"] * model.job.optimizer.parameter_bytes,
         gradient_bytes=parameters * model.job.optimizer.gradient_bytes,
         step_s=each(2) + optimizer,
         latency_s=dense[:, 3],
