@@ -151,6 +151,7 @@ BRANCHES = ((0, 1), (1, 3), (2, 3))
 def test_a_stage_that_joins_two_branches_takes_both(rank_pools, dtype):
     sizes = {"num_chunks": 1, "dropout": 0.1, "dtype": dtype}
     assert_equal_to_one_process(rank_pools, Case("graphpipe", 4, 6, edges=BRANCHES, **sizes))
+    assert_equal_to_one_process(rank_pools, Case("distmm", 4, 6, edges=BRANCHES, **sizes))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

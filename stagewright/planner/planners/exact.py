@@ -13,7 +13,7 @@ from stagewright.planner.planners.registry import NamedPlanner
 from stagewright.planner.search import stage_answer
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Problem
-from stagewright.planner.search.space import STAGE_GRAPH_FAMILY
+from stagewright.planner.search.space import STAGE_GRAPH_FAMILIES
 from stagewright.planner.search.stage_graph import has_branches
 
 
@@ -33,11 +33,12 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
 
 def _refuse_graph_of_chain(problem: Problem, branches: bool) -> None:
     space = problem.job.space
-    if not branches and STAGE_GRAPH_FAMILY in (*space.schedules, space.pins.schedule):
+    named = next((name for name in STAGE_GRAPH_FAMILIES if name in (*space.schedules, space.pins.schedule)), None)
+    if not branches and named is not None:
         raise InvalidArgument(
-            f"{STAGE_GRAPH_FAMILY} runs branches side by side, {problem.profile.name} has none",
+            f"{named} runs branches side by side, {problem.profile.name} has none",
             field="space.schedules",
-            hint="on a chain of stages it is 1f1b",
+            hint=f"on a chain of stages it is {'gpipe' if named == 'distmm' else '1f1b'}",
         )
 
 

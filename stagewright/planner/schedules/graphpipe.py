@@ -18,9 +18,11 @@ ASPLOS 2025.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from graphlib import CycleError, TopologicalSorter
 
 import numpy as np
+import numpy.typing as npt
 
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
@@ -29,16 +31,36 @@ from stagewright.planner.schedules.schedule import Schedule, chain_edges
 from stagewright.planner.schedules.sizes import check_placement, require
 
 Edges = tuple[tuple[int, int], ...]
+Placement = npt.NDArray[np.int32]
 
 
 def graphpipe(request: ScheduleRequest) -> Schedule:
     """Return one stage on each rank, warm-up by the longest path to the output."""
+    edges, placement = stage_graph_of(request, "graphpipe")
+    ahead = path_lengths(request.num_ranks, edges)
+    return graph_order(request, "graphpipe", edges, placement, ahead)
+
+
+def graph_order(
+    request: ScheduleRequest, name: str, edges: Edges, placement: Placement, num_warmup: Sequence[int]
+) -> Schedule:
+    """Return the schedule whose ranks forward so many microbatches before they alternate."""
+    count = request.num_microbatches
+    orders = tuple(alternate(*one_stage_passes(rank, count), warmup) for rank, warmup in enumerate(num_warmup))
+    return Schedule(name, count, placement, orders, edges=edges)
+
+
+def stage_graph_of(request: ScheduleRequest, name: str) -> tuple[Edges, Placement]:
+    """Return the edges, those of a chain by default, and the placement of one stage on each rank.
+
+    Raises InvalidArgument for sizes below 1, chunks, or costs of another number of stages.
+    """
     ranks = request.num_ranks
     for field, value in (("num_ranks", ranks), ("num_microbatches", request.num_microbatches)):
         require(value >= 1, f"{field} is {value}, a pipeline has at least 1", field=field)
     require(
         request.num_chunks in (None, 1),
-        f"graphpipe puts 1 stage on a rank, {request.num_chunks} were asked for",
+        f"{name} puts 1 stage on a rank, {request.num_chunks} were asked for",
         field="num_chunks",
     )
     require(
@@ -46,12 +68,9 @@ def graphpipe(request: ScheduleRequest) -> Schedule:
         f"costs hold {request.costs.num_stages if request.costs else 0} stages, {ranks} ranks have {ranks}",
         field="costs",
     )
-    edges = request.edges or chain_edges(ranks)
     placement = np.arange(ranks, dtype=np.int32)[None, :]
-    check_placement(request, placement, "graphpipe")
-    ahead = path_lengths(ranks, edges)
-    orders = tuple(alternate(*one_stage_passes(rank, request.num_microbatches), ahead[rank]) for rank in range(ranks))
-    return Schedule("graphpipe", request.num_microbatches, placement, orders, edges=edges)
+    check_placement(request, placement, name)
+    return request.edges or chain_edges(ranks), placement
 
 
 def path_lengths(num_stages: int, edges: Edges) -> list[int]:

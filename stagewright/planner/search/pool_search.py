@@ -39,11 +39,11 @@ from stagewright.planner.search.stage_candidate import Levels, PoolChoice, Stage
 from stagewright.planner.search.stage_choice import GroupChoices, choices_by_group
 from stagewright.planner.search.stage_closing import StageCloser
 from stagewright.planner.search.stage_graph import (
-    GRAPHPIPE,
     MOST_RANKS,
     Edges,
     StageGraph,
     compile_graph_order,
+    graph_rules,
     graph_schedule,
     stage_graphs,
 )
@@ -137,7 +137,7 @@ class PoolSearch:
     _models: dict[tuple[str, ...], CostModel] = field(default_factory=dict)
     _costs: dict[tuple[str, int, int, bool], PoolCosts] = field(default_factory=dict)
     _graphs: dict[int, list[StageGraph | None]] = field(default_factory=dict)
-    _graph_orders: dict[tuple[Edges, int], Order] = field(default_factory=dict)
+    _graph_orders: dict[tuple[str, Edges, int], Order] = field(default_factory=dict)
 
     @cached_property
     def sequences(self) -> list[tuple[Pool, ...]]:
@@ -199,10 +199,13 @@ class PoolSearch:
 
     @cached_property
     def side_by_side(self) -> bool:
-        """Tell whether the model has branches and the job admits the schedule that runs them side by side."""
-        space = self.problem.job.space
-        wanted = not space.schedules or GRAPHPIPE.name in space.schedules
-        return wanted and allows(space, "schedule", GRAPHPIPE.name) and not self.problem.profile.is_chain
+        """Tell whether the model has branches and the job admits a schedule that runs them side by side."""
+        return bool(self.graph_rules) and not self.problem.profile.is_chain
+
+    @cached_property
+    def graph_rules(self) -> list[FamilyRule]:
+        """The families of stage graphs."""
+        return graph_rules(self.problem.job.space)
 
     def rows(self, skeleton: Skeleton) -> list[tuple[GroupChoices, Priced, Longs]]:
         """Return for each pool its choices and the rows of them that take the skeleton's microbatch."""
@@ -282,18 +285,18 @@ class PoolSearch:
     def order(self, skeleton: Skeleton, rule: FamilyRule) -> Order | None:
         """Return the compiled order of a family; None when the family refuses its sizes."""
         if skeleton.graph is not None:
-            return self._graph_order(skeleton.graph, self.problem.job.global_batch // skeleton.samples)
+            return self._graph_order(rule.name, skeleton.graph, self.problem.job.global_batch // skeleton.samples)
         key = OrderKey(rule.name, skeleton.num_ranks, self.problem.job.global_batch // skeleton.samples, 1)
         try:
             return self.problem.order_of(key, rule)
         except (InvalidArgument, InvalidSchedule):
             return None
 
-    def _graph_order(self, graph: StageGraph, num_microbatches: int) -> Order:
-        key = (graph.edges, num_microbatches)
+    def _graph_order(self, family: str, graph: StageGraph, num_microbatches: int) -> Order:
+        key = (family, graph.edges, num_microbatches)
         if key not in self._graph_orders:
             self._graph_orders[key] = compile_graph_order(
-                graph_schedule(graph.edges, graph.num_stages, num_microbatches)
+                graph_schedule(family, graph.edges, graph.num_stages, num_microbatches)
             )
         return self._graph_orders[key]
 
@@ -391,7 +394,7 @@ class PoolSearch:
     def rules_for(self, skeleton: Skeleton) -> list[FamilyRule]:
         """Return the families that take the skeleton's sizes; on one rank the first, since orders do not matter."""
         if skeleton.graph is not None:
-            return [GRAPHPIPE]
+            return self.graph_rules
         count = self.problem.job.global_batch // skeleton.samples
         fitting = [rule for rule in self.rules if rule.fits(skeleton.num_ranks, count, 1)]
         return fitting[:1] if skeleton.num_ranks == 1 else fitting

@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 
 # Runs branches of a model side by side; searched over stage graphs (`stage_graph`), not over chains.
-STAGE_GRAPH_FAMILY = "graphpipe"
+STAGE_GRAPH_FAMILIES = ("graphpipe", "distmm")
 
 PIPELINE_OUTSIDE: AxisOrder = ("tp", "cp", "dp", "pp")
 PIPELINE_INSIDE: AxisOrder = ("tp", "cp", "pp", "dp")
@@ -153,7 +153,7 @@ def allowed_rules(space: SearchSpace, *, all_rules: Sequence[FamilyRule] = RULES
                 field="space.pins.schedule",
             )
         wanted = {pinned}
-    for name in wanted - {rule.name for rule in rules} - {STAGE_GRAPH_FAMILY}:
+    for name in wanted - {rule.name for rule in rules} - set(STAGE_GRAPH_FAMILIES):
         raise InvalidArgument(
             f"the search does not cover schedule {name!r}",
             field="space.schedules",

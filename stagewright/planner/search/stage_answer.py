@@ -18,7 +18,7 @@ from stagewright.planner.search.certified import Space, Work, certified, without
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.pool_search import Completed, PoolSearch
 from stagewright.planner.search.problem import Problem
-from stagewright.planner.search.stage_graph import GRAPHPIPE, MOST_RANKS
+from stagewright.planner.search.stage_graph import MOST_RANKS
 
 
 def solve_mixed(problem: Problem, limits: Limits) -> PlanOutcome:
@@ -86,7 +86,7 @@ def pool_space(problem: Problem, search: PoolSearch) -> Space:
             "devices": [problem.cluster.num_devices],
             "schedules": [
                 *([rule.name for rule in search.rules] if search.chains else []),
-                *([GRAPHPIPE.name] if search.side_by_side else []),
+                *([rule.name for rule in search.graph_rules] if search.side_by_side else []),
             ],
             "max_chunks": 1,
             "axis_orders": ["tp,cp,dp,pp"],

@@ -228,7 +228,7 @@ class StageCandidate:
         """The schedule that the order was compiled from."""
         if self.order.is_chain:
             return self.problem.schedule_of(self.order.key, self.rule)
-        return graph_schedule(self.order.edges, self.order.num_stages, self.num_microbatches)
+        return graph_schedule(self.rule.name, self.order.edges, self.order.num_stages, self.num_microbatches)
 
     def complete(self, cuts: Sequence[int]) -> Partition | None:
         """Return a partition with its exact least recomputation; None when a stage does not fit."""

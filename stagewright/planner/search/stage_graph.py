@@ -6,7 +6,7 @@ chain of stages of its own; a tensor between two segments is an edge between the
 parallel branches run side by side and the pipeline is as deep as its longest path (GraphPipe, Jeon et al., ASPLOS 2025).
 Cuts whose stage graph is a chain belong to the common search and are left out here.
 
-The order is that of `schedules.graphpipe`, one stage on a rank. Every edge has a hop of its own in it.
+The order is that of `schedules.graphpipe`, or of `schedules.distmm` where it is asked for, one stage on a rank. Every edge has a hop of its own in it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ from itertools import combinations, pairwise
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.documents.job import SearchSpace
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.family import ScheduleRequest
-from stagewright.planner.schedules.graphpipe import graphpipe
+from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.schedule import Schedule, chain_edges
 from stagewright.planner.search.order import Order, OrderKey, layout_of
-from stagewright.planner.search.space import STAGE_GRAPH_FAMILY, FamilyRule
+from stagewright.planner.search.space import STAGE_GRAPH_FAMILIES, FamilyRule, allows
 from stagewright.planner.simulation.kernel import compile_order
 
 Longs = npt.NDArray[np.int64]
 Edges = tuple[tuple[int, int], ...]
 
-GRAPHPIPE = FamilyRule(STAGE_GRAPH_FAMILY, lambda most: (1,), lambda ranks, microbatches, chunks: True, bound="fused")
+GRAPH_RULES = tuple(
+    FamilyRule(name, lambda most: (1,), lambda ranks, microbatches, chunks: True, bound="fused")
+    for name in STAGE_GRAPH_FAMILIES
+)
 MOST_RANKS = 16
 MOST_JOINTS = 8
 
@@ -150,9 +154,19 @@ def _stage_graph(
     return StageGraph(tuple(sorted(set(edges))), tuple(windows))
 
 
-def graph_schedule(edges: Edges, num_stages: int, num_microbatches: int) -> Schedule:
-    """Return the order of `graphpipe` for a stage graph."""
-    return graphpipe(ScheduleRequest(num_stages, num_microbatches, edges=edges))
+def graph_rules(space: SearchSpace) -> list[FamilyRule]:
+    """Return the families of stage graphs that a job admits.
+
+    Without a word of the job that is graphpipe alone: what waits for the whole batch is never faster, and needs to be
+    asked for where the loss does.
+    """
+    wanted = space.schedules or (space.pins.schedule or STAGE_GRAPH_FAMILIES[0],)
+    return [rule for rule in GRAPH_RULES if rule.name in wanted and allows(space, "schedule", rule.name)]
+
+
+def graph_schedule(family: str, edges: Edges, num_stages: int, num_microbatches: int) -> Schedule:
+    """Return the order of a family of stage graphs."""
+    return generate(family, ScheduleRequest(num_stages, num_microbatches, edges=edges))
 
 
 def compile_graph_order(schedule: Schedule) -> Order:
@@ -176,7 +190,7 @@ def compile_graph_order(schedule: Schedule) -> Order:
         live=layout.live,
         split=layout.split,
         defers=layout.defers,
-        key=OrderKey("graphpipe", schedule.num_ranks, schedule.num_microbatches, 1),
+        key=OrderKey(schedule.name, schedule.num_ranks, schedule.num_microbatches, 1),
         before=graph.before,
         across=graph.across,
         hop=hop,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagewright.planner.errors import Infeasible, InvalidArgument
+from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.bpipe import activation_cap
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.dhelix import paired_s
@@ -18,6 +19,7 @@ from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.peak import peak_activations
 from stagewright.planner.schedules.pipefisher import filled
 from stagewright.planner.schedules.registry import generate
+from stagewright.planner.schedules.schedule import KIND
 from stagewright.planner.schedules.slicing import equal_work_slices, fastest_slices
 from stagewright.planner.simulation.implied_shares import unit_factors
 from stagewright.planner.simulation.network import Links, Shares
@@ -75,6 +77,21 @@ def test_graphpipe_bubbles_by_depth_not_by_stages():
     assert timeline.bubble_over_total == pytest.approx(1 / 3)
     assert chain.bubble_over_total == pytest.approx(1 / 2)
     assert timeline.peak_memory().tolist() == [3, 2, 3, 2, 1]
+
+
+def test_distmm_starts_no_backward_before_the_last_forward_and_runs_towers_side_by_side():
+    edges = ((0, 2), (1, 2))
+    schedule = generate("distmm", ScheduleRequest(3, 4, edges=edges))
+    validate(schedule)
+    timeline = simulate(schedule, StageCosts.uniform(3, input_grad_s=1.0, weight_grad_s=1.0))
+    kind = timeline.action[:, KIND]
+    assert timeline.end_s[kind == Kind.F].max() <= timeline.start_s[kind == Kind.B].min()
+    assert timeline.makespan_s == pytest.approx((4 + 2 - 1) * 3)
+    assert timeline.bubble_over_total == pytest.approx(1 / 5)
+    assert timeline.peak_memory().tolist() == [4, 4, 4]
+    chain = generate("distmm", ScheduleRequest(4, 6))
+    gpipe = generate("gpipe", ScheduleRequest(4, 6))
+    assert all(np.array_equal(a, b) for a, b in zip(chain.orders, gpipe.orders, strict=True))
 
 
 def test_graphpipe_refuses_a_cycle_and_an_unknown_stage():

@@ -9,7 +9,9 @@ from stagewright.planner.documents.job import Pins, SearchSpace
 from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.planning import make_plan
-from stagewright.planner.prediction import with_prediction
+from stagewright.planner.prediction import evaluate, with_prediction
+from stagewright.planner.schedules.action import Kind
+from stagewright.planner.schedules.schedule import KIND
 from stagewright.planner.search.verify import verify_certificate
 from stagewright.testing.mocked_cluster import cluster_factory, mixed_cluster_factory
 from stagewright.testing.mocked_profile import profile_factory
@@ -145,6 +147,36 @@ def test_an_encoder_and_a_language_model_take_degrees_of_their_own_where_they_ar
     assert by_stage.objective_s < 0.8 * uniform.objective_s
     assert [stage.degrees.dp for stage in _best(by_stage).stages] == [3, 1]
     verify_certificate(_best(by_stage), profile)
+
+
+def test_towers_before_a_loss_over_the_whole_batch_take_degrees_of_their_own_and_no_backward_comes_early() -> None:
+    """A heavy tower of few parameters, a light one of many, and a contrastive loss behind both."""
+    profile = profile_factory(
+        3,
+        forward_s=[12e-3, 6e-3, 6e-3],
+        parameters=[100_000, 100_000_000, 100_000_000],
+        activation_bytes=1e6,
+        output_bytes=1e4,
+        edges=[(0, 2), (1, 2)],
+        microbatches=(1, 2, 3, 4, 6),
+    )
+    cluster = cluster_factory(4, 1, bytes_per_s=5e9)
+
+    def planned(*schedules: str, per_stage: bool) -> PlanOutcome:
+        job = _job(per_stage_degrees=per_stage, zero=(0,), schedules=schedules).model_copy(update={"global_batch": 12})
+        return make_plan(profile, cluster, job, gap=0.0)
+
+    uniform, found = planned("gpipe", per_stage=False), planned("gpipe", "distmm", per_stage=True)
+    plan = _best(found)
+    assert found.objective_s is not None and uniform.objective_s is not None
+    assert plan.schedule.name == "distmm"
+    assert plan.schedule.edges == ((0, 2), (1, 2))
+    assert [stage.degrees.dp for stage in plan.stages] == [2, 1, 1]
+    assert found.objective_s < uniform.objective_s / 1.5
+    timeline = evaluate(plan, profile).timeline
+    kind = timeline.action[:, KIND]
+    assert timeline.end_s[kind == Kind.F].max() <= timeline.start_s[kind == Kind.B].min()
+    verify_certificate(plan, profile)
 
 
 def test_running_side_by_side_is_refused_where_the_model_has_no_branches() -> None:
