@@ -7,7 +7,7 @@
 Cut-points balance the largest stage exactly, O(P L^2), once a depth; one simulation a depth. Recomputation is on, as in
 Varuna, wherever the job allows it. Optimal over balanced (P, D) with that one microbatch, and only by its simulator,
 which here is the common one; memory is checked by what the simulator reports. Varuna runs ready backwards and forwards
-out of their fixed order; plans here run 1F1B.
+out of their fixed order (`schedules.varuna`, which `stagewright schedule varuna` simulates); plans here run 1F1B.
 """
 
 from __future__ import annotations

@@ -19,11 +19,12 @@ from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.peak import peak_activations
 from stagewright.planner.schedules.pipefisher import filled
 from stagewright.planner.schedules.registry import generate
-from stagewright.planner.schedules.schedule import KIND
+from stagewright.planner.schedules.schedule import KIND, MICROBATCH, STAGE
 from stagewright.planner.schedules.slicing import equal_work_slices, fastest_slices
 from stagewright.planner.simulation.implied_shares import unit_factors
 from stagewright.planner.simulation.network import Links, Shares
 from stagewright.planner.simulation.simulate import simulate
+from stagewright.planner.simulation.timeline import COMPUTE_LANE
 from stagewright.planner.simulation.validate import validate
 
 
@@ -284,3 +285,45 @@ def test_skipping_recomputation_on_the_last_stage_shortens_1f1b():
     everywhere = simulate(schedule, StageCosts.of(ones, ones, ones, recompute_s=ones))
     not_last = simulate(schedule, StageCosts.of(ones, ones, ones, recompute_s=[1.0, 1.0, 1.0, 0.0]))
     assert not_last.makespan_s < everywhere.makespan_s
+
+
+@settings(max_examples=40)
+@given(st.integers(2, 5), st.integers(1, 8), st.integers(0, 10**6), st.sampled_from([0.0, 0.3, 1.5]))
+def test_no_rank_of_varuna_waits_while_something_is_ready(num_ranks, num_microbatches, seed, latency_s):
+    costs = StageCosts.of(*np.random.default_rng(seed).uniform(0.5, 1.5, (3, num_ranks)))
+    schedule = generate("varuna", ScheduleRequest(num_ranks, num_microbatches, costs=costs, latency_s=latency_s))
+    validate(schedule)
+    timeline = simulate(schedule, costs, links=Links(latency_s=latency_s))
+    end = {
+        (int(row[KIND]), int(row[STAGE]), int(row[MICROBATCH])): float(time)
+        for row, time in zip(timeline.action, timeline.end_s, strict=True)
+    }
+
+    def ready_s(kind: int, stage: int, microbatch: int) -> float:
+        if kind == Kind.F:
+            return end[kind, stage - 1, microbatch] + latency_s if stage else 0.0
+        own = end[int(Kind.F), stage, microbatch]
+        return own if stage == num_ranks - 1 else max(own, end[kind, stage + 1, microbatch] + latency_s)
+
+    for rank in range(num_ranks):
+        mine = (timeline.rank == rank) & (timeline.lane == COMPUTE_LANE)
+        spans = sorted(zip(timeline.start_s[mine], timeline.end_s[mine], timeline.action[mine].tolist(), strict=True))
+        free_s = 0.0
+        for index, (start_s, end_s, _) in enumerate(spans):
+            if start_s > free_s + 1e-9:  # nothing that runs later was ready in this gap
+                later = [ready_s(row[KIND], row[STAGE], row[MICROBATCH]) for _, _, row in spans[index:]]
+                assert min(later) >= start_s - 1e-9
+            free_s = end_s
+
+
+def test_varuna_hides_latency_that_1f1b_waits_for_and_keeps_its_cap():
+    costs = StageCosts.uniform(3)
+    request = ScheduleRequest(3, 12, latency_s=1.0)
+    links = Links(latency_s=1.0)
+    plain = simulate(generate("1f1b", request), costs, links=links)
+    free = generate("varuna", request)
+    assert simulate(free, costs, links=links).makespan_s < 0.8 * plain.makespan_s
+    capped = generate("varuna", ScheduleRequest(3, 12, latency_s=1.0, memory_cap=4.0))
+    assert peak_activations(capped, costs).max() == 4
+    with pytest.raises(InvalidArgument, match=r"holds 1 on one rank, the cap is 0\.5"):
+        generate("varuna", ScheduleRequest(3, 12, memory_cap=0.5))
