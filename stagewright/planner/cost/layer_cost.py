@@ -150,9 +150,15 @@ def frozen_cost(cost: LayerCost, backward: Literal["full", "input", "none"]) -> 
     """
     if backward == "full":
         return cost
-    held = {"dense_parameters": 0.0, "expert_parameters": 0.0, "weight_grad_s": 0.0, "optimizer_s": 0.0}
-    parameters = cost.dense_parameters + cost.expert_parameters
-    frozen = replace(cost, **held, frozen_parameters=parameters, model_flops=cost.model_flops * 2 / 3)
+    frozen = replace(
+        cost,
+        dense_parameters=0.0,
+        expert_parameters=0.0,
+        weight_grad_s=0.0,
+        optimizer_s=0.0,
+        frozen_parameters=cost.dense_parameters + cost.expert_parameters,
+        model_flops=cost.model_flops * 2 / 3,
+    )
     if backward == "input":
         return frozen
     return replace(
