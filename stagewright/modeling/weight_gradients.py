@@ -7,7 +7,8 @@ A linear map y = x A^T + b has, for the gradient g of y,
 and only I is needed by the stage before. Modules whose weight gradient is worth deferring (linear, convolution, layer
 norm, Hugging Face's Conv1D) are given a forward that, while a `WeightGradientSink` collects, keeps x and g instead of
 multiplying; the sum over microbatches is then made when W runs, straight into `.grad`. Any other parameter's gradient is
-computed by autograd during I: the split is exact for every module, and complete for those above.
+computed by autograd during I: the split is exact for every module, and complete for those above. Under autocast linear maps
+alone are deferred; their operands are kept as they were cast.
 
 Exact: W performs the products that autograd would have performed. Works under checkpointing, with one recomputation, since
 what is kept comes from the recomputed forward. Gradient hooks on deferred parameters do not fire. A weight that is no
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
+
+from stagewright.modeling.autocast import in_autocast_type
 
 
 @dataclass
@@ -84,20 +87,24 @@ def defer_weight_gradients(model: nn.Module, sink: WeightGradientSink) -> int:
 
 def linear_map(inputs: Tensor, weight: Tensor, bias: Tensor | None, sink: WeightGradientSink) -> Tensor:
     """Return x A^T + b with weight gradients that the sink may defer."""
-    return _Linear.apply(inputs, weight, bias, sink, False)
+    return _Linear.apply(in_autocast_type(inputs), weight, bias, sink, False)
 
 
 def _linear(module: nn.Linear, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
-    return _Linear.apply(inputs, module.weight, module.bias, sink, False)
+    return linear_map(inputs, module.weight, module.bias, sink)
 
 
 def _conv1d(module: nn.Module, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
     """Hugging Face's Conv1D: a linear layer with a transposed weight."""
-    return _Linear.apply(inputs, module.weight, module.bias, sink, True)
+    return _Linear.apply(in_autocast_type(inputs), module.weight, module.bias, sink, True)
 
 
 def _convolution(module: nn.Conv2d, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+    if (
+        module.padding_mode != "zeros"
+        or isinstance(module.padding, str)
+        or torch.is_autocast_enabled(inputs.device.type)
+    ):
         return type(module).forward(module, inputs)
     return _Convolution.apply(
         inputs, module.weight, module.bias, sink, module.stride, module.padding, module.dilation, module.groups
@@ -105,7 +112,7 @@ def _convolution(module: nn.Conv2d, sink: WeightGradientSink, inputs: Tensor) ->
 
 
 def _layer_norm(module: nn.LayerNorm, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
-    if module.weight is None or module.bias is None:
+    if module.weight is None or module.bias is None or torch.is_autocast_enabled(inputs.device.type):
         return type(module).forward(module, inputs)
     return _LayerNorm.apply(inputs, module.weight, module.bias, sink, module.normalized_shape, module.eps)
 
@@ -140,7 +147,7 @@ class _Linear(torch.autograd.Function):
         wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         input_gradient = None
         if wants_input:
-            input_gradient = gradient.matmul(weight.t() if ctx.transposed else weight)
+            input_gradient = gradient.matmul((weight.t() if ctx.transposed else weight).to(gradient.dtype))
         compute = partial(
             _linear_gradients, weight if wants_weight else None, ctx.bias if wants_bias else None, ctx.transposed
         )
@@ -158,9 +165,9 @@ def _linear_gradients(
     result = []
     if weight is not None:
         columns = inputs.reshape(-1, inputs.shape[-1])
-        result.append((weight, columns.t().mm(rows) if transposed else rows.t().mm(columns)))
+        result.append((weight, (columns.t().mm(rows) if transposed else rows.t().mm(columns)).to(weight.dtype)))
     if bias is not None:
-        result.append((bias, rows.sum(0)))
+        result.append((bias, rows.sum(0).to(bias.dtype)))
     return tuple(result)
 
 

@@ -12,11 +12,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from stagewright.modeling.autocast import with_autocast
 from stagewright.modeling.batch import Batch, shape_key, to_device
 from stagewright.modeling.keep import move_to
 from stagewright.modeling.split import split
 from stagewright.modeling.unfilled import fill_layers
 from stagewright.planner.documents.plan import Plan
+from stagewright.runtime.building import autocast_type
 from stagewright.runtime.communication import TensorSpec
 from stagewright.runtime.topology import stage_edges
 
@@ -30,7 +32,7 @@ class BoundaryShapes:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, device: torch.device) -> None:
-        self._chain = split(copy.deepcopy(model))
+        self._chain = with_autocast(split(copy.deepcopy(model)), autocast_type(plan), device)
         self._device = device
         move_to(self._chain.model, device)
         self._edges = stage_edges(plan, self._chain.edges)

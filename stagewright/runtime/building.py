@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from stagewright.modeling.autocast import with_autocast
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.expert_capacity import limit_experts
 from stagewright.modeling.factory import load_object
@@ -34,8 +35,16 @@ def build_model(reference: str, plan: Plan, *, seed: int) -> nn.Module:
     return model.to(DTYPES[plan.job.precision])
 
 
-def split_as_profiled(model: nn.Module, reference: str, profile: ModelProfile) -> LayerChain:
-    """Return the model's layers; raises InvalidDocument when they are not those of the profile."""
+def autocast_type(plan: Plan) -> torch.dtype | None:
+    """Return the type of matrix products that the plan's `autocast` names; None where they are in the job's precision."""
+    told = plan.schedule.parameters.get("autocast")
+    return None if told is None else DTYPES[str(told)]
+
+
+def split_as_profiled(
+    model: nn.Module, reference: str, profile: ModelProfile, plan: Plan, device: torch.device
+) -> LayerChain:
+    """Return the model's layers, in the plan's mixed precision; raises InvalidDocument when they are not the profile's."""
     chain = split(model)
     if chain.layer_digest != profile.layer_digest:
         raise InvalidDocument(
@@ -43,4 +52,4 @@ def split_as_profiled(model: nn.Module, reference: str, profile: ModelProfile) -
             field="layer_digest",
             hint="profile and plan this model again",
         )
-    return chain
+    return with_autocast(chain, autocast_type(plan), device)

@@ -70,7 +70,7 @@ def replay_rank(job: RunJob, rank: int) -> RankReplay:
     init_lone_group(rank, plan.num_devices)
     os.chdir(job.working_directory)
     model = _build(job, plan)
-    chain = split_as_profiled(model, job.model, profile)
+    chain = split_as_profiled(model, job.model, profile, plan, device)
     shapes = BoundaryShapes(model, plan, device)
     batches = open_data(
         job.data, job.model, model, samples=samples_of(plan, schedule), sequence_length=plan.job.sequence_length

@@ -155,7 +155,7 @@ def _by_device(plan: Plan, values: Sequence[float]) -> list[float]:
 
 def _gradients(plan: Plan, measurement: Measurement) -> dict[str, object]:
     assert measurement.gradients is not None and measurement.weights is not None
-    limit = GRADIENT_LIMITS[plan.job.precision]
+    limit = GRADIENT_LIMITS[str(plan.schedule.parameters.get("autocast", plan.job.precision))]
     error, weights = measurement.gradients[0], measurement.weights[0]
     return {
         "max_relative_error": error,

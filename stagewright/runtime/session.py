@@ -76,7 +76,7 @@ class Session:
             self._emulate()
             return
         model = self._build()
-        chain = split_as_profiled(model, self._job.model, self._profile)
+        chain = split_as_profiled(model, self._job.model, self._profile, self._plan, self._device)
         self._samples = samples_of(self._plan, self._schedule)
         batches = self._batches(model)
         checked: list[Batch] = []

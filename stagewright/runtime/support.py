@@ -46,6 +46,25 @@ def check_supported(plan: Plan) -> None:
         raise InvalidArgument(
             f"the runtime does not train in {plan.job.precision}", field="job.precision", hint=", ".join(PRECISIONS)
         )
+    _check_autocast(plan)
+
+
+def _check_autocast(plan: Plan) -> None:
+    told, degrees = plan.schedule.parameters.get("autocast"), plan.stages[0].degrees
+    if told is None:
+        return
+    field = "schedule.parameters.autocast"
+    if told != "bf16" or plan.job.precision != "fp32":
+        raise InvalidArgument(
+            f"autocast is {told} with weights in {plan.job.precision}, the runtime takes bf16 over fp32", field=field
+        )
+    if degrees.cp > 1 or degrees.vocab_parallel or plan.schedule.num_slices > 1:
+        raise InvalidArgument(
+            f"autocast with cp {degrees.cp}, vocab_parallel {degrees.vocab_parallel} and {plan.schedule.num_slices} slices: "
+            "attention over a divided sequence and a divided loss run in one precision",
+            field=field,
+            hint="pin cp=1 and vocab_parallel=off, or leave autocast out",
+        )
 
 
 def check_memory(plan: Plan, peak_memory_bytes: Sequence[float]) -> None:

@@ -13,6 +13,7 @@ from runtime_documents import plan_of, profile_of
 from runtime_models import LENGTH, VOCABULARY, TinyBranches, TinyModel, TinySkip, hugging_face, sequential
 
 from stagewright.modeling import split
+from stagewright.modeling.autocast import with_autocast
 from stagewright.modeling.batch import default_loss
 from stagewright.modeling.expert_capacity import limit_experts
 from stagewright.planner.documents import Degrees, Plan
@@ -23,6 +24,7 @@ from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.simulation.nccl import check_nccl
+from stagewright.runtime.building import autocast_type
 from stagewright.runtime.checkpoint import canonical_names, load_checkpoint, save_checkpoint
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
 from stagewright.runtime.groups import Groups
@@ -178,7 +180,7 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     warm_up = (lambda step: min(1.0, (step + 1) / case.warm_up_steps)) if case.warm_up_steps else None
     reference = None
     if dist.get_rank() == 0:
-        whole = split(copy.deepcopy(model))
+        whole = with_autocast(split(copy.deepcopy(model)), autocast_type(plan), CPU)
         reference = run_reference(
             whole,
             batches,
@@ -189,7 +191,7 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
             clip_norm=case.clip_norm,
             learning_rate_factor=warm_up,
         )
-    chain = split(model)
+    chain = with_autocast(split(model), autocast_type(plan), CPU)
     shapes = reference_shapes(chain)
     store = dist.PrefixStore(f"case/{prepared.number}", default_store())
     worker = Worker(
