@@ -5,6 +5,10 @@ Letters keep their microbatches in order, F before I before W of a stage, and th
 that meets such a wall stops in front of it. It is accepted when the makespan is at most the old one plus T * Exp(1);
 equal makespans are accepted, since schedules have wide plateaus. T falls geometrically.
 
+One move in ten exchanges two microbatches wherever they run along the same ranks: of two F, or two I, of different
+stages, and of the actions before and after them on their chains, on as many ranks as both visit together. With several chunks under
+a tight cap such streams cross on every rank, and the exchange on one rank alone makes the order worse. These moves are timed in full.
+
 The threshold is drawn before the move is timed, so that a bad move is given up early. For each action two longest
 paths are kept: `end_s`, from the start through it, and `rest_s`, from it to the end. After a move only ends that change are computed
 again, in time order; the first action behind the moved window with end + rest - duration above the threshold ends
@@ -23,6 +27,8 @@ from stagewright.planner.schedules.auto.sweep import sweep
 
 CRITICAL_SHARE = 0.85  # of moves that take a critical action
 SWAP_SHARE = 0.25
+CHAIN_SHARE = 0.1  # of moves that flip two microbatches on several ranks at once
+WHOLE_CHAIN_SHARE = 0.5  # of them that flip wherever it is possible, the others on few ranks
 CRITICAL_DRAWS = 24  # random actions looked at for a critical one
 COOLING = 20.0  # first over last temperature
 FORWARD_STEP, BACKWARD_STEP = 1, -1
@@ -78,6 +84,8 @@ def anneal_words(
     dirty_from = np.empty(num_ranks, dtype=np.int32)
     dirty_to = np.empty(num_ranks, dtype=np.int32)
     key_s = np.empty(num_ranks)
+    flips = np.empty((2 * len(tables.rank), 3), dtype=np.int32)
+    trial_s = np.empty(num_actions)
     _rests(tables, words, place, mirrored_delay_s, end_s, rest_s)
     cooling = np.log(COOLING)
     now_s = temperature_s
@@ -87,6 +95,21 @@ def anneal_words(
         if move % 64 == 0:
             now_s = temperature_s * np.exp(-cooling * move / moves)
         rank, source = _draw_action(tables, words, end_s, rest_s, makespan_s - slack_s, state)
+        if uniform(state) < CHAIN_SHARE:
+            count = _flip_chains(tables, words, place, live, rank, source, flips, state)
+            if count == 0:
+                continue
+            new_s = sweep(tables, words, trial_s)
+            if new_s > makespan_s + slack_s + now_s * exponential(state):
+                _undo_flips(tables, words, place, live, flips, count)
+                continue
+            makespan_s = new_s
+            end_s[:] = trial_s
+            _rests(tables, words, place, mirrored_delay_s, end_s, rest_s)
+            if makespan_s < best_s - slack_s:
+                best_s = makespan_s
+                best_words[:] = words
+            continue
         draw = uniform(state)
         reach = 1.6 if draw < 0.5 else (4.0 if draw < 0.8 else 5.0 * most_chunks)
         distance = 1 + int(reach * exponential(state))
@@ -123,10 +146,7 @@ def anneal_words(
             _move(words[rank], place, target, source, swaps)
             continue
         makespan_s = new_s
-        total = live[rank, low - 1] if low > 0 else 0.0
-        for at in range(low, high + 1):
-            total += tables.held[words[rank, at] // microbatches]
-            live[rank, at] = total
+        _update_live(tables, words[rank], live[rank], low, high)
         _propagate(
             tables, words, place, BACKWARD_STEP, tables.successor, tables.predecessor, mirrored_delay_s, tables.delay_s,
             rest_s, end_s, np.inf, rank, high, low, 0.0, log_action, log_value_s, dirty_from, dirty_to, key_s,
@@ -240,6 +260,72 @@ def _can_swap(tables: Tables, word: Ints, live: Floats, cap: float, rank: int, l
         if at > low and (_must_follow(tables, first, word[at]) or _must_follow(tables, word[at], second)):
             return False
     return True
+
+
+@njit(cache=True)
+def _flip_chains(
+    tables: Tables, words: Ints, place: Ints, live: Floats, rank: int, source: int, flips: Ints, state: State
+) -> int:
+    """Exchange the order of two microbatches that run along the same ranks; return the number of ranks' flips.
+
+    The action at `source` and one close to it, both F or both I, change their order, and so do those before and after
+    them on their chains, as long as both chains visit the same ranks in the same order. Each flip is a row of `flips`:
+    rank, position before and after.
+    """
+    microbatches = tables.num_microbatches
+    other = source + (1 + int(1.6 * exponential(state))) * (1 if uniform(state) < 0.5 else -1)
+    if other < 0 or other >= tables.lengths[rank]:
+        return 0
+    first, second = words[rank, min(source, other)], words[rank, max(source, other)]
+    first_letter, second_letter = first // microbatches, second // microbatches
+    kind = first_letter % 3
+    if kind == 2 or second_letter % 3 != kind or first_letter == second_letter:
+        return 0
+    first_turn, second_turn = first - first_letter * microbatches, second - second_letter * microbatches
+    most = len(flips) if uniform(state) < WHOLE_CHAIN_SHARE else 1 + int(2.0 * exponential(state))
+    later_first = uniform(state) < 0.5
+    num_letters = len(tables.rank)
+    count = 0
+    for step in (3, -3):
+        offset = 0 if step > 0 else step
+        flipped = 0
+        while flipped < most and count < len(flips):
+            one_letter, two_letter = first_letter + offset, second_letter + offset
+            if min(one_letter, two_letter) < 0 or max(one_letter, two_letter) >= num_letters:
+                break
+            at = tables.rank[one_letter]
+            if tables.rank[two_letter] != at:
+                break
+            one = place[one_letter * microbatches + first_turn]
+            two = place[two_letter * microbatches + second_turn]
+            if one > two:
+                break
+            begin, end = (two, one) if later_first else (one, two)
+            if _reach(tables, words[at], live[at], tables.cap[at], at, begin, end) != end:
+                break
+            _move(words[at], place, begin, end, False)
+            _update_live(tables, words[at], live[at], min(begin, end), max(begin, end))
+            flips[count, 0], flips[count, 1], flips[count, 2] = at, begin, end
+            count += 1
+            flipped += 1
+            offset += step
+    return count
+
+
+@njit(cache=True)
+def _undo_flips(tables: Tables, words: Ints, place: Ints, live: Floats, flips: Ints, count: int) -> None:
+    for flip in range(count - 1, -1, -1):
+        rank, begin, end = flips[flip]
+        _move(words[rank], place, end, begin, False)
+        _update_live(tables, words[rank], live[rank], min(begin, end), max(begin, end))
+
+
+@njit(cache=True)
+def _update_live(tables: Tables, word: Ints, live: Floats, low: int, high: int) -> None:
+    total = live[low - 1] if low > 0 else 0.0
+    for at in range(low, high + 1):
+        total += tables.held[word[at] // tables.num_microbatches]
+        live[at] = total
 
 
 @njit(cache=True)

@@ -50,7 +50,7 @@ def raise_bound(instance: Instance, bound_s: float, makespan_s: float, *, probes
 
     def is_refuted(limit_s: float) -> bool:
         node = Node(root.least.copy(), root.most.copy(), root.head_s.copy(), root.tail_s.copy())
-        return not tighten(instance.tables, layout, node, limit_s)
+        return not tighten(instance.tables, layout, node, limit_s, np.ones(instance.num_ranks, dtype=np.bool_))
 
     if is_refuted(makespan_s - tick_s):
         return makespan_s
@@ -82,6 +82,8 @@ def _branch(
     most = np.zeros((depth, num_actions, columns), dtype=np.int32)
     heads_s, tails_s = np.zeros((depth, num_actions)), np.zeros((depth, num_actions))
     choices = np.zeros((depth, 2), dtype=np.int32)  # first and second of the choice that is left; -1 when none
+    limits_s = np.full(depth, np.inf)  # that the node was tightened against
+    changed = np.ones(len(tables.lengths), dtype=np.bool_)
     least[0], most[0], heads_s[0], tails_s[0] = root.least, root.most, root.head_s, root.tail_s
     level, used, is_complete, is_fresh = 0, 0, True, True
     while level >= 0:
@@ -94,13 +96,16 @@ def _branch(
                 continue
             choices[level, 0] = -1
             put_before(tables, layout, node, first, second)
+            changed[:] = best_s - tick_s < limits_s[level]
+            changed[tables.rank[second // tables.num_microbatches]] = True
         if used == nodes:
             return best_s, False, used
         used += 1
         is_fresh = False
-        if not tighten(tables, layout, node, best_s - tick_s):
+        if not tighten(tables, layout, node, best_s - tick_s, changed):
             level -= 1
             continue
+        limits_s[level] = best_s - tick_s
         first, second = _most_critical_pair(tables, layout, node)
         if first < 0:
             best_s = min(best_s, _write_order(tables, layout, node, words))
@@ -114,6 +119,8 @@ def _branch(
         level += 1
         least[level], most[level], heads_s[level], tails_s[level] = node.least, node.most, node.head_s, node.tail_s
         put_before(tables, layout, Node(least[level], most[level], heads_s[level], tails_s[level]), first, second)
+        changed[:] = False
+        changed[tables.rank[second // tables.num_microbatches]] = True
         is_fresh = True
     return best_s, is_complete, used
 

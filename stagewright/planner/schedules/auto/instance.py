@@ -24,6 +24,7 @@ from stagewright.planner.schedules.costs import StageCosts
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
+Flags = npt.NDArray[np.bool_]
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = range(3)
 

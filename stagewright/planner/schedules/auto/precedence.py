@@ -31,7 +31,7 @@ from numba import njit
 
 from stagewright.planner.schedules.auto.bound import heads_and_tails, mirrored, precedence_graph
 from stagewright.planner.schedules.auto.decoder import stages_by_rank
-from stagewright.planner.schedules.auto.instance import Floats, Instance, Ints, Tables
+from stagewright.planner.schedules.auto.instance import Flags, Floats, Instance, Ints, Tables
 
 EARLY, LATE = 0, 1  # direction of a path: from the start, or from the end
 NUM_DEMANDS = 2  # memory that W gives back, and memory that I gives back
@@ -96,20 +96,21 @@ def root_node(instance: Instance, layout: Layout) -> Node:
 
 
 @njit(cache=True)
-def tighten(tables: Tables, layout: Layout, node: Node, limit_s: float) -> bool:
+def tighten(tables: Tables, layout: Layout, node: Node, limit_s: float, changed: Flags) -> bool:
     """Return False when no order of the node ends by `limit_s`; tightens the node in place.
 
-    The counts of the node must be closed (see `close`), or changed since then by `put_before`.
+    `changed` [num_ranks] says on which ranks counts, heads or tails have changed since the node was tightened against
+    this limit: all of them where it never was.
     """
     num_ranks, columns = layout.letters.shape
     longest = columns * tables.num_microbatches
-    is_new = np.ones(num_ranks, dtype=np.bool_)  # heads, tails or counts have changed since the rank's rules
-    has_new_heads, has_new_tails = is_new.copy(), is_new.copy()
+    is_new = changed.copy()  # heads, tails or counts have changed since the rank's rules
+    has_new_heads, has_new_tails = changed.copy(), changed.copy()
     actions = np.empty(longest, dtype=np.int32)
     keys_s, raised_s = np.empty(longest), np.empty(longest)
     members = np.empty((2, columns), dtype=np.int32)
     for rank in range(num_ranks):
-        if not close(tables, layout, node, rank):
+        if changed[rank] and not close(tables, layout, node, rank):
             return False
     while True:
         moved = True

@@ -109,9 +109,10 @@ class Gain:
 
     Parameters
     ----------
-    name : the named schedule with the least makespan, on any placement of the request.
+    name : the named schedule with the least makespan, on any placement of the request: of the synchronous ones with one copy of the
+        weights whose order keeps the caps (see `seed`). Those left out are proved not to be shorter, unless a deadline came first.
     named_s : its makespan as it is generated.
-    split_s : least makespan of a named schedule when every full backward is split into I and W.
+    split_s : least makespan of a named schedule that was generated, when every full backward is split into I and W.
     found_s : makespan of the result.
     """
 

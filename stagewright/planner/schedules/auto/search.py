@@ -40,7 +40,7 @@ Progress = Callable[[float, float], None]
 TEMPERATURES = (0.6, 0.3)  # first temperatures in shares of the mean action, run by run
 ACTIONS_PER_MOVE = 1000  # in an instance of so many actions a move costs twice what it costs in a tiny one
 WARM_MOVES = 80  # for each action; a run of fewer moves starts colder in proportion
-FIRST_SHARE, EXACT_SHARE, BOUND_SHARE = 0.35, 0.1, 0.05  # of the budget; leaders anneal with the rest
+FIRST_SHARE, EXACT_SHARE, BOUND_SHARE = 0.35, 0.1, 0.1  # of the budget; leaders anneal with the rest
 BLOCK_SHARE, CLIMB_SHARE = 0.35, 0.1  # of a placement's first visit
 MOST_BEHIND = 1.2  # a line longer than the placement's best one by this factor is not annealed
 LEADERS = 2
@@ -49,7 +49,7 @@ EXACT_ACTIONS = 12  # on a rank; up to this size the exact search goes on until 
 MOST_EXACT_NODES = 200_000  # of an instance of that size, at normal effort and above
 LEAST_EXACT_NODES = 20_000
 EVALUATIONS_PER_NODE = 25  # of the budget, between the two
-ACTION_PAIRS_PER_MOVE = 15  # of a rank, looked at by the exact search in the time of an annealing move
+ACTION_PAIRS_PER_MOVE = 40  # of a rank, looked at by the exact search in the time of an annealing move
 LEAST_NODES = 20  # fewer are not worth a start
 LEAST_PROBES, MOST_PROBES = 3, 8  # of one bisection of a bound
 PROBE_NODES = 5  # nodes that cost as much as one probe of the bound
@@ -61,7 +61,6 @@ class _Visit:
 
     site: Site
     bound_s: float
-    seeds: list[Seed]
     lines: list[tuple[float, Ints]] = field(default_factory=list)  # the best order that came from each start
     evaluations: int = 0
     runs: int = 0
@@ -212,6 +211,21 @@ class _Search:
             for site, seed in self.seeds.complete(choice, self.best.best_s):
                 self.sites[site].start_line(seed.split_s, seed.words)
 
+    def gain(self) -> Gain | None:
+        """Return what was won over the named schedules, after generating those that could be the best of them."""
+        for choice in self.seeds.left:
+            if self.is_late():
+                break
+            self.seeds.complete(choice, min((seed.named_s for seed in self._named()), default=np.inf))
+        named = self._named()
+        if not named:
+            return None
+        best = min(named, key=lambda seed: seed.named_s)
+        return Gain(best.name, best.named_s, min(seed.split_s for seed in named), self.best.best_s)
+
+    def _named(self) -> list[Seed]:
+        return [seed for found in self.seeds.found for seed in found]
+
     def _raise_bounds(self, budget: int) -> None:
         """Raise the bound of the open placement that has the lowest one, as long as that succeeds: only the lowest counts."""
         left = budget
@@ -260,25 +274,18 @@ def search(request: AutoRequest, *, progress: Progress | None = None, deadline_s
         bound_s=min(state.bound_s, best.best_s),
         evaluations=sum(visit.evaluations for visit in state.visits),
         stop=stop,
-        gain=_gain([seed for visit in state.visits for seed in visit.seeds], best.best_s),
+        gain=state.gain(),
     )
 
 
 def _open(site: Site, found: list[Seed]) -> _Visit:
-    visit = _Visit(site, lower_bound(site.instance), found)
+    visit = _Visit(site, lower_bound(site.instance))
     if found:
         best = min(found, key=lambda seed: (seed.split_s, seed.named_s))
         visit.start_line(best.split_s, best.words)
     else:
         visit.start_line(*climb_targets(site.instance, evaluations=2, seed=0))
     return visit
-
-
-def _gain(found: list[Seed], found_s: float) -> Gain | None:
-    if not found:
-        return None
-    named = min(found, key=lambda seed: seed.named_s)
-    return Gain(named.name, named.named_s, min(seed.split_s for seed in found), found_s)
 
 
 def _moves_per_order(instance: Instance, actions_per_move: int) -> int:

@@ -82,12 +82,13 @@ class Seeds:
                 left.append((min((seed.split_s for seed in fitting), default=np.inf), choice))
         self.left = [choice for _, choice in sorted(left, key=lambda pair: pair[0])]
         if self.left and not is_late():
-            self.complete(self.left.pop(0), self.best_s)
+            self.complete(self.left[0], self.best_s)
 
     def complete(self, choice: Choice, best_s: float) -> list[tuple[int, Seed]]:
-        """Generate the order in full unless its floor is at least `best_s`; return (site, seed) of those that fit."""
+        """Generate a choice that is left in full, unless its floor is at least `best_s`; return (site, seed) of those that fit."""
         if self._floor_s(choice.family, choice.chunks) >= best_s:
             return []
+        self.left = [other for other in self.left if other is not choice]
         before = [len(seeds) for seeds in self.found]
         self._add(choice, IN_FULL)
         return [(site, seed) for site, seeds in enumerate(self.found) for seed in seeds[before[site] :]]

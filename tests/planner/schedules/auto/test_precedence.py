@@ -7,8 +7,13 @@ import pytest
 
 from stagewright.planner.schedules.auto.annealing import anneal
 from stagewright.planner.schedules.auto.climbing import climb_targets
-from stagewright.planner.schedules.auto.precedence import layout_of, root_node, tighten
+from stagewright.planner.schedules.auto.instance import Flags, Instance
+from stagewright.planner.schedules.auto.precedence import Node, layout_of, put_before, root_node, tighten
 from stagewright.planner.schedules.auto.sweep import end_times, start_times
+
+
+def every_rank(instance: Instance) -> Flags:
+    return np.ones(instance.num_ranks, dtype=np.bool_)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -21,7 +26,7 @@ def test_an_order_that_meets_the_limit_is_never_ruled_out(seed, random_instance)
     _, end_s = end_times(instance, words)
     layout = layout_of(instance)
     node = root_node(instance, layout)
-    assert tighten(instance.tables, layout, node, makespan_s + instance.time_slack_s)
+    assert tighten(instance.tables, layout, node, makespan_s + instance.time_slack_s, every_rank(instance))
     slack_s = 2 * instance.time_slack_s
     assert (node.head_s <= start_times(instance, end_s) + slack_s).all()
     for rank, length in enumerate(instance.tables.lengths):
@@ -38,5 +43,29 @@ def test_an_order_that_meets_the_limit_is_never_ruled_out(seed, random_instance)
 def test_tightening_refutes_limits_far_below_known_optima(cap, least, uniform_instance):
     instance = uniform_instance(4, 8, 2, "wave", (10, 12, 8), 1.0, cap)
     layout = layout_of(instance)
-    assert tighten(instance.tables, layout, root_node(instance, layout), least)
-    assert not tighten(instance.tables, layout, root_node(instance, layout), 0.92 * least)
+    assert tighten(instance.tables, layout, root_node(instance, layout), least, every_rank(instance))
+    assert not tighten(instance.tables, layout, root_node(instance, layout), 0.92 * least, every_rank(instance))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_tight_node_needs_only_the_rank_that_a_choice_changes(seed, random_instance):
+    rng = np.random.default_rng(seed)
+    instance = random_instance(rng, int(rng.integers(2, 5)), int(rng.integers(2, 6)), int(rng.integers(1, 4)))
+    makespan_s, _ = climb_targets(instance, evaluations=40, seed=seed)
+    layout, root = layout_of(instance), root_node(instance, layout_of(instance))
+    assert tighten(instance.tables, layout, root, makespan_s, every_rank(instance))
+    for first, column in np.argwhere(root.least < root.most)[:: max(1, instance.num_actions // 8)].tolist():
+        rank = int(instance.tables.rank[first // instance.num_microbatches])
+        second = int(layout.letters[rank, column]) * instance.num_microbatches + int(root.least[first, column])
+        if second == first:
+            continue
+        one, other = (Node(*(values.copy() for values in root)) for _ in range(2))
+        put_before(instance.tables, layout, one, first, second)
+        put_before(instance.tables, layout, other, first, second)
+        only = np.arange(instance.num_ranks) == rank
+        is_possible = tighten(instance.tables, layout, one, makespan_s, only)
+        assert is_possible == tighten(instance.tables, layout, other, makespan_s, every_rank(instance))
+        if is_possible:
+            assert np.array_equal(one.least, other.least)
+            assert one.head_s == pytest.approx(other.head_s)
+            assert one.tail_s == pytest.approx(other.tail_s)
