@@ -45,12 +45,17 @@ def improve_exactly(instance: Instance, makespan_s: float, *, nodes: int) -> Ver
 def raise_bound(instance: Instance, bound_s: float, makespan_s: float, *, probes: int) -> float:
     """Return the largest bound that tightening alone proves, by bisection below a known makespan; at least `bound_s`."""
     layout = layout_of(instance)
-    root = root_node(instance, layout)
     tick_s = instance.tick_s
+    # Tightened against the least limit that was not refuted; what holds by a limit holds by any smaller one.
+    known = root_node(instance, layout)
 
     def is_refuted(limit_s: float) -> bool:
-        node = Node(root.least.copy(), root.most.copy(), root.head_s.copy(), root.tail_s.copy())
-        return not tighten(instance.tables, layout, node, limit_s, np.ones(instance.num_ranks, dtype=np.bool_))
+        nonlocal known
+        node = Node(*(values.copy() for values in known))
+        if not tighten(instance.tables, layout, node, limit_s, np.ones(instance.num_ranks, dtype=np.bool_)):
+            return True
+        known = node
+        return False
 
     if is_refuted(makespan_s - tick_s):
         return makespan_s

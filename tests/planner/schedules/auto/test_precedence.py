@@ -51,9 +51,9 @@ def test_tightening_refutes_limits_far_below_known_optima(cap, least, uniform_in
 def test_a_tight_node_needs_only_the_rank_that_a_choice_changes(seed, random_instance):
     rng = np.random.default_rng(seed)
     instance = random_instance(rng, int(rng.integers(2, 5)), int(rng.integers(2, 6)), int(rng.integers(1, 4)))
-    makespan_s, _ = climb_targets(instance, evaluations=40, seed=seed)
+    limit_s = climb_targets(instance, evaluations=40, seed=seed)[0] + instance.time_slack_s
     layout, root = layout_of(instance), root_node(instance, layout_of(instance))
-    assert tighten(instance.tables, layout, root, makespan_s, every_rank(instance))
+    assert tighten(instance.tables, layout, root, limit_s, every_rank(instance))
     for first, column in np.argwhere(root.least < root.most)[:: max(1, instance.num_actions // 8)].tolist():
         rank = int(instance.tables.rank[first // instance.num_microbatches])
         second = int(layout.letters[rank, column]) * instance.num_microbatches + int(root.least[first, column])
@@ -63,8 +63,8 @@ def test_a_tight_node_needs_only_the_rank_that_a_choice_changes(seed, random_ins
         put_before(instance.tables, layout, one, first, second)
         put_before(instance.tables, layout, other, first, second)
         only = np.arange(instance.num_ranks) == rank
-        is_possible = tighten(instance.tables, layout, one, makespan_s, only)
-        assert is_possible == tighten(instance.tables, layout, other, makespan_s, every_rank(instance))
+        is_possible = tighten(instance.tables, layout, one, limit_s, only)
+        assert is_possible == tighten(instance.tables, layout, other, limit_s, every_rank(instance))
         if is_possible:
             assert np.array_equal(one.least, other.least)
             assert one.head_s == pytest.approx(other.head_s)
