@@ -51,7 +51,7 @@ def raise_bound(instance: Instance, bound_s: float, makespan_s: float, *, probes
 
     def is_refuted(limit_s: float) -> bool:
         nonlocal known
-        node = Node(*(values.copy() for values in known))
+        node = Node(known.least.copy(), known.most.copy(), known.head_s.copy(), known.tail_s.copy())
         if not tighten(instance.tables, layout, node, limit_s, np.ones(instance.num_ranks, dtype=np.bool_)):
             return True
         known = node
