@@ -29,12 +29,23 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.cost.cost_model import CostModel
+from stagewright.planner.cost.roofline import peak_flops
+from stagewright.planner.documents.cluster import Cluster, LinkLevel
+from stagewright.planner.documents.job import TrainingJob
+from stagewright.planner.documents.plan import Degrees
+from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import Infeasible, InvalidArgument
 from stagewright.planner.planners.range_cuts import least_bottleneck
 from stagewright.planner.planners.stage_table import ranges_of
+from stagewright.planner.prediction import base_bytes
+from stagewright.planner.search.layer_costs import Configuration, layer_costs
+from stagewright.planner.search.pipeline_costs import line_at
 
 Floats = npt.NDArray[np.float64]
 Allocation = Literal["node", "equal", "hybrid"]
+
+MOST_GPUS = 8
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,49 @@ class WorkerPlan:
     def wave_s(self) -> float:
         """Seconds of a wave of `in_flight` minibatches."""
         return self.in_flight * self.minibatch_s
+
+
+def chain_costs(profile: ModelProfile, cluster: Cluster, job: TrainingJob) -> ChainCosts:
+    """Return the model's chain for minibatches of the job's global batch, on devices of the cluster's first group.
+
+    A cut sends over the cluster's slowest link, which is how HetPipe's workers reach over nodes. Raises InvalidArgument for a
+    model that is no chain.
+    """
+    if not profile.is_chain:
+        raise InvalidArgument(
+            f"{profile.name} is no chain of layers", field="model", hint="HetPipe cuts chains; take `stagewright plan`"
+        )
+    costs = layer_costs(CostModel(profile, cluster, job), Configuration(Degrees(), 1, job.global_batch, 1))
+    link = _slowest_link(cluster)
+    hop_s = 2 * np.array([line_at(link, size).seconds(size) for size in costs.cut_bytes[1:-1].tolist()])
+    return ChainCosts(costs.time_s, costs.static_bytes, costs.kept_bytes[0], hop_s)
+
+
+def nodes_of(profile: ModelProfile, cluster: Cluster, job: TrainingJob) -> list[list[MixedGpu]]:
+    """Return the GPUs of each node, their speed relative to the first group's at the job's precision."""
+    first = peak_flops(cluster.groups[0].device, job.precision)
+    nodes: list[list[MixedGpu]] = []
+    for group in cluster.groups:
+        device = group.device
+        room = device.memory_bytes * (1.0 - job.space.memory_headroom) - base_bytes(profile, device)
+        gpu = MixedGpu(device.name, peak_flops(device, job.precision) / first, room)
+        nodes += [[gpu] * group.devices_per_node for _ in range(group.num_nodes)]
+    return nodes
+
+
+def push_pull_s(profile: ModelProfile, cluster: Cluster, job: TrainingJob) -> float:
+    """Return what pushing the sum of a wave and pulling the weights costs a worker over the slowest link."""
+    optimizer, link = job.optimizer, _slowest_link(cluster)
+    sizes = (
+        profile.num_parameters * optimizer.gradient_bytes,
+        profile.num_parameters * optimizer.parameter_bytes,
+    )
+    return sum(line_at(link, size).seconds(size) for size in sizes)
+
+
+def _slowest_link(cluster: Cluster) -> LinkLevel:
+    links = [group.links[-1] for group in cluster.groups]
+    return cluster.between_groups or min(links, key=lambda link: link.bytes_per_s)
 
 
 def allocate(nodes: Sequence[Sequence[MixedGpu]], policy: Allocation) -> tuple[tuple[MixedGpu, ...], ...]:
@@ -130,7 +184,16 @@ def partition(costs: ChainCosts, gpus: Sequence[MixedGpu], in_flight: int) -> Wo
 
 
 def plan_worker(costs: ChainCosts, gpus: Sequence[MixedGpu]) -> WorkerPlan:
-    """Return the partition and Nm of least time a minibatch; raises Infeasible when not even Nm = 1 fits."""
+    """Return the partition and Nm of least time a minibatch.
+
+    Raises InvalidArgument for more than MOST_GPUS, whose orders are too many, and Infeasible when not even Nm = 1 fits.
+    """
+    if len(gpus) > MOST_GPUS:
+        raise InvalidArgument(
+            f"a virtual worker has {len(gpus)} GPUs, their orders are enumerated up to {MOST_GPUS}",
+            field="policy",
+            hint="take `equal`, or describe smaller nodes",
+        )
     found: WorkerPlan | None = None
     for in_flight in range(1, len(gpus) + 1):
         here = partition(costs, gpus, in_flight)
