@@ -4,7 +4,7 @@
     solve     the linear program; a node whose optimum is at the target or above is closed
     cut       simulate at the optimum, add its critical path, solve again, a few times
     probe     solve a few dual steps with a number rounded down and rounded up; where one of the two is closed, the
-              other holds, and where both are, the node is closed
+              other holds, and where both are, the node is closed; the next kind waits for what this one decides
     branch    on the number whose two sides rise most (the largest product of rises: strong branching)
 
 First come positions of the small classes (is the head on the last stage or on the one before?), then layers of ranks, workspaces
@@ -60,7 +60,8 @@ class Branching:
     target_s : completions of at least this long are of no interest.
     gap : a completion found lowers the target to its step over 1 + gap.
     trace : value and critical path of a fractional point.
-    complete : completions near a point: as it is where it is whole, and moved; judged.
+    complete : a completion for a point and whether it is whole: as it is, or one near it; judged.
+    is_late : whether a deadline has passed.
     """
 
     costs: CandidateCosts
@@ -70,6 +71,7 @@ class Branching:
     gap: float
     trace: Callable[[CandidateCosts, Point], tuple[float, Cut]]
     complete: Callable[[Point, bool], Completion | None]
+    is_late: Callable[[], bool]
     best: Completion | None = None
     simulated: int = 0
     num_nodes: int = 0
@@ -81,10 +83,10 @@ class Branching:
         self.program.add(self.cuts)
         self.program.stop_at(self.target_s)
 
-    def run(self, most_nodes: int, is_late: Callable[[], bool]) -> float:
+    def run(self, most_nodes: int) -> float:
         """Return the bound that is proved, the target where every node is closed."""
         stack = [_Node(-np.inf, ())]
-        while stack and self.num_nodes < most_nodes and not is_late():
+        while stack and self.num_nodes < most_nodes and not self.is_late():
             node = stack.pop()
             if node.bound_s < self.target_s:
                 self.num_nodes += 1
@@ -179,6 +181,8 @@ class Branching:
                 rises = [max(min(side_s, 1.02 * self.target_s) - bound_s, 1e-6 * self.target_s) for side_s in raised_s]
                 if rises[0] * rises[1] > best:
                     best, chosen = rises[0] * rises[1], place
+            if fixed or self.is_late():
+                break
         return chosen, tuple(fixed)
 
     def _offer(self, found: Completion | None) -> None:

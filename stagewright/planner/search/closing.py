@@ -21,7 +21,7 @@ from stagewright.planner.search.branching import Branching
 from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.cut_program import CutProgram, Form, Point, reachable
 from stagewright.planner.search.enumeration import Enumeration, Judge
-from stagewright.planner.search.incumbent import Completion, improve
+from stagewright.planner.search.incumbent import Completion, improve, staircase
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.order import Cut, OrderKey
 
@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 LIGHT_ITERATIONS = 25
-FULL_ITERATIONS = 40
+FULL_ITERATIONS = 12
 MOST_NODES, MOST_NODES_IN_ALL = 200, 3_000
 _SMOOTHING = 0.85
 _TOLERANCE = 1e-7
@@ -85,7 +85,7 @@ class Closer:
             return Closed(full.bound_s, "full program", simulated=simulated)
         best: Completion | None = None
         if full.point is not None:
-            best, made = improve(costs, _rounded(costs, full.point), give_up_s=_PROMISING * incumbent_s)
+            best, made = self._near(costs, full.point, incumbent_s)
             simulated += made
         return Closed(max(light.bound_s, full.bound_s), "open", best, simulated)
 
@@ -115,9 +115,18 @@ class Closer:
 
         shared = self.cuts.setdefault(costs.order.key, [])
         program = CutProgram(costs, form="whole", rank_layers=rank_layers)
-        branching = Branching(costs, program, list(shared), target_s, self.limits.gap, _trace, complete)
+        branching = Branching(
+            costs,
+            program,
+            list(shared),
+            target_s,
+            self.limits.gap,
+            _trace,
+            complete,
+            lambda: self.limits.reached() is not None,
+        )
         nodes = min(MOST_NODES, MOST_NODES_IN_ALL - self.num_nodes)
-        proved_s = branching.run(nodes, lambda: self.limits.reached() is not None)
+        proved_s = branching.run(nodes)
         self.num_nodes += branching.num_nodes
         self.cuts[costs.order.key] = _merged(shared, list(branching.carrying.values()))
         simulated += branching.simulated
@@ -126,8 +135,18 @@ class Closer:
 
     @staticmethod
     def _near(costs: CandidateCosts, point: Point, incumbent_s: float) -> tuple[Completion | None, int]:
-        """Return a completion near a fractional point, moved where it is promising, and the simulations made."""
-        return improve(costs, _rounded(costs, point), give_up_s=_PROMISING * incumbent_s)
+        """Return a completion near a fractional point, or near a staircase, moved where it is promising, and the simulations."""
+        starts = [_rounded(costs, point)]
+        stairs = staircase(costs)
+        if stairs is not None:
+            starts.append(stairs)
+        found = [improve(costs, bounds, most_steps=0)[0] for bounds in starts]
+        steps = [np.inf if one is None else one.step_s for one in found]
+        first = int(np.argmin(steps))
+        if steps[first] > _PROMISING * incumbent_s:
+            return found[first], len(starts)
+        best, made = improve(costs, starts[first])
+        return best, made + len(starts)
 
     def _kelley(
         self,
@@ -183,7 +202,7 @@ class Closer:
 
 def _as_it_is(costs: CandidateCosts, point: Point) -> Completion | None:
     """Return a whole point with the levels that the program chose; None when it is no completion that fits."""
-    counts = np.rint(point.counts).astype(np.int64)
+    counts = np.rint(_counts(costs, point)).astype(np.int64)
     layers = counts.sum(axis=2)
     ends = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(layers.sum(axis=1))))
     if (counts < 0).any() or (costs.layers_of(ends) != layers).any() or not costs.fits(counts):
@@ -191,6 +210,15 @@ def _as_it_is(costs: CandidateCosts, point: Point) -> Completion | None:
     bounds = tuple(ends.tolist())
     step_s, cut = costs.trace(counts, bounds)
     return Completion(step_s, bounds, counts, cut)
+
+
+def _counts(costs: CandidateCosts, point: Point) -> Floats:
+    """Return layers by level, [S, K, 3], with those that are not raised at the weakest level that is allowed."""
+    counts, base = point.counts, int(np.argmax(costs.levels))
+    if base:
+        counts[:, :, base] += counts[:, :, 0]
+        counts[:, :, 0] = 0.0
+    return counts
 
 
 def _rounded(costs: CandidateCosts, point: Point) -> Longs:
@@ -256,7 +284,7 @@ def _between(first: Point, second: Point, share: float) -> Point:
 
 def _trace(costs: CandidateCosts, point: Point) -> tuple[float, Cut]:
     """Return the step at a fractional point, with least hops and no ties, and its critical path."""
-    times = costs.stage_costs(point.counts)  # type: ignore[arg-type]
+    times = costs.stage_costs(_counts(costs, point))  # type: ignore[arg-type]
     times[1] += point.extra_s
     by_stage = point.layers @ costs.runs.step_s + costs.stage_latency_s
     if len(costs.replica_s):

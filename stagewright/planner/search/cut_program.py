@@ -16,7 +16,8 @@ and workspaces are whole. The light program has no e and no memory rows: rho_r i
 as it visits the stage of r that it visits least, over the number of replicas, each of which would count the stage again.
 F, I, W and the tails are linear in n and e; hops take the least tensor that may cross.
 
-The whole program is the one that `branching` branches on. It has all live vectors, and for the workspace of rank r
+The whole program is the one that `branching` branches on. It has all live vectors, added where they are missed, and for the
+workspace of rank r
 
          sum_s sum_{m >= l} e[s, k, m] <= hi_r z[r, l],  z binary      for the largest class k
          workspace = w_0 + sum_l (w_l - w_{l-1})+ z[r, l]
@@ -53,6 +54,7 @@ Longs = npt.NDArray[np.int64]
 MOST_VECTORS = 4
 MOST_LISTED = 80  # layers of a rank up to which every number is tried
 _NO_LIMIT = 2**31 - 1
+_OVERFULL = 1e-7  # of the capacity
 
 Form = Literal["light", "full", "whole"]
 
@@ -110,8 +112,8 @@ class CutProgram:
         self._floors = None if rank_layers is None else _floor_lines(costs, rank_layers)
         self._columns(rank_layers)
         self._rows(rank_layers)
-        self.num_cuts = 0
         self._first_cut = self._solver.getNumRow()
+        self._is_cut: list[bool] = []
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -259,22 +261,42 @@ class CutProgram:
         return Wholes(kind, is_row, place, limits[0], limits[1])
 
     def _memory_rows(self, rank_layers: tuple[Longs, Longs] | None) -> None:
+        """Add rows of a few live vectors of each rank; the whole program keeps the others until a solution misses one."""
         costs = self._costs
         scale = 1.0 / max(costs.capacity_bytes, 1.0)
+        left: list[Floats] = []
+        rooms: list[Floats] = []
         for rank in range(costs.order.num_ranks):
             most = costs.num_layers if rank_layers is None else int(rank_layers[1][rank])
             least = self._least_workspace(rank)
             room = (costs.capacity_bytes - least) * scale
             if self._form == "whole":
+                rows = self._bytes_rows(rank, costs.order.live[rank], np.zeros(3))
                 switches, rises = self._workspace_switches(rank, least, most)
-                for live in costs.order.live[rank]:
-                    index, value = self._bytes_row(rank, live, np.zeros(3))
-                    self._add(-np.inf, room, [*index, *switches], np.array([*value, *rises]) * scale)
-                continue
-            steps = self._workspace_steps(rank, least, most)
-            for live in _some(costs.order.live[rank]):
-                index, value = self._bytes_row(rank, live, steps)
-                self._add(-np.inf, room, index, np.array(value) * scale)
+                rows[:, switches] += rises
+                first = _some(len(rows))
+                left.append(np.delete(rows, first, axis=0) * scale)
+                rooms.append(np.full(len(left[-1]), room))
+                rows = rows[first]
+            else:
+                live = costs.order.live[rank]
+                rows = self._bytes_rows(rank, live[_some(len(live))], self._workspace_steps(rank, least, most))
+            self._add_all(rows * scale, np.full(len(rows), -np.inf), np.full(len(rows), room))
+        if self._form == "whole":
+            self._left, self._rooms = np.concatenate(left), np.concatenate(rooms)
+
+    def _add_missed_memory(self) -> bool:
+        """Add the rows of live vectors that the last solution overfills most; tell whether there were any."""
+        values = np.array(self._solver.getSolution().col_value)
+        over = self._left @ values - self._rooms
+        missed = np.argsort(-over, kind="stable")[: self._costs.order.num_ranks]
+        missed = missed[over[missed] > _OVERFULL]
+        if not len(missed):
+            return False
+        self._add_all(self._left[missed], np.full(len(missed), -np.inf), self._rooms[missed])
+        self._is_cut += [False] * len(missed)
+        self._left, self._rooms = np.delete(self._left, missed, axis=0), np.delete(self._rooms, missed)
+        return True
 
     def _least_workspace(self, rank: int) -> float:
         """Return what the rank's workspace is at least: on every stage stands some layer that reaches it."""
@@ -325,26 +347,22 @@ class CutProgram:
             before += rise
         return switches, rises
 
-    def _bytes_row(self, rank: int, live: Floats, steps: Floats) -> tuple[list[int], list[float]]:
-        runs, of_class = self._costs.runs, self._costs.classes.run_class
+    def _bytes_rows(self, rank: int, live: Floats, steps: Floats) -> Floats:
+        """Return the bytes of a rank at some live vectors [n, 2, V] as rows over the columns, [n, columns]."""
+        runs, of_class, count = self._costs.runs, self._costs.classes.run_class, len(self._cells)
         alike = of_class == of_class[self._costs.bulk_run]
-        index: list[int] = []
-        value: list[float] = []
+        rows = np.zeros((len(live), self.num_columns))
         for place, slot in enumerate(self._costs.order.slots[rank]):
-            each = live[0, place] * runs.kept_bytes + live[1, place] * runs.late_bytes
-            for run in range(runs.num_runs):
-                if not self._index(slot.stage, run):
-                    continue
-                index.append(self._index(slot.stage, run))
-                value.append(float(runs.state_bytes[run] + each[self._base, run]))
-                for position, level in enumerate(self._raise):
-                    saved = float(each[level, run] - each[self._base, run])
-                    if alike[run]:
-                        saved += float(steps[level])
-                    if saved != 0.0:
-                        index.append(self._raised(position, slot.stage, run))
-                        value.append(saved)
-        return _merged(index, value)
+            first = slot.stage * runs.num_runs
+            position = self._position[first : first + runs.num_runs]
+            here = position >= 0
+            column = 1 + position[here]
+            each = live[:, 0, place, None, None] * runs.kept_bytes + live[:, 1, place, None, None] * runs.late_bytes
+            rows[:, column] += runs.state_bytes[here] + each[:, self._base, here]
+            for block, level in enumerate(self._raise):
+                saved = each[:, level] - each[:, self._base] + steps[level] * alike
+                rows[:, column + count * (1 + block)] += saved[:, here]
+        return rows
 
     def add(self, cuts: Sequence[Cut]) -> None:
         """Add critical paths of the order as rows."""
@@ -352,7 +370,7 @@ class CutProgram:
             return
         rows, constants = self.rows(cuts)
         self._add_all(rows, constants, np.full(len(cuts), np.inf))
-        self.num_cuts += len(cuts)
+        self._is_cut += [True] * len(cuts)
 
     def rows(self, cuts: Sequence[Cut]) -> tuple[Floats, Floats]:
         """Return coefficients [n, columns] and constants [n], scaled, with row . columns >= constant: theta minus a path."""
@@ -399,7 +417,11 @@ class CutProgram:
 
     def solve_below(self) -> Point | None:
         """Return the optimum; None when there is none, or where it is sure to be above the target of `stop_at`."""
-        return None if self._is_closed() else self._found()
+        while not self._is_closed():
+            point = self._found()
+            if not np.isfinite(point.bound_s) or not self._add_missed_memory():
+                return point
+        return None
 
     def values_of(self, wholes: Wholes) -> Floats:
         """Return the values of what is whole at the last solution, [n]."""
@@ -430,16 +452,21 @@ class CutProgram:
         values = np.array(self._solver.getSolution().col_value)
         return bool(constants[0] - rows[0] @ values > 1e-6 * values[0])
 
+    @property
+    def num_cuts(self) -> int:
+        return sum(self._is_cut)
+
     def carrying(self) -> npt.NDArray[np.bool_]:
         """Return which cuts are binding in the last basis, [num_cuts]."""
         status = self._solver.getBasis().row_status[self._first_cut :]
-        return np.array([one != highspy.HighsBasisStatus.kBasic for one in status], dtype=np.bool_)
+        binding = [one != highspy.HighsBasisStatus.kBasic for one in status]
+        return np.array(binding, dtype=np.bool_)[np.array(self._is_cut, dtype=np.bool_)]
 
     def drop(self, chosen: npt.NDArray[np.bool_]) -> None:
         """Remove cuts, [num_cuts]."""
-        rows = self._first_cut + np.flatnonzero(chosen)
-        self._solver.deleteRows(len(rows), rows.astype(np.int32))
-        self.num_cuts -= len(rows)
+        places = np.flatnonzero(self._is_cut)[chosen]
+        self._solver.deleteRows(len(places), (self._first_cut + places).astype(np.int32))
+        self._is_cut = np.delete(self._is_cut, places).tolist()
 
     def _is_closed(self) -> bool:
         self._solver.run()
@@ -498,11 +525,9 @@ class CutProgram:
         return np.asarray(np.maximum(rows[len(rows) - self.num_cuts :], 0.0))
 
 
-def _some(live: Floats) -> Floats:
+def _some(number: int) -> Longs:
     """Return a few of a rank's live vectors, evenly spaced: fewer rows are a relaxation, and one mostly binds."""
-    if len(live) <= MOST_VECTORS:
-        return live
-    return np.asarray(live[np.unique(np.linspace(0, len(live) - 1, MOST_VECTORS).astype(int))])
+    return np.unique(np.linspace(0, number - 1, min(number, MOST_VECTORS)).astype(np.int64))
 
 
 def _held(costs: CandidateCosts) -> Floats:

@@ -1,7 +1,7 @@
 """Good completions early: balanced stages, recomputation that fits, then single layers moved (`local_search`).
 
-`start` cuts the layers into stages of equal time, equal bytes or equal numbers, whichever fits first; `improve` moves
-layers off the critical path. Heuristic: nothing here is proved.
+`start` cuts the layers into stages of equal time, equal bytes or equal numbers, whichever fits first, or into a staircase;
+`improve` moves layers off the critical path. Heuristic: nothing here is proved.
 """
 
 from __future__ import annotations
@@ -60,13 +60,32 @@ def improve(
 
 
 def start(costs: CandidateCosts) -> Completion | None:
-    """Return the first of a few balanced completions that fits; None when none does."""
+    """Return the first of a few balanced completions that fits, or a staircase where it is better; None when none does."""
+    stairs = staircase(costs)
+    best = None if stairs is None else improve(costs, stairs, most_steps=0)[0]
     for load in (costs.runs.time_s, costs.runs.state_bytes + costs.runs.kept_bytes[0], np.ones(costs.runs.num_runs)):
         each = np.repeat(load, costs.runs.length)
         found, _ = improve(costs, balanced(each, costs.num_stages), most_steps=0)
         if found is not None:
-            return found
-    return None
+            return found if best is None or found.step_s < best.step_s else best
+    return best
+
+
+def staircase(costs: CandidateCosts) -> Longs | None:
+    """Return bounds that give the stages of several chunks a rank equal layers, one more to the later ones.
+
+    The first stages hold most microbatches at once and fill the pipeline, so they are the smaller ones. Layers before and
+    after the longest run stand on the first and the last stage. None with one chunk a rank or fewer layers than stages.
+    """
+    stages, longest = costs.num_stages, int(np.argmax(costs.runs.length))
+    number, ahead = int(costs.runs.length[longest]), int(costs.classes.run_start[longest])
+    if stages <= costs.order.num_ranks or number < stages:
+        return None
+    sizes = np.full(stages, number // stages, dtype=np.int64)
+    sizes[stages - number % stages :] += 1
+    sizes[0] += ahead
+    sizes[-1] += costs.num_layers - number - ahead
+    return np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(sizes)))
 
 
 def balanced(each: Floats, num_stages: int) -> Longs:

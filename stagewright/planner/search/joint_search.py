@@ -66,10 +66,10 @@ _PRICING = 0.3  # share of a deadline that pricing may take
 _EVALUATED_S = 1e-8  # for each action of an order, of one evaluation by local search
 LEAST_ANSWERED_S = 0.1
 NUM_FIRST = 12
-NUM_STARTS = 12
-NUM_TRIED, NUM_ALIKE = 24, 2
+NUM_STARTS = 24
+NUM_TRIED, NUM_ALIKE = 96, 2
 MOST_PROGRAMS = 2_000
-NUM_IMPROVED = 6
+NUM_IMPROVED = 12
 
 
 @dataclass(frozen=True, eq=False)
