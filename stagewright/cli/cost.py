@@ -149,14 +149,17 @@ def experts(
     capacity_factor: Annotated[float, typer.Option(help="Capacity factor.")] = 1.25,
     cluster: Annotated[str, typer.Option(help="Cluster whose links are used.")] = "h100-sxm:8x1",
     degree: Annotated[int, typer.Option(help="Expert-parallel degree.")] = 8,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sample, for attention.")] = 4096,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks through which chunks flow, attention included.")] = 4,
     json: Json = False,
 ) -> None:
-    """Price one expert layer: exchange, chunks, what moves (tokens or experts), what a hot expert costs.
+    """Price one expert layer: exchange, chunks, what moves (tokens or experts); and blocks with attention in one flow.
 
     Example: stagewright cost experts --num-experts 8 --top-k 2 --degree 8
     """
     from stagewright.planner.catalog import resolve_cluster
     from stagewright.planner.cost import expert_routing as moe
+    from stagewright.planner.cost.block_pipeline import ExpertBlock, best_flow_chunks, flow_bound_s, flow_s
     from stagewright.planner.cost.communication import flat_all_to_all_s, two_level_all_to_all_s
     from stagewright.planner.cost.expert_pipeline import ExpertLayer, Line, best_chunks
     from stagewright.planner.cost.groups import strided_group
@@ -175,6 +178,9 @@ def experts(
     compute_s = roofline.seconds("matmul", flops, 0.0, num_groups=max(1, num_experts // degree))
     layer = ExpertLayer(Line(shape.ring_latency_s, exchange_s), Line(3 * roofline.launch_s, compute_s))
     chunks = best_chunks(layer)
+    attention_s = roofline.seconds("matmul", tokens * hidden * (8.0 * hidden + 4.0 * sequence_length), 0.0)
+    block = ExpertBlock(Line(5 * roofline.launch_s, attention_s), layer)
+    flowing = best_flow_chunks(block, num_blocks=blocks)
     document: dict[str, object] = {
         "exchange_elements": moe.exchange_elements(
             tokens, hidden, top_k=top_k, degree=degree, capacity_factor=capacity_factor
@@ -186,6 +192,10 @@ def experts(
         "best_chunks": chunks,
         "layer_s": layer.seconds(chunks),
         "unchunked_s": layer.seconds(1),
+        "blocks_one_by_one_s": blocks * block.separate_s(chunks),
+        "flow_chunks": flowing,
+        "blocks_in_flow_s": flow_s(block, flowing, num_blocks=blocks),
+        "flow_bound_s": flow_bound_s(block, flowing, num_blocks=blocks),
         "moves_experts": moe.moves_experts(
             tokens,
             hidden,
