@@ -36,6 +36,7 @@ class DeferredGradient:
     """The weight gradient of one call of one module, not yet computed."""
 
     compute: Callable[[Tensor, Tensor], tuple[tuple[Tensor, Tensor], ...]]
+    weight: Tensor
     saved: Tensor
     gradient: Tensor
 
@@ -65,10 +66,15 @@ class WeightGradientSink:
 
 
 def run_queue(queue: Queue) -> None:
-    """Compute all weight gradients of a queue, in the order autograd would have, and empty it."""
+    """Compute all weight gradients of a queue and empty it, the latest first: its tensors are likeliest in the caches.
+
+    Where a weight is used more than once the order is autograd's, since the rounding of its sum depends on it.
+    """
+    if len({id(item.weight) for item in queue}) < len(queue):
+        queue.reverse()
     with torch.no_grad():
         while queue:
-            queue.pop(0).accumulate()
+            queue.pop().accumulate()
 
 
 def defer_weight_gradients(model: nn.Module, sink: WeightGradientSink) -> int:
@@ -126,6 +132,30 @@ _FORWARDS: dict[type, Callable[..., Tensor]] = {
 }
 
 
+def _keep(ctx: FunctionCtx, inputs: Tensor) -> None:
+    """Keep a tensor for the backward at once, where hooks look at what is kept.
+
+    `save_for_backward` would show it to them after the forward, but a recomputation ends with the last tensor that it is
+    shown: kept first, it is spared the last product, as it is with torch's own layers.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None:
+        ctx.save_for_backward(inputs)
+        ctx.packed = None
+    else:
+        pack, unpack = hooks
+        ctx.packed = (unpack, pack(inputs))
+
+
+def _kept(ctx: FunctionCtx) -> Tensor:
+    """Return what `_keep` kept, and let go of it."""
+    if ctx.packed is None:
+        (inputs,) = ctx.saved_tensors
+        return inputs
+    (unpack, packed), ctx.packed = ctx.packed, None
+    return unpack(packed)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -136,14 +166,14 @@ class _Linear(torch.autograd.Function):
         sink: WeightGradientSink,
         transposed: bool,
     ) -> Tensor:
-        ctx.save_for_backward(inputs)
+        _keep(ctx, inputs)
         ctx.weight, ctx.bias, ctx.sink, ctx.transposed = weight, bias, sink, transposed
         return functional.linear(inputs, weight.t() if transposed else weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (inputs,), weight = ctx.saved_tensors, ctx.weight
+        inputs, weight = _kept(ctx), ctx.weight
         wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         input_gradient = None
         if wants_input:
@@ -184,24 +214,20 @@ class _Convolution(torch.autograd.Function):
         dilation: tuple[int, ...],
         groups: int,
     ) -> Tensor:
-        ctx.save_for_backward(inputs)
+        _keep(ctx, inputs)
         ctx.weight, ctx.bias, ctx.sink, ctx.geometry = weight, bias, sink, (stride, padding, dilation, groups)
         return torch.convolution(inputs, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (inputs,), weight = ctx.saved_tensors, ctx.weight
-        wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        input_gradient = None
-        if wants_input:
-            input_gradient = _convolution_backward(gradient, inputs, weight, ctx.geometry, (True, False, False))[0]
-        wanted = (weight if wants_weight else None, ctx.bias if wants_bias else None)
+        inputs, weight, mask = _kept(ctx), ctx.weight, ctx.needs_input_grad[:3]
+        wanted = (weight if mask[1] else None, ctx.bias if mask[2] else None)
         compute = partial(_convolution_gradients, weight, wanted, ctx.geometry)
         if _defer(ctx.sink, compute, inputs, gradient, weight, ctx.bias):
-            return (input_gradient, *(None,) * 7)
-        found = {id(parameter): value for parameter, value in compute(inputs, gradient)}
-        return (input_gradient, found.get(id(weight)), found.get(id(ctx.bias)), *(None,) * 5)
+            mask = (mask[0], False, False)
+        found = _convolution_backward(gradient, inputs, weight, ctx.geometry, mask) if any(mask) else (None,) * 3
+        return (*found, *(None,) * 5)
 
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
@@ -211,7 +237,7 @@ def _convolution_backward(
     gradient: Tensor, inputs: Tensor, weight: Tensor, geometry: Geometry, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     stride, padding, dilation, groups = geometry
-    return torch.ops.aten.convolution_backward(
+    return torch.ops.aten.convolution_backward.default(
         gradient, inputs, weight, [weight.shape[0]], stride, padding, dilation, False, [0] * len(stride), groups, mask
     )
 
@@ -220,7 +246,8 @@ def _convolution_gradients(
     weight: Tensor, wanted: tuple[Tensor | None, Tensor | None], geometry: Geometry, inputs: Tensor, gradient: Tensor
 ) -> tuple[tuple[Tensor, Tensor], ...]:
     mask = (False, wanted[0] is not None, wanted[1] is not None)
-    shape_only = inputs.new_empty(weight.shape)  # the weight itself may be sharded away by now
+    # Only its shape matters: the weight itself may be sharded away by now.
+    shape_only = weight if weight.untyped_storage().nbytes() else inputs.new_empty(weight.shape)
     values = _convolution_backward(gradient, inputs, shape_only, geometry, mask)[1:]
     return tuple((parameter, value) for parameter, value in zip(wanted, values, strict=True) if parameter is not None)
 
@@ -289,7 +316,7 @@ def _defer(
     """Queue the weight gradient when the sink collects and the parameters are leaves."""
     if sink.queue is None or not weight.is_leaf or (bias is not None and not bias.is_leaf):
         return False
-    sink.queue.append(DeferredGradient(compute, inputs, gradient))
+    sink.queue.append(DeferredGradient(compute, weight, inputs, gradient))
     return True
 
 

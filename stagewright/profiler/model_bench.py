@@ -127,7 +127,10 @@ class ModelBench:
         }
 
     def _measure_split(self, batch: Batch) -> Numbers:
-        """Deferred gradients are queued layer by layer in reverse, so each layer's are a piece of the queue."""
+        """Deferred gradients are queued layer by layer in reverse, so each layer's are a piece of the queue.
+
+        They run as a stage runs them, the latest first: from the first layer to the last.
+        """
         count = self.chain.num_layers
         lengths: dict[int, int] = {}
         queue: list[DeferredGradient] = []
@@ -138,12 +141,15 @@ class ModelBench:
                 counter.begin()
                 times = timer.full(batch)
             weight_s, held = [0.0] * count, [0.0] * count
-            wall, busy = time.perf_counter(), time.process_time()
             ends = {index: lengths.get(index - 1, len(queue)) for index in range(1, count)} | {0: len(queue)}
-            done = 0
+            done, pieces = 0, list[list[DeferredGradient]]()
             for index in reversed(range(count)):
-                piece = [queue.pop(0) for _ in range(max(ends[index] - done, 0))]
+                pieces.append(queue[done : ends[index]])
                 done = max(ends[index], done)
+            queue.clear()
+            wall, busy = time.perf_counter(), time.process_time()
+            for index in range(count):
+                piece = pieces.pop()
                 held[index] = _queue_bytes(piece)
                 weight_s[index] = self._timed(partial(run_queue, piece))
             wall, busy = time.perf_counter() - wall, time.process_time() - busy

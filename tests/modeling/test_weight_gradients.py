@@ -6,6 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from stagewright.modeling.weight_gradients import (  # noqa: E402
@@ -86,3 +87,29 @@ def test_two_microbatches_accumulate():
 
     for key, value in gradients(model, inputs, run).items():
         assert torch.allclose(value, expected[key], rtol=1e-6), key
+
+
+class CountedProducts(TorchDispatchMode):
+    """Counts the matrix products within."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_recomputation_is_spared_the_last_product(deferred):
+    """Three layers: two products again, and one input gradient for each; the third output is needed by nobody."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
+    sink = WeightGradientSink()
+    if deferred:
+        defer_weight_gradients(model, sink)
+    output = checkpoint(model, torch.randn(3, 4, requires_grad=True), use_reentrant=False)
+    with CountedProducts() as products, sink.collect() as queue:
+        output.sum().backward()
+    assert products.count == 2 + 3 + (0 if deferred else 3)
+    assert len(queue) == (3 if deferred else 0)
