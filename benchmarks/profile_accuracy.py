@@ -2,13 +2,13 @@
 
 For each model, five times: train it with a plain loop that knows nothing of layers, profile it (one busy rank), train it
 again. A run's error is that of the profile's step against the mean of the two trainings around it, each the median of
-several steps, since a shared machine's speed changes within seconds. Reported are the median error of the runs with
-their spread, the error against the loop's own processor time (what remains when other programs shared the machine), the
-error of the peak, and (I + W) / B, the deferred backward against the fused one. On CUDA the device's clock and allocator
-are used.
+several steps, since a shared machine's speed changes within seconds; both keep freed memory, as the ranks of a run do.
+Reported are the median error of the runs with their spread, the error against the loop's own processor time (what remains
+when other programs shared the machine), the error of the peak, and (I + W) / B, the deferred backward against the fused
+one. On CUDA the device's clock and allocator are used.
 
 Usage: python benchmarks/profile_accuracy.py [MODEL ...] [--device auto] [--runs 5] [--budget 8]
-Writes benchmarks/results/profile_accuracy.json.
+Writes benchmarks/results/profile_accuracy.json; some models take the place of their rows there.
 """
 
 from __future__ import annotations
@@ -112,9 +112,10 @@ def main() -> int:
                 f"profiled in {row.profile_s:.0f} s",
                 flush=True,
             )
-    result = {**machine("python benchmarks/profile_accuracy.py"), "rows": [asdict(row) for row in rows]}
-    if not arguments.models:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    known = json.loads(RESULT.read_text())["rows"] if arguments.models and RESULT.exists() else []
+    merged = {row["model"]: row for row in (*known, *(asdict(row) for row in rows))}
+    result = {**machine("python benchmarks/profile_accuracy.py"), "rows": list(merged.values())}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -4,7 +4,8 @@ emulated   4 ranks on gloo, 12 schedules, actions that wait 20 ms: measured over
            runtime on the same schedule in interleaved pairs; targets: median at most 1.04, and the lower end of the 95 %
            interval of the mean ratio to torch at most 1.00.
 real       2 ranks, 20 plans of the example GPT and a Hugging Face Llama: step-time error (target: median absolute at most
-           5 %), peak memory (3 %), bytes sent (exact).
+           5 %), peak memory (3 %), bytes sent (exact). A run whose steps differ by more than 8 % (80th over 20th percentile)
+           was disturbed by other programs: it is made again, at most twice; the row says how often.
 
 Usage: python benchmarks/runtime_fidelity.py [emulated|real ...] [--pairs 20] [--action-ms 20] [--steps 10]
            [--schedules A,B] [--models gpt,llama]
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ from stagewright.planner.prediction import with_prediction  # noqa: E402
 from stagewright.planner.schedules.family import ScheduleRequest  # noqa: E402
 from stagewright.planner.schedules.registry import generate  # noqa: E402
 from stagewright.runtime.program import program_of  # noqa: E402
-from stagewright.runtime.report import MEMORY_LIMIT  # noqa: E402
+from stagewright.runtime.report import MEMORY_LIMIT, RunReport  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "runtime_fidelity.json"
 NUM_RANKS, NUM_MICROBATCHES = 4, 8
@@ -72,6 +73,7 @@ MODELS = {
     "gpt": f"{ROOT / 'examples' / 'gpt.py'}:build_untied",
     "llama": f"{Path(__file__).resolve()}:llama",
 }
+MOST_UNSTEADINESS, MOST_RUNS = 0.08, 3
 Row = dict[str, Any]
 
 
@@ -338,6 +340,12 @@ def llama(num_layers: int = 6) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+def _unsteadiness(report: RunReport) -> float:
+    """Return by how much the slower steps of a run exceed the faster ones."""
+    times = cast("dict[str, float]", report.measured["step_time_s"])
+    return times["p80"] / times["p20"] - 1.0
+
+
 def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: float) -> list[Row]:
     """Return errors of predicted step time and peak memory, and whether traffic was exact, by plan."""
     from stagewright.profiler.discover import discover_local
@@ -346,6 +354,13 @@ def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: 
 
     cluster = discover_local()
     rows = []
+
+    def run(plan: Plan) -> RunReport:
+        with tempfile.TemporaryDirectory() as folder:
+            return run_plan(
+                plan, profile, model=model, steps=steps, checks=("memory", "traffic", "time"), directory=Path(folder)
+            )
+
     for model, name in product((MODELS[name] for name in models), schedules):
         # A machine's speed drifts over minutes, so each schedule is profiled right before it runs.
         profile = profile_model(
@@ -356,17 +371,17 @@ def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: 
             chunks = 2 if name in TWO_CHUNKS else 1
             choice = Choice(Degrees(), 2, chunks, microbatch, name, recompute)
             plan = with_prediction(even_plan(profile, cluster, _job(8 * microbatch, 128), choice), profile)
-            with tempfile.TemporaryDirectory() as folder:
-                report = run_plan(
-                    plan, profile, model=model, steps=steps, checks=("memory", "traffic", "time"),
-                    directory=Path(folder),
-                )  # fmt: skip
+            reports = [run(plan)]
+            while _unsteadiness(reports[-1]) > MOST_UNSTEADINESS and len(reports) < MOST_RUNS:
+                reports.append(run(plan))
+            report = min(reports, key=_unsteadiness)
             row = {
                 "model": model.rpartition(":")[2],
                 "schedule": name,
                 "microbatch": microbatch,
                 "recompute": recompute.value,
                 "num_steps": steps,
+                "num_runs": len(reports),
                 "step_time_s": report.measured["step_time_s"],
                 "step_error": report.error["step_time"],
                 "peak_error": report.error["peak_memory_max"],
