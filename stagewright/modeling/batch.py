@@ -95,6 +95,11 @@ def slice_batch(batch: Batch, start: int, length: int) -> Batch:
     return _map(lambda value: value.narrow(0, start, length) if value.dim() else value, batch)
 
 
+def select_samples(batch: Batch, samples: Tensor) -> Batch:
+    """Return some samples of a batch, int64 [n]; what is no tensor, or a scalar, stays whole."""
+    return _map(lambda value: value.index_select(0, samples.to(value.device)) if value.dim() else value, batch)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with its tensors on a device."""
     return _map(lambda value: value.to(device), batch)
@@ -119,6 +124,11 @@ def batch_tensors(batch: Batch) -> list[Tensor]:
 def shape_key(batch: Batch) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of a batch: equal on all ranks that see it."""
     return tuple(tuple(value.shape) for value in batch_tensors(batch))
+
+
+def sample_key(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of a batch without the number of samples."""
+    return tuple(tuple(value.shape[1:]) for value in batch_tensors(batch))
 
 
 def _map(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from stagewright.modeling.autocast import with_autocast
-from stagewright.modeling.batch import Batch, shape_key, to_device
+from stagewright.modeling.batch import Batch, to_device
 from stagewright.modeling.keep import move_to
 from stagewright.modeling.split import split
 from stagewright.modeling.unfilled import fill_layers
 from stagewright.planner.documents.plan import Plan
 from stagewright.runtime.building import autocast_type
 from stagewright.runtime.communication import TensorSpec
-from stagewright.runtime.topology import stage_edges
+from stagewright.runtime.mailbox import batch_key
+from stagewright.runtime.topology import has_unequal_replicas, stage_edges
 
 Specs = tuple[TensorSpec, ...]
 
@@ -38,10 +39,11 @@ class BoundaryShapes:
         self._edges = stage_edges(plan, self._chain.edges)
         degrees = plan.stages[0].degrees
         self._parts = degrees.tp if degrees.sp else 1
+        self._is_divided = has_unequal_replicas(plan)
 
     def messages(self, batch: Batch) -> dict[str, Specs]:
         """Return by key of the shape book what travels over each stage edge for a microbatch or slice like `batch`."""
-        key = repr(shape_key(batch))
+        key = batch_key(batch, is_divided=self._is_divided)
         specs = self._specs(to_device(batch, self._device))
         return {
             f"shapes/{source}/{target}/{key}": tuple(

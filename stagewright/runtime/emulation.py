@@ -106,7 +106,7 @@ class EmulatedWorker:
             groups.make("upward", everyone), groups.make("downward", everyone), torch.device("cpu"), len(plan.stages)
         )
         peers = {
-            (replica, stage): self.topology.holder(replica, stage)
+            (replica, stage): self.topology.parts(replica, stage)
             for replica, row in enumerate(plan.schedule.placement)
             for stage in range(len(row))
         }

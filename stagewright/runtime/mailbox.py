@@ -2,7 +2,8 @@
 
 For each edge (source stage, target stage) of the stage graph, a message is the values of those layers of the source that
 the target needs, in layer order; a gradient message is the gradients of the same tensors. Two stages on one rank hand
-over without a copy. Where several targets use one value its gradients are summed.
+over without a copy. Where several targets use one value its gradients are summed. Between stages of different numbers of
+replicas a microbatch's samples are split over the ranks that take them and put one behind the other where they come from several.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from stagewright.modeling.batch import Batch, shape_key
+from stagewright.modeling.batch import Batch, sample_key, shape_key
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.simulation.timeline import SEND_LANE
-from stagewright.runtime.communication import Message, Pending, PointToPoint, ShapeBook
+from stagewright.runtime.communication import Message, Pending, PointToPoint, ShapeBook, TensorSpec
 from stagewright.runtime.recorder import Recorder
 from stagewright.runtime.stage import Unit
+from stagewright.runtime.topology import Part
 
 Values = Mapping[int, tuple[Tensor, ...]]
 
@@ -29,11 +32,13 @@ class StageGraph:
     Parameters
     ----------
     layers : for each edge (source, target), the layers whose values travel.
-    peers : global rank that this rank exchanges a stage's messages with, by (replica, stage); this rank for its own.
+    peers : whom this rank exchanges a stage's messages with, by (replica, stage); this rank for its own.
+    is_divided : whether stages have different numbers of replicas, so that messages are parts of a microbatch.
     """
 
     layers: Mapping[tuple[int, int], tuple[int, ...]]
-    peers: Mapping[tuple[int, int], int]
+    peers: Mapping[tuple[int, int], tuple[Part, ...]]
+    is_divided: bool = False
 
     def sources(self, stage: int) -> tuple[int, ...]:
         """Stages whose values a stage takes."""
@@ -57,14 +62,14 @@ class Mailbox:
         self._recorder = recorder
         self._keys: dict[Unit, str] = {}
         self._ready: dict[Message, tuple[Tensor, ...]] = {}
-        self._pending: dict[Message, Pending] = {}
+        self._pending: dict[Message, tuple[Pending, ...]] = {}
         self._posted: set[Message] = set()
         self._taken: set[Message] = set()
         self._counts: dict[tuple[int, int], list[int]] = {}
 
     def begin(self, batches: Mapping[Unit, Batch]) -> None:
         """Start an iteration on these units."""
-        self._keys = {unit: repr(shape_key(batch)) for unit, batch in batches.items()}
+        self._keys = {unit: batch_key(batch, is_divided=self._graph.is_divided) for unit, batch in batches.items()}
 
     def finish(self) -> None:
         """Wait until all sends have left; nothing may be left over."""
@@ -90,7 +95,7 @@ class Mailbox:
             if message not in self._pending:
                 action = Action(Kind.RECV_F, message.target, message.microbatch, message.slice, message.replica)
                 self.post(action, wait=True)
-            self._pending.pop(message).wait()
+            _wait(self._pending.pop(message))
         self._transport.drain()
         self._posted -= messages
         self._taken.clear()
@@ -158,21 +163,25 @@ class Mailbox:
             specs = self._shapes.find(self._shape_key(edge, action), wait=wait)
             if specs is None:
                 return False
-            peer = self._graph.peers[action.replica, other]
-            self._pending[message] = self._transport.receive(message, specs, peer)
+            self._pending[message] = tuple(
+                self._transport.receive(message, self._specs_of(part, specs), part.rank)
+                for part in self._graph.peers[action.replica, other]
+            )
             self._posted.add(message)
         return True
 
     def _send(self, message: Message, other: int, action: Action) -> None:
         start = self._recorder.clock()
-        self._transport.send(message, self._ready.pop(message), self._graph.peers[message.replica, other])
+        tensors = self._ready.pop(message)
+        for part in self._graph.peers[message.replica, other]:
+            self._transport.send(message, self._values_of(part, tensors), part.rank)
         self._recorder.add(SEND_LANE, action, start, self._recorder.clock())
 
     def _take(self, message: Message) -> tuple[Tensor, ...]:
         if message in self._ready:
             return self._ready.pop(message)
         self._taken.add(message)
-        return self._pending.pop(message).wait()
+        return _wait(self._pending.pop(message))
 
     def _unpack(self, edge: tuple[int, int], tensors: tuple[Tensor, ...]) -> dict[int, tuple[Tensor, ...]]:
         layers = self._graph.layers[edge]
@@ -186,10 +195,29 @@ class Mailbox:
         return result
 
     def _is_remote(self, replica: int, stage: int) -> bool:
-        return self._graph.peers[replica, stage] != self._rank
+        return any(part.rank != self._rank for part in self._graph.peers[replica, stage])
+
+    def _values_of(self, part: Part, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (
+            tuple(value.narrow(0, part.first, part.count) for value in tensors) if self._graph.is_divided else tensors
+        )
+
+    def _specs_of(self, part: Part, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(((part.count, *shape[1:]), dtype) for shape, dtype in specs) if self._graph.is_divided else specs
 
     def _shape_key(self, edge: tuple[int, int], action: Action) -> str:
         return f"shapes/{edge[0]}/{edge[1]}/{self._keys[action.microbatch, action.slice]}"
+
+
+def batch_key(batch: Batch, *, is_divided: bool) -> str:
+    """Return what sender and receiver of a message both know of its shapes from their batch."""
+    return repr(sample_key(batch) if is_divided else shape_key(batch))
+
+
+def _wait(parts: tuple[Pending, ...]) -> tuple[Tensor, ...]:
+    """Return the received tensors, complete; parts one behind the other."""
+    received = [part.wait() for part in parts]
+    return received[0] if len(received) == 1 else tuple(torch.cat(values) for values in zip(*received, strict=True))
 
 
 def _message(action: Action, source: int, target: int, *, backward: bool) -> Message:

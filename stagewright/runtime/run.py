@@ -24,6 +24,7 @@ from stagewright.runtime.replay import replay as run_replays
 from stagewright.runtime.report import RunReport, make_replay_report, make_report
 from stagewright.runtime.rescue import is_rescuable, rescue_folder
 from stagewright.runtime.support import check_memory, check_supported, check_world
+from stagewright.runtime.topology import has_unequal_replicas
 from stagewright.runtime.training import TrainingSettings
 
 CHECKS = ("gradients", "memory", "traffic", "time")
@@ -88,6 +89,12 @@ def run_plan(
         raise InvalidArgument(f"steps is {steps}, it must be at least 1", field="steps")
     _refuse_frozen_by_hand(profile)
     check_supported(plan)
+    if emulate and has_unequal_replicas(plan):
+        raise InvalidArgument(
+            f"stages have {[stage.degrees.dp for stage in plan.stages]} replicas, an emulated run takes equal numbers",
+            field="emulate",
+            hint="run the plan with its model",
+        )
     check_world(plan, torchrun_arguments)
     replayed = None if replay is None else replayed_ranks(plan, replay)
     schedule, evaluation = program_of(plan, profile)

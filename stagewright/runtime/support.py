@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument
-from stagewright.planner.prediction import device_of
+from stagewright.planner.prediction import device_of, stage_microbatches
+from stagewright.runtime.topology import has_unequal_replicas
 
 PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
 
@@ -17,9 +18,10 @@ def check_supported(plan: Plan) -> None:
     for index, stage in enumerate(plan.stages):
         field = f"stages[{index}]"
         degrees = stage.degrees
-        if degrees != first:
+        if degrees != first.model_copy(update={"dp": degrees.dp}):
             raise InvalidArgument(
-                f"{field} has degrees {degrees.model_dump()}, stages[0] {first.model_dump()}; the runtime takes equal ones",
+                f"{field} has degrees {degrees.model_dump()}, stages[0] {first.model_dump()}; the runtime takes degrees that "
+                "differ in dp",
                 field=f"{field}.degrees",
                 hint="plan with equal degrees for all stages",
             )
@@ -37,6 +39,8 @@ def check_supported(plan: Plan) -> None:
                 f"batch_shares is {list(stage.batch_shares)}, the runtime gives replicas equal shares",
                 field=f"{field}.batch_shares",
             )
+    if has_unequal_replicas(plan):
+        _check_unequal(plan)
     if first.cp > 1 and plan.schedule.num_slices > 1:
         raise InvalidArgument(
             f"cp is {first.cp} and num_slices {plan.schedule.num_slices}, a sequence is divided one way only",
@@ -47,6 +51,28 @@ def check_supported(plan: Plan) -> None:
             f"the runtime does not train in {plan.job.precision}", field="job.precision", hint=", ".join(PRECISIONS)
         )
     _check_autocast(plan)
+
+
+def _check_unequal(plan: Plan) -> None:
+    """Stages of different numbers of replicas: one device a replica, all stages of a rank alike, equal microbatches."""
+    first, told = plan.stages[0].degrees, plan.schedule.parameters
+    rest = first.tp * first.cp * first.ep * first.etp
+    mixed = [
+        rank
+        for rank in range(plan.schedule.num_ranks)
+        if len({plan.stages[s].degrees.dp for row in plan.schedule.placement for s, at in enumerate(row) if at == rank})
+        > 1
+    ]
+    stated = sorted({"halved", "local_steps", "slice_lengths"} & set(told))
+    if rest > 1 or mixed or stated or plan.schedule.name == "dynapipe" or len(plan.schedule.placement) > 1:
+        raise InvalidArgument(
+            f"stages have {[stage.degrees.dp for stage in plan.stages]} replicas with tp * cp * ep * etp = {rest}, "
+            f"{plan.schedule.name} on {len(plan.schedule.placement)} model replicas and parameters {stated}; the runtime "
+            "takes them without other degrees, with one direction, equal microbatches and one number a rank",
+            field="stages.degrees.dp",
+            hint="plan with equal degrees for all stages",
+        )
+    stage_microbatches(plan)
 
 
 def _check_autocast(plan: Plan) -> None:

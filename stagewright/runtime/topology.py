@@ -13,6 +13,7 @@ from functools import cached_property
 from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.link_bytes import sharding_group
+from stagewright.planner.prediction import stage_microbatches
 
 StageKey = tuple[int, int]  # (replica, stage)
 
@@ -24,6 +25,15 @@ class Coordinates:
     tp: int
     cp: int
     dp: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """The samples of a rank's microbatch, `first` to `first + count` - 1, that it exchanges with another rank."""
+
+    rank: int
+    first: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,30 @@ class Topology:
             return self.rank
         return self.plan.mapping.pipeline_ranks[pipeline_rank][self._place[1]]
 
+    def parts(self, replica: int, stage: int) -> tuple[Part, ...]:
+        """Return whom this rank exchanges a stage's messages with, and which samples of its microbatch, in their order.
+
+        A microbatch of all replicas lies over the replicas of a stage in one piece each: where two stages have as many,
+        devices at one place exchange all they have, else each exchanges with those whose samples are its own (DAPPLE's
+        split and concatenation).
+        """
+        mine, theirs = self.num_samples, samples_of_stage(self.plan, stage)
+        if mine == theirs:
+            return (Part(self.holder(replica, stage), 0, mine),)
+        ranks = self.plan.mapping.pipeline_ranks[self.plan.schedule.placement[replica][stage]]
+        begin = self.coordinates.dp * mine
+        found = []
+        for index, rank in enumerate(ranks):
+            first, end = max(begin, index * theirs), min(begin + mine, (index + 1) * theirs)
+            if first < end:
+                found.append(Part(rank, first - begin, end - first))
+        return tuple(found)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of a microbatch on this rank."""
+        return samples_of_stage(self.plan, self.stages[0][1])
+
     def gradient_ranks(self, stage: int) -> tuple[int, ...]:
         """Return the global ranks that sum a stage's gradients with this one: they hold the same shard of its parameters.
 
@@ -193,6 +227,16 @@ def shard_size(plan: Plan, members: int) -> int:
             hint="take a divisor",
         )
     return size
+
+
+def samples_of_stage(plan: Plan, stage: int) -> int:
+    """Return the samples of a microbatch on one replica of a stage; `schedule.microbatch` is that of stage 0."""
+    return stage_microbatches(plan)[stage]
+
+
+def has_unequal_replicas(plan: Plan) -> bool:
+    """Whether some stages have more data-parallel replicas than others."""
+    return len({stage.degrees.dp for stage in plan.stages}) > 1
 
 
 def coordinates_of(index: int, degrees: Degrees) -> Coordinates:

@@ -10,13 +10,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
+from stagewright.modeling.batch import Batch, batch_size, select_samples, slice_batch, to_device
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.context_attention import ContextAttention, ContextGroups, positions_of
 from stagewright.modeling.expert_parallel import ExpertGroups, divide_experts
@@ -51,7 +50,7 @@ from stagewright.runtime.reduction import Bucket, BucketSet, ReplicatedBucket
 from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.stage import Stage, Unit
 from stagewright.runtime.step_rule import StepRule, whole_squared_norm
-from stagewright.runtime.topology import StageKey, Topology, stage_edges
+from stagewright.runtime.topology import StageKey, Topology, has_unequal_replicas, stage_edges
 from stagewright.runtime.weight_versions import DELAYED, VersionedBucket, VersionRule
 
 
@@ -292,21 +291,19 @@ class Worker:
         if self._division is None:
             return self._dynamic(batch, step)[1]
         division, replicas = self._division, self.topology.degrees.dp
-        if batch_size(batch) != division.samples * replicas:
+        first_replicas = self.plan.stages[0].degrees.dp
+        if batch_size(batch) != division.samples * first_replicas:
             raise InvalidArgument(
                 f"the batch has {batch_size(batch)} samples, the plan takes {len(division.sizes)} microbatches with "
-                f"{division.samples} samples x {replicas} replicas = {division.samples * replicas}",
+                f"{division.samples} samples x {first_replicas} replicas = {division.samples * first_replicas}",
                 field="data",
             )
         count = len(division.sizes)
         first = self.topology.coordinates.dp * count
-        start = [
-            self.topology.coordinates.dp * division.samples + offset for offset in accumulate((0, *division.sizes))
-        ]
         used = {action.microbatch for action in self.actions if action.kind is Kind.F}
         units: dict[Unit, UnitInput] = {}
         for index in sorted(used):
-            part = to_device(slice_batch(batch, start[index], division.sizes[index]), self.settings.device)
+            part = to_device(self._part(batch, index), self.settings.device)
             seed = microbatch_seed(self.settings.seed, step, first + index)
             weight = division.share(index) / (replicas if self._outer_step is None else 1)
             if self.topology.degrees.cp > 1:
@@ -320,6 +317,20 @@ class Worker:
             for position, piece in enumerate(divide_sequence(part, self.chain.model, self._slice_lengths(part))):
                 units[index, position] = UnitInput(piece.batch, piece.loss_weight * weight, seed)
         return units
+
+    def _part(self, batch: Batch, microbatch: int) -> Batch:
+        """Return this rank's samples of a microbatch.
+
+        Each replica of stage 0 has a piece of the batch, and a microbatch of its own from it; stages with another number of
+        replicas divide the microbatches of all those among them.
+        """
+        assert self._division is not None
+        sizes, first, place = self._division.sizes, self.plan.stages[0].degrees.dp, self.topology.coordinates.dp
+        start, size, each = sum(sizes[:microbatch]), sizes[microbatch], self._division.samples
+        if first == self.topology.degrees.dp:
+            return slice_batch(batch, place * each + start, size)
+        whole = torch.cat([torch.arange(size) + start + replica * each for replica in range(first)])
+        return select_samples(batch, whole.chunk(self.topology.degrees.dp)[place])
 
     def _dynamic(self, batch: Batch, step: int) -> tuple[tuple[tuple[Action, ...], ...], Iteration]:
         """Return this rank's steps and units for a batch whose microbatches and order are made for it."""
@@ -557,11 +568,11 @@ class Worker:
     def _graph(self) -> StageGraph:
         placement = self.plan.schedule.placement
         peers = {
-            (replica, stage): self.topology.holder(replica, stage)
+            (replica, stage): self.topology.parts(replica, stage)
             for replica in range(len(placement))
             for stage in range(len(placement[replica]))
         }
-        return StageGraph(stage_edges(self.plan, self.chain.edges), peers)
+        return StageGraph(stage_edges(self.plan, self.chain.edges), peers, has_unequal_replicas(self.plan))
 
     def _make_buckets(self) -> list[Bucket]:
         """One bucket a stage, and one for each set of stages that share parameters; all ranks make the same groups."""

@@ -70,10 +70,11 @@ class Case:
     sequential: bool = False
     num_frozen: int = 0
     warm_up_steps: int = 0
+    replicas: tuple[int, ...] = ()
 
     @property
     def world(self) -> int:
-        return self.num_ranks * Degrees(**self.degrees).num_devices
+        return sum(self.replicas) if self.replicas else self.num_ranks * Degrees(**self.degrees).num_devices
 
 
 SKIP = ((0, 1), (1, 2), (0, 2))  # edges of a skip connection over the stage in the middle
@@ -137,6 +138,7 @@ def prepare(case: Case, number: int) -> PreparedCase:
         recompute=case.recompute,
         parameters=case.parameters,
         edges=case.edges,
+        replicas=case.replicas,
     )
     schedule = lower(
         schedule_of(plan.schedule),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from stagewright.modeling import LayerChain
 from stagewright.planner.documents import (
@@ -93,9 +93,11 @@ def plan_of(
     cluster: Document | None = None,
     parameters: dict[str, int | float | str] | None = None,
     edges: tuple[tuple[int, int], ...] = (),
+    replicas: tuple[int, ...] = (),
 ) -> Plan:
-    """Layers spread evenly over the stages, pipeline ranks of neighbouring global ranks."""
+    """Layers spread evenly over the stages, pipeline ranks of neighbouring global ranks, maybe with `replicas` of their own."""
     degrees = degrees or Degrees()
+    each = [degrees.model_copy(update={"dp": count}) for count in replicas] or [degrees] * num_ranks
     made = generate(
         schedule,
         ScheduleRequest(
@@ -108,9 +110,9 @@ def plan_of(
             parameters=parameters or {},
         ),
     )
-    size = degrees.num_devices
+    ends = [0, *accumulate(one.num_devices for one in each)]
     bounds = [index * chain.num_layers // made.num_stages for index in range(made.num_stages + 1)]
-    device = cluster or cluster_factory(devices_per_node=num_ranks * size)
+    device = cluster or cluster_factory(devices_per_node=ends[-1])
     if cluster is None:
         group = device.groups[0]
         cpu = group.device.model_copy(update={"kind": "cpu"})
@@ -122,19 +124,17 @@ def plan_of(
         num_layers=chain.num_layers,
         cluster=device,
         job=TrainingJob(
-            global_batch=num_microbatches * microbatch * degrees.dp,
+            global_batch=num_microbatches * microbatch * each[0].dp,
             sequence_length=sequence_length,
             precision=precision,
             optimizer=Optimizer.standard(optimizer, precision),
         ),
         planner="test",
         stages=tuple(
-            StagePlan(layers=(first, end), degrees=degrees, recompute=_runs(recompute, end - first))
-            for first, end in pairwise(bounds)
+            StagePlan(layers=(first, end), degrees=each[rank], recompute=_runs(recompute, end - first))
+            for (first, end), rank in zip(pairwise(bounds), made.placement[0].tolist(), strict=True)
         ),
-        mapping=RankMapping(
-            pipeline_ranks=tuple(tuple(range(rank * size, (rank + 1) * size)) for rank in range(num_ranks))
-        ),
+        mapping=RankMapping(pipeline_ranks=tuple(tuple(range(first, end)) for first, end in pairwise(ends))),
         schedule=ScheduleSpec(
             name=schedule,
             num_ranks=num_ranks,

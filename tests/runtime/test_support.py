@@ -52,6 +52,14 @@ def test_stages_of_different_degrees_are_refused():
         check_supported(plan.model_copy(update={"stages": (plan.stages[0], other)}))
 
 
+def test_stages_of_different_numbers_of_replicas_are_taken_without_other_degrees():
+    chain = split(TinyModel(3))
+    profile = profile_of(chain)
+    check_supported(plan_of(chain, profile, "1f1b", 2, 4, microbatch=3, replicas=(1, 3)))
+    with pytest.raises(InvalidArgument, match=r"stages have \[1, 3\] replicas with tp \* cp \* ep \* etp = 2"):
+        check_supported(plan_of(chain, profile, "1f1b", 2, 4, microbatch=3, replicas=(1, 3), degrees=Degrees(tp=2)))
+
+
 @pytest.mark.parametrize("name", ["gradient", "speed"])
 def test_an_unknown_check_is_refused(name):
     plan, profile = documents()

@@ -33,11 +33,12 @@ CASES = [
     Case("gems", 2, 4, degrees={"dp": 2, "zero": 2}, tied=False),
     Case("chimera", 4, 4, tied=False),
     Case("seq1f1b", 2, 2, num_slices=2, degrees={"dp": 2, "zero": 2}),
+    Case("1f1b", 3, 4, replicas=(2, 1, 1), tied=False),
 ]
 
 
 def case_id(case: Case) -> str:
-    return f"{case.schedule}-{case.num_ranks}-{case.degrees}-{case.tied}-{case.parameters}"
+    return f"{case.schedule}-{case.num_ranks}-{case.degrees}-{case.tied}-{case.parameters}{case.replicas or ''}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
