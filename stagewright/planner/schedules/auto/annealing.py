@@ -5,9 +5,10 @@ Letters keep their microbatches in order, F before I before W of a stage, and th
 that meets such a wall stops in front of it. It is accepted when the makespan is at most the old one plus T * Exp(1);
 equal makespans are accepted, since schedules have wide plateaus. T falls geometrically.
 
-One move in ten exchanges two microbatches wherever they run along the same ranks: of two F, or two I, of different
-stages, and of the actions before and after them on their chains, on as many ranks as both visit together. With several chunks under
-a tight cap such streams cross on every rank, and the exchange on one rank alone makes the order worse. These moves are timed in full.
+With more than two chunks on a rank, one move in ten exchanges two microbatches wherever they run along the same ranks: of two F, or
+two I, of different stages, and of the actions before and after them on their chains, on as many ranks as both visit
+together. Under a tight cap such streams cross on every rank, and the exchange on one rank alone makes the order worse. These
+moves are timed in full.
 
 The threshold is drawn before the move is timed, so that a bad move is given up early. For each action two longest
 paths are kept: `end_s`, from the start through it, and `rest_s`, from it to the end. After a move only ends that change are computed
@@ -28,6 +29,7 @@ from stagewright.planner.schedules.auto.sweep import sweep
 CRITICAL_SHARE = 0.85  # of moves that take a critical action
 SWAP_SHARE = 0.25
 CHAIN_SHARE = 0.1  # of moves that flip two microbatches on several ranks at once
+CHAIN_CHUNKS = 3  # on a rank; with fewer, too few streams run along the same ranks to pay for it
 WHOLE_CHAIN_SHARE = 0.5  # of them that flip wherever it is possible, the others on few ranks
 CRITICAL_DRAWS = 24  # random actions looked at for a critical one
 COOLING = 20.0  # first over last temperature
@@ -88,6 +90,7 @@ def anneal_words(
     trial_s = np.empty(num_actions)
     _rests(tables, words, place, mirrored_delay_s, end_s, rest_s)
     cooling = np.log(COOLING)
+    chain_share = CHAIN_SHARE if most_chunks >= CHAIN_CHUNKS else 0.0
     now_s = temperature_s
     for move in range(moves):
         if best_s <= bound_s:
@@ -95,7 +98,7 @@ def anneal_words(
         if move % 64 == 0:
             now_s = temperature_s * np.exp(-cooling * move / moves)
         rank, source = _draw_action(tables, words, end_s, rest_s, makespan_s - slack_s, state)
-        if uniform(state) < CHAIN_SHARE:
+        if uniform(state) < chain_share:
             count = _flip_chains(tables, words, place, live, rank, source, flips, state)
             if count == 0:
                 continue
