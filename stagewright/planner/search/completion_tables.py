@@ -1,7 +1,8 @@
 """A candidate as flat arrays, and the compiled step of one of its partitions: what local search evaluates.
 
-`evaluate` does in one call what `CandidateCosts` does in several: layers of each stage, recomputation that fits
-(`memory_fit`, greedily), stage seconds, hops, tails, one sweep over the order. Tests hold the two together.
+`prepare` and `swept` do in two calls what `CandidateCosts` does in several: layers of each stage, recomputation that fits
+(`memory_fit`, greedily), stage seconds, hops, tails; one sweep over the order. Tests hold the two together. Between them
+stands `path_bound`: a path of the order is a path for every partition, so its length there is a bound without a sweep.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def scratch_of(tables: CompletionTables) -> Scratch:
 
 
 @njit(cache=True)
-def evaluate(tables: CompletionTables, bounds: Longs, weight: Floats, counts: Longs, scratch: Scratch) -> float:
-    """Fill `counts` [S, K, 3] with recomputation that fits and return the step; infinite when none was found.
+def prepare(tables: CompletionTables, bounds: Longs, weight: Floats, counts: Longs, scratch: Scratch) -> bool:
+    """Fill `counts` [S, K, 3] with recomputation that fits, and the scratch up to the sweep; False when none was found.
 
     `weight` [S] says how much a second of recomputation costs on each stage.
     """
@@ -111,10 +112,9 @@ def evaluate(tables: CompletionTables, bounds: Longs, weight: Floats, counts: Lo
         weight,
         counts,
     ):
-        return np.inf
-    seconds, hop_s, tail_s = scratch.seconds, scratch.hop_s, scratch.tail_s
-    _fill_seconds(tables.by_run, tables.by_level, tables.overhead_s, tables.split, layers, counts, seconds)
-    _fill_hops(tables.hop_lines, tables.cut_bytes, bounds, hop_s)
+        return False
+    _fill_seconds(tables.by_run, tables.by_level, tables.overhead_s, tables.split, layers, counts, scratch.seconds)
+    _fill_hops(tables.hop_lines, tables.cut_bytes, bounds, scratch.hop_s)
     _fill_tails(
         tables.by_run,
         tables.placement,
@@ -125,12 +125,49 @@ def evaluate(tables: CompletionTables, bounds: Longs, weight: Floats, counts: Lo
         tables.tie_s,
         layers,
         bounds,
-        tail_s,
+        scratch.tail_s,
     )
+    return True
+
+
+@njit(cache=True)
+def swept(tables: CompletionTables, scratch: Scratch) -> float:
+    """Return the step of a prepared partition."""
     value: float = sweep(
-        tables.before, tables.across, tables.hop, tables.code, tables.last, seconds, hop_s, tail_s, scratch.end
+        tables.before,
+        tables.across,
+        tables.hop,
+        tables.code,
+        tables.last,
+        scratch.seconds,
+        scratch.hop_s,
+        scratch.tail_s,
+        scratch.end,
     )
     return value + tables.step_overhead_s
+
+
+@njit(cache=True)
+def path_bound(tables: CompletionTables, scratch: Scratch, paths: Ints, ends: Longs, known: int) -> float:
+    """Return the longest of `known` paths of the order at a prepared partition, seconds: no more than its step.
+
+    `paths` [P, 3 S + 1 + hops] counts forwards, input gradients, weight gradients and hops (`trace_back`), `ends` [P] is
+    the rank where each ends.
+    """
+    stages = tables.placement.shape[1]
+    seconds, hop_s = scratch.seconds, scratch.hop_s
+    most = 0.0
+    for place in range(known):
+        path = paths[place]
+        length = scratch.tail_s[ends[place]]
+        for stage in range(stages):
+            length += path[stage] * seconds[stage]
+            length += path[stages + stage] * seconds[2 * stages + stage]
+            length += path[2 * stages + stage] * seconds[3 * stages + stage]
+        for hop in range(1, len(hop_s)):
+            length += path[3 * stages + hop] * hop_s[hop]
+        most = max(most, length)
+    return most + tables.step_overhead_s
 
 
 @njit(cache=True)
@@ -272,14 +309,27 @@ def crowding(tables: CompletionTables, scratch: Scratch, step_s: float) -> float
 
     Moves that leave the step alone but take work from one of several fullest ranks lower it.
     """
-    stages, slot_stage, each = tables.placement.shape[1], tables.slot_stage, tables.microbatches_each
-    tail_s, seconds = scratch.tail_s, scratch.seconds
     total = 0.0
-    for rank in range(len(slot_stage)):
-        work = tail_s[rank]
-        for place in range(slot_stage.shape[1]):
-            stage = slot_stage[rank, place]
-            if stage >= 0:
-                work += each * (seconds[stage] + seconds[stages + stage])
-        total += (work / step_s) ** _POWER
-    return float(total / len(slot_stage))
+    for rank in range(len(tables.slot_stage)):
+        total += (_work_s(tables, scratch, rank) / step_s) ** _POWER
+    return float(total / len(tables.slot_stage))
+
+
+@njit(cache=True)
+def fullest(tables: CompletionTables, scratch: Scratch) -> float:
+    """Return the own work of the rank that has most, seconds."""
+    most = 0.0
+    for rank in range(len(tables.slot_stage)):
+        most = max(most, _work_s(tables, scratch, rank))
+    return most
+
+
+@njit(cache=True)
+def _work_s(tables: CompletionTables, scratch: Scratch, rank: int) -> float:
+    stages, each = tables.placement.shape[1], tables.microbatches_each
+    work = scratch.tail_s[rank]
+    for place in range(tables.slot_stage.shape[1]):
+        stage = tables.slot_stage[rank, place]
+        if stage >= 0:
+            work += each * (scratch.seconds[stage] + scratch.seconds[stages + stage])
+    return float(work)

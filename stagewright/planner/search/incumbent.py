@@ -1,7 +1,7 @@
 """Good completions early: balanced stages, recomputation that fits, then single layers moved (`local_search`).
 
 `start` cuts the layers into stages of equal time, equal bytes or equal numbers, whichever fits first, or into a staircase;
-`improve` moves layers off the critical path. Heuristic: nothing here is proved.
+`improve` moves layers off the critical path, and shakes what it reached where it is asked to. Heuristic: nothing here is proved.
 """
 
 from __future__ import annotations
@@ -44,13 +44,16 @@ def improve(
     tries: int = TRIES,
     most_steps: int = MOST_STEPS,
     give_up_s: float = np.inf,
+    most_moves: int = 0,
+    least_s: float = 0.0,
 ) -> tuple[Completion | None, int]:
     """Return the completion that moves from a partition reach, None when it does not fit, and the simulations made.
 
-    A partition that takes longer than `give_up_s` is not moved.
+    A partition that takes longer than `give_up_s` is not moved. Local optima are shaken until about `most_moves`
+    moves were tried or a step is below `least_s`.
     """
     value, reached, counts, made = descend(
-        costs.tables, np.asarray(bounds, dtype=np.int64), tries, most_steps, give_up_s
+        costs.tables, np.asarray(bounds, dtype=np.int64), tries, most_steps, give_up_s, most_moves, least_s
     )
     if not np.isfinite(value):
         return None, made

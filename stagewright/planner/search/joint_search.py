@@ -69,6 +69,8 @@ NUM_FIRST = 12
 NUM_STARTS = 24
 NUM_TRIED, NUM_ALIKE = 96, 2
 MOST_PROGRAMS = 2_000
+MOST_ROAMED = 16
+ROAMED = ((16, 500), (4, 1_500), (1, 4_000))  # candidates and moves tried of each
 NUM_IMPROVED = 12
 
 
@@ -631,7 +633,31 @@ class JointSearch:
             if done % 64 == 0:
                 least = min([self.target_s, *(pair[0] for pair in heap[:1]), *opened.values()])
                 self.limits.report("closing", done, done + len(heap), self._known(), least)
+        self._roam(opened)
         return self._close_whole(opened, closer)
+
+    def _roam(self, opened: dict[int, float]) -> None:
+        """Look for better completions of what linear programs left open, longer where a short look found more.
+
+        Integer programs are dear, and each per mille here is a per mille off their target. One candidate stands for its
+        order.
+        """
+        orders: dict[OrderKey, int] = {}
+        for index in sorted(opened, key=opened.__getitem__):
+            if index in self.found and opened[index] < self.target_s:
+                orders.setdefault(self.key(index), index)
+        left = list(orders.values())
+        for kept, moves in ROAMED:
+            left = sorted(left[:MOST_ROAMED], key=lambda index: self.found[index].step_s)[:kept]
+            for index in left:
+                if self.limits.reached() is not None or opened[index] >= self.target_s:
+                    continue
+                costs = self.costs(index)
+                assert costs is not None
+                better, made = improve(costs, self.found[index].bounds, most_moves=moves, least_s=self.target_s)
+                self.simulated += made
+                if better is not None:
+                    self.keep(index, better)
 
     def _close_whole(self, opened: dict[int, float], closer: Closer) -> tuple[float, Termination]:
         """Close what linear programs left open by branching, always the one of least bound, until one stays open.

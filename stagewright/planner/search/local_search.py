@@ -12,6 +12,8 @@ tie-break (`crowding`), because steps are maxima and often stay. A local optimum
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 from numba import njit
@@ -25,58 +27,159 @@ from stagewright.planner.search.completion_tables import (
     STATE,
     WEIGHT_GRAD,
     CompletionTables,
+    Scratch,
     crowding,
-    evaluate,
+    fullest,
+    path_bound,
+    prepare,
     scratch_of,
+    swept,
 )
 from stagewright.planner.search.order import trace_back
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
 _CROWDING = 0.02  # weight of the tie-break
+_WORSE = 5e-4
+_MOST_IDLE = 200  # shakes that find nothing better
+_PATHS = 64
 _PARTNERS = 8  # dearest and cheapest stages that are paired
 
 
 @njit(cache=True)
 def descend(
-    tables: CompletionTables, start: Longs, tries: int, most_steps: int, give_up_s: float
+    tables: CompletionTables,
+    start: Longs,
+    tries: int,
+    most_steps: int,
+    give_up_s: float,
+    most_moves: int,
+    least_s: float,
 ) -> tuple[float, Longs, Longs, int]:
-    """Return the step, bounds and counts [S, K, 3] that single-layer moves from `start` reach, and the evaluations.
+    """Return the step, bounds and counts [S, K, 3] that single-layer moves from `start` reach, and the sweeps made.
 
     The step is infinite when no recomputation was found with which the first partition fits, and moves are not tried when
     its step is beyond `give_up_s`.
+
+    While fewer than `most_moves` moves were tried the local optimum is shaken, one to three layers moved between any two stages,
+    and descended from again; the walk goes on from what is no more than _WORSE above where it was (iterated local search). It
+    ends at a step below `least_s`. Paths found on the way are kept for all descents.
+    """
+    scratch, paths = scratch_of(tables), _no_paths(tables)
+    best_s, best, best_counts, made, tried = _descend(tables, scratch, paths, start, tries, most_steps, give_up_s)
+    here_s, here = best_s, best
+    state = np.uint64(1)
+    stages = len(start) - 1
+    idle = 0
+    while tried < most_moves and np.isfinite(best_s) and best_s >= least_s and idle < _MOST_IDLE:
+        trial = here.copy()
+        state, shakes = _random(state, 3)
+        for _ in range(shakes + 1):
+            state, giver = _random(state, stages)
+            state, taker = _random(state, stages)
+            if giver != taker and trial[giver + 1] - trial[giver] > 1:
+                _move(trial, giver, taker)
+        value, bounds, counts, more, moves = _descend(tables, scratch, paths, trial, tries, most_steps, np.inf)
+        made += more
+        tried += 1 + moves
+        idle += 1
+        if value <= here_s * (1.0 + _WORSE):
+            here_s, here = value, bounds
+        if value < best_s:
+            best_s, best, best_counts = value, bounds, counts
+            idle = 0
+    return best_s, best, best_counts, made
+
+
+@njit(cache=True)
+def _random(state: np.uint64, below: int) -> tuple[np.uint64, int]:
+    """Return the next state of a linear congruential generator (Knuth's MMIX) and an integer below `below`."""
+    state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+    return state, int((state >> np.uint64(33)) % np.uint64(below))
+
+
+class _Paths(NamedTuple):
+    """Longest paths of the partitions swept last: counts [P, 3 S + 1 + hops], rank of the end [P], how many were kept [1]."""
+
+    counts: Ints
+    ends: Longs
+    kept: Longs
+
+
+@njit(cache=True)
+def _no_paths(tables: CompletionTables) -> _Paths:
+    width = 3 * tables.placement.shape[1] + tables.hop_lines.shape[1] + 1
+    return _Paths(
+        np.zeros((_PATHS, width), dtype=np.int32), np.zeros(_PATHS, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    )
+
+
+@njit(cache=True)
+def _keep_path(tables: CompletionTables, scratch: Scratch, paths: _Paths) -> int:
+    """Keep the longest path of what was swept last in place of the oldest, and return its place."""
+    place = int(paths.kept[0] % len(paths.ends))
+    paths.counts[place, :] = 0
+    paths.ends[place] = trace_back(
+        tables.before,
+        tables.across,
+        tables.hop,
+        tables.code,
+        tables.last,
+        scratch.hop_s,
+        scratch.tail_s,
+        scratch.end,
+        tables.placement.shape[1],
+        paths.counts[place],
+    )
+    paths.kept[0] += 1
+    return place
+
+
+@njit(cache=True)
+def _goal(tables: CompletionTables, scratch: Scratch, step_s: float) -> float:
+    return step_s * (1.0 + _CROWDING * crowding(tables, scratch, step_s))
+
+
+@njit(cache=True)
+def _move(bounds: Longs, giver: int, taker: int) -> None:
+    """Move a layer; the stages between shift."""
+    for place in range(giver + 1, taker + 1):
+        bounds[place] -= 1
+    for place in range(taker + 1, giver + 1):
+        bounds[place] += 1
+
+
+@njit(cache=True)
+def _descend(
+    tables: CompletionTables,
+    scratch: Scratch,
+    paths: _Paths,
+    start: Longs,
+    tries: int,
+    most_steps: int,
+    give_up_s: float,
+) -> tuple[float, Longs, Longs, int, int]:
+    """Descend with what paths are known; those of all partitions swept are kept. The moves tried are returned last.
+
+    A move whose known paths are too long already is not swept: a longer step's goal is larger too, the tie-break's part
+    falls by less than the step grows.
     """
     stages, runs = len(start) - 1, tables.by_run.shape[1]
-    scratch = scratch_of(tables)
     bounds, trial = start.copy(), start.copy()
     counts = np.zeros((stages, runs, 3), dtype=np.int64)
     trial_counts = np.zeros((stages, runs, 3), dtype=np.int64)
     weight: Floats = np.ones(stages)
-    value: float = evaluate(tables, bounds, weight, counts, scratch)
-    made = 1
-    if not np.isfinite(value) or value > give_up_s:
-        return value, bounds, counts, made
-    goal = value * (1.0 + _CROWDING * crowding(tables, scratch, value))
-    path = np.zeros(3 * stages + tables.hop_lines.shape[1] + 1, dtype=np.int32)
-    stale = False
+    if not prepare(tables, bounds, weight, counts, scratch):
+        return np.inf, bounds, counts, 0, 0
+    value: float = swept(tables, scratch)
+    made, tried = 1, 0
+    path = paths.counts[_keep_path(tables, scratch, paths)].copy()
+    if value > give_up_s:
+        return value, bounds, counts, made, tried
+    goal = _goal(tables, scratch, value)
     for _ in range(most_steps):
-        if stale:
-            evaluate(tables, bounds, weight, counts, scratch)
-            made += 1
-        path[:] = 0
-        trace_back(
-            tables.before,
-            tables.across,
-            tables.hop,
-            tables.code,
-            tables.last,
-            scratch.hop_s,
-            scratch.tail_s,
-            scratch.end,
-            stages,
-            path,
-        )
         most = 1
         for stage in range(stages):
             most = max(most, path[stages + stage])
@@ -89,25 +192,28 @@ def descend(
         for giver, taker in _moves(tables.slot_stage, bounds, give, take, tries):
             for place in range(len(bounds)):
                 trial[place] = bounds[place]
-            for place in range(giver + 1, taker + 1):
-                trial[place] -= 1
-            for place in range(taker + 1, giver + 1):
-                trial[place] += 1
-            made += 1
-            stale = True
-            new: float = evaluate(tables, trial, weight, trial_counts, scratch)
-            if not np.isfinite(new):
+            _move(trial, giver, taker)
+            tried += 1
+            if not prepare(tables, trial, weight, trial_counts, scratch):
                 continue
-            new_goal = new * (1.0 + _CROWDING * crowding(tables, scratch, new))
+            known = min(int(paths.kept[0]), len(paths.ends))
+            least_s = max(path_bound(tables, scratch, paths.counts, paths.ends, known), fullest(tables, scratch))
+            if _goal(tables, scratch, least_s) >= goal * (1.0 - 1e-9):
+                continue
+            new: float = swept(tables, scratch)
+            made += 1
+            place = _keep_path(tables, scratch, paths)
+            new_goal = _goal(tables, scratch, new)
             if new_goal < goal * (1.0 - 1e-9):
                 value, goal = new, new_goal
                 bounds, trial = trial, bounds
                 counts, trial_counts = trial_counts, counts
-                found, stale = True, False
+                path[:] = paths.counts[place]
+                found = True
                 break
         if not found:
             break
-    return value, bounds, counts, made
+    return value, bounds, counts, made, tried
 
 
 @njit(cache=True)
