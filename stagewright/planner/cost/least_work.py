@@ -16,9 +16,12 @@ from stagewright.planner.documents.plan import Degrees
 
 
 def least_work_s(model: CostModel) -> float:
-    """Return the least device-seconds of one step on the first device kind of the model's cluster."""
+    """Return the least device-seconds of one step on the fastest device kind of the model's cluster."""
+    return min(_work_s(model, Roofline.of(group.device, model.job.precision)) for group in model.cluster.groups)
+
+
+def _work_s(model: CostModel, roofline: Roofline) -> float:
     setting = model.setting(Degrees(), 1)
-    roofline = Roofline.of(model.cluster.groups[0].device, model.job.precision)
     of_class = {
         name: 0.0
         if layer.costs

@@ -12,6 +12,9 @@ from stagewright.planner.documents.outcome import Alternative, PlanOutcome, Stat
 from stagewright.planner.documents.plan import Certificate, Plan
 from stagewright.planner.search.limits import OPTIMAL_GAP, Limits, Termination
 
+_LEAST_STEP_S = (
+    1e-9  # where a deadline left nothing bounded and measured layers have no peak to go by, so gaps stay finite
+)
 Space = dict[str, str | int | float | list[str] | list[int]]
 
 
@@ -65,7 +68,7 @@ def certified(
     if any_order_s is not None:
         any_order_s = min(any_order_s, objective_s)
         bound_s = max(bound_s, any_order_s)
-    bound_s = min(bound_s, objective_s)
+    bound_s = min(max(bound_s, _LEAST_STEP_S), objective_s)
     gap = max(0.0, objective_s / bound_s - 1.0)
     status: Status
     if gap <= OPTIMAL_GAP:

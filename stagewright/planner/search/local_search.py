@@ -139,7 +139,7 @@ def _keep_path(tables: CompletionTables, scratch: Scratch, paths: _Paths) -> int
 
 @njit(cache=True)
 def _goal(tables: CompletionTables, scratch: Scratch, step_s: float) -> float:
-    return step_s * (1.0 + _CROWDING * crowding(tables, scratch, step_s))
+    return float(step_s * (1.0 + _CROWDING * crowding(tables, scratch, step_s)))
 
 
 @njit(cache=True)
