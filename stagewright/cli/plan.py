@@ -144,7 +144,7 @@ def _reproof_text(reproof: Reproof | None) -> str:
         return "the bound itself was not proved again: this kind of space is not enumerated by the check\n"
     return (
         f"{reproof.candidates} candidates enumerated anew: {reproof.reproved} proved again by arithmetic, "
-        f"{reproof.programs} rest on linear and integer programs, {reproof.attacked} of these completed and simulated "
+        f"{reproof.programs} rest on linear programs, {reproof.attacked} of these completed and simulated "
         "without coming below the bound\n"
     )
 

@@ -15,9 +15,10 @@ from stagewright.planner.cost.roofline import Roofline
 from stagewright.planner.documents.plan import Degrees
 
 
-def least_work_s(model: CostModel) -> float:
-    """Return the least device-seconds of one step on the fastest device kind of the model's cluster."""
-    return min(_work_s(model, Roofline.of(group.device, model.job.precision)) for group in model.cluster.groups)
+def least_step_s(model: CostModel, num_devices: int) -> float:
+    """Return the least seconds of a step on some devices of the model's cluster, all as fast as its fastest kind."""
+    work_s = min(_work_s(model, Roofline.of(group.device, model.job.precision)) for group in model.cluster.groups)
+    return work_s / num_devices + model.profile.step_overhead_s
 
 
 def _work_s(model: CostModel, roofline: Roofline) -> float:

@@ -38,10 +38,10 @@ from stagewright.planner.schedules.list_scheduling import (
     FORWARD,
     Chains,
     Words,
-    chains_of,
     decode,
     measure,
     orders_of,
+    requested_chains,
 )
 from stagewright.planner.schedules.peak import peak_activations
 from stagewright.planner.schedules.schedule import KIND, MICROBATCH, REPLICA, SLICE, Orders, Schedule
@@ -135,15 +135,8 @@ def _variants(request: ScheduleRequest, sizes: Sizes, pairs: int) -> list[str]:
 
 def _merge(request: ScheduleRequest, sizes: Sizes, placement: Placement, variant: str) -> tuple[Words, Chains, float]:
     """Return the best merged words over the list scheduler's rules, in units of the variant, with their makespan."""
-    costs, replicas = costs_of(request, sizes), len(placement)
-    single = chains_of(
-        placement,
-        costs,
-        sizes.num_microbatches,
-        latency_s=request.latency_s,
-        is_split=False,
-        held=np.ones(sizes.num_stages),
-    )
+    replicas = len(placement)
+    single = requested_chains(request, sizes, placement, is_split=False)
     chains = single
     if variant == DOUBLING:
         seconds = single.seconds * np.array([2.0, 1.0, 1.0])[:, None]

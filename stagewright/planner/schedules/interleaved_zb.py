@@ -20,9 +20,9 @@ import numpy as np
 from stagewright.planner.schedules.descent import Goal
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.interleaved import group_size, grouped_units
-from stagewright.planner.schedules.list_scheduling import chains_of, orders_of
+from stagewright.planner.schedules.list_scheduling import orders_of, requested_chains
 from stagewright.planner.schedules.schedule import Schedule, loop_placement
-from stagewright.planner.schedules.sizes import check_placement, costs_of, effort_of, sizes_of
+from stagewright.planner.schedules.sizes import check_placement, effort_of, sizes_of
 from stagewright.planner.schedules.weight_placement import alternating_skeleton, place_by_cost
 
 
@@ -33,13 +33,7 @@ def interleaved_zb(request: ScheduleRequest) -> Schedule:
     placement = loop_placement(ranks, chunks)
     check_placement(request, placement, "interleaved-zb")
     group = group_size(request, sizes, "interleaved-zb")
-    chains = chains_of(
-        placement,
-        costs_of(request, sizes),
-        sizes.num_microbatches,
-        latency_s=request.latency_s,
-        held=np.ones(sizes.num_stages),
-    )
+    chains = requested_chains(request, sizes, placement)
     chunk, _ = grouped_units(sizes.num_microbatches, chunks, group)
     rank = np.arange(ranks)
     warmups = (chunks - 1) * group + ranks - rank

@@ -32,7 +32,9 @@ from numba import njit
 
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
+from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.schedule import KIND, MICROBATCH, REPLICA, SLICE, STAGE, Orders
+from stagewright.planner.schedules.sizes import Sizes, costs_of
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -142,6 +144,25 @@ def chains_of(
         np.argsort(rank, kind="stable").astype(np.int64),
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         EPSILON * work_s,
+    )
+
+
+def requested_chains(
+    request: ScheduleRequest,
+    sizes: Sizes,
+    placement: npt.NDArray[np.int32],
+    *,
+    is_split: bool = True,
+    counts_chunks: bool = True,
+) -> Chains:
+    """Return the chains of a request on a placement, with every activation counted 1 or held as the costs say."""
+    return chains_of(
+        placement,
+        costs_of(request, sizes),
+        sizes.num_microbatches,
+        latency_s=request.latency_s,
+        is_split=is_split,
+        held=np.ones(sizes.num_stages) if counts_chunks else None,
     )
 
 

@@ -34,13 +34,13 @@ from stagewright.planner.schedules.list_scheduling import (
     Chains,
     Ints,
     Words,
-    chains_of,
     measure,
     orders_of,
     peak_held,
+    requested_chains,
 )
 from stagewright.planner.schedules.schedule import Schedule, wave_placement
-from stagewright.planner.schedules.sizes import check_placement, costs_of, effort_of, sizes_of
+from stagewright.planner.schedules.sizes import check_placement, effort_of, sizes_of
 
 _KEPT = 8  # walks of least cost that are kept for each tiling
 _TILINGS = tuple(
@@ -64,14 +64,7 @@ def one_f_one_b_v(request: ScheduleRequest) -> Schedule:
     ranks, microbatches = sizes.num_ranks, sizes.num_microbatches
     placement = wave_placement(ranks)
     check_placement(request, placement, "1f1b-v")
-    chains = chains_of(
-        placement,
-        costs_of(request, sizes),
-        microbatches,
-        latency_s=request.latency_s,
-        is_split=False,
-        held=np.ones(sizes.num_stages),
-    )
+    chains = requested_chains(request, sizes, placement, is_split=False)
     goal, budget = Goal(1.0, 0.1), effort_of(request, actions=3.2e7)
     words, peak, spent = _best_block(chains, goal, ranks, microbatches, 0.3 * budget)
     words = improve(chains, words, np.full(ranks, peak), goal, budget=budget - spent)

@@ -21,9 +21,9 @@ import numpy as np
 from stagewright.planner.schedules.building_block import best_of_blocks, block_peak, v_blocks
 from stagewright.planner.schedules.descent import Goal
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
-from stagewright.planner.schedules.list_scheduling import chains_of, orders_of
+from stagewright.planner.schedules.list_scheduling import orders_of, requested_chains
 from stagewright.planner.schedules.schedule import Schedule, wave_placement
-from stagewright.planner.schedules.sizes import check_placement, costs_of, effort_of, sizes_of
+from stagewright.planner.schedules.sizes import check_placement, effort_of, sizes_of
 
 _OFFSETS = (1, 2, 1, 2)
 
@@ -38,13 +38,7 @@ def from_block(request: ScheduleRequest, name: str, offsets: tuple[int, int, int
     sizes = sizes_of(request, name, default_chunks=2, least_chunks=2, most_chunks=2)
     placement = wave_placement(sizes.num_ranks)
     check_placement(request, placement, name)
-    chains = chains_of(
-        placement,
-        costs_of(request, sizes),
-        sizes.num_microbatches,
-        latency_s=request.latency_s,
-        held=np.ones(sizes.num_stages),
-    )
+    chains = requested_chains(request, sizes, placement)
     blocks = v_blocks(sizes.num_ranks, offsets)
     cap = np.full(sizes.num_ranks, float(blocks[0].peak_chunks))
     words = best_of_blocks(chains, blocks, cap, Goal(1.0, 0.1), budget=effort_of(request, actions=3.2e7))

@@ -20,9 +20,9 @@ from __future__ import annotations
 import numpy as np
 
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
-from stagewright.planner.schedules.list_scheduling import BACKWARD, chains_of, decode, loose_rule, orders_of
+from stagewright.planner.schedules.list_scheduling import BACKWARD, decode, loose_rule, orders_of, requested_chains
 from stagewright.planner.schedules.schedule import Schedule, loop_placement
-from stagewright.planner.schedules.sizes import check_placement, costs_of, require, sizes_of
+from stagewright.planner.schedules.sizes import check_placement, require, sizes_of
 
 
 def varuna(request: ScheduleRequest) -> Schedule:
@@ -30,13 +30,7 @@ def varuna(request: ScheduleRequest) -> Schedule:
     sizes = sizes_of(request, "varuna")
     placement = loop_placement(sizes.num_ranks)
     check_placement(request, placement, "varuna")
-    chains = chains_of(
-        placement,
-        costs_of(request, sizes),
-        sizes.num_microbatches,
-        latency_s=request.latency_s,
-        is_split=False,
-    )
+    chains = requested_chains(request, sizes, placement, is_split=False, counts_chunks=False)
     rule = loose_rule(chains)
     targets = rule.target_s.copy()
     targets[BACKWARD] = -np.inf

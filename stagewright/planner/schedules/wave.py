@@ -24,13 +24,13 @@ from stagewright.planner.schedules.list_scheduling import (
     FORWARD,
     Chains,
     Rule,
-    chains_of,
     decode,
     loose_rule,
     orders_of,
+    requested_chains,
 )
 from stagewright.planner.schedules.schedule import Schedule, wave_placement
-from stagewright.planner.schedules.sizes import check_placement, costs_of, require, sizes_of
+from stagewright.planner.schedules.sizes import check_placement, require, sizes_of
 
 
 def wave(request: ScheduleRequest) -> Schedule:
@@ -39,14 +39,7 @@ def wave(request: ScheduleRequest) -> Schedule:
     sizes = sizes_of(request, "wave", default_chunks=2 * waves, least_chunks=2 * waves, most_chunks=2 * waves)
     placement = wave_placement(sizes.num_ranks, sizes.num_chunks)
     check_placement(request, placement, "wave")
-    chains = chains_of(
-        placement,
-        costs_of(request, sizes),
-        sizes.num_microbatches,
-        latency_s=request.latency_s,
-        is_split=False,
-        held=np.ones(sizes.num_stages),
-    )
+    chains = requested_chains(request, sizes, placement, is_split=False)
     rule = backward_first(chains)._replace(cap=np.full(sizes.num_ranks, float(sizes.num_stages)))
     words = decode(chains, rule)
     return Schedule("wave", sizes.num_microbatches, placement, orders_of(chains, words, 1), parameters={"waves": waves})

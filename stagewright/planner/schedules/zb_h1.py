@@ -20,9 +20,9 @@ import numpy as np
 
 from stagewright.planner.schedules.descent import Goal
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
-from stagewright.planner.schedules.list_scheduling import Chains, Ints, Words, chains_of, orders_of
+from stagewright.planner.schedules.list_scheduling import Chains, Ints, Words, orders_of, requested_chains
 from stagewright.planner.schedules.schedule import Schedule, loop_placement
-from stagewright.planner.schedules.sizes import Sizes, check_placement, costs_of, effort_of, sizes_of
+from stagewright.planner.schedules.sizes import Sizes, check_placement, effort_of, sizes_of
 from stagewright.planner.schedules.weight_placement import alternating_skeleton, place_by_cost
 
 
@@ -42,13 +42,7 @@ def one_chunk(request: ScheduleRequest, sizes: Sizes, name: str, warmups: Ints, 
 
 def one_chunk_words(request: ScheduleRequest, sizes: Sizes, warmups: Ints, cap: int) -> tuple[Chains, Words]:
     """Return the words of `one_chunk` and the chains they are over, where every activation counts 1."""
-    chains = chains_of(
-        loop_placement(sizes.num_ranks),
-        costs_of(request, sizes),
-        sizes.num_microbatches,
-        latency_s=request.latency_s,
-        held=np.ones(sizes.num_stages),
-    )
+    chains = requested_chains(request, sizes, loop_placement(sizes.num_ranks))
     stage = np.arange(sizes.num_ranks)[:, None].repeat(sizes.num_microbatches, axis=1)
     words = place_by_cost(
         chains,

@@ -31,9 +31,9 @@ from numba import njit
 
 from stagewright.planner.schedules.descent import Goal
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
-from stagewright.planner.schedules.list_scheduling import Words, chains_of, orders_of
+from stagewright.planner.schedules.list_scheduling import Words, orders_of, requested_chains
 from stagewright.planner.schedules.schedule import Schedule, wave_placement
-from stagewright.planner.schedules.sizes import check_placement, costs_of, effort_of, sizes_of
+from stagewright.planner.schedules.sizes import check_placement, effort_of, sizes_of
 from stagewright.planner.schedules.weight_placement import place_by_cost
 
 
@@ -42,13 +42,7 @@ def zb_v(request: ScheduleRequest) -> Schedule:
     sizes = sizes_of(request, "zb-v", default_chunks=2, least_chunks=2, most_chunks=2)
     placement = wave_placement(sizes.num_ranks)
     check_placement(request, placement, "zb-v")
-    chains = chains_of(
-        placement,
-        costs_of(request, sizes),
-        sizes.num_microbatches,
-        latency_s=request.latency_s,
-        held=np.ones(sizes.num_stages),
-    )
+    chains = requested_chains(request, sizes, placement)
     skeleton = _skeleton(sizes.num_ranks, sizes.num_microbatches)
     cap = np.full(sizes.num_ranks, 2.0 * sizes.num_ranks)
     words = place_by_cost(chains, [skeleton], cap, Goal(1.0, 2.0), budget=effort_of(request))

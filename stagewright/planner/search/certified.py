@@ -12,9 +12,8 @@ from stagewright.planner.documents.outcome import Alternative, PlanOutcome, Stat
 from stagewright.planner.documents.plan import Certificate, Plan
 from stagewright.planner.search.limits import OPTIMAL_GAP, Limits, Termination
 
-_LEAST_STEP_S = (
-    1e-9  # where a deadline left nothing bounded and measured layers have no peak to go by, so gaps stay finite
-)
+# Where a deadline left nothing bounded and measured layers have no peak to go by: gaps stay finite.
+_LEAST_STEP_S = 1e-9
 Space = dict[str, str | int | float | list[str] | list[int]]
 
 

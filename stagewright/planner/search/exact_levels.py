@@ -1,6 +1,6 @@
 """The last touch on a found completion: its recomputation chosen again, exactly, rank by rank.
 
-Local search chooses levels greedily and integer programs to a tolerance. With the layers of every stage as they are,
+Local search chooses levels greedily and branching with least workspaces. With the layers of every stage as they are,
 each rank's levels are a multiple-choice knapsack of its own (`recompute`), whose least seconds are found here. On a rank
 with several slots the least sum may sit on the wrong slot, so a rank's choice is kept only where the simulated step does
 not grow. Families with two replicas are left alone: their ranks share levels.

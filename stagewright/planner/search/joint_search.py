@@ -22,7 +22,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.cost.least_work import least_work_s
+from stagewright.planner.cost.least_work import least_step_s
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.search.bounds import (
     KINDS,
@@ -69,7 +69,6 @@ NUM_FIRST = 12
 NUM_STARTS = 24
 NUM_TRIED, NUM_ALIKE = 96, 2
 MOST_PROGRAMS = 2_000
-MOST_ROAMED = 16
 ROAMED = ((16, 500), (4, 1_500), (1, 4_000))  # candidates and moves tried of each
 NUM_IMPROVED = 12
 
@@ -132,8 +131,7 @@ class JointSearch:
         self.count("not priced", unpriced)
         if not unpriced:
             return float("inf")
-        work_s = least_work_s(self.problem.model(PIPELINE_OUTSIDE))
-        return work_s / max(self.problem.device_counts) + self.problem.profile.step_overhead_s
+        return least_step_s(self.problem.model(PIPELINE_OUTSIDE), max(self.problem.device_counts))
 
     @cached_property
     def priced(self) -> Priced:
@@ -639,16 +637,15 @@ class JointSearch:
     def _roam(self, opened: dict[int, float]) -> None:
         """Look for better completions of what linear programs left open, longer where a short look found more.
 
-        Integer programs are dear, and each per mille here is a per mille off their target. One candidate stands for its
-        order.
+        Branching is dear, and each per mille here is a per mille off its target. One candidate stands for its order.
         """
         orders: dict[OrderKey, int] = {}
         for index in sorted(opened, key=opened.__getitem__):
             if index in self.found and opened[index] < self.target_s:
                 orders.setdefault(self.key(index), index)
-        left = list(orders.values())
+        left = list(orders.values())[: ROAMED[0][0]]
         for kept, moves in ROAMED:
-            left = sorted(left[:MOST_ROAMED], key=lambda index: self.found[index].step_s)[:kept]
+            left = sorted(left, key=lambda index: self.found[index].step_s)[:kept]
             for index in left:
                 if self.limits.reached() is not None or opened[index] >= self.target_s:
                     continue

@@ -175,9 +175,9 @@ def _descend(
         return np.inf, bounds, counts, 0, 0
     value: float = swept(tables, scratch)
     made, tried = 1, 0
-    path = paths.counts[_keep_path(tables, scratch, paths)].copy()
-    if value > give_up_s:
+    if value > give_up_s or most_steps == 0:
         return value, bounds, counts, made, tried
+    path = paths.counts[_keep_path(tables, scratch, paths)].copy()
     goal = _goal(tables, scratch, value)
     for _ in range(most_steps):
         most = 1

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.cost.cost_model import CostModel
-from stagewright.planner.cost.least_work import least_work_s
+from stagewright.planner.cost.least_work import least_step_s
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.prediction import OPTIONS
 from stagewright.planner.search.limits import Limits, Termination
@@ -372,8 +372,8 @@ class PoolSearch:
         known: dict[tuple[object, ...], float] = {}
         for skeleton in self.skeletons():
             if self.limits.reached() is not None:
-                work_s = least_work_s(self.problem.model(PIPELINE_OUTSIDE))
-                self.open_bound_s = work_s / self.problem.cluster.num_devices + extra_s
+                cluster = self.problem.cluster
+                self.open_bound_s = least_step_s(self.problem.model(PIPELINE_OUTSIDE), cluster.num_devices)
                 break
             key = (skeleton.pools, skeleton.ranks, skeleton.samples, skeleton.graph is None)
             if key not in known:

@@ -3,7 +3,7 @@
 What is checked: the plan scored again gives the objective; its ranks fit their devices; the gap follows from objective
 and bound; the bound is not above the objective; no stored number contradicts the words optimal and within_gap; and the
 bound is proved again for the candidates of the declared space where arithmetic is enough (`reproof`). What rests on the
-word of linear and integer programs, and how many candidates that are, is returned, not hidden.
+word of linear programs, and how many candidates that are, is returned, not hidden.
 """
 
 from __future__ import annotations
