@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -600,12 +601,9 @@ class Worker:
             if any(value.requires_grad for value in parameters.values()):
                 buckets += self._buckets_of(parameters, group, holders, shared)
             owners = self._expert_gradient_group(min(shared))
-            if experts and owners is not None and self.plan.stages[min(shared)].degrees.zero:
-                buckets.append(
-                    ShardedBucket(experts, owners, None, holders, 1, self._traffic, purpose="edp", shards=self._shards)
-                )
-            elif experts:
-                buckets.append(self._replicated("edp", experts, owners, holders, shared, always=True))
+            if experts:
+                zero = min(self.plan.stages[min(shared)].degrees.zero, 1)
+                buckets.append(self._synchronous_bucket("edp", experts, owners, holders, zero, (owners, None)))
         return buckets
 
     def _expert_gradient_group(self, stage: int) -> dist.ProcessGroup | None:
@@ -703,20 +701,29 @@ class Worker:
                 )
             return VersionedBucket(self.chain.model, parameters, holders, self._version_rule(min(shared)))
         zero = self.plan.stages[min(shared)].degrees.zero
-        narrow = any(value.element_size() < 4 for value in parameters.values())
-        purpose = "tied" if len(shared) > 1 else "dp"
-        if (zero == 0 or group is None) and not narrow:
-            return self._replicated(purpose, parameters, group, holders, shared)
-        if zero == 0:
-            return ShardedBucket(
-                parameters, None, group, holders, 0, self._traffic, purpose=purpose, shards=self._shards
-            )
         if len(shared) > 1:
             # The ranks of different stages come by at different times, so they can meet only once an iteration.
-            return ShardedBucket(
-                parameters, group, None, holders, 1, self._traffic, purpose=purpose, shards=self._shards
-            )
-        inside, across = self._sharding_groups(min(shared))
+            return self._synchronous_bucket("tied", parameters, group, holders, min(zero, 1), (group, None))
+        return self._synchronous_bucket("dp", parameters, group, holders, zero, self._sharding_groups(min(shared)))
+
+    def _synchronous_bucket(
+        self,
+        purpose: Literal["dp", "tied", "edp"],
+        parameters: dict[str, nn.Parameter],
+        group: dist.ProcessGroup | None,
+        holders: frozenset[StageKey],
+        zero: int,
+        sharding: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
+    ) -> Bucket:
+        """Return the bucket of parameters that the ranks of `group` hold.
+
+        Where ZeRO divides their states, `sharding` has the ranks over which, and those that own the same share elsewhere.
+        Weights below 32 bits have masters in fp32, divided or not.
+        """
+        narrow = any(value.element_size() < 4 for value in parameters.values())
+        if (zero == 0 or group is None) and not narrow:
+            return self._replicated(purpose, parameters, group, holders)
+        inside, across = sharding if zero else (None, group)
         return ShardedBucket(
             parameters,
             inside,
@@ -731,13 +738,10 @@ class Worker:
 
     def _replicated(
         self,
-        purpose: str,
+        purpose: Literal["dp", "tied", "edp"],
         parameters: dict[str, nn.Parameter],
         group: dist.ProcessGroup | None,
         holders: frozenset[StageKey],
-        shared: frozenset[int],
-        *,
-        always: bool = False,
     ) -> ReplicatedBucket:
         """Return an all-reduced bucket; the plan's `all_reduce` is `library` or `ring`, `bucket_bytes` its buckets' size."""
         told = self.plan.schedule.parameters
@@ -753,8 +757,8 @@ class Worker:
             holders,
             self._traffic,
             self._shards,
-            always=always,
-            overlaps=len(shared) == 1 and self.plan.schedule.num_replicas == 1,
+            always=purpose == "edp",
+            overlaps=purpose != "tied" and self.plan.schedule.num_replicas == 1,
             bucket_bytes=int(told.get("bucket_bytes", BUCKET_BYTES)),
             algorithm="ring" if algorithm == "ring" else "library",
         )

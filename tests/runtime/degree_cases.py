@@ -107,6 +107,20 @@ def train_and_compare(argument: tuple[PreparedCase, PreparedCase, int]) -> Train
     )
 
 
+def stepped_types(prepared: PreparedCase) -> tuple[set[str], float]:
+    """Return the types of what this rank's optimizers step on, and how far the bucket moves that moves least.
+
+    Steps are so small that bf16 weights would never move.
+    """
+    worker = make_worker(prepared)
+    worker.use_optimizer(OptimizerChoice("sgd", 1e-6))
+    before = [value.detach().clone() for bucket in worker.buckets.buckets for value in bucket.optimized()]
+    worker.run(batches_of(prepared, 1)[0], 0)
+    after = [value.detach() for bucket in worker.buckets.buckets for value in bucket.optimized()]
+    moved = [float((new - old).abs().max()) for old, new in zip(before, after, strict=True)]
+    return {str(value.dtype) for value in after}, min(moved)
+
+
 def dropped_choices(prepared: PreparedCase) -> tuple[int, int]:
     """Return how many choices of experts this rank has dropped, and how many exceed the capacity on its microbatches."""
     case, plan = prepared.case, prepared.plan

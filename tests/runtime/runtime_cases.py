@@ -134,7 +134,7 @@ def prepare(case: Case, number: int) -> PreparedCase:
         num_chunks=case.num_chunks,
         num_slices=case.num_slices,
         num_waves=case.num_waves,
-        precision={"float32": "fp32", "float64": "fp64"}[case.dtype],
+        precision={"float32": "fp32", "float64": "fp64", "bfloat16": "bf16"}[case.dtype],
         recompute=case.recompute,
         parameters=case.parameters,
         edges=case.edges,

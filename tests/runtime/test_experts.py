@@ -30,6 +30,15 @@ def test_as_many_choices_are_dropped_as_exceed_the_capacity_wherever_the_experts
     assert counts[0] == counts[1] == counts[2]
 
 
+@pytest.mark.parametrize("degrees", [{"dp": 4, "ep": 2}, {"dp": 4, "ep": 4}, {"dp": 4, "ep": 2, "zero": 1}], ids=str)
+def test_weights_in_bf16_have_masters_that_small_steps_move_experts_like_all_others(rank_pools, degrees):
+    pool = rank_pools(4)
+    case = Case("gpipe", 1, 2, degrees=degrees, num_choices=2, dropout=0.0, dtype="bfloat16")
+    for types, least_moved in pool.run("degree_cases.stepped_types", prepare(case, pool.next_number())):
+        assert types == {"torch.float32"}
+        assert least_moved > 0
+
+
 FOLDED = [
     {"dp": 2, "tp": 2, "ep": 4},
     {"dp": 2, "tp": 2, "ep": 2},
