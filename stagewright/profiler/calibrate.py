@@ -171,7 +171,7 @@ def _scaled(value: LayerClass, forward: float, backward: float) -> LayerClass:
 
 
 def _scaled_cost(cost: ConfigurationCost, forward: float, backward: float) -> ConfigurationCost:
-    factors = {"forward_s": forward, "input_grad_s": backward, "weight_grad_s": backward}
+    factors = {"forward_s": forward, "input_grad_s": backward, "weight_grad_s": backward, "split_excess_s": backward}
     changed = {name: factor for name, factor in factors.items() if abs(factor - 1.0) > 1e-12}
     if not changed:
         return cost

@@ -2,7 +2,8 @@
 
 All measurements of one configuration give, for every layer, the median over measurements. The medians are scaled so
 that they add up to the median of the whole microbatch, since medians of parts add up to less than the median of their
-sum. The backward's split into input and weight gradient takes the measured shares and keeps the fused backward's sum.
+sum. The backward's split into input and weight gradient takes the measured shares and keeps the fused backward's sum;
+what both take longer apart stands beside it, for the schedules that split.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class LayerNumbers:
     forward_s: float
     input_grad_s: float
     weight_grad_s: float
+    split_excess_s: float
     optimizer_s: float
     recompute_s: Mapping[Recompute, float]
     kept_bytes: Mapping[Recompute, float]
@@ -68,7 +70,7 @@ def configuration_numbers(samples: Mapping[str, Sequence[Numbers]]) -> Configura
     scale = whole / parts if parts > 0 else 1.0
     forward, backward = forward * scale, backward * scale
     forward_s, backward_s = np.median(forward, axis=0), np.median(backward, axis=0)
-    share, overhead = _input_share(splits, backward_s)
+    share, excess_s, overhead = _split(splits, backward_s)
     optimizer_s = np.median(_rows(steps, "optimizer_s"), axis=0)
     kept = {Recompute.NONE: _row(memory, "saved_bytes"), **_recomputed_bytes(memory)}
     recompute_s = {level: _recompute_seconds(samples.get(level.value, ()), forward_s + backward_s) for level in kept}
@@ -80,6 +82,7 @@ def configuration_numbers(samples: Mapping[str, Sequence[Numbers]]) -> Configura
             forward_s=float(forward_s[index]),
             input_grad_s=float(backward_s[index] * share[index]),
             weight_grad_s=float(backward_s[index] * (1.0 - share[index])),
+            split_excess_s=float(excess_s[index]),
             optimizer_s=float(optimizer_s[index]),
             recompute_s={level: float(row[index]) for level, row in recompute_s.items() if row is not None},
             kept_bytes={level: float(row[index]) for level, row in kept.items()},
@@ -114,15 +117,22 @@ def _recomputed_bytes(memory: Numbers) -> dict[Recompute, Floats]:
     return {level: _row(memory, f"{level.value}_bytes") for level in levels if saves_anything(memory, level)}
 
 
-def _input_share(splits: Sequence[Numbers], backward_s: Floats) -> tuple[Floats, float | None]:
+def _split(splits: Sequence[Numbers], backward_s: Floats) -> tuple[Floats, Floats, float | None]:
+    """Return the input gradient's share of each backward, what its parts take longer apart, and (I + W) / B - 1 in all.
+
+    Layers that seem faster apart make the others' excess smaller, so that the sum is what was measured, or zero.
+    """
     if not splits:
-        return np.full(len(backward_s), 0.5), None
+        return np.full(len(backward_s), 0.5), np.zeros(len(backward_s)), None
     inputs = np.median(_rows(splits, "input_grad_s"), axis=0)
     weights = np.median(_rows(splits, "weight_grad_s"), axis=0)
     both = inputs + weights
     share = np.divide(inputs, both, out=np.ones_like(both), where=both > 0)
     total = float(backward_s.sum())
-    return share, float(both.sum()) / total - 1.0 if total > 0 else None
+    longer_s = np.maximum(both - backward_s, 0.0)
+    measured_s = max(float(both.sum()) - total, 0.0)
+    excess_s = longer_s * (measured_s / max(float(longer_s.sum()), 1e-300))
+    return share, excess_s, float(both.sum()) / total - 1.0 if total > 0 else None
 
 
 def _recompute_seconds(fulls: Sequence[Numbers], layer_s: Floats) -> Floats | None:

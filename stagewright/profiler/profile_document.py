@@ -143,6 +143,7 @@ def _cost(
         forward_s=mean("forward_s"),
         input_grad_s=mean("input_grad_s"),
         weight_grad_s=mean("weight_grad_s"),
+        split_excess_s=mean("split_excess_s"),
         recompute_s=recompute,
         activation_bytes=activation,
         freed_at_input_grad={Recompute.NONE: freed} if freed else {},

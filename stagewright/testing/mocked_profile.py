@@ -39,6 +39,7 @@ def profile_factory(
     forward_s: Numbers = 1e-3,
     input_grad_s: Numbers | None = None,
     weight_grad_s: Numbers | None = None,
+    split_excess_s: Numbers = 0.0,
     parameters: int | Sequence[int] = 1_000_000,
     activation_bytes: Numbers = 4 * 2.0**20,
     output_bytes: Numbers = 2.0**20,
@@ -79,6 +80,7 @@ def profile_factory(
         "forward_s": forward_s,
         "input_grad_s": forward_s if input_grad_s is None else input_grad_s,
         "weight_grad_s": forward_s if weight_grad_s is None else weight_grad_s,
+        "split_excess_s": split_excess_s,
         "parameters": parameters,
         "activation_bytes": activation_bytes,
         "output_bytes": output_bytes,
@@ -172,6 +174,7 @@ def _cost(
         forward_s=row["forward_s"] * share,
         input_grad_s=row["input_grad_s"] * share,
         weight_grad_s=row["weight_grad_s"] * share,
+        split_excess_s=row["split_excess_s"] * share,
         recompute_s={
             Recompute.SELECTIVE: _SELECTIVE_RECOMPUTE_SHARE * row["forward_s"] * share,
             Recompute.FULL: row["forward_s"] * share,

@@ -123,6 +123,28 @@ def test_medians_of_layers_are_scaled_to_the_median_of_their_sum():
     assert sum(layer.forward_s for layer in numbers.layers) == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize(
+    ("weight_grad_s", "excess_s"),
+    [
+        ([2.0, 1.0], [1.0, 0.0]),  # the first layer takes 4 apart and 3 together
+        ([2.0, 0.6], [0.6, 0.0]),  # what the second gains apart, 0.4 of 2, is taken from what the first loses
+        ([1.0, 1.0], [0.0, 0.0]),
+        ([0.5, 0.5], [0.0, 0.0]),
+    ],
+)
+def test_what_split_backwards_take_longer_stands_beside_the_whole_backward(weight_grad_s, excess_s):
+    step = {
+        "forward_s": [1.0, 1.0], "backward_s": [3.0, 2.0], "optimizer_s": [0.0, 0.0], "outside_s": 0.0,
+        "entrance_s": 0.0, "empty_step_s": 0.0, "busy_share": 1.0,
+    }  # fmt: skip
+    split = {"input_grad_s": [2.0, 1.0], "weight_grad_s": weight_grad_s, "held_bytes": [0.0, 0.0]}
+    names = ("saved_bytes", "output_bytes", "workspace_bytes", "selective_bytes", "full_bytes", "forward_flops")
+    memory = {"unused_parameters": [0, 0], **{name: [0.0, 0.0] for name in names}}
+    layers = configuration_numbers({"step": [step], "split": [split], "memory": [memory]}).layers
+    assert [layer.split_excess_s for layer in layers] == pytest.approx(excess_s)
+    assert [layer.input_grad_s + layer.weight_grad_s for layer in layers] == pytest.approx([3.0, 2.0])
+
+
 def test_a_layers_optimizer_step_is_that_of_its_own_parameters_less_a_step_of_nothing(tiny_model_file):
     source = ModelSource(f"{tiny_model_file}:build")
     chain = source.split(source.build(device=torch.device("cpu"), dtype=torch.float32))

@@ -25,7 +25,7 @@ Ints = npt.NDArray[np.int64]
 
 # Columns of the per-class table.
 _FORWARD, _INPUT, _WEIGHT, _RECOMPUTE, _KEPT, _WORKSPACE = 0, 1, 2, 3, 6, 9
-_HELD, _DENSE, _EXPERT, _OPTIMIZER, _OUTPUT, _FROZEN, _COLUMNS = 12, 15, 16, 17, 18, 19, 20
+_HELD, _DENSE, _EXPERT, _OPTIMIZER, _OUTPUT, _FROZEN, _EXCESS, _COLUMNS = 12, 15, 16, 17, 18, 19, 20, 21
 
 _IS_SPLIT = np.array([family in SPLIT_FAMILIES for family in FAMILIES])
 
@@ -256,6 +256,7 @@ def _tables(
         found[index, :, _FORWARD] = table.forward_s[at]
         found[index, :, _INPUT] = table.input_grad_s[at]
         found[index, :, _WEIGHT] = table.weight_grad_s[at]
+        found[index, :, _EXCESS] = table.split_excess_s[at]
         found[index, :, _RECOMPUTE : _RECOMPUTE + 3] = table.recompute_s[:, at].T
         found[index, :, _KEPT : _KEPT + 3] = table.activation_bytes[:, at].T
         found[index, :, _WORKSPACE : _WORKSPACE + 3] = table.workspace_bytes[:, at].T
@@ -385,7 +386,7 @@ def _sum_layers(
         owned = (cost[_DENSE] * dense[4] + cost[_EXPERT] * expert[4]) / max(cost[_DENSE] + cost[_EXPERT], 1.0)
         sums[role, _F] += number * (cost[_FORWARD] + gathered)
         sums[role, _I] += number * (cost[_INPUT] + cost[_RECOMPUTE + level])
-        sums[role, _W] += number * (cost[_WEIGHT] + reduced)
+        sums[role, _W] += number * (cost[_WEIGHT] + reduced + (cost[_EXCESS] if is_split else 0.0))
         tail = cost[_DENSE] * dense[2] + cost[_EXPERT] * expert[2] + cost[_OPTIMIZER] * owned
         sums[role, _TAIL] += number * tail
         sums[role, _KEEP] += number * cost[held]

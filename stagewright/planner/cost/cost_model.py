@@ -365,6 +365,7 @@ class CostModel:
             forward_s=column([cost.forward_s for cost in values]),
             input_grad_s=column([cost.input_grad_s for cost in values]),
             weight_grad_s=column([cost.weight_grad_s for cost in values]),
+            split_excess_s=column([cost.split_excess_s for cost in values]),
             recompute_s=np.stack([offers * column([cost.recompute_s[level] for cost in values]) for level in range(3)]),
             activation_bytes=kept,
             late_bytes=late,

@@ -214,6 +214,7 @@ def adjusted_profile(profile: ModelProfile, factors: Mapping[str, float]) -> Mod
                 "forward_s": cost.forward_s / speed,
                 "input_grad_s": cost.input_grad_s / speed,
                 "weight_grad_s": cost.weight_grad_s / speed,
+                "split_excess_s": cost.split_excess_s / speed,
                 "optimizer_s": cost.optimizer_s / speed,
                 "recompute_s": {level: seconds / speed for level, seconds in cost.recompute_s.items()},
             }

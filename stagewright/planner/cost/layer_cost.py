@@ -49,7 +49,7 @@ class LayerCost:
     """Costs of one layer for one microbatch on one device, levels in the order none, selective, full.
 
     `again_link_bytes` is what full recomputation sends beside `link_bytes`, of which `forward_link_bytes` is the forward's part.
-    `input_bytes` is not known here: the activation of level full is set where the layer's predecessors are. A level whose
+    `split_excess_s` is what the backward takes longer in two pieces. `input_bytes` is not known here: the activation of level full is set where the layer's predecessors are. A level whose
     `freed_at_input_grad` is None holds what level none holds after the input gradient. `frozen_parameters` stay whole under
     every ZeRO stage and have neither gradient nor optimizer state.
     """
@@ -71,6 +71,7 @@ class LayerCost:
     again_link_bytes: dict[str, float] = field(default_factory=dict)
     freed_at_input_grad: tuple[float, float | None, float | None] = (0.0, None, None)
     optimizer_s: float | None = None
+    split_excess_s: float = 0.0
     full_kept_bytes: float | None = None
     source: Source = Source.ANALYTIC
     frozen_parameters: float = 0.0
@@ -155,6 +156,7 @@ def frozen_cost(cost: LayerCost, backward: Literal["full", "input", "none"]) -> 
         dense_parameters=0.0,
         expert_parameters=0.0,
         weight_grad_s=0.0,
+        split_excess_s=0.0,
         optimizer_s=0.0,
         frozen_parameters=cost.dense_parameters + cost.expert_parameters,
         model_flops=cost.model_flops * 2 / 3,

@@ -26,6 +26,7 @@ class LayerTable:
     Parameters
     ----------
     forward_s, input_grad_s, weight_grad_s : seconds on one device.
+    split_excess_s : what input and weight gradient take longer apart than in one backward.
     recompute_s : seconds added to the backward.
     activation_bytes : kept from the forward until the backward.
     late_bytes : held between the input gradient and the weight gradient, where these are apart. What was recomputed for
@@ -47,6 +48,7 @@ class LayerTable:
     forward_s: Floats
     input_grad_s: Floats
     weight_grad_s: Floats
+    split_excess_s: Floats
     recompute_s: Floats
     activation_bytes: Floats
     late_bytes: Floats

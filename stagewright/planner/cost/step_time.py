@@ -108,6 +108,8 @@ def estimate(model: CostModel, choice: Choice) -> StepEstimate:
     forward = table.forward_s + replicas.forward_s
     backward = table.input_grad_s + table.recompute_s[level]
     weight = table.weight_grad_s + replicas.backward_s
+    if choice.family in SPLIT_FAMILIES:
+        weight = weight + table.split_excess_s
     first, inner, last = (
         RankTimes(float(share @ forward), float(share @ backward), float(share @ weight)) for share in shares
     )

@@ -67,7 +67,8 @@ class ConfigurationCost(Part):
     Parameters
     ----------
     microbatch, sequence_length, tensor_degree : the configuration; compute and bytes are those of one shard.
-    forward_s, input_grad_s, weight_grad_s : compute seconds without communication.
+    forward_s, input_grad_s, weight_grad_s : compute seconds without communication; of a backward that runs in one piece.
+    split_excess_s : what input and weight gradient take longer than that where they run apart.
     recompute_s : seconds added to the backward by each recomputation level above none.
     activation_bytes : bytes kept from the forward until the backward, by recomputation level.
     freed_at_input_grad : share of them given back at the end of the input gradient, by level; negative where the weight
@@ -89,6 +90,7 @@ class ConfigurationCost(Part):
     forward_s: Seconds
     input_grad_s: Seconds
     weight_grad_s: Seconds
+    split_excess_s: Seconds = 0.0
     recompute_s: dict[Recompute, Seconds] = {}
     activation_bytes: dict[Recompute, Bytes]
     freed_at_input_grad: dict[Recompute, FreedShare] = {}

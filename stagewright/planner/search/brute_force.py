@@ -145,7 +145,7 @@ def _steps(stages: _Stages, bounds: Sequence[int], levels: Longs) -> Floats:
         recompute = _chosen(costs.recompute_s, levels)[:, inside].sum(axis=1)
         times[:, 0, stage] = costs.forward_s[inside].sum() + overhead_s
         times[:, 1, stage] = costs.input_grad_s[inside].sum() + recompute + overhead_s
-        times[:, 2, stage] = costs.weight_grad_s[inside].sum() + (overhead_s if order.split else 0.0)
+        times[:, 2, stage] = costs.weight_grad_of(order)[inside].sum() + (overhead_s if order.split else 0.0)
         for row in order.placement:
             tail[row[stage]] += costs.step_s[inside].sum() + costs.stage_latency_s
     tail += tie_seconds(order, bounds, stages.wiring, stages.ties)

@@ -50,6 +50,7 @@ class LayerCosts:
 
     Parameters
     ----------
+    split_excess_s : added to the weight gradient where it runs apart from the input gradient.
     recompute_s : added to the input gradient.
     kept_bytes : kept from the forward until the backward.
     late_bytes : held between the input gradient and the weight gradient where these are apart.
@@ -67,6 +68,7 @@ class LayerCosts:
     forward_s: Floats
     input_grad_s: Floats
     weight_grad_s: Floats
+    split_excess_s: Floats
     recompute_s: Floats
     kept_bytes: Floats
     late_bytes: Floats
@@ -90,6 +92,10 @@ class LayerCosts:
         """Return the highest temporary use of each layer under a schedule, [3, L]."""
         return self.split_workspace_bytes if layout.defers else self.workspace_bytes
 
+    def weight_grad_of(self, layout: Layout) -> Floats:
+        """Return the seconds of each layer's weight gradient under a schedule, [L]."""
+        return self.weight_grad_s + layout.split_share * self.split_excess_s
+
     @cached_property
     def static_bytes(self) -> Floats:
         """Bytes of all states of each layer, [L]."""
@@ -97,7 +103,7 @@ class LayerCosts:
 
     @cached_property
     def time_s(self) -> Floats:
-        """Seconds of one microbatch without recomputation, [L]."""
+        """Seconds of one microbatch without recomputation, the backward in one piece, [L]."""
         return self.forward_s + self.input_grad_s + self.weight_grad_s
 
     @cached_property
@@ -129,6 +135,7 @@ def layer_costs(model: CostModel, configuration: Configuration) -> LayerCosts:
         forward_s=table.forward_s + replicas.forward_s,
         input_grad_s=table.input_grad_s,
         weight_grad_s=table.weight_grad_s + replicas.backward_s,
+        split_excess_s=table.split_excess_s,
         recompute_s=table.recompute_s,
         kept_bytes=table.activation_bytes,
         late_bytes=table.late_bytes,

@@ -82,6 +82,8 @@ class Layout:
     slots : for each rank, what it holds, by replica and stage.
     live : for each rank, float64 [vectors, 2, slots]: microbatches before their input gradient, and between it and W.
     split : input and weight gradients are apart somewhere.
+    split_share : share of the backwards whose gradients are apart; every weight gradient of the schedule takes this share
+        of the excess of a split backward, so that all of them together take what they do.
     defers : they are apart everywhere.
     """
 
@@ -90,6 +92,7 @@ class Layout:
     slots: tuple[tuple[Slot, ...], ...]
     live: tuple[Floats, ...]
     split: bool
+    split_share: float
     defers: bool
 
     @property
@@ -134,8 +137,9 @@ def layout_of(schedule: Schedule) -> Layout:
         for rank in range(schedule.num_ranks)
     )
     split = any(bool((order[:, KIND] == _W).any()) for order in rows)
-    defers = split and not any(bool((order[:, KIND] == _B).any()) for order in rows)
-    return Layout(placement, schedule.edges, slots, live, split, defers)
+    apart, whole = (sum(int((order[:, KIND] == kind).sum()) for order in rows) for kind in (_W, _B))
+    share = apart / (apart + whole) if split else 0.0
+    return Layout(placement, schedule.edges, slots, live, split, share, split and not whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +238,7 @@ def compile_search_order(schedule: Schedule, key: OrderKey, layout: Layout | Non
         slots=layout.slots,
         live=layout.live,
         split=layout.split,
+        split_share=layout.split_share,
         defers=layout.defers,
         key=key,
         before=graph.before,

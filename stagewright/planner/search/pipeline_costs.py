@@ -2,10 +2,11 @@
 
 Given bounds b_0 = 0 <= b_1 <= ... <= b_S = L and a recomputation level for each layer, stage s costs
 
-    F_s = sum f,  I_s = sum (i + rho(level)),  W_s = sum w          over layers b_s .. b_{s+1} - 1
+    F_s = sum f,  I_s = sum (i + rho(level)),  W_s = sum (w + a x)     over layers b_s .. b_{s+1} - 1
     tail_r = sum over stages s on rank r of reduction_s + optimizer_s, plus the sum of weights tied across ranks
     peak_r = states_r + max over live vectors (a, b) of sum a_s kept_s + b_s late_s + max workspace + base
 
+where a is the share of the order's backwards that are split and x what a layer's takes longer in two pieces.
 A message between two stages costs the line of the slowest link between their ranks at the larger of what one device of
 the sender and one of the receiver carries: stages may differ in degrees and in the device group that holds them. The
 scorer and the search both call this and nothing else, so the number a search minimises is the number a plan predicts.
@@ -212,7 +213,7 @@ def pipeline_costs(
         at = (level[chosen], chosen)
         costs[0, stage] = row.forward_s[chosen].sum() + action_overhead_s
         costs[1, stage] = (row.input_grad_s[chosen] + row.recompute_s[at]).sum() + action_overhead_s
-        costs[2, stage] = row.weight_grad_s[chosen].sum() + (action_overhead_s if layout.split else 0.0)
+        costs[2, stage] = row.weight_grad_of(layout)[chosen].sum() + (action_overhead_s if layout.split else 0.0)
         kept[stage] = row.kept_bytes[at].sum()
         late[stage] = row.late_bytes[at].sum()
         workspace[stage] = row.workspace_of(layout)[at].max(initial=0.0)

@@ -26,6 +26,7 @@ from stagewright.planner.documents.cluster import NodeGroup
 from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import LayerRun, ModelProfile
 from stagewright.planner.search.layer_costs import Configuration, cut_bytes
+from stagewright.planner.search.order import Layout
 from stagewright.planner.search.space import PIPELINE_INSIDE, PIPELINE_OUTSIDE
 
 Floats = npt.NDArray[np.float64]
@@ -131,6 +132,7 @@ class ClassTable:
     forward_s: Floats
     input_grad_s: Floats
     weight_grad_s: Floats
+    split_excess_s: Floats
     recompute_s: Floats
     kept_bytes: Floats
     late_bytes: Floats
@@ -149,6 +151,7 @@ def class_table(table: LayerTable, at: Ints, cut: Floats) -> ClassTable:
         table.forward_s[at],
         table.input_grad_s[at],
         table.weight_grad_s[at],
+        table.split_excess_s[at],
         table.recompute_s[:, at],
         table.activation_bytes[:, at],
         table.late_bytes[:, at],
@@ -179,6 +182,7 @@ class Priced:
     forward_s: Floats
     input_grad_s: Floats
     weight_grad_s: Floats
+    split_excess_s: Floats
     recompute_s: Floats
     kept_bytes: Floats
     late_bytes: Floats
@@ -195,13 +199,17 @@ class Priced:
 
     @cached_property
     def time_s(self) -> Floats:
-        """Seconds of one layer's microbatch without recomputation, [n, C]."""
+        """Seconds of one layer's microbatch without recomputation, the backward in one piece, [n, C]."""
         return self.forward_s + self.input_grad_s + self.weight_grad_s
 
     def take(self, rows: npt.NDArray[np.int64]) -> Priced:
         """Return some of the configurations, each array contiguous by row."""
         columns = (getattr(self, name)[rows] for name in self.__dataclass_fields__)
         return Priced(*(np.ascontiguousarray(column) for column in columns))
+
+    def weight_grad_of(self, row: int, layout: Layout) -> Floats:
+        """Return the seconds of one layer's weight gradient in one configuration under a schedule, [C]."""
+        return np.asarray(self.weight_grad_s[row] + layout.split_share * self.split_excess_s[row])
 
     def workspace_of(self, *, defers: bool) -> Floats:
         """Return the highest temporary use, [n, 3, C]; `defers` where every backward is split."""
@@ -478,6 +486,7 @@ def _combine(shapes: Ints, table: dict[str, Floats], dense: Floats, expert: Floa
         forward_s=table["forward_s"] + forward_extra,
         input_grad_s=table["input_grad_s"],
         weight_grad_s=table["weight_grad_s"] + backward_extra,
+        split_excess_s=table["split_excess_s"],
         recompute_s=table["recompute_s"],
         kept_bytes=table["kept_bytes"],
         late_bytes=table["late_bytes"],
@@ -497,6 +506,7 @@ def _no_rows(num_classes: int) -> Priced:
     flat, tall = np.zeros((0, num_classes)), np.zeros((0, 3, num_classes))
     return Priced(
         np.zeros((0, len(SHAPE)), np.int32),
+        flat,
         flat,
         flat,
         flat,

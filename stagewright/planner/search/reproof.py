@@ -141,7 +141,7 @@ def _compare_prices(problem: Problem) -> None:
         return
     for row in np.unique(np.linspace(0, len(priced) - 1, NUM_COMPARED).astype(int)).tolist():
         scored = problem.costs(configuration_of(priced.shape[row]))
-        for name in ("forward_s", "input_grad_s", "weight_grad_s"):
+        for name in ("forward_s", "input_grad_s", "weight_grad_s", "split_excess_s"):
             ours, theirs = getattr(priced, name)[row][classes.of_layer], getattr(scored, name)
             if not np.allclose(ours, theirs, rtol=1e-9, atol=0.0):
                 raise InvalidDocument(

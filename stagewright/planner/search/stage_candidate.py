@@ -327,7 +327,7 @@ class StageCandidate:
 def stage_tables(candidate: StageCandidate) -> StageTables:
     """Return the prefix sums of a candidate's stages."""
     allowed = list(candidate.levels.allowed)
-    each = {choice.key: _choice_rows(choice, allowed) for choice in candidate.choices}
+    each = {choice.key: _choice_rows(choice, candidate.order, allowed) for choice in candidate.choices}
     rows = [each[choice.key] for choice in candidate.by_stage]
     live = [vectors[np.argmax(vectors[:, :, 0].sum(axis=1)), :, 0] for vectors in candidate.order.live]
 
@@ -358,12 +358,11 @@ def stage_tables(candidate: StageCandidate) -> StageTables:
     )
 
 
-def _choice_rows(choice: PoolChoice, allowed: list[int]) -> dict[str, Floats]:
+def _choice_rows(choice: PoolChoice, order: Order, allowed: list[int]) -> dict[str, Floats]:
     costs = choice.costs
     recompute, kept = costs.recompute_s[allowed], costs.kept_bytes[allowed]
     late = costs.late_bytes[allowed]
-    order = np.lexsort((kept, recompute), axis=0)
-    base = order[0]
+    base = np.lexsort((kept, recompute), axis=0)[0]
     at = (base, np.arange(costs.num_layers))
     slower = recompute - recompute[at]
     saved = np.maximum(kept[at] - kept, late[at] - late)
@@ -371,7 +370,7 @@ def _choice_rows(choice: PoolChoice, allowed: list[int]) -> dict[str, Floats]:
     return {
         "forward": _before(costs.forward_s),
         "input_grad": _before(costs.input_grad_s + recompute[at]),
-        "weight_grad": _before(costs.weight_grad_s),
+        "weight_grad": _before(costs.weight_grad_of(order)),
         "state": _before(costs.static_bytes),
         "step": _before(costs.step_s),
         "kept": _before(kept.min(axis=0)),

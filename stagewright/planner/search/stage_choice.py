@@ -93,7 +93,7 @@ def undominated(priced: Priced, rows: Longs) -> Longs:
     """Return the rows that no other of them equals or beats in every term; of equal rows the first stays."""
     if len(rows) < 2:
         return rows
-    names = ("forward_s", "input_grad_s", "weight_grad_s", "state_bytes", "step_s")
+    names = ("forward_s", "input_grad_s", "weight_grad_s", "split_excess_s", "state_bytes", "step_s")
     parts = [getattr(priced, name)[rows] for name in names]
     parts += [priced.recompute_s[rows], priced.kept_bytes[rows], priced.late_bytes[rows]]
     parts += [priced.workspace_bytes[rows], priced.split_workspace_bytes[rows]]

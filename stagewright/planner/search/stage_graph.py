@@ -189,6 +189,7 @@ def compile_graph_order(schedule: Schedule) -> Order:
         slots=layout.slots,
         live=layout.live,
         split=layout.split,
+        split_share=layout.split_share,
         defers=layout.defers,
         key=OrderKey(schedule.name, schedule.num_ranks, schedule.num_microbatches, 1),
         before=graph.before,

@@ -23,7 +23,7 @@ SINGLE_CHUNK = ("1f1b", "gpipe", "dapple-pb", "zb-h1", "zb-h2", "naive")
 
 def random_mixed_problem(seed: int, *, most_layers: int = 5) -> Problem:
     """Return a problem of 2 to `most_layers` layers on two groups of 1 or 2 devices, or on one group of 2 to 4."""
-    draw = Random(seed)
+    draw, excess = Random(seed), Random(f"excess of {seed}")
     layers = draw.randint(2, most_layers)
     blocks = draw.random() < 0.5
 
@@ -42,6 +42,7 @@ def random_mixed_problem(seed: int, *, most_layers: int = 5) -> Problem:
         forward_s=each(0.2e-3, 2e-3),
         input_grad_s=each(0.2e-3, 2e-3),
         weight_grad_s=each(0.2e-3, 2e-3),
+        split_excess_s=excess.choice([0.0, 0.2e-3]),
         parameters=1_000_000 if blocks else [draw.randint(100_000, 3_000_000) for _ in range(layers)],
         activation_bytes=each(2e6, 12e6),
         output_bytes=each(1e5, 2e6),

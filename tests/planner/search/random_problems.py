@@ -15,7 +15,7 @@ from stagewright.testing.mocked_profile import profile_factory
 
 def random_problem(seed: int, *, most_layers: int = 6, num_schedules: int = 3) -> Problem:
     """Return a problem of 2 to `most_layers` layers on 1 to 4 devices with a random part of the space."""
-    draw = Random(seed)
+    draw, excess = Random(seed), Random(f"excess of {seed}")
     layers = draw.randint(2, most_layers)
     blocks = draw.random() < 0.5
     profile = profile_factory(
@@ -23,6 +23,7 @@ def random_problem(seed: int, *, most_layers: int = 6, num_schedules: int = 3) -
         forward_s=1e-3 if blocks else [draw.uniform(0.2e-3, 2e-3) for _ in range(layers)],
         input_grad_s=1.1e-3 if blocks else [draw.uniform(0.2e-3, 2e-3) for _ in range(layers)],
         weight_grad_s=0.9e-3 if blocks else [draw.uniform(0.2e-3, 2e-3) for _ in range(layers)],
+        split_excess_s=excess.choice([0.0, 0.2e-3]) if blocks else [excess.uniform(0.0, 0.4e-3) for _ in range(layers)],
         parameters=1_000_000 if blocks else [draw.randint(100_000, 3_000_000) for _ in range(layers)],
         activation_bytes=8e6 if blocks else [draw.uniform(2e6, 12e6) for _ in range(layers)],
         output_bytes=1e6 if blocks else [draw.uniform(1e5, 2e6) for _ in range(layers)],
