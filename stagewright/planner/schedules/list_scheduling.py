@@ -191,62 +191,72 @@ def decode(chains: Chains, rule: Rule) -> Words:
     done = np.zeros((3, positions), dtype=np.int64)
     free_s, live = np.zeros(num_ranks), np.zeros(num_ranks)
     choice, choice_start_s = np.full(num_ranks, -1), np.full(num_ranks, np.inf)
-    is_stale = np.ones(num_ranks, dtype=np.bool_)
     earliest_s = np.empty((3, positions))
+    # The rank that starts next is the root of a tree of minima, where ties go to the left; only what changed goes up.
+    width = 1
+    while width < num_ranks:
+        width *= 2
+    first = np.full(2 * width, -1, dtype=np.int64)
+    stale, num_stale = np.arange(num_ranks), num_ranks
+    is_stale = np.ones(num_ranks, dtype=np.bool_)
     for _ in range(offset[num_ranks]):
-        rank = -1
-        for other in range(num_ranks):
-            if is_stale[other]:
-                is_stale[other] = False
-                soonest_s = np.inf
+        for place in range(num_stale):
+            other = stale[place]
+            is_stale[other] = False
+            soonest_s = np.inf
+            for index in range(first_member[other], first_member[other + 1]):
+                position = member[index]
+                unit = done[FORWARD, position]
+                earliest_s[FORWARD, position] = np.inf
+                if unit < units[position] and (is_entry[position] or done[FORWARD, position - 1] > unit):
+                    arrival_s = free_s[other]
+                    if not is_entry[position]:
+                        hop_s = latency_s if rank_of[position - 1] != other else 0.0
+                        arrival_s = max(arrival_s, forward_end_s[position - 1, unit] + hop_s)
+                    if (
+                        unit - done[BACKWARD, position] // fan < ahead[position]
+                        and live[other] + held[position] <= cap[other] + EPSILON
+                        and _keeps_bankers_rule(
+                            position, cap[other] - live[other], first_member[other], first_member[other + 1],
+                            member, done, done[last], fan, held, units,
+                        )
+                    ):  # fmt: skip
+                        earliest_s[FORWARD, position] = arrival_s
+                        soonest_s = min(soonest_s, arrival_s)
+                unit = done[BACKWARD, position]
+                earliest_s[BACKWARD, position] = np.inf
+                if unit < done[FORWARD, position] * fan and (is_exit[position] or done[BACKWARD, position + 1] > unit):
+                    arrival_s = max(free_s[other], forward_end_s[position, unit // fan])
+                    if not is_exit[position]:
+                        hop_s = latency_s if rank_of[position + 1] != other else 0.0
+                        arrival_s = max(arrival_s, backward_end_s[position + 1, unit] + hop_s)
+                    earliest_s[BACKWARD, position] = arrival_s
+                    soonest_s = min(soonest_s, arrival_s)
+                earliest_s[WEIGHT, position] = np.inf
+                if is_split and done[WEIGHT, position] < unit:
+                    earliest_s[WEIGHT, position] = free_s[other]
+                    soonest_s = free_s[other]
+            choice[other], choice_start_s[other], best_s = -1, np.inf, np.inf
+            if soonest_s < np.inf:
                 for index in range(first_member[other], first_member[other + 1]):
                     position = member[index]
-                    unit = done[FORWARD, position]
-                    earliest_s[FORWARD, position] = np.inf
-                    if unit < units[position] and (is_entry[position] or done[FORWARD, position - 1] > unit):
-                        arrival_s = free_s[other]
-                        if not is_entry[position]:
-                            hop_s = latency_s if rank_of[position - 1] != other else 0.0
-                            arrival_s = max(arrival_s, forward_end_s[position - 1, unit] + hop_s)
-                        if (
-                            unit - done[BACKWARD, position] // fan < ahead[position]
-                            and live[other] + held[position] <= cap[other] + EPSILON
-                            and _keeps_bankers_rule(
-                                position, cap[other] - live[other], first_member[other], first_member[other + 1],
-                                member, done, done[last], fan, held, units,
-                            )
-                        ):  # fmt: skip
-                            earliest_s[FORWARD, position] = arrival_s
-                            soonest_s = min(soonest_s, arrival_s)
-                    unit = done[BACKWARD, position]
-                    earliest_s[BACKWARD, position] = np.inf
-                    if unit < done[FORWARD, position] * fan and (
-                        is_exit[position] or done[BACKWARD, position + 1] > unit
-                    ):
-                        arrival_s = max(free_s[other], forward_end_s[position, unit // fan])
-                        if not is_exit[position]:
-                            hop_s = latency_s if rank_of[position + 1] != other else 0.0
-                            arrival_s = max(arrival_s, backward_end_s[position + 1, unit] + hop_s)
-                        earliest_s[BACKWARD, position] = arrival_s
-                        soonest_s = min(soonest_s, arrival_s)
-                    earliest_s[WEIGHT, position] = np.inf
-                    if is_split and done[WEIGHT, position] < unit:
-                        earliest_s[WEIGHT, position] = free_s[other]
-                        soonest_s = free_s[other]
-                choice[other], choice_start_s[other], best_s = -1, np.inf, np.inf
-                if soonest_s < np.inf:
-                    for index in range(first_member[other], first_member[other + 1]):
-                        position = member[index]
-                        for kind in range(3):
-                            begin_s = earliest_s[kind, position]
-                            if begin_s < np.inf and begin_s <= soonest_s + tolerance_s[kind, position] + slack_s:
-                                wish_s = target_s[kind, position] + done[kind, position] * period_s
-                                is_first = choice[other] < 0 or wish_s < best_s
-                                if is_first or (wish_s == best_s and begin_s < choice_start_s[other]):
-                                    choice[other], best_s = kind * positions + position, wish_s
-                                    choice_start_s[other] = begin_s
-            if choice[other] >= 0 and (rank < 0 or choice_start_s[other] < choice_start_s[rank] - slack_s):
-                rank = other
+                    for kind in range(3):
+                        begin_s = earliest_s[kind, position]
+                        if begin_s < np.inf and begin_s <= soonest_s + tolerance_s[kind, position] + slack_s:
+                            wish_s = target_s[kind, position] + done[kind, position] * period_s
+                            is_first = choice[other] < 0 or wish_s < best_s
+                            if is_first or (wish_s == best_s and begin_s < choice_start_s[other]):
+                                choice[other], best_s = kind * positions + position, wish_s
+                                choice_start_s[other] = begin_s
+            node = width + other
+            first[node] = other if choice[other] >= 0 else -1
+            while node > 1:
+                node //= 2
+                left, right = first[2 * node], first[2 * node + 1]
+                takes_right = left < 0 or (right >= 0 and choice_start_s[right] < choice_start_s[left] - slack_s)
+                first[node] = right if takes_right else left
+        num_stale = 0
+        rank = first[1]
         if rank < 0:
             return Words(letters[:0].copy(), np.zeros(num_ranks + 1, dtype=np.int64))
         letter = choice[rank]
@@ -257,20 +267,30 @@ def decode(chains: Chains, rule: Rule) -> Words:
         at[rank] += 1
         end_s = choice_start_s[rank] + seconds[kind, position]
         free_s[rank] = end_s
-        is_stale[rank] = True
+        num_stale = _mark(rank, stale, num_stale, is_stale)
         done[kind, position] = unit + 1
         if kind == FORWARD:
             forward_end_s[position, unit] = end_s
             live[rank] += held[position]
             if not is_exit[position]:
-                is_stale[rank_of[position + 1]] = True
+                num_stale = _mark(rank_of[position + 1], stale, num_stale, is_stale)
         elif kind == BACKWARD:
             backward_end_s[position, unit] = end_s
             if not is_entry[position]:
-                is_stale[rank_of[position - 1]] = True
+                num_stale = _mark(rank_of[position - 1], stale, num_stale, is_stale)
         if kind == last:
             live[rank] -= held[position] / fan
     return Words(letters, offset)
+
+
+@njit(cache=True, inline="always")
+def _mark(rank: int, stale: Ints, num_stale: int, is_stale: npt.NDArray[np.bool_]) -> int:
+    """Add a rank to those to look at again, once; return how many there are."""
+    if is_stale[rank]:
+        return num_stale
+    is_stale[rank] = True
+    stale[num_stale] = rank
+    return num_stale + 1
 
 
 @njit(cache=True)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -89,7 +90,8 @@ def _best_block(
     return best[1], best[0][0], spent
 
 
-def v_slots(num_ranks: int) -> list[Ints]:
+@cache
+def v_slots(num_ranks: int) -> tuple[Ints, ...]:
     """Return start slots [2, 2 D] over (F, B) and stage of the blocks with the shortest life, all walks that were kept."""
     walks: dict[tuple[int, int, int], tuple[int, list[_Walk]]] = {
         tiling: (_least(tiling[1] - tiling[0], 1), [_Walk((tiling,))]) for tiling in _TILINGS
@@ -101,7 +103,7 @@ def v_slots(num_ranks: int) -> list[Ints]:
         for tiling, (life, kept) in walks.items()
     }
     shortest = min(life for life, _ in lives.values())
-    return [_slots(walk) for life, kept in lives.values() if life == shortest for walk in kept]
+    return tuple(_slots(walk) for life, kept in lives.values() if life == shortest for walk in kept)
 
 
 def _extend(

@@ -305,12 +305,7 @@ class JointSearch:
             layout.placement.tobytes(),
         )
         if key not in self._lines:
-            wiring = self.problem.wiring_for(configuration_of(shape), reference_bytes)
-            lines = [wiring.line(a, b) for a, b in layout.hop_pairs.tolist()]
-            self._lines[key] = (
-                np.array([line.latency_s for line in lines]),
-                np.array([1.0 / line.bytes_per_s for line in lines]),
-            )
+            self._lines[key] = self.problem.wiring_for(configuration_of(shape), reference_bytes).lines(layout.hop_pairs)
         return self._lines[key]
 
     # ---- the run ---------------------------------------------------------------------------------------------------
@@ -326,8 +321,9 @@ class JointSearch:
         return min(self.incumbent_s, known_s) / (1.0 + self.limits.gap)
 
     def keep(self, index: int, completion: Completion) -> None:
-        """Note a completion; it may be the new incumbent."""
-        completion = self.judged(index, completion)
+        """Note a completion; it may be the new incumbent, and only then has to be judged."""
+        if completion.step_s < self.incumbent_s:
+            completion = self.judged(index, completion)
         known = self.found.get(index)
         if known is None or completion.step_s < known.step_s:
             self.found[index] = completion
@@ -768,10 +764,12 @@ class JointSearch:
         if key not in self._ring:
             ranks = int(shape[PP])
             wiring = self.problem.wiring_for(configuration, reference_bytes)
-            lines = [wiring.line(rank, (rank + 1) % ranks) for rank in range(ranks)] if ranks > 1 else []
+            here = np.arange(ranks if ranks > 1 else 0)
+            lines = wiring.lines(np.stack((here, (here + 1) % ranks), axis=1))
             latency = 2.0 * wiring.sum_s(0, ranks - 1, UNIT) - wiring.sum_s(0, ranks - 1, 2.0 * UNIT)
-            terms = [line.latency_s for line in lines] + [1.0 / line.bytes_per_s for line in lines]
-            self._ring[key] = np.array([*terms, max(latency, 0.0), wiring.sum_s(0, ranks - 1, UNIT) - latency])
+            self._ring[key] = np.array(
+                [*lines[0], *lines[1], max(latency, 0.0), wiring.sum_s(0, ranks - 1, UNIT) - latency]
+            )
         ties = self.problem.tie_seconds(configuration)
         return np.concatenate((self._ring[key], *(seconds.ravel() for _, _, seconds in ties)))
 

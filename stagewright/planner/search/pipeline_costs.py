@@ -114,6 +114,30 @@ class Wiring:
             self._lines[key] = max(lines, key=lambda line: line.seconds(self.reference_bytes))
         return self._lines[key]
 
+    def lines(self, pairs: npt.NDArray[np.integer]) -> tuple[Floats, Floats]:
+        """Return latency and seconds a byte of the lines between pairs of ranks [n, 2], [n], [n]."""
+        if len(self.cluster.groups) > 1 or self.insides:
+            each = [self.line(first, second) for first, second in pairs.tolist()]
+        else:
+            level = self._levels(pairs[:, 0], pairs[:, 1])
+            links = self.cluster.groups[0].links
+            of_level = {index: self._line(links[index], self.inside) for index in np.unique(level).tolist()}
+            same = pairs[:, 0] == pairs[:, 1]
+            each = [
+                SAME_DEVICE if here else of_level[index]
+                for here, index in zip(same.tolist(), level.tolist(), strict=True)
+            ]
+        return np.array([line.latency_s for line in each]), np.array([1.0 / line.bytes_per_s for line in each])
+
+    def _levels(self, first: npt.NDArray[np.integer], second: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """Return the innermost link level that joins the counterparts of two ranks, elementwise, where one group is all."""
+        links = self.cluster.groups[0].links
+        level = np.full(np.broadcast_shapes(first.shape, second.shape), len(links) - 1)
+        for index in range(len(links) - 2, -1, -1):
+            unit = self.device // links[index].num_devices
+            level[(unit[first] == unit[second]).all(axis=-1)] = index
+        return level
+
     def link(self, first: int, second: int) -> LinkLevel | None:
         """Return the slowest link between the counterparts of two ranks."""
         return slowest_link(self.device[first], self.device[second], self.cluster)
@@ -138,10 +162,7 @@ class Wiring:
             pairs = [[self.sum_s(a, b, size_bytes) for b in range(ranks)] for a in range(ranks)]
             return np.array(pairs).reshape(ranks, ranks)
         links = self.cluster.groups[0].links
-        level = np.full((ranks, ranks), len(links) - 1)
-        for index in range(len(links) - 2, -1, -1):
-            unit = self.device // links[index].num_devices
-            level[(unit[:, None] == unit[None, :]).all(axis=2)] = index
+        level = self._levels(np.arange(ranks)[:, None], np.arange(ranks)[None, :])
         seconds = np.array([collective_s("all-reduce", size_bytes, GroupShape((Tier(2, link),))) for link in links])
         found = seconds[level] if size_bytes > 0 else np.zeros((ranks, ranks))
         found[np.arange(ranks), np.arange(ranks)] = 0.0

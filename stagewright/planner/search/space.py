@@ -47,7 +47,7 @@ class FamilyRule:
         min(D, 2 (D - r) - 1).
     split : input and weight gradients may be apart.
     steady : from 4 D microbatches on, the live vectors of more microbatches cover those of fewer (by the same T mod D);
-        a property test holds it.
+        else they cover those of the fewer's opening. A property test holds it.
     """
 
     name: str
