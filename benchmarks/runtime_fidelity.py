@@ -5,7 +5,8 @@ emulated   4 ranks on gloo, 12 schedules, actions that wait 20 ms: measured over
            interval of the mean ratio to torch at most 1.00.
 real       2 ranks, 20 plans of the example GPT and a Hugging Face Llama: step-time error (target: median absolute at most
            5 %), peak memory (3 %), bytes sent (exact). A run whose steps differ by more than 8 % (80th over 20th percentile)
-           was disturbed by other programs: it is made again, at most twice; the row says how often.
+           was disturbed by other programs: it is made again, at most twice; the row says how often. So is a schedule's profile
+           with its runs while which other programs took more than 3 % of the processors; the row holds their share.
 
 Usage: python benchmarks/runtime_fidelity.py [emulated|real ...] [--pairs 20] [--action-ms 20] [--steps 10]
            [--schedules A,B] [--models gpt,llama]
@@ -17,12 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import socket
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -73,7 +76,7 @@ MODELS = {
     "gpt": f"{ROOT / 'examples' / 'gpt.py'}:build_untied",
     "llama": f"{Path(__file__).resolve()}:llama",
 }
-MOST_UNSTEADINESS, MOST_RUNS = 0.08, 3
+MOST_UNSTEADINESS, MOST_OTHERS, MOST_RUNS = 0.08, 0.03, 3
 Row = dict[str, Any]
 
 
@@ -353,27 +356,27 @@ def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: 
     from stagewright.runtime.run import run_plan
 
     cluster = discover_local()
-    rows = []
 
-    def run(plan: Plan) -> RunReport:
+    def run(model: str, plan: Plan, profile: ModelProfile) -> RunReport:
         with tempfile.TemporaryDirectory() as folder:
             return run_plan(
                 plan, profile, model=model, steps=steps, checks=("memory", "traffic", "time"), directory=Path(folder)
             )
 
-    for model, name in product((MODELS[name] for name in models), schedules):
+    def measured(model: str, name: str) -> list[Row]:
         # A machine's speed drifts over minutes, so each schedule is profiled right before it runs.
         profile = profile_model(
             model, microbatches=(1, 2), sequence_length=128, num_busy_ranks=2, optimizer="sgd-momentum",
             budget_s=budget_s,
         )  # fmt: skip
+        found: list[Row] = []
         for microbatch, recompute in ((1, Recompute.NONE), (2, Recompute.FULL)):
             chunks = 2 if name in TWO_CHUNKS else 1
             choice = Choice(Degrees(), 2, chunks, microbatch, name, recompute)
             plan = with_prediction(even_plan(profile, cluster, _job(8 * microbatch, 128), choice), profile)
-            reports = [run(plan)]
+            reports = [run(model, plan, profile)]
             while _unsteadiness(reports[-1]) > MOST_UNSTEADINESS and len(reports) < MOST_RUNS:
-                reports.append(run(plan))
+                reports.append(run(model, plan, profile))
             report = min(reports, key=_unsteadiness)
             row = {
                 "model": model.rpartition(":")[2],
@@ -387,9 +390,40 @@ def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: 
                 "peak_error": report.error["peak_memory_max"],
                 "traffic_exact": report.checks["traffic"]["passed"],
             }
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+            found.append(row)
+        return found
+
+    rows: list[Row] = []
+    for model, name in product((MODELS[name] for name in models), schedules):
+        tries: list[tuple[float, list[Row]]] = []
+        while not tries or (tries[-1][0] > MOST_OTHERS and len(tries) < MOST_RUNS):
+            begin = _Processors.now()
+            found = measured(model, name)
+            tries.append((_Processors.now().others_since(begin), found))
+        others, found = min(tries, key=lambda each: each[0])
+        rows += [{**row, "others_share": others, "num_tries": len(tries)} for row in found]
+        print("\n".join(json.dumps(row) for row in rows[-len(found) :]), flush=True)
     return rows
+
+
+@dataclass(frozen=True)
+class _Processors:
+    """Seconds of wall time, of all processors at work, and of this program and those it waited for."""
+
+    wall_s: float
+    busy_s: float
+    own_s: float
+
+    @classmethod
+    def now(cls) -> _Processors:
+        user, nice, system, _, _, interrupts, soft_interrupts, *_ = Path("/proc/stat").read_text().split()[1:]
+        ticks = sum(map(int, (user, nice, system, interrupts, soft_interrupts)))
+        return cls(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]))
+
+    def others_since(self, begin: _Processors) -> float:
+        """Return the share of the processors that other programs took."""
+        busy, own = self.busy_s - begin.busy_s, self.own_s - begin.own_s
+        return max(busy - own, 0.0) / ((self.wall_s - begin.wall_s) * (os.cpu_count() or 1))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ def run(
         bool, typer.Option("--emulate", help="Actions wait their planned time; communication is real.")
     ] = False,
     replay: Annotated[str | None, typer.Option(help="RANK or all: one rank's part at a time on one device.")] = None,
+    autocast: Annotated[
+        str | None, typer.Option(help="bf16: matrix products in bf16 over weights, gradients and states in fp32.")
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="Of the plan's optimizer.")] = 1e-3,
     momentum: Annotated[float, typer.Option(help="Of the plan's optimizer, where it is sgd-momentum.")] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="Of the plan's optimizer.")] = 0.0,
@@ -101,7 +104,7 @@ def run(
                 else load_cluster(str(cluster), report)
             )
             model_profile = measured_profile(workload, machines, out, report, refresh=False)
-            document = best_plan(model_profile, machines, training_job(workload), report)
+            document = _under_autocast(best_plan(model_profile, machines, training_job(workload), report), autocast)
             document.save(out / "plan.json")
         else:
             if model is None:
@@ -111,7 +114,7 @@ def run(
                     hint="add --model module:factory or --model path.py:factory",
                 )
             factory = model
-            document = Plan.load(plan_or_model)
+            document = _under_autocast(Plan.load(plan_or_model), autocast)
             model_profile = _profile_of(document, Path(plan_or_model), profile)
             document.check_profile(layer_digest=model_profile.layer_digest, num_layers=model_profile.num_layers)
         training = TrainingSettings(
@@ -135,7 +138,8 @@ def run(
             progress=report,
         )
         if fallback:
-            result = run_elastic(document, [Plan.load(path) for path in fallback], model_profile, **options)
+            fallbacks = [_under_autocast(Plan.load(path), autocast) for path in fallback]
+            result = run_elastic(document, fallbacks, model_profile, **options)
         else:
             result = run_plan(document, model_profile, emulate=emulate, replay=replay, **options)
     if output is not None:
@@ -148,6 +152,14 @@ def run(
         print_report(result)
     if not result.passed:
         raise RunFailed("a check failed", hint="the report holds the numbers")
+
+
+def _under_autocast(plan: Plan, autocast: str | None) -> Plan:
+    """Return the plan with its products in this type; without one, as it is."""
+    if autocast is None:
+        return plan
+    parameters = {**plan.schedule.parameters, "autocast": autocast}
+    return plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"parameters": parameters})})
 
 
 def _profile_of(plan: Plan, path: Path, told: Path | None) -> ModelProfile:

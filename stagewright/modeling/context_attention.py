@@ -105,6 +105,13 @@ class ContextAttention(AttentionMode):
             raise InvalidArgument("context parallelism has no dropout inside attention", field="degrees.cp")
         scale = options["scale"]
         factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(str(scale))
+        device_type = query.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return self._over_all(query, key, value, causal, factor)
+        with torch.autocast(device_type, enabled=False):  # sums of exponentials over many ranks need the bits
+            return self._over_all(query.float(), key.float(), value.float(), causal, factor)
+
+    def _over_all(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, factor: float) -> Tensor:
         repeats = query.shape[1] // key.shape[1]
         groups = self._groups
         if groups.heads is not None:

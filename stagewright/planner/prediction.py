@@ -433,7 +433,7 @@ def _logits(layout: Layout, bounds: Sequence[int], levels: Sequence[int], layers
 
 
 def _rank_sum(layout: Layout, by_stage: Floats) -> Floats:
-    return np.array([by_stage[[slot.stage for slot in slots]].sum() for slots in layout.slots])
+    return np.array([by_stage[sorted({slot.stage for slot in slots})].sum() for slots in layout.slots])
 
 
 def _flops(

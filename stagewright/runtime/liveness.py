@@ -4,6 +4,10 @@ Each rank's beating thread sets its key in the store every half second, so a sto
 network all look alike: no new beat. Rank 0 watches all ranks and publishes a loss; every rank watches that notice, rank 0
 itself, its parent and the launcher. The length of an action means nothing: a slow one beats on.
 
+A machine under load may hold a beat back. A silent process that is known to be stopped or gone, because it was on this
+machine, is lost after STOPPED_AFTER_S; any other has until SILENT_AFTER_S. A rank whose own connections are closed notices
+by itself.
+
 Whoever notices a loss writes a report and ends its process at once; collectives under way end with it.
 """
 
@@ -12,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +29,8 @@ from stagewright.runtime.failure import LOST, SILENT, RankFailure, now
 from stagewright.runtime.status import StatusFile
 
 BEAT_S = 0.5
-LOST_AFTER_S = 5.0
+STOPPED_AFTER_S = 5.0
+SILENT_AFTER_S = 10.0
 STARTUP_S = 120.0
 CUT_OFF = "was cut off: the store cannot be reached"
 
@@ -58,6 +64,7 @@ class Liveness:
         self._describe = describe
         self._before_end = before_end
         self._parent = os.getppid()
+        self._host = socket.gethostname()
         self._stopped = threading.Event()
         self._stores = [
             dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=20))
@@ -81,7 +88,9 @@ class Liveness:
             self._status.beat(self._rank, beats)
             here = self._status.read(self._rank)
             try:
-                self._stores[0].set(f"beat/{self._rank}", json.dumps([beats, here.step, here.position]))
+                self._stores[0].set(
+                    f"beat/{self._rank}", json.dumps([beats, here.step, here.position, self._host, os.getpid()])
+                )
             except RuntimeError:
                 self._end(RankFailure(self._rank, SILENT, "", CUT_OFF, time_s=now()))
 
@@ -98,27 +107,27 @@ class Liveness:
             except RuntimeError:
                 self._end(RankFailure(self._rank, SILENT, "", CUT_OFF, time_s=now()))
             moment = time.monotonic()
-            paused = moment - last_round > LOST_AFTER_S / 2  # this very process was stopped: nobody else is to blame
+            paused = moment - last_round > STOPPED_AFTER_S / 2  # this very process was stopped: nobody else is to blame
             last_round = moment
             for rank, beat in beats.items():
                 if beat == b"done" or rank not in seen or seen[rank][0] != beat or paused:
                     seen[rank] = (beat, moment)
-                elif moment - seen[rank][1] > (LOST_AFTER_S if beat else STARTUP_S):
-                    failure = self._lost(rank, beat)
+                elif moment - seen[rank][1] > (limit_s := silence_limit_s(beat, self._host)):
+                    failure = self._lost(rank, beat, limit_s)
                     if self._rank == 0:
                         store.set("lost", json.dumps(vars(failure)))
                     self._end(failure)
 
-    def _lost(self, rank: int, beat: bytes) -> RankFailure:
+    def _lost(self, rank: int, beat: bytes, limit_s: float) -> RankFailure:
         place = ""
         if beat:
-            _, step, position = json.loads(beat)
+            _, step, position, _, _ = json.loads(beat)
             place = self._describe(rank, step, position)
         return RankFailure(
             rank,
             SILENT,
             place,
-            f"gave no sign of life for {LOST_AFTER_S:g} s (killed, stopped or cut off)",
+            f"gave no sign of life for {limit_s:g} s (killed, stopped or cut off)",
             time_s=now(),
         )
 
@@ -137,6 +146,23 @@ class Liveness:
                 self._before_end()
             failure.save(self._directory, self._rank)
             os._exit(1)
+
+
+def silence_limit_s(beat: bytes, host: str) -> float:
+    """Return how long a rank may be silent after its last beat, as seen on `host`; before the first, STARTUP_S."""
+    if not beat:
+        return STARTUP_S
+    *_, its_host, pid = json.loads(beat)
+    return STOPPED_AFTER_S if its_host == host and _is_at_rest(pid) else SILENT_AFTER_S
+
+
+def _is_at_rest(pid: int) -> bool:
+    """Whether a process is stopped, traced, a zombie or gone; False where the system does not tell."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return not _is_alive(pid)
+    return state in "TtZX"
 
 
 def end_on_sigterm(status: StatusFile, rank: int, before_end: Callable[[], None]) -> None:

@@ -66,8 +66,10 @@ def division_of(plan: Plan, schedule: Schedule) -> Division:
 def _num_updates(schedule: Schedule) -> int:
     if schedule.weight_policy is WeightPolicy.ELASTIC:
         return schedule.num_replicas
-    steps = [row for order in schedule.orders for row in order.tolist() if row[KIND] == Kind.OPT]
-    return max(1, sum(row[STAGE] == 0 and row[REPLICA] == 0 for row in steps))
+    steps = [row for order in schedule.orders for row in order.tolist() if row[KIND] == Kind.OPT and row[STAGE] == 0]
+    if schedule.weight_policy is WeightPolicy.STASH:
+        return max(1, len(steps))  # each of a minibatch on its own, which workers of a stage average
+    return max(1, sum(row[REPLICA] == 0 for row in steps))
 
 
 def samples_of(plan: Plan, schedule: Schedule) -> int:

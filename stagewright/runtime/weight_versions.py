@@ -10,8 +10,9 @@ belongs to (each microbatch, or each `update_every` of them), and t the updates 
     predict  one copy, moved in place before each forward and backward, see `predicted_weights`        (SpecTrain ...)
     elastic  each pipeline has weights of its own, drawn to their mean after its update                (AvgPipe)
 
-2bw and 2gw hold the last two versions; a version lives on as long as a graph refers to it. Replicas (but for elastic's
-own) and weights that stages share would need reductions at each update, which no order holds: they are refused.
+2bw and 2gw hold the last two versions; a version lives on as long as a graph refers to it. Under stash a stage may have
+several workers, each with minibatches of its own: at each update they average the gradients of one minibatch each. Other
+replicas (but for elastic's own) and weights that stages share would need reductions that no order holds: they are refused.
 
 Papers: Narayanan et al., PipeDream, SOSP 2019, and Memory-Efficient Pipeline-Parallel DNN Training, ICML 2021; Gaunt et
 al., AMPNet, 2017; Yang et al., WPipe, ICLR 2022; Chen et al., AvgPipe, PPoPP 2023.
@@ -23,12 +24,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules.schedule import WeightPolicy
 from stagewright.runtime.predicted_weights import Predictor
-from stagewright.runtime.reduction import StageKey
+from stagewright.runtime.reduction import StageKey, Traffic
 
 DELAYED = (WeightPolicy.DOUBLE_BUFFER, WeightPolicy.TWO_GROUP)
 IN_PLACE = (WeightPolicy.NONE, WeightPolicy.PREDICT)
@@ -85,6 +87,8 @@ class VersionedBucket:
     rule: VersionRule
     optimizer: torch.optim.Optimizer | None = None
     siblings: tuple[VersionedBucket, ...] = ()
+    group: dist.ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=dict)
     updates: int = 0
     _base: int = 0
     _versions: dict[int, list[nn.Parameter]] = field(default_factory=dict)
@@ -132,9 +136,26 @@ class VersionedBucket:
                 gradient, version[position].grad = version[position].grad, None
                 if gradient is not None:
                     slot.master.grad = gradient if slot.master.grad is None else slot.master.grad + gradient
+        if self.group is not None:
+            self._average(self.group)
         if self.rule.predictor is not None:
             self.rule.predictor.before_step(self.optimizer, self.updates)
             self._before = [slot.master.detach().clone() for slot in self._slots]
+
+    def _average(self, group: dist.ProcessGroup) -> None:
+        """Make the masters' gradients the means of all workers' of the stage."""
+        for slot in self._slots:
+            if slot.master.grad is None:
+                slot.master.grad = torch.zeros_like(slot.master)
+        flat = torch.cat([slot.master.grad.reshape(-1) for slot in self._slots if slot.master.grad is not None])
+        dist.all_reduce(flat, group=group)
+        flat /= group.size()
+        self.traffic["all-reduce/dp"] = self.traffic.get("all-reduce/dp", 0.0) + (
+            2 * (group.size() - 1) / group.size() * flat.numel() * flat.element_size()
+        )
+        parts = flat.split([slot.master.numel() for slot in self._slots])
+        for slot, part in zip(self._slots, parts, strict=True):
+            slot.master.grad = part.view_as(slot.master)
 
     def after_step(self) -> None:
         """Bring the stepped master to the versions."""

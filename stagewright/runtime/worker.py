@@ -170,14 +170,13 @@ class Worker:
         """Step with this optimizer from now on; with None, iterations only leave gradients."""
         self.settle()
         self._optimizers = {}
-        self._updates = dict.fromkeys(self.topology.stages, 0)
+        self._updates = {self._stepper(key): 0 for key in self.topology.stages}
         self._local_steps = None
         if choice is None:
             return
         if self._outer_step is not None and self._outer_group is not None:
             self._local_steps = LocalSteps(self._outer_step, self.buckets.buckets, self._outer_group, self._traffic)
-        order = [(action.replica, action.stage) for action in self.actions if action.kind is Kind.OPT]
-        for key in dict.fromkeys(order):
+        for key in dict.fromkeys(self._step_order()):
             mine = [value for bucket in self._stepped(key) for value in bucket.optimized()]
             if mine:
                 self._optimizers[key] = make_optimizer(choice, mine)
@@ -381,8 +380,25 @@ class Worker:
 
     def _stepped(self, key: StageKey) -> list[Bucket]:
         """Return the buckets that a stage's OPT steps: those whose other holders' OPTs stand before it."""
-        order = [(action.replica, action.stage) for action in self.actions if action.kind is Kind.OPT]
-        return [bucket for bucket in self.buckets.of(key) if max(bucket.holders, key=order.index) == key]
+        order = self._step_order()
+        return [
+            bucket
+            for bucket in self.buckets.of(key)
+            if max({self._stepper(holder) for holder in bucket.holders}, key=order.index) == key
+        ]
+
+    def _step_order(self) -> list[StageKey]:
+        """Return the stages that this rank's OPT actions step, in order."""
+        return [self._stepper((action.replica, action.stage)) for action in self.actions if action.kind is Kind.OPT]
+
+    def _stepper(self, key: StageKey) -> StageKey:
+        """Return the stage that stands for all those with the same weights on this rank.
+
+        A worker of a PipeDream stage holds it once for each way that minibatches take, and each of its steps is one of all.
+        """
+        if self._policy is not WeightPolicy.STASH:
+            return key
+        return min(other for other in self.topology.stages if other[1] == key[1])
 
     def _squared_norm(self) -> float:
         """Return this rank's share of the squared norm of the summed gradients."""
@@ -414,6 +430,7 @@ class Worker:
                         parameter.grad.mul_(self._factor)
 
     def _optimize(self, key: StageKey, microbatch: int) -> None:
+        key = self._stepper(key)
         optimizer = self._optimizers.get(key)
         if self._validation is not None:
             if not self._validation.is_pending:
@@ -693,13 +710,16 @@ class Worker:
         shared: frozenset[int],
     ) -> Bucket:
         if self._policy is not WeightPolicy.FLUSH:
-            if group is not None or len(shared) > 1:
+            degrees = self.plan.stages[min(shared)].degrees
+            takes_group = self._policy is WeightPolicy.STASH and degrees.dp * degrees.cp == 1
+            if (group is not None and not takes_group) or len(shared) > 1:
                 raise InvalidArgument(
                     f"{self.plan.schedule.name} has no replicas and no weights that stages share",
                     field="schedule.name",
-                    hint="take dp = 1 and an untied head, or a synchronous schedule",
+                    hint="take dp = 1 and an untied head, or a synchronous schedule; pipedream takes `replicas` by stage",
                 )
-            return VersionedBucket(self.chain.model, parameters, holders, self._version_rule(min(shared)))
+            rule = self._version_rule(min(shared))
+            return VersionedBucket(self.chain.model, parameters, holders, rule, group=group, traffic=self._traffic)
         zero = self.plan.stages[min(shared)].degrees.zero
         if len(shared) > 1:
             # The ranks of different stages come by at different times, so they can meet only once an iteration.
@@ -787,7 +807,9 @@ class Worker:
 
     def _check_reductions(self) -> None:
         reduced = [(a.replica, a.stage) for a in self.actions if a.kind is Kind.REDUCE_GRAD]
-        for key in self.topology.stages:
+        if self._policy is WeightPolicy.STASH:
+            reduced = [self._stepper(key) for key in reduced]
+        for key in {self._stepper(key) for key in self.topology.stages}:
             if reduced.count(key) != 1:
                 raise InvalidSchedule(
                     f"stage {key[1]} of replica {key[0]} has {reduced.count(key)} REDUCE_GRAD actions, it needs 1",

@@ -33,6 +33,8 @@ class StageHistory:
         self.directions: list[Weights] = [zeros]
         self.averages: list[Weights] = [zeros]
         self.updates_before = {kind: _updates_before(schedule, stage, kind) for kind in (Kind.F, Kind.B)}
+        self.workers = len(set(schedule.placement[:, stage].tolist()))
+        self.round: list[Weights] = []
 
     def step(self, gradients: Weights, delay: float) -> None:
         for name, master in self.masters.items():
@@ -46,6 +48,14 @@ class StageHistory:
         )
         self.weights.append(new)
         self.directions.append({name: self._direction(master) for name, master in self.masters.items()})
+
+    def take(self, gradients: Weights) -> Weights | None:
+        """Keep one minibatch's gradients; return the mean of one minibatch of each worker, when they are all there."""
+        self.round.append({name: gradients[name].clone() for name in self.masters})
+        if len(self.round) < self.workers:
+            return None
+        taken, self.round = self.round, []
+        return {name: sum(each[name] for each in taken) / len(taken) for name in self.masters}
 
     def _direction(self, master: torch.nn.Parameter) -> torch.Tensor:
         state = self.stepper.state[master]
@@ -97,19 +107,21 @@ def delayed_changes(
     ]
     every = int(schedule.parameters.get("update_every", 1))
     for batch in batches:
-        base = len(stages[0].weights) - 1
+        bases = [len(stage.weights) - 1 for stage in stages]
         for index in range(schedule.num_microbatches):
-            for stage in stages:
+            for stage, base in zip(stages, bases, strict=True):
                 _set(parameters, stage.seen(Kind.F, index, base))
             part = tuple(value[index * microbatch : (index + 1) * microbatch] for value in batch)
             (loss,) = whole.run(part)
-            for stage in stages:
+            for stage, base in zip(stages, bases, strict=True):
                 _set(parameters, stage.seen(Kind.B, index, base))
             (loss / every).backward()
             if index % every == every - 1:
                 for stage in stages:
                     delay = (2 * (len(stages) - stage.stage - 1) + 1) / every
-                    stage.step({name: parameters[name].grad for name in stage.masters}, delay)
+                    mean = stage.take({name: parameters[name].grad for name in stage.masters})
+                    if mean is not None:
+                        stage.step(mean, delay)
                 model.zero_grad()
     return {name: stage.weights[-1][name] - start[name] for stage in stages for name in stage.masters}
 
@@ -154,11 +166,13 @@ def _set(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tens
 
 def _updates_before(schedule: Schedule, stage: int, wanted: Kind) -> dict[int, int]:
     """How many updates of the stage stand before each microbatch's forward (or backward) in the list of its rank."""
-    updates, result = 0, {}
-    for step in schedule.actions(int(schedule.placement[0, stage])):
-        for action in step:
-            if action.stage == stage and action.kind is Kind.OPT:
-                updates += 1
-            if action.stage == stage and action.kind is wanted:
-                result[action.microbatch] = updates
+    result = {}
+    for rank in set(schedule.placement[:, stage].tolist()):
+        updates = 0
+        for step in schedule.actions(rank):
+            for action in step:
+                if action.stage == stage and action.kind is Kind.OPT:
+                    updates += 1
+                if action.stage == stage and action.kind is wanted:
+                    result[action.microbatch] = updates
     return result

@@ -22,7 +22,7 @@ from stagewright.planner.prediction import schedule_of
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.lowering import lower
-from stagewright.planner.schedules.schedule import Schedule
+from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
 from stagewright.planner.simulation.nccl import check_nccl
 from stagewright.runtime.building import autocast_type
 from stagewright.runtime.checkpoint import canonical_names, load_checkpoint, save_checkpoint
@@ -320,7 +320,7 @@ def delayed_weights(argument: tuple[PreparedCase, OptimizerChoice]) -> float:
     model = make_model(case, case.num_ranks * chunks)
     batches = batches_of(prepared, case.num_steps)
     expected = None
-    if dist.get_rank() == 0 and schedule.num_replicas > 1:
+    if dist.get_rank() == 0 and schedule.weight_policy is WeightPolicy.ELASTIC:
         expected = elastic_changes(schedule, copy.deepcopy(model), batches, optimizer, case.microbatch)
     elif dist.get_rank() == 0:
         expected = delayed_changes(plan, schedule, copy.deepcopy(model), batches, optimizer, case.microbatch)

@@ -38,6 +38,20 @@ def test_asynchronous_weights_follow_the_recurrence_in_one_process(rank_pools, s
             assert error <= 1e-10
 
 
+@pytest.mark.parametrize(
+    ("workers", "minibatches"),
+    [("2,1", 6), ("1,2", 6), ("3,1", 9), ("2,1,1", 8), ("1,2,1", 8)],
+)
+def test_stages_with_workers_of_their_own_follow_the_recurrence_round_robin(rank_pools, workers, minibatches):
+    ranks = sum(int(count) for count in workers.split(","))
+    pool = rank_pools(ranks)
+    case = Case(
+        "pipedream", ranks, minibatches, parameters={"replicas": workers}, tied=False, dropout=0.0, dtype="float64"
+    )
+    for error in pool.run("delayed_weights", (prepare(case, pool.next_number()), MOMENTUM)):
+        assert error <= 1e-10
+
+
 def test_stale_weights_are_not_those_of_synchronous_training(rank_pools):
     pool = rank_pools(2)
     case = Case("pipedream", 2, 4, tied=False, dropout=0.0, dtype="float64", num_steps=2)

@@ -31,6 +31,22 @@ def test_a_pipeline_in_mixed_precision_equals_one_process_in_the_same(rank_pools
     assert_equal_to_one_process(rank_pools, case)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("1f1b", 1, 2, degrees={"cp": 4}, parameters=BF16, dropout=0.0),
+        Case("1f1b", 2, 4, degrees={"cp": 2, "ulysses": 2}, parameters=BF16, dropout=0.0, recompute=("full",)),
+        Case("seq1f1b", 4, 4, num_slices=2, parameters=BF16, dropout=0.0, tied=False),
+        Case("1f1b", 2, 4, degrees={"tp": 2, "vocab_parallel": True}, parameters=BF16, dropout=0.0),
+    ],
+    ids=lambda case: f"{case.schedule}-{case.degrees}",
+)
+def test_divided_sequences_and_a_divided_loss_in_mixed_precision_differ_by_the_rounding_of_bf16(rank_pools, case):
+    pool = rank_pools(4)
+    found = pool.run("gradients_and_weights", prepare(case, pool.next_number()))
+    assert 1e-5 < max(each.gradients.max_relative_error for each in found) < 5e-2
+
+
 def test_split_tensors_in_mixed_precision_differ_by_the_rounding_of_bf16_and_the_loss_from_that_in_fp32(
     rank_pools,
 ):
@@ -48,8 +64,7 @@ def test_split_tensors_in_mixed_precision_differ_by_the_rounding_of_bf16_and_the
     ("precision", "degrees", "message"),
     [
         ("fp64", {}, "autocast is bf16 with weights in fp64"),
-        ("fp32", {"cp": 2}, "autocast with cp 2"),
-        ("fp32", {"tp": 2, "vocab_parallel": True}, "vocab_parallel True"),
+        ("bf16", {"cp": 2}, "autocast is bf16 with weights in bf16"),
     ],
 )
 def test_mixed_precision_that_does_not_run_is_refused(precision, degrees, message):

@@ -8,22 +8,73 @@ Each minibatch ends with an update of its stage, so rank d keeps up to D - d ver
 is (D - 1) / (T + D - 1) for T minibatches and vanishes as training goes on. The trajectory is the delayed one,
 w(t + 1) = w(t) - v grad f(w_1(t - D + 1), ..., w_D(t)), not that of synchronous training.
 
+Stages may have workers of their own: `parameters["replicas"]` is r_0,...,r_{S-1} (2,1 for instance), on r_0 + ... ranks. Minibatch
+m goes to worker m mod r_s of each stage s (round robin), which runs 1F1B on its own minibatches with
+
+    ceil((r_s + ... + r_{S-1}) / r_s)     of them in flight; of the input stage's that is NOAM.
+
+The workers of a stage sum the gradients of one minibatch each and take one step on their mean, so that every r_s
+minibatches make an update. In the placement a row is a class of minibatches with one way through the workers: there are
+lcm(r_0, ..., r_{S-1}) of them, and rows share ranks.
+
 Paper: Narayanan et al., PipeDream: Generalized Pipeline Parallelism for DNN Training, SOSP 2019.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
+import numpy as np
+
+from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
-from stagewright.planner.schedules.orders import alternate, one_stage_passes
+from stagewright.planner.schedules.orders import alternate, one_stage_passes, order_of
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy, loop_placement
-from stagewright.planner.schedules.sizes import check_placement, sizes_of
+from stagewright.planner.schedules.sizes import check_parts, check_placement, require, sizes_of
 
 
 def pipedream(request: ScheduleRequest) -> Schedule:
     """Return T minibatches of the endless order, with fill and drain at its ends."""
-    return endless_1f1b(request, "pipedream", WeightPolicy.STASH)
+    told = request.parameters.get("replicas")
+    if told is None:
+        return endless_1f1b(request, "pipedream", WeightPolicy.STASH)
+    return _round_robin(request, str(told))
+
+
+def _round_robin(request: ScheduleRequest, told: str) -> Schedule:
+    """Return the order of stages with workers of their own."""
+    parts = told.split(",")
+    require(
+        all(part.strip().isdecimal() and int(part) > 0 for part in parts),
+        f"replicas is {told!r}, it is one number of workers for each stage",
+        field="replicas",
+        hint="2,1 is two workers for the first of two stages",
+    )
+    workers = np.array([int(part) for part in parts])
+    ranks, count, stages = request.num_ranks, request.num_microbatches, len(workers)
+    check_parts(request, "pipedream", chunks=(1, "stage"), stages=(stages, f"{stages} stages"))
+    require(workers.sum() == ranks, f"replicas {told} are {workers.sum()} workers on {ranks} ranks", field="replicas")
+    require(
+        not (count % workers).any(),
+        f"{count} minibatches do not divide over the workers {told} of each stage",
+        field="num_microbatches",
+        hint=f"take a multiple of {math.lcm(*workers.tolist())}",
+    )
+    first = np.concatenate(([0], np.cumsum(workers)[:-1]))
+    rows = np.arange(math.lcm(*workers.tolist()))
+    placement = (first + rows[:, None] % workers).astype(np.int32)
+    check_placement(request, placement, "pipedream")
+    orders = []
+    for stage, each in enumerate(workers.tolist()):
+        in_flight = -(-int(workers[stage:].sum()) // each)
+        for worker in range(each):
+            own = np.arange(worker, count, each, dtype=np.int32)
+            forwards, backwards = (order_of(int(k), stage, own, replica=own % len(rows)) for k in (Kind.F, Kind.B))
+            orders.append(alternate(forwards, backwards, in_flight))
+    return Schedule(
+        "pipedream", count, placement, tuple(orders), weight_policy=WeightPolicy.STASH, parameters={"replicas": told}
+    )
 
 
 def endless_1f1b(

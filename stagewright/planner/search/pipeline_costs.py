@@ -244,10 +244,10 @@ def pipeline_costs(
     rank_static, rank_workspace = np.zeros((3, num_ranks)), np.zeros(num_ranks)
     tail, activation = np.zeros(num_ranks), np.zeros(num_ranks)
     for rank, slots in enumerate(layout.slots):
-        held = [slot.stage for slot in slots]
-        rank_static[:, rank] = static[:, held].sum(axis=1)
+        held, once = [slot.stage for slot in slots], sorted({slot.stage for slot in slots})
+        rank_static[:, rank] = static[:, once].sum(axis=1)
         rank_workspace[rank] = workspace[held].max(initial=0.0)
-        tail[rank] = reduction[held].sum() + optimizer[held].sum()
+        tail[rank] = reduction[once].sum() + optimizer[once].sum()
         live = layout.live[rank]
         bytes_by_vector = live[:, 0] @ kept[held] + live[:, 1] @ late[held]
         activation[rank] = bytes_by_vector.max(initial=0.0)
@@ -306,7 +306,7 @@ def replica_seconds(
         return seconds
     for stage, row in enumerate(layers):
         size = float(row.gradient_bytes[bounds[stage] : bounds[stage + 1]].sum())
-        ranks = layout.placement[:, stage].tolist()
+        ranks = list(dict.fromkeys(layout.placement[:, stage].tolist()))
         for first, second in pairwise(ranks):
             cost = wiring.sum_s(first, second, size)
             seconds[first] += cost

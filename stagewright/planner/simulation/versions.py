@@ -24,15 +24,24 @@ _F, _B, _I = int(Kind.F), int(Kind.B), int(Kind.I)
 
 
 def weight_versions(schedule: Schedule) -> Ints:
-    """Return the versions of each stage's weights that its rank keeps, int32 [num_replicas, num_stages]."""
+    """Return the versions of each stage's weights that its rank keeps, int32 [num_replicas, num_stages].
+
+    Rows of the placement that share a rank (workers of PipeDream's stages) share its versions; the first one counts them.
+    """
     versions = np.ones(schedule.placement.shape, dtype=np.int32)
     if schedule.weight_policy is WeightPolicy.DOUBLE_BUFFER:
         versions[:] = 2
     elif schedule.weight_policy is WeightPolicy.TWO_GROUP:
         versions[:, : schedule.num_stages // 2] = 2
     elif schedule.weight_policy is WeightPolicy.STASH:
-        for order in schedule.orders:
-            np.maximum(versions, _in_flight(np.ascontiguousarray(order), *versions.shape), out=versions)
+        for rank, order in enumerate(schedule.orders):
+            one = order.copy()
+            one[:, REPLICA] = 0
+            in_flight = _in_flight(one, 1, schedule.num_stages)[0]
+            for stage in range(schedule.num_stages):
+                rows = np.flatnonzero(schedule.placement[:, stage] == rank)
+                versions[rows[:1], stage] = max(1, int(in_flight[stage]))
+                versions[rows[1:], stage] = 0
     return versions
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -25,7 +27,7 @@ from stagewright.planner.schedules.xpipe import PREDICTIONS_PER_MINIBATCH
 from stagewright.planner.schedules.xpipe import version_difference as xpipe_difference
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.validate import validate
-from stagewright.planner.simulation.versions import weight_copies
+from stagewright.planner.simulation.versions import weight_copies, weight_versions
 
 
 def timed(name: str, ranks: int, microbatches: int, **parameters: int):
@@ -39,6 +41,36 @@ def test_pipedream_idles_under_one_and_a_half_percent_in_200_minibatches():
     schedule, timeline = timed("pipedream", 4, 200)
     assert timeline.bubble_over_total < 0.015
     assert weight_copies(schedule).tolist() == [4, 3, 2, 1]
+
+
+STAGES_S = np.array([2.0, 1.0])
+
+
+def test_two_workers_for_a_stage_of_twice_the_work_idle_under_one_and_a_half_percent_in_400_minibatches():
+    schedule = generate("pipedream", ScheduleRequest(3, 400, parameters={"replicas": "2,1"}))
+    validate(schedule)
+    timeline = simulate(
+        schedule,
+        replace(StageCosts.uniform(2), **dict.fromkeys(("forward_s", "input_grad_s", "weight_grad_s"), STAGES_S)),
+    )
+    assert schedule.placement.tolist() == [[0, 2], [1, 2]]
+    assert schedule.text(0)[:5] == ["0F0", "0F2", "0B0", "0F4", "0B2"]
+    assert schedule.text(2)[:4] == ["1F0", "1B0", "1:1F1", "1:1B1"]
+    assert timeline.bubble_over_total < 0.015
+    assert weight_versions(schedule).tolist() == [[2, 1], [2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "ranks", "count", "message"),
+    [
+        ("2,1", 4, 4, r"2,1 are 3 workers on 4 ranks"),
+        ("2,1", 3, 5, r"5 minibatches do not divide over the workers 2,1"),
+        ("2,0", 2, 4, r"replicas is '2,0'"),
+    ],
+)
+def test_workers_that_do_not_fit_ranks_or_minibatches_are_refused_with_both_numbers(replicas, ranks, count, message):
+    with pytest.raises(InvalidArgument, match=message):
+        generate("pipedream", ScheduleRequest(ranks, count, parameters={"replicas": replicas}))
 
 
 def test_the_optimal_number_of_minibatches_in_flight_counts_the_input_stage():
