@@ -28,7 +28,7 @@ from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile, Recompute
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.lowering.parameters import with_parameter_gathers
-from stagewright.planner.schedules.schedule import KIND, STAGE, Schedule
+from stagewright.planner.schedules.schedule import KIND, STAGE, Schedule, WeightPolicy
 from stagewright.planner.search.layer_costs import LayerCosts
 from stagewright.planner.search.order import Layout
 from stagewright.planner.search.pipeline_costs import sent_over
@@ -193,7 +193,9 @@ def _gradients(
         _add(total, "all-gather/edp", each * optimizer.parameter_bytes)
     if degrees.zero == 0:
         size = sum(dense) * optimizer.gradient_bytes
-        _add(total, "all-reduce/dp", 2 * (members * replicas - 1) * size * degrees.tp)
+        stashes = schedule.weight_policy is WeightPolicy.STASH
+        updates = plan.schedule.num_microbatches // replicas if stashes else 1  # workers meet at each
+        _add(total, "all-reduce/dp", 2 * (members * replicas - 1) * size * degrees.tp * updates)
         return
     shards = min(sharding_group(plan) or members, members)
     padded = sum(_padded(value, shards) for value in (dense if degrees.zero >= 2 else [sum(dense)]))

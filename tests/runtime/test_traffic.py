@@ -34,6 +34,7 @@ CASES = [
     Case("chimera", 4, 4, tied=False),
     Case("seq1f1b", 2, 2, num_slices=2, degrees={"dp": 2, "zero": 2}),
     Case("1f1b", 3, 4, replicas=(2, 1, 1), tied=False),
+    Case("pipedream", 4, 6, parameters={"replicas": "3,1"}, tied=False),
 ]
 
 
