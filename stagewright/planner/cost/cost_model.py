@@ -17,7 +17,14 @@ from stagewright.planner.cost import legality as rules
 from stagewright.planner.cost.communication import collective_s
 from stagewright.planner.cost.data_parallel import ReplicaTraffic, replica_traffic
 from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder, GroupShape, Tier, widest_link
-from stagewright.planner.cost.layer_cost import LayerCost, analytic_cost, frozen_cost
+from stagewright.planner.cost.layer_cost import (
+    LayerCost,
+    OperatorCost,
+    Sight,
+    analytic_cost,
+    frozen_cost,
+    operator_cost,
+)
 from stagewright.planner.cost.layer_table import Floats, LayerTable
 from stagewright.planner.cost.measured_cost import measured_cost, on_other_device, worst_source
 from stagewright.planner.cost.memory import MASTER_BYTES, StateBytes, device_state_bytes, state_divisors
@@ -27,7 +34,7 @@ from stagewright.planner.cost.rank_groups import RankGroups
 from stagewright.planner.cost.roofline import Roofline, peak_flops
 from stagewright.planner.documents.cluster import Cluster, LinkLevel, NodeGroup
 from stagewright.planner.documents.job import Optimizer, TrainingJob, element_bytes
-from stagewright.planner.documents.operator import Architecture
+from stagewright.planner.documents.operator import Architecture, Operator
 from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import LayerClass, ModelProfile
 from stagewright.planner.errors import InvalidArgument
@@ -88,6 +95,7 @@ class CostModel:
     order: AxisOrder = DEFAULT_ORDER
     _tables: dict[tuple[object, ...], LayerTable] = field(default_factory=dict, repr=False)
     _class_costs: dict[tuple[object, ...], LayerCost] = field(default_factory=dict, repr=False)
+    _operator_costs: dict[tuple[object, ...], OperatorCost] = field(default_factory=dict, repr=False)
 
     def legality(self, degrees: Degrees, microbatch: int) -> str | None:
         """Return why the model cannot be split so, with both numbers; None when it can."""
@@ -312,6 +320,15 @@ class CostModel:
             operand_bytes=1.0 if self.job.precision == "fp8" else None,
         )
 
+    @cached_property
+    def _sights(self) -> dict[str | int, Sight]:
+        """What each class sees, by name, and each operator, by identity."""
+        found: dict[str | int, Sight] = {}
+        for name, layer in self.profile.classes.items():
+            found[name] = Sight.of(layer.operators)
+            found |= {id(operator): Sight.of((operator,)) for operator in layer.operators}
+        return found
+
     def _make_table(self, degrees: Degrees, microbatch: int, group: NodeGroup) -> LayerTable:
         setting = self.setting(degrees, microbatch)
         groups = RankGroups(degrees, group, self.order)
@@ -326,7 +343,8 @@ class CostModel:
         self, name: str, layer: LayerClass, setting: Setting, roofline: Roofline, groups: RankGroups
     ) -> LayerCost:
         """Return the cost of a class, computed once for all degrees that its operators do not see."""
-        key = (name, setting.microbatch, groups.group.name, *_seen_degrees(layer, setting.degrees))
+        seen = (setting.degrees,) if layer.costs else self._sights[name].seen(setting.degrees)
+        key = (name, setting.microbatch, groups.group.name, *seen)
         found = self._class_costs.get(key)
         if found is None:
             found = self._class_costs[key] = self._layer_cost(layer, setting, roofline, groups)
@@ -337,8 +355,20 @@ class CostModel:
         if cost is not None:
             cost = on_other_device(cost, self.slowness(groups.group))
         else:
-            cost = analytic_cost(layer, setting, roofline, groups, self.options)
+            operators = [self._operator_cost(operator, setting, roofline, groups) for operator in layer.operators]
+            cost = analytic_cost(operators, setting, groups, self.options)
         return frozen_cost(cost, layer.backward)
+
+    def _operator_cost(
+        self, operator: Operator, setting: Setting, roofline: Roofline, groups: RankGroups
+    ) -> OperatorCost:
+        """Return the cost of an operator, computed once for all degrees that it does not see."""
+        place = id(operator)  # the profile keeps its operators, so ids stay
+        key = (place, setting.microbatch, groups.group.name, *self._sights[place].seen(setting.degrees))
+        found = self._operator_costs.get(key)
+        if found is None:
+            found = self._operator_costs[key] = operator_cost(operator, setting, roofline, self.options)
+        return found
 
     def _assemble(self, costs: dict[str, LayerCost], roofline: Roofline) -> LayerTable:
         """Return the table of all layers from the costs of their classes."""
@@ -453,22 +483,6 @@ def optimizer_traffic(optimizer: Optimizer, precision: str) -> float:
     passes = 5 if precision == "fp16" else 3
     weights = 1 if optimizer.parameter_bytes < MASTER_BYTES else 2
     return 2 * optimizer.state_bytes + passes * optimizer.gradient_bytes + weights * optimizer.parameter_bytes
-
-
-def _seen_degrees(layer: LayerClass, degrees: Degrees) -> tuple[object, ...]:
-    """Return the degrees that a class's costs depend on; all of them where it was measured."""
-    if layer.costs:
-        return (degrees,)
-    axes = {axis for operator in layer.operators for axis in operator.split}
-    routed = "ep" in axes or any(operator.kind == "dispatch" for operator in layer.operators)
-    return (
-        degrees.tp,
-        degrees.cp,
-        degrees.ulysses,
-        degrees.sp,
-        degrees.vocab_parallel if "vocab" in axes else None,
-        (degrees.ep, degrees.etp) if routed else None,
-    )
 
 
 def _line(link: LinkLevel | None) -> Boundary:

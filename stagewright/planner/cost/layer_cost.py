@@ -19,12 +19,13 @@ from typing import Literal
 
 from stagewright.planner.cost.communication import Operation, collective_s, sent_bytes
 from stagewright.planner.cost.groups import GroupShape
-from stagewright.planner.cost.operator_cost import Setting, phase_seconds, work
+from stagewright.planner.cost.operator_cost import PhaseSeconds, Setting, Work, phase_seconds, work
 from stagewright.planner.cost.options import CostOptions
 from stagewright.planner.cost.rank_groups import RankGroups
 from stagewright.planner.cost.roofline import Roofline
 from stagewright.planner.documents.operator import Operator
-from stagewright.planner.documents.profile import LayerClass, Source
+from stagewright.planner.documents.plan import Degrees
+from stagewright.planner.documents.profile import Source
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,75 @@ class LayerCost:
     frozen_parameters: float = 0.0
 
 
+@dataclass(frozen=True)
+class OperatorCost:
+    """What one operator of a layer adds on one device, before its exchanges are priced."""
+
+    operator: Operator
+    size: Work
+    seconds: PhaseSeconds
+    output_bytes: float
+    dense_parameters: float
+    expert_parameters: float
+    model_flops: float
+    exchanges: Sequence[Exchange]
+
+
+def operator_cost(operator: Operator, setting: Setting, roofline: Roofline, options: CostOptions) -> OperatorCost:
+    """Return an operator's part of its layer's cost."""
+    size = work(operator, setting)
+    seconds = phase_seconds(operator, size, roofline)
+    dense, expert = device_parameters(operator, setting)
+    scale = setting.element_bytes / setting.profile_element_bytes
+    return OperatorCost(
+        operator,
+        size,
+        seconds,
+        output_bytes=setting.tokens(operator) * operator.output_bytes_per_token * scale,
+        dense_parameters=dense,
+        expert_parameters=expert,
+        model_flops=whole_flops(operator, setting),
+        exchanges=operator_exchanges(operator, setting, options, seconds.forward, seconds.input_grad),
+    )
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which degrees the costs of some operators depend on, beside tensor, sequence and context parallelism."""
+
+    vocabulary: bool
+    experts: bool
+
+    @classmethod
+    def of(cls, operators: Sequence[Operator]) -> Sight:
+        """Return what some operators see."""
+        axes = {axis for operator in operators for axis in (*operator.split, *(operator.kept_split or ()))}
+        dispatches = any(operator.kind == "dispatch" for operator in operators)
+        return cls("vocab" in axes, bool(axes & {"ep", "etp"}) or dispatches)
+
+    def seen(self, degrees: Degrees) -> tuple[object, ...]:
+        """Return the degrees they depend on."""
+        return (
+            degrees.tp,
+            degrees.cp,
+            degrees.ulysses,
+            degrees.sp,
+            degrees.vocab_parallel if self.vocabulary else None,
+            (degrees.ep, degrees.etp) if self.experts else None,
+        )
+
+
 def analytic_cost(
-    layer: LayerClass, setting: Setting, roofline: Roofline, groups: RankGroups, options: CostOptions
+    operators: Sequence[OperatorCost], setting: Setting, groups: RankGroups, options: CostOptions
 ) -> LayerCost:
-    """Return the cost of a layer from its operators."""
+    """Return the cost of a layer from its operators' costs."""
     forward_s = input_s = weight_s = selective_s = 0.0
     kept_none = kept_selective = workspace = 0.0
     output_bytes = dense = expert = flops = 0.0
     routed_forward_s = routed_backward_s = 0.0
-    exchanges: list[Exchange] = []
-    sizes = [work(operator, setting) for operator in layer.operators]
-    last_kept = max((index for index, size in enumerate(sizes) if size.kept_bytes > 0), default=-1)
-    for index, (operator, size) in enumerate(zip(layer.operators, sizes, strict=True)):
-        seconds = phase_seconds(operator, size, roofline)
+    last_kept = max((index for index, cost in enumerate(operators) if cost.size.kept_bytes > 0), default=-1)
+    for cost in operators:
+        operator, size, seconds = cost.operator, cost.size, cost.seconds
         if "ep" in operator.split and operator.kind != "dispatch":
             routed_forward_s += seconds.forward
             routed_backward_s += seconds.input_grad + seconds.weight_grad
@@ -102,30 +159,28 @@ def analytic_cost(
             selective_s += seconds.forward
         else:
             kept_selective += size.kept_bytes
-        scale = setting.element_bytes / setting.profile_element_bytes
-        output_bytes += setting.tokens(operator) * operator.output_bytes_per_token * scale
-        dense_part, expert_part = device_parameters(operator, setting)
-        dense += dense_part
-        expert += expert_part
-        flops += whole_flops(operator, setting)
-        needed = index < last_kept if operator.exits else index <= last_kept
-        exchanges += [
-            replace(item, count_again=item.count if item.forward and needed else 0)
-            for item in operator_exchanges(operator, setting, options, seconds.forward, seconds.input_grad)
-        ]
+        output_bytes += cost.output_bytes
+        dense += cost.dense_parameters
+        expert += cost.expert_parameters
+        flops += cost.model_flops
     # Tokens in r chunks: all but the first chunk's dispatch and the last one's combine run beside experts.
     hidden = 1 - 1 / options.expert_chunks
-    exchanges = [
-        replace(item, hidden_under_s=hidden * (routed_forward_s if item.forward else routed_backward_s))
-        if item.group_name == "ep"
-        else item
-        for item in exchanges
-    ]
-    forward_comm_s, backward_comm_s, link_bytes = price(exchanges, groups)
-    forward_s += forward_comm_s
+    exchanges: list[Exchange] = []
+    for index, cost in enumerate(operators):
+        needed = index < last_kept if cost.operator.exits else index <= last_kept
+        for item in cost.exchanges:
+            under_s = item.hidden_under_s
+            if item.group_name == "ep":
+                under_s = hidden * (routed_forward_s if item.forward else routed_backward_s)
+            again = item.count if item.forward and needed else 0
+            exchanges.append(
+                Exchange(item.forward, item.operation, item.group_name, item.payload_bytes, item.count, under_s, again)
+            )
+    traffic = price(exchanges, groups)
+    forward_s += traffic.forward_s
     return LayerCost(
         forward_s=forward_s,
-        input_grad_s=input_s + backward_comm_s,
+        input_grad_s=input_s + traffic.backward_s,
         weight_grad_s=weight_s,
         recompute_s=(0.0, selective_s, forward_s),
         kept_bytes=(kept_none, kept_selective),
@@ -134,11 +189,11 @@ def analytic_cost(
         dense_parameters=dense,
         expert_parameters=expert,
         model_flops=flops,
-        exposed_forward_s=forward_comm_s,
-        exposed_backward_s=backward_comm_s,
-        link_bytes=link_bytes,
-        forward_link_bytes=sent_forward(exchanges, groups),
-        again_link_bytes=sent_again(exchanges, groups),
+        exposed_forward_s=traffic.forward_s,
+        exposed_backward_s=traffic.backward_s,
+        link_bytes=traffic.link_bytes,
+        forward_link_bytes=traffic.forward_bytes,
+        again_link_bytes=traffic.again_bytes,
     )
 
 
@@ -205,48 +260,45 @@ def operator_exchanges(
     return found
 
 
-def price(exchanges: Sequence[Exchange], groups: RankGroups) -> tuple[float, float, dict[str, float]]:
-    """Return exposed forward and backward seconds, and the bytes one device sends by "operation/group".
+@dataclass(frozen=True)
+class Traffic:
+    """Exposed seconds of a layer's exchanges, and the bytes one device sends by "operation/group".
+
+    `again_bytes` is what full recomputation sends beside `link_bytes`, of which `forward_bytes` is the forward's part.
+    """
+
+    forward_s: float
+    backward_s: float
+    link_bytes: dict[str, float]
+    forward_bytes: dict[str, float]
+    again_bytes: dict[str, float]
+
+
+def price(exchanges: Sequence[Exchange], groups: RankGroups) -> Traffic:
+    """Return what a layer's exchanges cost.
 
     What hides under compute slows it down by the link's `overlap_slowdown`, and that counts as exposed.
     """
     exposed = [0.0, 0.0]
-    link_bytes: dict[str, float] = {}
+    sent: dict[str, float] = {}
+    sent_forward: dict[str, float] = {}
+    sent_again: dict[str, float] = {}
     for exchange in exchanges:
-        shape = _shape(exchange, groups)
+        shape = _SHAPES[exchange.group_name](groups)
         if shape.size == 1:
             continue
         seconds = exchange.count * collective_s(exchange.operation, exchange.payload_bytes, shape)
         slowdown = max(tier.link.overlap_slowdown for tier in shape.tiers)
         slowed_s = min(seconds, exchange.hidden_under_s) * (slowdown - 1)
         exposed[0 if exchange.forward else 1] += max(0.0, seconds - exchange.hidden_under_s) + slowed_s
-        _add_sent(link_bytes, exchange, exchange.count, shape)
-    return exposed[0], exposed[1], link_bytes
-
-
-def sent_forward(exchanges: Sequence[Exchange], groups: RankGroups) -> dict[str, float]:
-    """Return the bytes one device sends in the forward, by "operation/group"."""
-    return price([exchange for exchange in exchanges if exchange.forward], groups)[2]
-
-
-def sent_again(exchanges: Sequence[Exchange], groups: RankGroups) -> dict[str, float]:
-    """Return the bytes one device sends in the backward under full recomputation beside what it sends without."""
-    link_bytes: dict[str, float] = {}
-    for exchange in exchanges:
-        shape = _shape(exchange, groups)
-        if exchange.count_again and shape.size > 1:
-            _add_sent(link_bytes, exchange, exchange.count_again, shape)
-    return link_bytes
-
-
-def _add_sent(link_bytes: dict[str, float], exchange: Exchange, count: int, shape: GroupShape) -> None:
-    name = f"{exchange.operation}/{_LINK_NAMES.get(exchange.group_name, exchange.group_name)}"
-    sent = count * sent_bytes(exchange.operation, exchange.payload_bytes, shape.size)
-    link_bytes[name] = link_bytes.get(name, 0.0) + sent
-
-
-def _shape(exchange: Exchange, groups: RankGroups) -> GroupShape:
-    return _SHAPES[exchange.group_name](groups)
+        name = f"{exchange.operation}/{_LINK_NAMES.get(exchange.group_name, exchange.group_name)}"
+        once = sent_bytes(exchange.operation, exchange.payload_bytes, shape.size)
+        sent[name] = sent.get(name, 0.0) + exchange.count * once
+        if exchange.forward:
+            sent_forward[name] = sent_forward.get(name, 0.0) + exchange.count * once
+        if exchange.count_again:
+            sent_again[name] = sent_again.get(name, 0.0) + exchange.count_again * once
+    return Traffic(exposed[0], exposed[1], sent, sent_forward, sent_again)
 
 
 _SHAPES: dict[str, Callable[[RankGroups], GroupShape]] = {

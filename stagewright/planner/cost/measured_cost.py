@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stagewright.planner.cost.layer_cost import Exchange, LayerCost, price, sent_again, sent_forward
+from stagewright.planner.cost.layer_cost import Exchange, LayerCost, price
 from stagewright.planner.cost.operator_cost import Setting
 from stagewright.planner.cost.rank_groups import RankGroups
 from stagewright.planner.documents.profile import Collective, ConfigurationCost, LayerClass, Recompute, Source
@@ -67,14 +67,14 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         return None
     numbers = {name: _mean(found, [getattr(entry, name) for entry, _ in found.entries]) for name in _NUMBERS}
     exchanges = [_exchange(item, weight) for entry, weight in found.entries for item in entry.collectives]
-    forward_comm_s, backward_comm_s, link_bytes = price(exchanges, groups)
+    traffic = price(exchanges, groups)
     tokens = 1.0 / degrees.cp
-    forward_s = numbers["forward_s"] * tokens + forward_comm_s
+    forward_s = numbers["forward_s"] * tokens + traffic.forward_s
     kept = [_level(found, level) * tokens for level in (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)]
     dense, expert = _parameters(layer, tensor_degree, setting)
     return LayerCost(
         forward_s=forward_s,
-        input_grad_s=numbers["input_grad_s"] * tokens + backward_comm_s,
+        input_grad_s=numbers["input_grad_s"] * tokens + traffic.backward_s,
         weight_grad_s=numbers["weight_grad_s"] * tokens,
         split_excess_s=numbers["split_excess_s"] * tokens,
         recompute_s=_recompute(found, tokens, forward_s),
@@ -85,11 +85,11 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         dense_parameters=dense,
         expert_parameters=expert,
         model_flops=numbers["forward_flops"],
-        exposed_forward_s=forward_comm_s,
-        exposed_backward_s=backward_comm_s,
-        link_bytes=link_bytes,
-        forward_link_bytes=sent_forward(exchanges, groups),
-        again_link_bytes=sent_again(exchanges, groups),
+        exposed_forward_s=traffic.forward_s,
+        exposed_backward_s=traffic.backward_s,
+        link_bytes=traffic.link_bytes,
+        forward_link_bytes=traffic.forward_bytes,
+        again_link_bytes=traffic.again_bytes,
         freed_at_input_grad=_freed(found),
         optimizer_s=numbers["optimizer_s"] or None,
         source=_source(found, divided=degrees.cp > 1),

@@ -52,6 +52,7 @@ from stagewright.planner.search.pricing import (
     UNIT,
     Priced,
     configuration_of,
+    unique_rows,
 )
 from stagewright.planner.search.problem import Candidate, Partition, Problem, pipeline_ranks
 from stagewright.planner.search.space import PIPELINE_OUTSIDE, FamilyRule, schedule_sizes
@@ -151,7 +152,7 @@ class JointSearch:
     def crossed(self) -> tuple[Longs, Longs, Longs]:
         """Row, rule and chunks of each candidate."""
         shape = self.priced.shape
-        pairs, where = np.unique(shape[:, [PP, NUM_MICROBATCHES]], axis=0, return_inverse=True)
+        pairs, where = unique_rows(shape[:, [PP, NUM_MICROBATCHES]])
         rules = self.problem.rules
         sizes = [
             [
@@ -162,7 +163,6 @@ class JointSearch:
             ]
             for ranks, count in pairs.tolist()
         ]
-        where = np.ravel(where)
         repeats = np.array([len(size) for size in sizes], dtype=np.int64)
         rows = np.repeat(np.arange(len(shape)), repeats[where])
         starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(repeats)))
@@ -718,8 +718,7 @@ class JointSearch:
             return self._leading
         self._leading = {}
         shape = self.priced.shape[rows]
-        _, group = np.unique(shape[:, [PP, NUM_MICROBATCHES]], axis=0, return_inverse=True)
-        group = np.ravel(group)
+        _, group = unique_rows(shape[:, [PP, NUM_MICROBATCHES]])
         for place in range(int(group.max(initial=-1)) + 1):
             members = rows[group == place]
             leaders = leaders_of(self._features(members)) if len(members) > 1 else np.zeros(1, dtype=np.int64)

@@ -287,10 +287,10 @@ class PriceList:
 
     def price(self, shapes: Ints) -> Priced:
         """Return the rows of all shapes that the cost model admits."""
-        keys, table_of = np.unique(_table_keys(shapes), axis=0, return_inverse=True)
+        keys, table_of = unique_rows(_table_keys(shapes))
         tables = self._all_tables(keys.tolist())
-        legal = np.array([table is not None for table in tables], dtype=bool)[np.ravel(table_of)]
-        shapes, table_of = shapes[legal], np.ravel(table_of)[legal]
+        legal = np.array([table is not None for table in tables], dtype=bool)[table_of]
+        shapes, table_of = shapes[legal], table_of[legal]
         some = next((table for table in tables if table is not None), None)
         if some is None or not len(shapes):
             return _no_rows(len(self.at))
@@ -307,7 +307,7 @@ class PriceList:
 
         Those with fewest devices beside the tensor ranks come first, then small microbatches, then many tensor ranks.
         """
-        keys, table_of = np.unique(_table_keys(shapes), axis=0, return_inverse=True)
+        keys, table_of = unique_rows(_table_keys(shapes))
         tp, cp, least, ep, etp = keys[:, :5].T
         known = np.zeros(len(keys), dtype=np.bool_)
         full: set[tuple[int, ...]] = set()
@@ -321,7 +321,7 @@ class PriceList:
             table = self._tables.get(key)
             if self._grows and table is not None and _least_bytes(table) > self.most_bytes:
                 full.add(key[:-1])
-        return np.asarray(known[np.ravel(table_of)])
+        return np.asarray(known[table_of])
 
     def _all_tables(self, keys: Sequence[Sequence[int]]) -> list[ClassTable | None]:
         """Return the tables of keys in ascending order of microbatch; None when refused, or when one layer never fits.
@@ -357,8 +357,8 @@ class PriceList:
 
     def _group_rows(self, shapes: Ints, *, expert: bool) -> Floats:
         """Return forward, backward, tail, latency, states and divisor columns, [n, 6]."""
-        keys, where = np.unique(_group_keys(shapes, expert=expert), axis=0, return_inverse=True)
-        return np.array([self._group(tuple(key)) for key in keys.tolist()])[np.ravel(where)]
+        keys, where = unique_rows(_group_keys(shapes, expert=expert))
+        return np.array([self._group(tuple(key)) for key in keys.tolist()])[where]
 
     def _group(self, key: tuple[int, ...]) -> tuple[float, ...]:
         if key not in self._groups:
@@ -373,6 +373,17 @@ class PriceList:
             )
             self._groups[key] = _group_costs(self.model, shape, count * outer_count, zero)
         return self._groups[key]
+
+
+def unique_rows(rows: Ints) -> tuple[Ints, npt.NDArray[np.int64]]:
+    """Return the different rows in ascending order and which of them each row is: `np.unique` of rows, column by column."""
+    of_row = np.zeros(len(rows), dtype=np.int64)
+    first = np.zeros(min(len(rows), 1), dtype=np.int64)
+    for column in rows.T.astype(np.int64):
+        low = column.min(initial=0)
+        packed = of_row * (column.max(initial=0) - low + 1) + column - low
+        _, first, of_row = np.unique(packed, return_index=True, return_inverse=True)
+    return rows[first], of_row
 
 
 def _least_bytes(table: ClassTable) -> float:
