@@ -11,13 +11,15 @@ So the code between two layers runs in the stage of the earlier one, and what do
 positions, rotary tables) is made again in each stage, never sent. The loss has no module: its entrance is the output of
 the last module.
 
-A placeholder is a tensor subclass, and whatever is computed from it is one too. A placeholder that reaches a present
-layer or the loss would be a silent wrong result; it raises instead, naming the layer.
+A placeholder is a tensor subclass, and whatever is computed from it is one too. Once layer `first` is entered, the
+placeholders it was called with stand for what was received: the forward may use these again (a residual around the layer, a
+bias that every layer is given). Any other placeholder that reaches a present layer, the loss or the segment's value would be
+a silent wrong result; it raises instead, naming the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewright.modeling.absent_output import fill_structure, input_key, output_structure
+from stagewright.modeling.absent_output import change_tensors, fill_structure, input_key, output_structure
 from stagewright.modeling.attention_mode import active_attention
 from stagewright.modeling.batch import Batch, call_model
 from stagewright.modeling.layer import Layer
@@ -37,8 +39,15 @@ class Placeholder(torch.Tensor):
     """A tensor of a layer that another stage holds; what is computed from it is a placeholder too.
 
     Its values mean nothing, and its shape may not be the real one: an operation that its shape does not admit returns
-    it unchanged.
+    one like it. What an operation returns is never the placeholder itself, so that each stands for one value only; after
+    `stand_for` an operation on it is one on that value.
     """
+
+    value: Tensor | None = None
+
+    def stand_for(self, value: Tensor) -> None:
+        """Let operations on this placeholder find a tensor instead."""
+        self.value = value
 
     @classmethod
     def __torch_function__(
@@ -48,22 +57,49 @@ class Placeholder(torch.Tensor):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
+        args, kwargs = present((args, dict(kwargs or {})))
+        if not any(isinstance(value, Placeholder) for value in leaves((args, kwargs))):
+            return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         in_place = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name != "__init__")
         if in_place and args and isinstance(args[0], Placeholder):
             return args[0]
         try:
-            return super().__torch_function__(function, types, args, kwargs or {})
+            made = super().__torch_function__(function, types, args, kwargs)
         except (RuntimeError, IndexError, ValueError):
             absent = [value for value in args if isinstance(value, Placeholder)]
             if not absent:
                 raise
-            return absent[0]
+            made = absent[0]
+        if isinstance(made, Placeholder) and any(made is value for value in args):
+            return placeholder(made.size(), made)
+        return made
 
 
 def placeholder(shape: tuple[int, ...] | torch.Size, like: Tensor, *, dtype: torch.dtype | None = None) -> Placeholder:
     """Return a placeholder that takes no memory."""
     return torch.zeros((), dtype=dtype or like.dtype, device=like.device).expand(shape).as_subclass(Placeholder)
+
+
+def present(value: Any) -> Any:  # noqa: ANN401
+    """Return a value with the tensors that its placeholders stand for in their place, within containers too."""
+    if isinstance(value, Placeholder):
+        return value if value.value is None else value.value
+    if any(isinstance(part, Placeholder) and part.value is not None for part in leaves(value)):
+        return change_tensors(value, present)
+    return value
+
+
+def leaves(value: object) -> Iterator[object]:
+    """Yield a value's parts, within tuples, lists and mappings too."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from leaves(part)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from leaves(part)
+    else:
+        yield value
 
 
 @dataclass
@@ -92,6 +128,7 @@ class OwnForward:
         self._modules = [
             (index, path, model.get_submodule(path)) for index, layer in enumerate(layers) for path in layer.modules
         ]
+        self._firsts = {index: module for index, _, module in reversed(self._modules)}
         self._wrapped: dict[str, Callable[..., object]] = {}
         self._structures: dict[tuple[object, ...], object | None] = {}
 
@@ -155,7 +192,9 @@ class OwnForward:
 
     def _hook(self, index: int, module: nn.Module) -> None:
         if index:
-            module.register_forward_pre_hook(partial(self._entrance, index), prepend=True, with_kwargs=True)
+            is_first = module is self._firsts[index]
+            entrance = partial(self._entrance if is_first else self._inside, index)
+            module.register_forward_pre_hook(entrance, prepend=True, with_kwargs=True)
         if index == len(self._layers) - 2 and self._layers[-1].kind == "loss":
             module.register_forward_hook(self._after_last)
 
@@ -163,16 +202,30 @@ class OwnForward:
         frame = self._frame
         if frame is None or index < frame.first:
             return None
+        if index == frame.entered:
+            return self._inside(index, module, args, kwargs)
+        args, kwargs = present((args, kwargs))
         if index == frame.end:
             frame.value = self._boundary(index, args, kwargs)
             raise _Reached
         self._enter(index, frame)
         if index == frame.first:
             args, kwargs = self._replace(index, frame.received, args, kwargs)
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Placeholder):
-                raise InvalidArgument(_message(self._layers[index].name), field="model", hint=_HINT)
+        self._refuse_placeholders(index, (args, kwargs))
         return args, kwargs
+
+    def _inside(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """A further module of a layer that consists of several, or its first one called again."""
+        frame = self._frame
+        if frame is None or index < frame.first:
+            return None
+        args, kwargs = present((args, kwargs))
+        self._refuse_placeholders(index, (args, kwargs))
+        return args, kwargs
+
+    def _refuse_placeholders(self, index: int, values: object) -> None:
+        if any(isinstance(value, Placeholder) for value in leaves(values)):
+            raise InvalidArgument(_message(self._layers[index].name), field="model", hint=_HINT)
 
     def _enter(self, index: int, frame: _Frame) -> None:
         expected = frame.first if frame.entered < 0 else frame.entered + 1
@@ -234,7 +287,9 @@ class OwnForward:
         places: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
         if index not in self._keys:
             self._keys[index] = _activation_keys(places)
-        return tuple(places[key] for key in self._keys[index])
+        value = tuple(places[key] for key in self._keys[index])
+        self._refuse_placeholders(index, value)
+        return value
 
     def _replace(
         self, index: int, received: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -248,6 +303,7 @@ class OwnForward:
                 hint=_HINT,
             )
         for key, value in zip(keys, received, strict=True):
+            places[key].stand_for(value)
             places[key] = value
         return tuple(places[position] for position in range(len(args))), {key: places[key] for key in kwargs}
 

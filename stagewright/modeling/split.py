@@ -10,6 +10,9 @@ Three kinds of models, in this order:
    (the embedding or stem); what comes after are layers of their own, and the loss is the last. The model's own forward
    runs between them (see `own_forward`), so that masks, positions and rotary tables are made where they are needed.
 
+Lists that one loop of the forward walks together are layers of one module of each. A ModuleList or ModuleDict is never
+called, so what it holds stands in its place. LayerDrop is switched off, since a stage's layers always run.
+
 Modules without parameters outside the repeated ones (dropout, rotary tables) are no layers: every stage keeps them.
 Order of registration is taken for order of use, but for a few well-known names (`lm_head`, `final_layer_norm`);
 `own_forward` raises where a model does otherwise.
@@ -17,6 +20,8 @@ Order of registration is taken for order of use, but for a few well-known names 
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -24,11 +29,17 @@ from torch import nn
 
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.layer import Kind, Layer, Tie
+from stagewright.modeling.layer_drop import switch_off_layer_drop
 from stagewright.modeling.layer_list import LayerList
+from stagewright.modeling.module_text import module_text
 from stagewright.modeling.own_forward import OwnForward
+from stagewright.modeling.parallel_lists import lists_walked_together
 from stagewright.planner.errors import InvalidArgument
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,9 @@ def split(model: nn.Module, *, pattern: str | None = None) -> LayerChain:
     config = getattr(model, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False
+    probability = switch_off_layer_drop(model)
+    if probability:
+        _log.warning("layerdrop %g is taken as 0: a stage's layers always run", probability)
     if pattern is None and hasattr(model, "stagewright_layers"):
         modules: Mapping[str, nn.Module] = dict(model.stagewright_layers())
         edges = tuple(model.stagewright_edges()) if hasattr(model, "stagewright_edges") else None
@@ -78,6 +92,7 @@ def _explicit(
 def _drafts(model: nn.Module, path: str | None) -> list[_Draft]:
     if path is None:
         children = [name for name, child in model.named_children() if _has_parameters(child)]
+        children = [part for name in children for part in _called(model, name)]
         if not children:
             raise InvalidArgument(
                 f"{type(model).__name__} has no modules with parameters to cut at",
@@ -88,23 +103,56 @@ def _drafts(model: nn.Module, path: str | None) -> list[_Draft]:
     before: list[str] = []
     repeated: list[_Draft] = []
     after: list[str] = []
-    siblings = [(name, child) for name, child in _siblings(model, path) if _has_parameters(child)]
+    parent, _, own = path.rpartition(".")
+    lists = [f"{parent}.{name}".lstrip(".") for name in lists_walked_together(model.get_submodule(parent), own)]
+    siblings = [
+        (name, child)
+        for name, child in _siblings(model, path)
+        if _has_parameters(child) and (name == path or name not in lists)
+    ]
     positions = {name: _position(name, path, model) for name, _ in siblings}
-    for name, child in sorted(siblings, key=lambda item: positions[item[0]]):
+    for name, child in sorted(siblings, key=lambda item: (positions[item[0]], -_shared_depth(item[0], path))):
         position = positions[name]
         flattens = isinstance(child, nn.Sequential) or name == path
-        if position <= 0 and flattens and (name == path or isinstance(child, nn.Sequential)):
+        if name == path and len(lists) > 1:
+            repeated += _rows(model, path, lists)
+        elif name == path:
+            repeated += [_Draft(part, (part,), True) for part in _children(model, path)]
+        elif position <= 0 and flattens:
             repeated += [_Draft(f"{name}.{key}", (f"{name}.{key}",), True) for key, _ in child.named_children()]
         elif position < 0 and not repeated:
-            before.append(name)
+            before += _called(model, name)
         elif position < 0:
-            repeated.append(_Draft(name, (name,), True))
+            repeated += [_Draft(part, (part,), True) for part in _called(model, name)]
         elif flattens:
             after += [f"{name}.{key}" for key, part in child.named_children() if _has_parameters(part)]
         else:
-            after.append(name)
+            after += _called(model, name)
     first = [_Draft(_name_of_first(model, before), tuple(before))] if before else []
     return [*first, *repeated, *(_Draft(name, (name,)) for name in after)]
+
+
+def _rows(model: nn.Module, path: str, lists: list[str]) -> list[_Draft]:
+    """Return layers of one module of each list."""
+    rows = []
+    for key, _ in model.get_submodule(path).named_children():
+        modules = tuple(part for name in lists for part in _called(model, f"{name}.{key}"))
+        rows.append(_Draft(f"{path}.{key}", modules, True))
+    return rows
+
+
+def _children(model: nn.Module, path: str) -> list[str]:
+    """Return the paths of a container's children that are called."""
+    return [part for key, _ in model.get_submodule(path).named_children() for part in _called(model, f"{path}.{key}")]
+
+
+def _called(model: nn.Module, path: str) -> list[str]:
+    """Return the path, or where the module is a list or mapping of modules the paths of what it holds that has parameters."""
+    module = model.get_submodule(path)
+    if type(module) not in _NEVER_CALLED:
+        return [path]
+    held = [part for key, child in module.named_children() if _has_parameters(child) for part in [f"{path}.{key}"]]
+    return [part for name in held for part in _called(model, name)]
 
 
 def _longest_container(model: nn.Module) -> str | None:
@@ -151,23 +199,36 @@ def _walk(module: nn.Module, prefix: str, steps: list[str]) -> Iterator[tuple[st
             yield prefix + name, child
 
 
+def _shared_depth(name: str, path: str) -> int:
+    pairs = zip(name.split("."), path.split("."), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def _position(name: str, path: str, model: nn.Module) -> int:
     """Return when a module is used: before the repeated layers (-1), as them (0), or after (1; a projection 2, a head 3).
 
     That is the order of registration, except for modules whose name says otherwise: the norm of an embedding
-    (`layernorm_embedding`) and a position bias that layers share, the last norm, the last projection and a language
-    model's head, wherever they stand.
+    (`layernorm_embedding`), a position bias that layers share and further embeddings, the last norm, the last projection and a language
+    model's head, wherever they stand; an image's tower is used before a text's. What stands deeper in the tree beside the
+    repeated layers is used before what comes after the module around it.
     """
     if name == path:
         return 0
     own = name.rpartition(".")[2]
-    if ("norm" in own and own.endswith(("embedding", "embeddings"))) or own.startswith("relative_attention"):
+    if ("norm" in own and own.endswith(("embedding", "embeddings"))) or own.startswith(
+        ("relative_attention", "rel_emb", "embed_")
+    ):
         return -1
+    if own in _TOWERS:
+        return _TOWERS[own]
+    if own == "visual_projection":
+        return -1 if "text_model" in path.split(".") else 1
     named = _LAST.get(own, 1 if own.startswith("final_") and "norm" in own else 0)
     order = {other: index for index, (other, _) in enumerate(model.named_modules())}
     return named or (-1 if order[name] < order[path] else 1)
 
 
+_TOWERS = {"vision_model": -1, "vision_tower": -1, "visual": -1, "text_model": 2, "text_projection": 3}
 _LAST = {"embedding_norm": 1, "project_out": 2, "lm_head": 3}
 
 
@@ -251,10 +312,11 @@ def _named_classes(model: nn.Module, layers: list[Layer]) -> tuple[Layer, ...]:
     for layer in layers:
         modules = [model.get_submodule(path) for path in layer.modules]
         key: tuple[object, ...] = tuple(_structure(module) for module in modules) if modules else (layer.name,)
-        if len(modules) != 1:
+        is_row = len(modules) > 1 and layer is not layers[0]
+        if len(modules) != 1 and not is_row:
             key = (layer.name, *key)
         if key not in names:
-            base = type(modules[0]).__name__ if len(modules) == 1 else layer.name
+            base = type(modules[0]).__name__ if len(modules) == 1 or is_row else layer.name
             used[base] = used.get(base, 0) + 1
             names[key] = base if used[base] == 1 else f"{base}-{used[base]}"
         result.append(replace(layer, layer_class=names[key]))
@@ -266,7 +328,7 @@ def _structure(module: nn.Module) -> tuple[object, ...]:
         (name, tuple(value.shape), value.dtype, value.requires_grad) for name, value in module.named_parameters()
     )
     attention = tuple(getattr(part, "attention_type", "") for part in module.modules())
-    return (type(module).__name__, repr(module), shapes, attention)
+    return (type(module).__name__, module_text(module), shapes, attention)
 
 
 def ties_of(model: nn.Module, layers: tuple[Layer, ...]) -> tuple[Tie, ...]:

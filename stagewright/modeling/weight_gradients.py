@@ -4,11 +4,11 @@ A linear map y = x A^T + b has, for the gradient g of y,
 
     I:  dx = g A          W:  dA = g^T x,  db = sum of g
 
-and only I is needed by the stage before. Modules whose weight gradient is worth deferring (linear, convolution, layer
-norm, Hugging Face's Conv1D) are given a forward that, while a `WeightGradientSink` collects, keeps x and g instead of
-multiplying; the sum over microbatches is then made when W runs, straight into `.grad`. Any other parameter's gradient is
-computed by autograd during I: the split is exact for every module, and complete for those above. Under autocast linear maps
-alone are deferred; their operands are kept as they were cast.
+and only I is needed by the stage before. Modules whose weight gradient is worth deferring (linear, convolution, Hugging Face's Conv1D) are given a forward that, while
+a `WeightGradientSink` collects, keeps x and g instead of multiplying; the sum over microbatches is then made when W runs,
+straight into `.grad`. Any other parameter's gradient is computed by autograd during I: the split is exact for every module,
+and complete for those above. A norm's gradient is a sum over what its input gradient reads anyway; deferred it would read
+that again and hold it until then. Under autocast linear maps alone are deferred; their operands are kept as they were cast.
 
 Exact: W performs the products that autograd would have performed. Works under checkpointing, with one recomputation, since
 what is kept comes from the recomputed forward. Gradient hooks on deferred parameters do not fire. A weight that is no
@@ -78,7 +78,7 @@ def run_queue(queue: Queue) -> None:
 
 
 def defer_weight_gradients(model: nn.Module, sink: WeightGradientSink) -> int:
-    """Give the model's linear, convolution and layer-norm modules deferrable forwards; returns how many there are.
+    """Give the model's linear and convolution modules deferrable forwards; returns how many there are.
 
     A module that was given a forward of its own before is left as it is.
     """
@@ -117,18 +117,11 @@ def _convolution(module: nn.Conv2d, sink: WeightGradientSink, inputs: Tensor) ->
     )
 
 
-def _layer_norm(module: nn.LayerNorm, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
-    if module.weight is None or module.bias is None or torch.is_autocast_enabled(inputs.device.type):
-        return type(module).forward(module, inputs)
-    return _LayerNorm.apply(inputs, module.weight, module.bias, sink, module.normalized_shape, module.eps)
-
-
 _FORWARDS: dict[type, Callable[..., Tensor]] = {
     nn.Linear: _linear,
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
     nn.Conv3d: _convolution,
-    nn.LayerNorm: _layer_norm,
 }
 
 
@@ -168,7 +161,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         _keep(ctx, inputs)
         ctx.weight, ctx.bias, ctx.sink, ctx.transposed = weight, bias, sink, transposed
-        return functional.linear(inputs, weight.t() if transposed else weight, bias)
+        return _whole(functional.linear(inputs, weight.t() if transposed else weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -186,6 +179,11 @@ class _Linear(torch.autograd.Function):
             return input_gradient, None, None, None, None
         found = {id(parameter): value for parameter, value in compute(inputs, gradient)}
         return input_gradient, found.get(id(weight)), found.get(id(ctx.bias)), None, None
+
+
+def _whole(output: Tensor) -> Tensor:
+    """Return an output that may be changed in place, which autograd refuses for a view that such a function made."""
+    return torch.ops.aten._unsafe_view.default(output._base, output.shape) if output._is_view() else output
 
 
 def _linear_gradients(
@@ -249,59 +247,6 @@ def _convolution_gradients(
     # Only its shape matters: the weight itself may be sharded away by now.
     shape_only = weight if weight.untyped_storage().nbytes() else inputs.new_empty(weight.shape)
     values = _convolution_backward(gradient, inputs, shape_only, geometry, mask)[1:]
-    return tuple((parameter, value) for parameter, value in zip(wanted, values, strict=True) if parameter is not None)
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        inputs: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        sink: WeightGradientSink,
-        shape: tuple[int, ...],
-        epsilon: float,
-    ) -> Tensor:
-        output, mean, deviation = torch.native_layer_norm(inputs, shape, weight, bias, epsilon)
-        ctx.save_for_backward(inputs, mean, deviation)
-        ctx.weight, ctx.bias, ctx.sink, ctx.shape = weight, bias, sink, shape
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (inputs, mean, deviation), weight, bias = ctx.saved_tensors, ctx.weight, ctx.bias
-        wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        kept = (ctx.shape, mean, deviation, weight, bias)
-        input_gradient = None
-        if wants_input:
-            input_gradient = _layer_norm_backward(gradient, inputs, kept, (True, False, False))[0]
-        wanted = (weight if wants_weight else None, bias if wants_bias else None)
-        compute = partial(_layer_norm_gradients, wanted, kept)
-        if _defer(ctx.sink, compute, inputs, gradient, weight, bias):
-            return (input_gradient, *(None,) * 5)
-        found = {id(parameter): value for parameter, value in compute(inputs, gradient)}
-        return (input_gradient, found.get(id(weight)), found.get(id(bias)), None, None, None)
-
-
-Kept = tuple[tuple[int, ...], Tensor, Tensor, Tensor, Tensor]
-
-
-def _layer_norm_backward(
-    gradient: Tensor, inputs: Tensor, kept: Kept, mask: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape, mean, deviation, weight, bias = kept
-    return torch.ops.aten.native_layer_norm_backward(gradient, inputs, shape, mean, deviation, weight, bias, mask)
-
-
-def _layer_norm_gradients(
-    wanted: tuple[Tensor | None, Tensor | None], kept: Kept, inputs: Tensor, gradient: Tensor
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    mask = (False, wanted[0] is not None, wanted[1] is not None)
-    shape, mean, deviation, _, _ = kept
-    shape_only = inputs.new_empty(shape)  # the weight itself may be sharded away by now
-    values = _layer_norm_backward(gradient, inputs, (shape, mean, deviation, shape_only, shape_only), mask)[1:]
     return tuple((parameter, value) for parameter, value in zip(wanted, values, strict=True) if parameter is not None)
 
 

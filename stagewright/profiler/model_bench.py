@@ -12,9 +12,10 @@ Kinds of measurement, each a short piece of a training step whose numbers are pl
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -44,6 +45,8 @@ Kind = Literal["step", "split", "full", "selective", "memory"]
 CachePolicy = Literal["hot", "flushed"]
 OptimizerName = Literal["adamw", "adam", "sgd", "sgd-momentum"]
 Numbers = dict[str, Any]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, order=True)
@@ -172,8 +175,7 @@ class ModelBench:
         none = layer_growth_bytes(chain, batch, device)
         kept: dict[str, list[float]] = {}
         for level in (Recompute.SELECTIVE, Recompute.FULL):
-            with recomputed(chain, level):
-                growth = layer_growth_bytes(chain, batch, device)
+            growth = self._recomputed_growth_bytes(level, batch) or none
             rows = zip(saved.saved, growth, none, strict=True)
             kept[level.value] = [min(max(own + after - before, 0.0), own) for own, after, before in rows]
         return {
@@ -185,6 +187,19 @@ class ModelBench:
             "forward_flops": _forward_flops(chain, batch),
             "unused_parameters": self._unused_parameters(),
         }
+
+    def _recomputed_growth_bytes(self, level: Recompute, batch: Batch) -> tuple[float, ...] | None:
+        """Return the bytes that each layer keeps at a level; None for a model that cannot run a layer twice."""
+        with recomputed(self.chain, level):
+            try:
+                with self._timer.hooks:
+                    self._timer.full(batch)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                _log.warning("%s recomputation fails and is left out: %s: %s", level, type(error).__name__, error)
+                return None
+            return layer_growth_bytes(self.chain, batch, self.device)
 
     def _unused_parameters(self) -> list[int]:
         """Return by layer how many trainable parameters have no gradient, though backwards of all layers ran.
@@ -230,19 +245,21 @@ class ModelBench:
         return self._clock.seconds(first, last)
 
     def _entrance_seconds(self, batch: Batch) -> float:
-        """Return the time from the call of a segment in the middle of the model to its first layer's entrance."""
+        """Return the time from the call of a segment in the middle of the model to its first layer's entrance.
+
+        0 where no stage can begin there.
+        """
         middle = self.chain.num_layers // 2
         if self.chain.named_edges is not None or middle == 0:
             return 0.0
         marks: list[object] = []
         values = self.chain.segment(0, middle)(batch)
         received = {index: tuple(part.detach() for part in value) for index, value in values.items()}
-        with torch.no_grad():
-            hooks = LayerHooks(self.chain, entered=lambda index, tensors: marks.append(self._clock.mark()))
-            with hooks:
-                hooks.expect(middle)
-                first = self._clock.mark()
-                self.chain.segment(middle, middle + 1)(batch, received)
+        hooks = LayerHooks(self.chain, entered=lambda index, tensors: marks.append(self._clock.mark()))
+        with torch.no_grad(), hooks, suppress(Exception):  # as `refused_layers` says it
+            hooks.expect(middle)
+            first = self._clock.mark()
+            self.chain.segment(middle, middle + 1)(batch, received)
         self._clock.synchronize()
         return self._clock.seconds(first, marks[0]) if marks else 0.0
 

@@ -231,7 +231,9 @@ def _add(
         collectives = measured.collectives(item, value.layers) if item.tensor_degree > 1 else {}
         found = class_costs(item, measured.class_names, value.layers, _sources(settings), collectives)
         costs.classes[item] = {**found, **costs.classes.get(item, {})}
-        unused = dict(zip(measured.class_names, (each.unused_parameters for each in value.layers), strict=True))
+        unused: dict[str, int] = {}
+        for name, each in zip(measured.class_names, value.layers, strict=True):
+            unused[name] = min(each.unused_parameters, unused.get(name, each.unused_parameters))
         costs.overheads.setdefault(item, _overheads(value, sizes, unused))
 
 

@@ -19,10 +19,19 @@ from torch import Tensor, nn
 from stagewright.modeling import Batch, LayerChain, load_object, split
 from stagewright.modeling.batch import batch_size, slice_batch, to_device
 from stagewright.planner.errors import InvalidArgument
+from stagewright.profiler.guessed_batch import guessed_batch
 from stagewright.profiler.tensor_shard import shard_model
 
-_NUM_CLASSES = 2
-_MAX_TOKEN = 32_000
+_TASKS = (
+    "CausalLM",
+    "Seq2SeqLM",
+    "MaskedLM",
+    "SpeechSeq2Seq",
+    "CTC",
+    "ImageTextToText",
+    "ImageClassification",
+    "AudioClassification",
+)
 
 
 @dataclass(frozen=True)
@@ -166,27 +175,43 @@ def huggingface_model(reference: str, *, num_layers: int | None = None) -> nn.Mo
         raise InvalidArgument(f"{reference}: there is no such file", field="model")
     try:
         config = transformers.AutoConfig.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise InvalidArgument(f"{reference}: not a known Hugging Face configuration: {error}", field="model") from error
     if num_layers is not None and hasattr(config, "num_hidden_layers"):
         config.num_hidden_layers = num_layers
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    build = _builder(config)
+    if build is None:
+        raise InvalidArgument(
+            f"{reference}: {type(config).__name__} has no model with a loss that is known here",
+            field="model",
+            hint="name a class under `architectures`, or give module:factory",
+        )
+    try:
+        return build(config)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise InvalidArgument(
+            f"{reference}: no model can be built from it: {type(error).__name__}: {error}",
+            field="model",
+            hint="correct the configuration, or give module:factory",
+        ) from error
+
+
+def _builder(config: Any) -> Callable[[Any], nn.Module] | None:  # noqa: ANN401
+    """Return what builds the class that a configuration names, else the one for its first task that has a loss."""
+    import transformers
+
     for name in getattr(config, "architectures", None) or ():
         if hasattr(transformers, name):
-            return getattr(transformers, name)._from_config(config)
-    for automatic in (
-        transformers.AutoModelForCausalLM,
-        transformers.AutoModelForMaskedLM,
-        transformers.AutoModelForImageClassification,
-    ):
+            return getattr(transformers, name)._from_config
+    for task in _TASKS:
+        automatic = getattr(transformers, f"AutoModelFor{task}")
         if type(config) in automatic._model_mapping:
-            return automatic.from_config(config)
-    raise InvalidArgument(
-        f"{reference}: {type(config).__name__} has no model with a loss that is known here",
-        field="model",
-        hint="name a class under `architectures`, or give module:factory",
-    )
+            return automatic.from_config
+    return None
 
 
 def first_batch(factory: object, microbatch: int, sequence_length: int) -> Batch:
@@ -203,46 +228,3 @@ def first_batch(factory: object, microbatch: int, sequence_length: int) -> Batch
         return next(iterator)
     except StopIteration:
         raise InvalidArgument("the data factory yields no batch", field="data") from None
-
-
-def guessed_batch(model: nn.Module, microbatch: int, sequence_length: int) -> Batch:
-    """Return random inputs that fit the model's configuration or its first layer; raises InvalidArgument if neither tells."""
-    config = getattr(model, "config", None)
-    main_input = getattr(model, "main_input_name", "")
-    if config is not None and main_input == "input_features" and hasattr(config, "num_mel_bins"):
-        tokens = torch.randint(int(config.vocab_size), (microbatch, min(sequence_length, config.max_target_positions)))
-        frames = 2 * int(config.max_source_positions)  # the stem of a speech encoder halves them
-        return {"input_features": torch.randn(microbatch, int(config.num_mel_bins), frames), "labels": tokens}
-    if config is not None and main_input == "pixel_values":
-        size = config.image_size if hasattr(config, "image_size") else 224
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        labels = max(int(getattr(config, "num_labels", _NUM_CLASSES)), 1)
-        return {
-            "pixel_values": torch.randn(microbatch, int(config.num_channels), height, width),
-            "labels": torch.randint(labels, (microbatch,)),
-        }
-    if config is not None and hasattr(config, "vocab_size"):
-        tokens = torch.randint(int(config.vocab_size), (microbatch, sequence_length))
-        return _text_batch(model, tokens)
-    embedding = next((part for part in model.modules() if isinstance(part, nn.Embedding)), None)
-    if embedding is None:
-        raise InvalidArgument(
-            f"no batch can be guessed for {type(model).__name__}",
-            field="data",
-            hint="name a data factory that yields batches: --data module:factory",
-        )
-    tokens = torch.randint(min(embedding.num_embeddings, _MAX_TOKEN), (microbatch, sequence_length))
-    return (tokens, tokens.clone())
-
-
-def _text_batch(model: nn.Module, tokens: Tensor) -> Batch:
-    """Return tokens with the targets of the model's task: of each token, of the sample, or a span's two ends."""
-    task, samples = type(model).__name__, len(tokens)
-    if task.endswith("ForSequenceClassification"):
-        return {"input_ids": tokens, "labels": torch.randint(max(int(model.config.num_labels), 1), (samples,))}
-    if task.endswith("ForQuestionAnswering"):
-        ends = torch.randint(tokens.shape[1], (2, samples))
-        return {"input_ids": tokens, "start_positions": ends[0], "end_positions": ends[1]}
-    if task.endswith("ForTokenClassification"):
-        return {"input_ids": tokens, "labels": torch.randint(max(int(model.config.num_labels), 1), tokens.shape)}
-    return {"input_ids": tokens, "labels": tokens.clone()}

@@ -91,6 +91,14 @@ class Session:
             self._too_large.add(configuration)
             self._bench.forget(configuration)
             return
+        except StagewrightError:
+            raise
+        except Exception as error:
+            raise InvalidArgument(
+                f"the model failed while its {kind} was measured ({configuration.text}): {type(error).__name__}: {error}",
+                field="model",
+                hint="it ran plainly before: the layers must run alike with deferred gradients and when recomputed",
+            ) from error
         self._journal.add(Record(_key(configuration), kind, numbers))
 
     def _fits(self, configuration: Configuration) -> bool:

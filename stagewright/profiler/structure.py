@@ -11,6 +11,7 @@ import inspect
 from torch import nn
 
 from stagewright.modeling import Layer, LayerChain
+from stagewright.modeling.module_text import module_text
 from stagewright.planner.documents.document import canonical_json, digest_of
 
 
@@ -28,7 +29,7 @@ def _digest(chain: LayerChain, layer: Layer) -> str:
     shapes = [[list(parameters[name].shape), str(parameters[name].dtype)] for name in layer.parameters]
     whole = {
         "kind": layer.kind,
-        "modules": [repr(module) for module in modules],
+        "modules": [module_text(module) for module in modules],
         "shapes": shapes,
         "code": sorted({_code(part) for module in modules for part in module.modules()}),
         "between": _code(chain.model),

@@ -275,6 +275,88 @@ def test_encoder_decoder_and_hierarchical_models_cut_anywhere_agree(name):
     return assert_every_cut_agrees(transformers.SwinForImageClassification(config), images)
 
 
+class Biased(nn.Module):
+    """A bias of positions is given to every block, and the head takes what the pooler before it took."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Embedding(50, 16)
+        self.blocks = nn.ModuleList([nn.Bilinear(16, 16, 16) for _ in range(3)])
+        self.relative_attention_bias = nn.Embedding(8, 16)
+        self.pooler = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, tokens, targets):
+        hidden = self.token(tokens)
+        bias = self.relative_attention_bias(torch.arange(tokens.shape[1]).expand_as(tokens))
+        for block in self.blocks:
+            hidden = block(hidden, bias)
+        self.pooler(hidden)
+        return functional.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten())
+
+
+class Rows(nn.Module):
+    """One loop walks three lists, with residuals between their modules; one list holds lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Embedding(50, 16)
+        self.mixers = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+        self.deep = nn.ModuleList([nn.ModuleList([nn.Linear(16, 16) for _ in range(2)]) for _ in range(3)])
+        self.norms = nn.ModuleList([nn.LayerNorm(16) for _ in range(3)])
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, tokens, targets):
+        hidden = self.token(tokens)
+        for index, norm in enumerate(self.norms):
+            hidden = hidden + torch.tanh(self.mixers[index](hidden))
+            hidden = norm(hidden)
+            for part in self.deep[index]:
+                hidden = hidden + torch.relu(part(hidden))
+        return functional.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("model", [Biased, Rows])
+def test_what_a_layer_was_given_may_be_used_again_after_it(model):
+    torch.manual_seed(0)
+    assert_every_cut_agrees(model(), (tokens(), tokens()))
+
+
+def test_lists_that_one_loop_walks_are_layers_of_one_module_of_each():
+    chain = split(Rows())
+    assert chain.layer_names == ("token", "mixers.0", "mixers.1", "mixers.2", "head", "loss")
+    assert chain.layers[1].modules == ("mixers.0", "norms.0", "deep.0.0", "deep.0.1")
+    assert len({layer.layer_class for layer in chain.layers[1:4]}) == 1
+    assert sum(layer.num_parameters for layer in chain.layers) == sum(value.numel() for value in Rows().parameters())
+
+
+def test_layers_that_are_dropped_at_random_always_run(caplog):
+    class Dropping(TinyGPT):
+        def __init__(self):
+            super().__init__()
+            self.layerdrop = 0.999
+
+        def forward(self, tokens, targets):
+            hidden = self.token(tokens)
+            for block in self.blocks:
+                hidden = hidden if torch.rand(()) < self.layerdrop else block(hidden)
+            return functional.cross_entropy(self.head(self.norm(hidden)).flatten(0, 1), targets.flatten())
+
+    torch.manual_seed(0)
+    assert_every_cut_agrees(Dropping(), (tokens(), tokens()))
+    assert "layerdrop 0.999 is taken as 0" in caplog.text
+
+
+def test_modules_whose_text_needs_values_are_cut_on_the_meta_device():
+    class Scaled(nn.Linear):
+        def __repr__(self):
+            return f"Scaled({self.weight.sum().item()})"
+
+    with torch.device("meta"):
+        chain = split(nn.Sequential(Scaled(4, 4), Scaled(4, 4), Scaled(4, 3)))
+    assert [layer.layer_class for layer in chain.layers[:3]] == ["Scaled", "Scaled", "Scaled-2"]
+
+
 def test_a_value_that_skips_layers_is_refused_and_never_wrong():
     torch.manual_seed(0)
     chain, batch = split(SkippingGPT()), (tokens(), tokens())

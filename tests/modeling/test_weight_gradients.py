@@ -19,6 +19,7 @@ from stagewright.modeling.weight_gradients import (  # noqa: E402
 def models():
     return {
         "linear": (nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4, bias=False)), torch.randn(3, 7, 6)),
+        "in-place": (nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4)), torch.randn(3, 7, 6)),
         "norm": (nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6)), torch.randn(3, 6)),
         "convolution": (
             nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2)),
@@ -36,7 +37,7 @@ def gradients(model, inputs, run):
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("name", ["linear", "norm", "convolution", "attention"])
+@pytest.mark.parametrize("name", ["linear", "in-place", "norm", "convolution", "attention"])
 def test_deferred_weight_gradients_are_those_of_autograd(name, recomputed):
     torch.manual_seed(0)
     model, inputs = models()[name]
@@ -55,6 +56,16 @@ def test_deferred_weight_gradients_are_those_of_autograd(name, recomputed):
 
     for key, value in gradients(model, inputs, run).items():
         assert torch.equal(value, expected[key]), key
+
+
+def test_a_norms_gradient_is_made_with_its_input_gradient():
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6))
+    sink = WeightGradientSink()
+    assert defer_weight_gradients(model, sink) == 1
+    with sink.collect() as queue:
+        model(torch.randn(3, 6)).sum().backward()
+    missing = [name for name, value in model.named_parameters() if value.grad is None]
+    assert len(queue) == 1 and missing == ["1.weight", "1.bias"]
 
 
 def test_without_a_collecting_queue_the_gradients_are_computed_at_once():

@@ -1,6 +1,11 @@
 """Small models that exercise every path of the profiler in little time."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 torch = pytest.importorskip("torch")
 

@@ -45,6 +45,6 @@ def test_a_skip_connection_is_said_in_the_profile_with_the_way_out(tmp_path):
     assert profile.layer_names == ("down", "deep", "up", "out", "loss")
     (warning,) = [text for text in profile.pedigree.warnings if "no stage can begin" in text]
     assert warning.startswith(
-        "no stage can begin at out (layer 'out' uses a value of a layer that another stage holds)"
+        "no stage can begin at up (layer 'out' uses a value of a layer that another stage holds)"
     )
     assert "stagewright_edges()" in warning

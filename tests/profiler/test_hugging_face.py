@@ -109,6 +109,29 @@ TASKS = {
         "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 50, "num_mel_bins": 8, "max_source_positions": 16,
         "max_target_positions": 16, "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3,
     },
+    "choice": {**BERT, "architectures": ["BertForMultipleChoice"]},
+    "next sentence": {**BERT, "architectures": ["BertForPreTraining"]},
+    "no start token": {
+        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 32, "d_kv": 8, "d_ff": 32,
+        "num_layers": 1, "num_heads": 2, "vocab_size": 50,
+    },
+    "no architecture": {
+        "model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 50,
+    },
+    "samples": {
+        **SMALL, "model_type": "wav2vec2", "architectures": ["Wav2Vec2ForCTC"], "vocab_size": 32, "conv_dim": [8, 8],
+        "conv_stride": [5, 4], "conv_kernel": [10, 8], "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
+        "num_feat_extract_layers": 2,
+    },
+    "spectrogram": {
+        **SMALL, "model_type": "audio-spectrogram-transformer", "architectures": ["ASTForAudioClassification"],
+        "max_length": 32, "num_mel_bins": 32,
+    },
+    "two towers": {
+        "model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 16,
+        "text_config": {**SMALL, "max_position_embeddings": 16, "eos_token_id": 2},
+        "vision_config": {**SMALL, "image_size": 32, "patch_size": 16},
+    },
 }  # fmt: skip
 
 
@@ -123,8 +146,8 @@ def test_the_targets_of_a_task_are_guessed(task, tmp_path):
 
 def test_a_model_that_fails_on_the_guessed_batch_asks_for_a_data_factory(tmp_path):
     path = tmp_path / "config.json"
-    audio = {**SMALL, "model_type": "wav2vec2", "architectures": ["Wav2Vec2ForCTC"], "vocab_size": 32}
-    path.write_text(json.dumps(audio))
-    with pytest.raises(InvalidArgument, match=r"failed on its first batch.*input_values") as raised:
+    series = {"model_type": "time_series_transformer", "architectures": ["TimeSeriesTransformerForPrediction"]}
+    path.write_text(json.dumps({**series, "prediction_length": 2, "context_length": 4, "d_model": 8}))
+    with pytest.raises(InvalidArgument, match=r"failed on its first batch.*past_time_features") as raised:
         profile_model(str(path), microbatches=(1,), sequence_length=16, device="cpu", budget_s=0.0)
     assert raised.value.field == "data"
