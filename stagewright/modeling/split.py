@@ -5,8 +5,8 @@ Three kinds of models, in this order:
 1. a model with `stagewright_layers()`, which returns its layers by name, in order; `stagewright_edges()` may say which
    layer feeds which, for a graph;
 2. `nn.Sequential`: its children are the layers;
-3. any other: the longest ModuleList or Sequential of one class (or of the classes that the model names in
-   `_no_split_modules`) holds the repeated layers. What is registered before it, on the way from the root, is one layer
+3. any other: the list that a Hugging Face configuration names in `base_model_pp_plan`, or the longest ModuleList or
+   Sequential of one class (or of the classes that the model names in `_no_split_modules`) holds the repeated layers. What is registered before it, on the way from the root, is one layer
    (the embedding or stem); what comes after are layers of their own, and the loss is the last. The model's own forward
    runs between them (see `own_forward`), so that masks, positions and rotary tables are made where they are needed.
 
@@ -37,6 +37,7 @@ from stagewright.modeling.parallel_lists import lists_walked_together
 from stagewright.planner.errors import InvalidArgument
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
+_FEWEST = 2
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 
 _log = logging.getLogger(__name__)
@@ -156,17 +157,37 @@ def _called(model: nn.Module, path: str) -> list[str]:
 
 
 def _longest_container(model: nn.Module) -> str | None:
-    best: str | None = None
-    length = 1
+    """Return the path of the list of repeated layers: the declared one, else the longest of the large ones.
+
+    Large is one with at least half as many parameters as any: a block's experts, which may be more than the blocks, are not.
+    """
+    declared = _declared_container(model)
+    if declared is not None:
+        return declared
     whole = set(getattr(model, "_no_split_modules", None) or ())
+    sizes: dict[str, tuple[int, int]] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, _CONTAINERS) or not path:
+        if not isinstance(module, _CONTAINERS) or not path or len(module) < _FEWEST:
             continue
         classes = {type(child).__name__ for child in module.children()}
-        alike = len(classes) == 1 or classes <= whole
-        if alike and len(module) > length and _has_parameters(module):
-            best, length = path, len(module)
-    return best
+        if (len(classes) == 1 or classes <= whole) and _has_parameters(module):
+            sizes[path] = (len(module), sum(value.numel() for value in module.parameters()))
+    most = max((parameters for _, parameters in sizes.values()), default=0)
+    large = [path for path, (_, parameters) in sizes.items() if 2 * parameters >= most]
+    return max(large, key=lambda path: sizes[path][0], default=None)
+
+
+def _declared_container(model: nn.Module) -> str | None:
+    """Return the list that a Hugging Face configuration's `base_model_pp_plan` names, if there is one."""
+    plan = getattr(getattr(model, "config", None), "base_model_pp_plan", None) or {}
+    base = getattr(model, "base_model_prefix", "")
+    prefix = f"{base}." if base and hasattr(model, base) else ""
+    known = dict(model.named_modules())
+    for name in plan:
+        module = known.get(f"{prefix}{name}")
+        if isinstance(module, _CONTAINERS) and len(module) >= _FEWEST and _has_parameters(module):
+            return f"{prefix}{name}"
+    return None
 
 
 def _container(model: nn.Module, pattern: str) -> str:

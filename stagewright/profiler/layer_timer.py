@@ -48,6 +48,7 @@ class LayerTimer:
         self._segment = chain.segment(0, chain.num_layers)
         self._forward: list[_Boundary] = []
         self._backward: dict[int, _Boundary] = {}
+        self._left: Callable[[int], object] | None = None
         targets = {target for _, target in chain.edges}
         self._first_layers = frozenset(range(chain.num_layers)) - targets
         self._holds_first_boundary = False
@@ -56,13 +57,32 @@ class LayerTimer:
             chain, entered=self._mark_forward, produced=self._hold_first_boundary, left=self._mark_backward
         )
 
-    def full(self, batch: Batch, *, scale: float = 1.0) -> LayerTimes:
-        """Run one forward and one fused backward that accumulates into `.grad`, as an interpreter does them."""
+    def full(self, batch: Batch, *, scale: float = 1.0, left: Callable[[int], object] | None = None) -> LayerTimes:
+        """Run one forward and one fused backward that accumulates into `.grad`, as an interpreter does them.
+
+        `left(i)` is called when the backward of all layers after i is done.
+        """
 
         def backward(loss: Tensor) -> None:
             torch.autograd.backward((loss,), (torch.full_like(loss, scale),))
 
-        return self._run(batch, backward)
+        self._left = left
+        try:
+            return self._run(batch, backward)
+        finally:
+            self._left = None
+
+    def whole(self, batch: Batch, *, scale: float = 1.0) -> float:
+        """Return the seconds of one forward and fused backward that nobody looks into; not to be called within `hooks`."""
+        clock = self._clock
+        clock.synchronize()
+        first = clock.mark()
+        (loss,) = self._segment(batch, seed=_SEED)[self._chain.num_layers - 1]
+        torch.autograd.backward((loss,), (torch.full_like(loss, scale),))
+        del loss
+        last = clock.mark()
+        clock.synchronize()
+        return clock.seconds(first, last)
 
     def input_gradients(self, batch: Batch) -> LayerTimes:
         """Run one forward and a backward that computes no weight gradient; its seconds are the input gradients'."""
@@ -132,3 +152,5 @@ class LayerTimer:
     def _mark_backward(self, index: int) -> None:
         if index not in self._backward:
             self._backward[index] = self._boundary()
+            if self._left is not None:
+                self._left(index)

@@ -2,7 +2,8 @@
 
 All measurements of one configuration give, for every layer, the median over measurements. The medians are scaled so
 that they add up to the median of the whole microbatch, since medians of parts add up to less than the median of their
-sum. The backward's split into input and weight gradient takes the measured shares and keeps the fused backward's sum;
+sum. What the hooks at the layers' boundaries take, seen in microbatches without them, is taken off each boundary
+first. The backward's split into input and weight gradient takes the measured shares and keeps the fused backward's sum;
 what both take longer apart stands beside it, for the schedules that split.
 """
 
@@ -22,6 +23,7 @@ Floats = npt.NDArray[np.float64]
 Numbers = dict[str, Any]
 
 _WORTHWHILE = 0.005
+_LEAST_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,23 @@ class ConfigurationNumbers:
 def configuration_numbers(samples: Mapping[str, Sequence[Numbers]]) -> ConfigurationNumbers:
     """Return the numbers of one configuration from all its measurements by kind; `step` and `memory` must be there."""
     steps, splits, memory = samples["step"], samples.get("split", ()), samples["memory"][0]
-    forward, backward = _rows(steps, "forward_s"), _rows(steps, "backward_s")
+    hook_s = _hook_seconds(steps)
+    forward, backward = (
+        _without_hooks(_rows(steps, "forward_s"), hook_s),
+        _without_hooks(_rows(steps, "backward_s"), hook_s),
+    )
     totals = forward.sum(axis=1) + backward.sum(axis=1)
     whole = float(np.median(totals))
     parts = float(np.median(forward, axis=0).sum() + np.median(backward, axis=0).sum())
     scale = whole / parts if parts > 0 else 1.0
     forward, backward = forward * scale, backward * scale
     forward_s, backward_s = np.median(forward, axis=0), np.median(backward, axis=0)
-    share, excess_s, overhead = _split(splits, backward_s)
+    share, excess_s, overhead = _split(splits, backward_s, hook_s)
     optimizer_s = np.median(_rows(steps, "optimizer_s"), axis=0)
     kept = {Recompute.NONE: _row(memory, "saved_bytes"), **_recomputed_bytes(memory)}
-    recompute_s = {level: _recompute_seconds(samples.get(level.value, ()), forward_s + backward_s) for level in kept}
+    recompute_s = {
+        level: _recompute_seconds(samples.get(level.value, ()), forward_s + backward_s, hook_s) for level in kept
+    }
     freed = _freed(splits, kept[Recompute.NONE])
     unused = [int(count) for count in memory["unused_parameters"]]
     outputs, workspace, flops = (_row(memory, name) for name in ("output_bytes", "workspace_bytes", "forward_flops"))
@@ -107,6 +115,24 @@ def configuration_numbers(samples: Mapping[str, Sequence[Numbers]]) -> Configura
     )
 
 
+def _hook_seconds(steps: Sequence[Numbers]) -> float:
+    """Return what the hook at one boundary of a layer takes: two for each layer, in its forward and its backward."""
+    whole_s = [float(item["whole_s"]) for item in steps if item.get("whole_s") is not None]
+    if not whole_s:
+        return 0.0
+    hooked_s = [sum(item["forward_s"]) + sum(item["backward_s"]) + _number(item, "outside_s") for item in steps]
+    count = 2 * len(steps[0]["forward_s"])
+    return max(statistics.median(hooked_s) - statistics.median(whole_s), 0.0) / count
+
+
+def _without_hooks(rows: Floats, hook_s: float) -> Floats:
+    """Return seconds [samples, layers] less a hook's each, the sums exactly so, and no layer less than a part of its own."""
+    wanted = np.maximum(rows.sum(axis=1) - rows.shape[1] * hook_s, _LEAST_SHARE * rows.sum(axis=1))
+    parts = np.maximum(rows - hook_s, _LEAST_SHARE * rows)
+    sums = parts.sum(axis=1)
+    return parts * np.divide(wanted, sums, out=np.ones_like(sums), where=sums > 0)[:, None]
+
+
 def saves_anything(memory: Numbers, level: Recompute) -> bool:
     """Whether a level of recomputation keeps noticeably less than none."""
     return bool(_row(memory, f"{level.value}_bytes").sum() < (1.0 - _WORTHWHILE) * _row(memory, "saved_bytes").sum())
@@ -117,14 +143,14 @@ def _recomputed_bytes(memory: Numbers) -> dict[Recompute, Floats]:
     return {level: _row(memory, f"{level.value}_bytes") for level in levels if saves_anything(memory, level)}
 
 
-def _split(splits: Sequence[Numbers], backward_s: Floats) -> tuple[Floats, Floats, float | None]:
+def _split(splits: Sequence[Numbers], backward_s: Floats, hook_s: float) -> tuple[Floats, Floats, float | None]:
     """Return the input gradient's share of each backward, what its parts take longer apart, and (I + W) / B - 1 in all.
 
     Layers that seem faster apart make the others' excess smaller, so that the sum is what was measured, or zero.
     """
     if not splits:
         return np.full(len(backward_s), 0.5), np.zeros(len(backward_s)), None
-    inputs = np.median(_rows(splits, "input_grad_s"), axis=0)
+    inputs = np.median(_without_hooks(_rows(splits, "input_grad_s"), hook_s), axis=0)
     weights = np.median(_rows(splits, "weight_grad_s"), axis=0)
     both = inputs + weights
     share = np.divide(inputs, both, out=np.ones_like(both), where=both > 0)
@@ -135,11 +161,12 @@ def _split(splits: Sequence[Numbers], backward_s: Floats) -> tuple[Floats, Float
     return share, excess_s, float(both.sum()) / total - 1.0 if total > 0 else None
 
 
-def _recompute_seconds(fulls: Sequence[Numbers], layer_s: Floats) -> Floats | None:
+def _recompute_seconds(fulls: Sequence[Numbers], layer_s: Floats, hook_s: float) -> Floats | None:
     """Return what recomputation adds to each layer, never less than nothing."""
     if not fulls:
         return None
-    again = np.median(_rows(fulls, "forward_s"), axis=0) + np.median(_rows(fulls, "backward_s"), axis=0)
+    parts = (_without_hooks(_rows(fulls, name), hook_s) for name in ("forward_s", "backward_s"))
+    again = sum(np.median(part, axis=0) for part in parts)
     return np.maximum(again - layer_s, 0.0)
 
 

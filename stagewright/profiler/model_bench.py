@@ -2,8 +2,9 @@
 
 Kinds of measurement, each a short piece of a training step whose numbers are plain JSON:
 
-- `step`: two microbatches run (the second as any but a step's first), and layer by layer the optimizer steps and the
-  gradients are set to zero where they lie, as a run does.
+- `step`: two microbatches run (the second as any but a step's first), where layers are short a third one that nobody looks
+  into, which shows what looking takes; and layer by layer the optimizer steps and the gradients are set to zero where they
+  lie, as a run does.
 - `split`: one microbatch whose weight gradients are deferred and run afterwards, layer by layer.
 - `full`, `selective`: one microbatch with every layer recomputed at that level in its backward.
 - `memory`: saved tensors, allocator traces and FLOP of one microbatch; it is taken once.
@@ -46,6 +47,8 @@ CachePolicy = Literal["hot", "flushed"]
 OptimizerName = Literal["adamw", "adam", "sgd", "sgd-momentum"]
 Numbers = dict[str, Any]
 
+_SHORT_LAYER_S = 0.02  # above that, what the hooks of a layer take (under 0.1 ms) is nothing
+
 _log = logging.getLogger(__name__)
 
 
@@ -81,6 +84,7 @@ class ModelBench:
         self.device = device
         self._source = source
         self._clock: Clock = clock_of(device, own_time=own_time)
+        self._flushes = cache_policy == "flushed"
         self._timer = LayerTimer(chain, self._clock, flush=flush_of(device) if cache_policy == "flushed" else None)
         self._batches: dict[tuple[int, int], Batch] = {}
         self._own_parameters = _own_parameters(chain)
@@ -118,12 +122,15 @@ class ModelBench:
         return measures[kind](self.batch(configuration))
 
     def _measure_step(self, batch: Batch) -> Numbers:
+        self._timer.whole(batch, scale=0.5)
         with self._timer.hooks:
-            self._timer.full(batch, scale=0.5)
             later = self._timer.full(batch, scale=0.5)
+        is_short = sum(later.forward_s) + sum(later.backward_s) < _SHORT_LAYER_S * self.chain.num_layers
+        whole_s = self._timer.whole(batch, scale=0.5) if is_short and not self._flushes else None
         optimizer_s, empty_step_s = self._step()
         return {
             **_numbers(later),
+            "whole_s": whole_s,
             "optimizer_s": optimizer_s,
             "empty_step_s": empty_step_s,
             "entrance_s": self._entrance_seconds(batch),
@@ -139,10 +146,8 @@ class ModelBench:
         queue: list[DeferredGradient] = []
         timer = self._timer
         with _deferring(self.chain) as sink:
-            counter = LayerHooks(self.chain, left=lambda index: lengths.setdefault(index, len(queue)))
-            with counter, timer.hooks, sink.collect() as queue:
-                counter.begin()
-                times = timer.full(batch)
+            with timer.hooks, sink.collect() as queue:
+                times = timer.full(batch, left=lambda index: lengths.setdefault(index, len(queue)))
             weight_s, held = [0.0] * count, [0.0] * count
             ends = {index: lengths.get(index - 1, len(queue)) for index in range(1, count)} | {0: len(queue)}
             done, pieces = 0, list[list[DeferredGradient]]()

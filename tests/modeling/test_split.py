@@ -357,6 +357,37 @@ def test_modules_whose_text_needs_values_are_cut_on_the_meta_device():
     assert [layer.layer_class for layer in chain.layers[:3]] == ["Scaled", "Scaled", "Scaled-2"]
 
 
+class Routed(TinyGPT):
+    """More experts than blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(6)])
+            block.inner = nn.Sequential(block.inner, block.experts[1])
+
+
+def test_the_repeated_layers_are_blocks_though_there_are_more_experts():
+    assert split(Routed()).layer_names[1:5] == ("blocks.0", "blocks.1", "blocks.2", "blocks.3")
+
+
+def test_the_list_that_a_configuration_declares_holds_the_layers():
+    class Declared(nn.Module):
+        base_model_prefix = "model"
+
+        def __init__(self):
+            super().__init__()
+            self.config = type("Config", (), {"base_model_pp_plan": {"embed": ([], []), "layers": ([], [])}})()
+            self.model = nn.Module()
+            self.model.embed = nn.Embedding(50, 16)
+            self.model.others = nn.ModuleList([nn.Linear(16, 16) for _ in range(9)])
+            self.model.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+
+    kinds = [layer.name for layer in split(Declared()).layers if layer.name.startswith("model.layers")]
+    assert kinds == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    assert "model.others.0" not in split(Declared()).layer_names
+
+
 def test_a_value_that_skips_layers_is_refused_and_never_wrong():
     torch.manual_seed(0)
     chain, batch = split(SkippingGPT()), (tokens(), tokens())

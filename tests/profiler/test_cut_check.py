@@ -44,7 +44,5 @@ def test_a_skip_connection_is_said_in_the_profile_with_the_way_out(tmp_path):
     profile = profile_model(f"{tmp_path / 'unet.py'}:UNet", microbatches=(2,), device="cpu", budget_s=0.0)
     assert profile.layer_names == ("down", "deep", "up", "out", "loss")
     (warning,) = [text for text in profile.pedigree.warnings if "no stage can begin" in text]
-    assert warning.startswith(
-        "no stage can begin at up (layer 'out' uses a value of a layer that another stage holds)"
-    )
+    assert warning.startswith("no stage can begin at up (layer 'out' uses a value of a layer that another stage holds)")
     assert "stagewright_edges()" in warning
