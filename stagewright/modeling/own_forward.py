@@ -242,7 +242,7 @@ class OwnForward:
             seed_layer(frame.seed, index)
 
     def _forward(
-        self, index: int, module: nn.Module, own: Callable[..., object], *args: object, **kwargs: object
+        self, index: int, module: nn.Module, own: Callable[..., object], /, *args: object, **kwargs: object
     ) -> object:
         frame = self._frame
         if frame is None or index >= frame.first:

@@ -96,27 +96,28 @@ def linear_map(inputs: Tensor, weight: Tensor, bias: Tensor | None, sink: Weight
     return _Linear.apply(in_autocast_type(inputs), weight, bias, sink, False)
 
 
-def _linear(module: nn.Linear, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
-    return linear_map(inputs, module.weight, module.bias, sink)
+def _linear(module: nn.Linear, sink: WeightGradientSink, input: Tensor) -> Tensor:
+    return linear_map(input, module.weight, module.bias, sink)
 
 
-def _conv1d(module: nn.Module, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
+def _conv1d(module: nn.Module, sink: WeightGradientSink, x: Tensor) -> Tensor:
     """Hugging Face's Conv1D: a linear layer with a transposed weight."""
-    return _Linear.apply(in_autocast_type(inputs), module.weight, module.bias, sink, True)
+    return _Linear.apply(in_autocast_type(x), module.weight, module.bias, sink, True)
 
 
-def _convolution(module: nn.Conv2d, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
+def _convolution(module: nn.Conv2d, sink: WeightGradientSink, input: Tensor) -> Tensor:
     if (
         module.padding_mode != "zeros"
         or isinstance(module.padding, str)
-        or torch.is_autocast_enabled(inputs.device.type)
+        or torch.is_autocast_enabled(input.device.type)
     ):
-        return type(module).forward(module, inputs)
+        return type(module).forward(module, input)
     return _Convolution.apply(
-        inputs, module.weight, module.bias, sink, module.stride, module.padding, module.dilation, module.groups
+        input, module.weight, module.bias, sink, module.stride, module.padding, module.dilation, module.groups
     )
 
 
+# Arguments are named as torch's and transformers' forwards name them, which callers may use.
 _FORWARDS: dict[type, Callable[..., Tensor]] = {
     nn.Linear: _linear,
     nn.Conv1d: _convolution,

@@ -78,6 +78,13 @@ def test_without_a_collecting_queue_the_gradients_are_computed_at_once():
         assert torch.equal(value, expected[key]), key
 
 
+def test_inputs_may_be_named():
+    module = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(1, 1, 1))
+    defer_weight_gradients(module, WeightGradientSink())
+    assert module[0](input=torch.ones(2, 3)).shape == (2, 3)
+    assert module[1](input=torch.ones(1, 1, 2, 2)).shape == (1, 1, 2, 2)
+
+
 def test_two_microbatches_accumulate():
     torch.manual_seed(0)
     model, inputs = models()["linear"]

@@ -22,7 +22,7 @@ from stagewright.profiler.single_device import predict_single_device  # noqa: E4
 
 MICROBATCH, LENGTH, NUM_MICROBATCHES = 2, 32, 2
 PEAK_ERROR = 0.02
-LOOSE_PEAKS = {"llava": 0.04}  # its last vision layer has no gradients; its class, which the others share, has
+LOOSE_PEAKS = {"llava": 0.08}  # one vision layer of three has no gradients; its class, which the others share, has
 NOT_CUT_AT = {  # what the layers named here use skips the layer before them
     "clip": {
         *(f"text_model.encoder.layers.{index}" for index in range(3)),
