@@ -3,8 +3,8 @@
 All measurements of one configuration give, for every layer, the median over measurements. The medians are scaled so
 that they add up to the median of the whole microbatch, since medians of parts add up to less than the median of their
 sum. What the hooks at the layers' boundaries take, seen in microbatches without them, is taken off each boundary
-first. The backward's split into input and weight gradient takes the measured shares and keeps the fused backward's sum;
-what both take longer apart stands beside it, for the schedules that split.
+first. The input gradient is what was measured of it, the weight gradient the rest of the fused backward; what both
+take longer apart than together stands beside them, for the schedules that split.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _split(splits: Sequence[Numbers], backward_s: Floats, hook_s: float) -> tupl
     inputs = np.median(_without_hooks(_rows(splits, "input_grad_s"), hook_s), axis=0)
     weights = np.median(_rows(splits, "weight_grad_s"), axis=0)
     both = inputs + weights
-    share = np.divide(inputs, both, out=np.ones_like(both), where=both > 0)
+    share = np.clip(np.divide(inputs, backward_s, out=np.ones_like(both), where=backward_s > 0), 0.0, 1.0)
     total = float(backward_s.sum())
     longer_s = np.maximum(both - backward_s, 0.0)
     measured_s = max(float(both.sum()) - total, 0.0)

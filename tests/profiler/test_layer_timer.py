@@ -142,6 +142,7 @@ def test_what_split_backwards_take_longer_stands_beside_the_whole_backward(weigh
     memory = {"unused_parameters": [0, 0], **{name: [0.0, 0.0] for name in names}}
     layers = configuration_numbers({"step": [step], "split": [split], "memory": [memory]}).layers
     assert [layer.split_excess_s for layer in layers] == pytest.approx(excess_s)
+    assert [layer.input_grad_s for layer in layers] == pytest.approx([2.0, 1.0])
     assert [layer.input_grad_s + layer.weight_grad_s for layer in layers] == pytest.approx([3.0, 2.0])
 
 
