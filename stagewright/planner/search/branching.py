@@ -14,6 +14,9 @@ A whole optimum is a completion: it is simulated, and its path is one more row. 
 and small workspaces are least in the program), its numbers are fixed one after the other, until the completion alone is
 left, whose step is known. So the search is exact but for its limit on nodes, and what is left open keeps its bound.
 
+How nodes were split (`Split`) is kept for the other candidates of the order, whose costs differ little: they go down the
+same tree without probing, check each side that probing closed, and search on where a leaf stays open.
+
 Complexity: a node is tens of linear programs with a warm basis. Paper: Achterberg, Koch, Martin, Branching rules revisited
 (Operations Research Letters 33, 2005).
 """
@@ -27,28 +30,51 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.search.candidate_costs import CandidateCosts
-from stagewright.planner.search.cut_program import CELLS, ENDS, RAISED, RAISED_ON_RANKS, CutProgram, Point
+from stagewright.planner.search.cut_program import (
+    CELLS,
+    ENDS,
+    RAISED,
+    RAISED_ON_RANKS,
+    STAGES,
+    CutProgram,
+    Point,
+    between,
+)
 from stagewright.planner.search.incumbent import Completion
 from stagewright.planner.search.order import Cut
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
-FIRST_ROUNDS, ROUNDS = 12, 6
-MOST_CUTS = 120  # of a program; idle ones are dropped above
-_PROBED = 3  # numbers of each kind that are probed; at the root all up to RAISED_ON_RANKS
+FIRST_ROUNDS, ROUNDS = 100, 16
+MOST_CUTS = 400  # of a program; idle ones are dropped above
+_SMOOTHING = 0.93
+_PROBED = 2  # numbers of each kind that are probed; at the root all up to RAISED_ON_RANKS
 _STEPS = 40
 _WHOLE = 1e-6
 _TOLERANCE = 1e-7
-_LITTLE = 2e-4  # of the target, that one round has to raise a bound for another
+_LITTLE = 1e-5  # of the target, that one round has to raise a bound for another
 
 Limit = tuple[int, float, float]
+
+
+@dataclass(eq=False)
+class Split:
+    """How a node was split: limits of each part, beside the node's own, which together miss no completion; none for a leaf."""
+
+    parts: list[tuple[tuple[Limit, ...], Split]] = field(default_factory=list)
+
+    def into(self, *parts: tuple[Limit, ...]) -> list[Split]:
+        """Split a leaf, and return its parts."""
+        self.parts = [(limits, Split()) for limits in parts]
+        return [split for _, split in self.parts]
 
 
 @dataclass(frozen=True, eq=False)
 class _Node:
     bound_s: float
     limits: tuple[Limit, ...]
+    split: Split
 
 
 @dataclass(eq=False)
@@ -62,6 +88,7 @@ class Branching:
     trace : value and critical path of a fractional point.
     complete : a completion for a point and whether it is whole: as it is, or one near it; judged.
     is_late : whether a deadline has passed.
+    tree : how candidates of the same order were split; grows.
     """
 
     costs: CandidateCosts
@@ -72,10 +99,13 @@ class Branching:
     trace: Callable[[CandidateCosts, Point], tuple[float, Cut]]
     complete: Callable[[Point, bool], Completion | None]
     is_late: Callable[[], bool]
+    tree: Split = field(default_factory=Split)
     best: Completion | None = None
     simulated: int = 0
     num_nodes: int = 0
     carrying: dict[int, Cut] = field(default_factory=dict)
+    _inner: Point | None = None
+    _inner_value: float = np.inf
     _held: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,36 +115,41 @@ class Branching:
 
     def run(self, most_nodes: int) -> float:
         """Return the bound that is proved, the target where every node is closed."""
-        stack = [_Node(-np.inf, ())]
+        stack = [_Node(-np.inf, (), self.tree)]
         while stack and self.num_nodes < most_nodes and not self.is_late():
             node = stack.pop()
             if node.bound_s < self.target_s:
-                self.num_nodes += 1
                 stack += self._children(node)
         return min([self.target_s, *(node.bound_s for node in stack)])
 
     def _children(self, node: _Node) -> list[_Node]:
         """Return what is left of a node: nothing where it is closed; the last one is taken next."""
-        self._hold(node.limits)
-        point = self._solved(FIRST_ROUNDS if not node.limits else ROUNDS)
+        point = self._solved(FIRST_ROUNDS if not node.limits else ROUNDS) if self._hold(node.limits) else None
         if point is None:
             return []
         bound_s = max(node.bound_s, point.bound_s * (1 - _TOLERANCE))
+        if node.split.parts:
+            self._drop_idle()
+            return [_Node(bound_s, node.limits + limits, split) for limits, split in node.split.parts]
+        self.num_nodes += 1
         values = self.program.values_of(self._wholes)
         away = np.abs(values - np.round(values))
         if not (away > _WHOLE).any():
-            return self._completed(_Node(bound_s, node.limits), point, np.round(values))
+            return self._completed(_Node(bound_s, node.limits, node.split), point, np.round(values))
         self._offer(self.complete(point, False))
         self._drop_idle()
         chosen, fixed = self._probed(values, away, bound_s, is_root=not node.limits)
+        if fixed:
+            main, *_ = node.split.into(fixed, *((_denied(limit),) for limit in fixed))
+            return [_Node(bound_s, node.limits + fixed, main)]
+        floor = float(np.floor(values[chosen]))
+        sides = [((chosen, -np.inf, floor),), ((chosen, floor + 1.0, np.inf),)]
+        if values[chosen] - floor <= 0.5:
+            sides.reverse()
+        splits = node.split.into(*sides)
         if fixed is None:
             return []
-        if fixed:
-            return [_Node(bound_s, node.limits + fixed)]
-        floor = float(np.floor(values[chosen]))
-        down = _Node(bound_s, (*node.limits, (chosen, -np.inf, floor)))
-        up = _Node(bound_s, (*node.limits, (chosen, floor + 1.0, np.inf)))
-        return [down, up] if values[chosen] - floor > 0.5 else [up, down]
+        return [_Node(bound_s, node.limits + side, split) for side, split in zip(sides, splits, strict=True)]
 
     def _solved(self, rounds: int) -> Point | None:
         """Return the optimum after some rounds of cuts; None where the node is closed."""
@@ -123,16 +158,32 @@ class Branching:
             point = self.program.solve_below()
             if point is None or point.bound_s * (1 - _TOLERANCE) >= self.target_s:
                 return None
-            value, cut = self.trace(self.costs, point)
-            self.simulated += 1
-            if value <= point.bound_s * (1 + _WHOLE):
+            if self._is_met(point):
                 return point
-            self._add(cut)
             if turn > 1 and point.bound_s - before_s < _LITTLE * self.target_s:
                 break
             before_s = point.bound_s
         point = self.program.solve_below()
         return None if point is None or point.bound_s * (1 - _TOLERANCE) >= self.target_s else point
+
+    def _is_met(self, point: Point) -> bool:
+        """Tell whether a point's step is the program's; else paths are added, of the point and between it and the best one."""
+        value, cut = self.trace(self.costs, point)
+        self.simulated += 1
+        if value <= point.bound_s * (1 + _WHOLE):
+            return True
+        self._add(cut)
+        if self._inner is not None:
+            inner = between(self._inner, point, _SMOOTHING)
+            inner_value, inner_cut = self.trace(self.costs, inner)
+            self.simulated += 1
+            if inner_value > point.bound_s * (1 + _WHOLE):
+                self._add(inner_cut)
+            if inner_value < value:
+                point, value = inner, inner_value
+        if value < self._inner_value:
+            self._inner, self._inner_value = point, value
+        return False
 
     def _completed(self, node: _Node, point: Point, values: Floats) -> list[_Node]:
         """Return what is left of a node whose optimum is whole."""
@@ -143,15 +194,16 @@ class Branching:
             self._add(found.cut)
             if is_missed:
                 return [node]
-        layers = np.isin(self._wholes.kind, (ENDS, CELLS, RAISED))
+        layers = np.isin(self._wholes.kind, (ENDS, STAGES, CELLS, RAISED)) & ~self._wholes.is_row
         open_places = np.flatnonzero(layers & (self._low < self._high))
         if not len(open_places):
             return []
         first = int(open_places[np.argmin(self._wholes.kind[open_places])])
         value = float(values[first])
         sides = ((-np.inf, value - 1.0), (value + 1.0, np.inf), (value, value))
-        inside = [side for side in sides if side[0] <= self._high[first] and side[1] >= self._low[first]]
-        return [_Node(node.bound_s, (*node.limits, (first, *side))) for side in inside]
+        parts = [((first, *side),) for side in sides]
+        splits = node.split.into(*parts)
+        return [_Node(node.bound_s, node.limits + part, split) for part, split in zip(parts, splits, strict=True)]
 
     def _probed(
         self, values: Floats, away: Floats, bound_s: float, *, is_root: bool
@@ -206,17 +258,26 @@ class Branching:
             self.program.drop(~binding)
             self.cuts = [cut for cut, stays in zip(self.cuts, binding.tolist(), strict=True) if stays]
 
-    def _hold(self, limits: tuple[Limit, ...]) -> None:
-        """Set the program's limits to those of a node."""
+    def _hold(self, limits: tuple[Limit, ...]) -> bool:
+        """Set the program's limits to those of a node; False where they leave nothing."""
         self._low, self._high = self._wholes.low.copy(), self._wholes.high.copy()
         for place, low, high in limits:
             self._low[place], self._high[place] = max(self._low[place], low), min(self._high[place], high)
+        if (self._low > self._high).any():
+            return False
         places = {place for place, _, _ in limits}
         for place in sorted(places | self._held.keys()):
             now = (float(self._low[place]), float(self._high[place]))
             if self._held.get(place) != now:
                 self._limit(place, *now)
                 self._held[place] = now
+        return True
 
     def _limit(self, place: int, low: float, high: float) -> None:
         self.program.limit(bool(self._wholes.is_row[place]), int(self._wholes.place[place]), float(low), float(high))
+
+
+def _denied(limit: Limit) -> Limit:
+    """Return the limit that a one-sided limit denies."""
+    place, low, high = limit
+    return (place, high + 1.0, np.inf) if np.isinf(low) else (place, -np.inf, low - 1.0)

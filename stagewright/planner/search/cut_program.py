@@ -4,7 +4,7 @@
     s.t. theta >= path_j(F(n, e), I(n, e), W(n), hops, tails(n))      for every cut j of the order
          sum_s n[s, k] = N_k                                          for every run k of equal layers
          lo_r <= sum of n of the largest class over the stages of rank r <= hi_r           caps at the target
-         1 <= sum_k n[s, k];  n[s, k] = 0 where run k cannot reach stage s
+         1 <= sum_k n[s, k];  n[s, k] = 0 where run k cannot reach stage s      a column's limit where one run reaches it
          sum_l e[s, k, l] <= n[s, k]                                  layers raised above the weakest level
          states + live vectors . bytes + workspace <= capacity        for every rank and up to 4 of its vectors
 
@@ -66,7 +66,8 @@ class Wholes(NamedTuple):
     """Rows and columns that are whole in every completion, [n] each: kind, which of the two, its index, and limits.
 
     ENDS are layers of small classes on a stage, RANKS layers of the largest class on a rank, SWITCHES workspaces,
-    RAISED_ON_RANKS raised layers of the largest class on a rank, STAGES all layers of a stage, RAISED and CELLS columns.
+    RAISED_ON_RANKS raised layers of the largest class on a rank, STAGES all layers of a stage (a column where one run
+    reaches it), RAISED and CELLS columns.
     """
 
     kind: Longs
@@ -96,6 +97,16 @@ class Point:
         return counts
 
 
+def between(first: Point, second: Point, share: float) -> Point:
+    """Return a share of one point and the rest of another one, without a bound."""
+    return Point(
+        -np.inf,
+        share * first.layers + (1 - share) * second.layers,
+        share * first.raised + (1 - share) * second.raised,
+        extra_s=share * first.extra_s + (1 - share) * second.extra_s,
+    )
+
+
 class CutProgram:
     """The program of one candidate, open for more cuts."""
 
@@ -123,6 +134,7 @@ class CutProgram:
         """Add theta, then the layers of each run on the stages it reaches, then the raised ones by level."""
         stages, runs = self._shape
         reach = reachable(self._costs)
+        self._shared = np.flatnonzero(reach.sum(axis=1) > 1)  # stages that several runs reach
         self._cells = np.flatnonzero(reach.ravel())
         self._position = np.full(stages * runs, -1, dtype=np.int64)
         self._position[self._cells] = np.arange(len(self._cells))
@@ -134,10 +146,12 @@ class CutProgram:
         most = np.tile(self._costs.runs.length.astype(np.float64), (stages, 1))
         upper[1:whole] = np.tile(most.ravel()[self._cells], 1 + len(self._raise))
         upper[whole : whole + ranks * len(self._raise)] = 1.0
+        lower = np.zeros(count)
+        lower[1 : 1 + len(self._cells)] = ~np.isin(self._cells // runs, self._shared)
         self._first_switch = whole
         cost = np.zeros(count)
         cost[0] = 1.0
-        self._solver.addVars(count, np.zeros(count), upper)
+        self._solver.addVars(count, lower, upper)
         self._solver.changeColsCost(count, np.arange(count, dtype=np.int32), cost)
         self.num_columns = count
 
@@ -157,20 +171,20 @@ class CutProgram:
 
     def _rows(self, rank_layers: tuple[Longs, Longs] | None) -> None:
         costs, count = self._costs, len(self._cells)
-        stages, runs = self._shape
+        runs = self._shape[1]
         stage_of, run_of = self._cells // runs, self._cells % runs
         layers = slice(1, 1 + count)
         self._has_rank_rows = rank_layers is not None
         whole = np.zeros((runs, self.num_columns))
         whole[run_of, 1 + np.arange(count)] = 1.0
         number = costs.runs.length.astype(np.float64)
-        some = np.zeros((stages, self.num_columns))
-        some[stage_of, 1 + np.arange(count)] = 1.0
-        blocks = [(whole, number, number), (some, np.ones(stages), np.full(stages, np.inf))]
+        some = np.zeros((len(self._shared), self.num_columns))
+        some[:, layers] = self._shared[:, None] == stage_of
+        blocks = [(whole, number, number), (some, np.ones(len(some)), np.full(len(some), np.inf))]
         if rank_layers is not None:
             of_class = costs.classes.run_class
             bulk = of_class == of_class[costs.bulk_run]
-            held = _held(costs)
+            held = held_stages(costs)
             ranks = np.zeros((costs.order.num_ranks, self.num_columns))
             ranks[:, layers] = held[:, stage_of] * bulk[run_of]
             blocks.append((ranks, rank_layers[0].astype(np.float64), rank_layers[1].astype(np.float64)))
@@ -206,19 +220,16 @@ class CutProgram:
     def _run_order_rows(self) -> None:
         """Keep runs in the model's order: a share of run k + 1 at most up to a stage as of run k.
 
-        Layers are contiguous, so either nothing of run k + 1 stands up to the stage or all of run k does.
+        Layers are contiguous, so either nothing of run k + 1 stands up to the stage or all of run k does. Only stages say
+        anything that run k + 1 reaches and behind which run k can stand.
         """
-        length = self._costs.runs.length.astype(np.float64)
-        stages, runs = self._shape
-        for run in range(runs - 1):
-            index: list[int] = []
-            value: list[float] = []
-            for stage in range(stages - 1):
-                for which, sign in ((run, 1.0), (run + 1, -1.0)):
-                    column = self._index(stage, which)
-                    if column:
-                        index.append(column)
-                        value.append(sign / length[which])
+        length, reach = self._costs.runs.length.astype(np.float64), reachable(self._costs)
+        for run in range(self._shape[1] - 1):
+            first, last = int(np.argmax(reach[:, run + 1])), int(np.flatnonzero(reach[:, run])[-1])
+            for end in range(first + 1, last + 1):
+                places = [(stage, which) for which in (run, run + 1) for stage in np.flatnonzero(reach[:end, which])]
+                index = [self._index(int(stage), which) for stage, which in places]
+                value = [(1.0 if which == run else -1.0) / float(length[which]) for _, which in places]
                 self._add(0.0, np.inf, index, value)
 
     @cached_property
@@ -226,18 +237,19 @@ class CutProgram:
         """What is whole in every completion; the sums of raised layers over ranks become rows at the first call."""
         assert self._form == "whole" and self.num_cuts == 0
         costs, of_class = self._costs, self._costs.classes.run_class
-        stages, runs = self._shape
+        runs = costs.runs.num_runs
         count, ranks = len(self._cells), costs.order.num_ranks
         alike = of_class == of_class[costs.bulk_run]
         found: list[tuple[int, bool, int]] = []
-        layers = np.where(alike[self._cells % runs], CELLS, ENDS).tolist()
+        bulk = np.where(np.isin(self._cells // runs, self._shared), CELLS, STAGES)
+        layers = np.where(alike[self._cells % runs], bulk, ENDS).tolist()
         found += [(kind, False, 1 + place) for place, kind in enumerate(layers)]
         found += [(RAISED, False, 1 + place) for place in range(count, count * (1 + len(self._raise)))]
         switches = range(self._first_switch, self._first_switch + ranks * len(self._raise))
         found += [(SWITCHES, False, column) for column in switches]
-        found += [(STAGES, True, runs + stage) for stage in range(stages)]
+        found += [(STAGES, True, runs + place) for place in range(len(self._shared))]
         if self._has_rank_rows:
-            found += [(RANKS, True, runs + stages + rank) for rank in range(ranks)]
+            found += [(RANKS, True, runs + len(self._shared) + rank) for rank in range(ranks)]
         for slots in costs.order.slots:
             for position in range(len(self._raise)):
                 cells = [
@@ -378,7 +390,7 @@ class CutProgram:
         counts = np.array([cut.counts for cut in cuts], dtype=np.float64)
         forward, input_grad, weight_grad = counts[:, 0], counts[:, 1], counts[:, 2]
         ends = np.array([cut.end_rank for cut in cuts], dtype=np.int64)
-        held = _held(costs)[ends]
+        held = held_stages(costs)[ends]
         back_s = runs.input_grad_s + runs.recompute_s[self._base]
         each = forward[:, :, None] * runs.forward_s + input_grad[:, :, None] * back_s
         each += weight_grad[:, :, None] * runs.weight_grad_s
@@ -401,9 +413,7 @@ class CutProgram:
             first = 1 + count * (1 + position)
             rows[:, first : first + count] = -input_grad[:, self._cells // runs_of] * extra_s * self._scale
         if self._num_floors:
-            place = costs.slots.stage
-            visits = np.where(place >= 0, input_grad[:, np.maximum(place, 0)], np.inf).min(axis=2)
-            rows[:, 1 + count : 1 + count + self._num_floors] = -visits / costs.order.num_replicas
+            rows[:, 1 + count : 1 + count + self._num_floors] = -least_visits(costs, input_grad)
         return rows, constants * self._scale
 
     def limit(self, is_row: bool, index: int, low: float, high: float) -> None:
@@ -495,7 +505,7 @@ class CutProgram:
         if not self._num_floors:
             return 0.0
         first = 1 + len(self._cells)
-        held, on_stage = _held(self._costs), layers.sum(axis=1)
+        held, on_stage = held_stages(self._costs), layers.sum(axis=1)
         share = values[first : first + self._num_floors] / self._scale / np.maximum(held @ on_stage, 1e-9)
         return np.asarray(on_stage * (held * share[:, None]).max(axis=0))
 
@@ -530,7 +540,14 @@ def _some(number: int) -> Longs:
     return np.unique(np.linspace(0, number - 1, min(number, MOST_VECTORS)).astype(np.int64))
 
 
-def _held(costs: CandidateCosts) -> Floats:
+def least_visits(costs: CandidateCosts, input_grad: Floats) -> Floats:
+    """Return how often paths of these input gradients [n, S] pay a rank's recomputation at least, [n, D]."""
+    place = costs.slots.stage
+    visits = np.where(place >= 0, input_grad[:, np.maximum(place, 0)], np.inf).min(axis=2)
+    return np.asarray(visits / costs.order.num_replicas)
+
+
+def held_stages(costs: CandidateCosts) -> Floats:
     """Return how often each stage stands on each rank, [D, S]."""
     held = np.zeros((costs.order.num_ranks, costs.num_stages))
     rank, place = np.nonzero(costs.slots.stage >= 0)

@@ -1,0 +1,86 @@
+"""Multipliers of one candidate bound the others of its order, and so does the tree that closed it."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from stagewright.planner.search.brute_force import best_completion
+from stagewright.planner.search.caps import order_caps
+from stagewright.planner.search.closing import Closer
+from stagewright.planner.search.joint_search import JointSearch
+from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.multipliers import bound_by, mean_path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from random_problems import random_problem
+
+
+def _solved(seeds: range):
+    """Yield each candidate with its costs, its least step and the layers that its ranks may hold at that step."""
+    for seed in seeds:
+        problem = random_problem(seed, most_layers=6)
+        search = JointSearch(problem, Limits(gap=0.0))
+        for index in range(search.num_candidates if len(problem.priced) else 0):
+            costs = search.costs(index)
+            oracle = None if costs is None else best_completion(problem, search.candidate(index))
+            if costs is None or oracle is None:
+                continue
+            number = int(costs.classes.counts.max()) * costs.order.num_replicas
+            _, caps = order_caps(costs.rank_tables, costs.order.key.num_microbatches, oracle[0] * (1 + 1e-6))
+            yield seed, search, index, costs, oracle[0], ((number - (caps.sum() - caps)).clip(min=0), caps)
+
+
+def test_mean_paths_of_an_order_bound_all_its_candidates_and_are_near_for_alike_ones() -> None:
+    compared = near = 0
+    closers: dict[int, Closer] = {}
+    for seed, search, _, costs, step_s, ranges in _solved(range(24)):
+        if costs.order.num_replicas > 1:
+            continue
+        closer = closers.setdefault(seed, Closer(search.limits))
+        paths = closer.paths.get(costs.order.key, [])
+        if paths:
+            bound_s = bound_by(costs, paths, ranges, np.inf)
+            assert bound_s <= step_s * (1 + 1e-9)
+            compared += 1
+            near += bound_s >= 0.9 * step_s
+        closer.close(costs, 0.9 * step_s, step_s, ranges)
+    assert compared >= 12
+    assert near >= compared // 3
+
+
+def test_a_mean_of_random_paths_is_no_longer_than_the_best_completion() -> None:
+    rng = np.random.default_rng(3)
+    compared = 0
+    for _, _, _, costs, step_s, ranges in _solved(range(30, 38)):
+        if costs.order.num_replicas > 1:
+            continue
+        cuts = []
+        for _ in range(4):
+            seconds, hops = rng.random((3, costs.num_stages)), rng.random(costs.order.num_hops)
+            cuts.append(costs.order.trace(seconds, hops, rng.random(costs.order.num_ranks))[1])
+        path = mean_path(costs, cuts, rng.random(len(cuts)))
+        assert path is not None
+        assert bound_by(costs, [path], ranges, np.inf) <= step_s * (1 + 1e-9)
+        compared += 1
+    assert compared >= 10
+    assert mean_path(costs, cuts, np.zeros(len(cuts))) is None
+
+
+def test_a_tree_that_closed_a_candidate_closes_it_again_without_probing() -> None:
+    again = 0
+    for _, search, index, costs, step_s, ranges in _solved(range(8)):
+        closer = Closer(search.limits)
+        judge = partial(search.judged, index)
+        first = closer.close_whole(costs, 0.0, step_s, step_s, ranges, judge)
+        worked = closer.num_nodes
+        second = closer.close_whole(costs, 0.0, step_s, step_s, ranges, judge)
+        if first.reason == "branching":
+            assert second.reason == "branching"
+            assert closer.num_nodes - worked <= worked // 2
+            again += worked > 1
+    assert again >= 4
