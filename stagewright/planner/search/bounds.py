@@ -852,7 +852,7 @@ def _chunk_cap(
         states += state_bytes[single]
     limit = target_s * (1.0 + 1e-12)
     low, high = -1, int(most)
-    if each > 0.0:
+    if each > 0.0 and np.isfinite(limit):
         high = max(
             min(high, int((limit - step - num_microbatches * fixed) / (num_microbatches * each + step_s[bulk]) + 1e-9)),
             -1,
