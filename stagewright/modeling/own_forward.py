@@ -219,6 +219,8 @@ class OwnForward:
         frame = self._frame
         if frame is None or index < frame.first:
             return None
+        if index != frame.entered:
+            raise self._out_of_order(index, frame)
         args, kwargs = present((args, kwargs))
         self._refuse_placeholders(index, (args, kwargs))
         return args, kwargs
@@ -228,18 +230,26 @@ class OwnForward:
             raise InvalidArgument(_message(self._layers[index].name), field="model", hint=_HINT)
 
     def _enter(self, index: int, frame: _Frame) -> None:
-        expected = frame.first if frame.entered < 0 else frame.entered + 1
-        if index != expected:
-            raise InvalidArgument(
-                f"the model calls layer {self._layers[index].name!r} where {self._layers[expected].name!r} was expected",
-                field="model",
-                hint="give the model stagewright_layers(), which returns its layers by name in order",
-            )
+        if index != self._expected(frame):
+            raise self._out_of_order(index, frame)
         frame.entered = index
         if index == frame.first:
             torch.set_grad_enabled(frame.gradients)
         if frame.seed is not None:
             seed_layer(frame.seed, index)
+
+    @staticmethod
+    def _expected(frame: _Frame) -> int:
+        return frame.first if frame.entered < 0 else frame.entered + 1
+
+    def _out_of_order(self, index: int, frame: _Frame) -> InvalidArgument:
+        called = self._layers[index].name
+        expected = self._layers[min(self._expected(frame), len(self._layers) - 1)].name
+        return InvalidArgument(
+            f"the model calls layer {called!r} where {expected!r} was expected",
+            field="model",
+            hint="give the model stagewright_layers(), which returns its layers by name in order",
+        )
 
     def _forward(
         self, index: int, module: nn.Module, own: Callable[..., object], /, *args: object, **kwargs: object

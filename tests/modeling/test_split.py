@@ -330,6 +330,20 @@ def test_lists_that_one_loop_walks_are_layers_of_one_module_of_each():
     assert sum(layer.num_parameters for layer in chain.layers) == sum(value.numel() for value in Rows().parameters())
 
 
+def test_a_row_whose_second_module_is_called_first_is_refused():
+    class Late(Rows):
+        def forward(self, tokens, targets):
+            hidden = self.token(tokens)
+            for index in range(3):
+                hidden = self.norms[index](hidden)
+            for index, norm in enumerate(self.norms):
+                hidden = norm(self.mixers[index](hidden)) + self.deep[index][0](hidden)
+            return functional.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten())
+
+    with pytest.raises(InvalidArgument, match="calls layer"):
+        split(Late()).segment(0, 6).run((tokens(), tokens()))
+
+
 def test_layers_that_are_dropped_at_random_always_run(caplog):
     class Dropping(TinyGPT):
         def __init__(self):
