@@ -22,7 +22,7 @@ from stagewright.planner.documents.cluster import DType, EfficiencyPoint
 from stagewright.planner.errors import InvalidArgument
 from stagewright.profiler.network import QUICK_SIZES_BYTES, profile_network
 from stagewright.profiler.ranks import RankContext, ReportsProgress, run_ranks
-from stagewright.profiler.timing import clock_of, time_calls
+from stagewright.profiler.timing import check_budget, clock_of, time_calls
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -56,8 +56,9 @@ def discover_local(
 
     Raises
     ------
-    InvalidArgument : when CUDA is asked for and absent, or more devices than there are.
+    InvalidArgument : when CUDA is asked for and absent, or more devices than there are, or the budget is no time.
     """
+    check_budget(budget_s)
     num_cuda = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     if device == "cuda" and not num_cuda:
         raise InvalidArgument("there is no CUDA device", field="device", hint="discover with the device cpu")

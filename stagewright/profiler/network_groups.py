@@ -28,6 +28,7 @@ from stagewright.planner.errors import InvalidArgument, RunFailed
 from stagewright.profiler.discover import device_of_ranks, discovered_dtypes, measure_rank
 from stagewright.profiler.network import OPERATIONS, QUICK_SIZES_BYTES, NetworkProfile, network_profile_of, sweep
 from stagewright.profiler.ranks import RankContext, ReportsProgress, run_ranks
+from stagewright.profiler.timing import check_budget
 
 INSIDE, BETWEEN = "node", "network"
 
@@ -70,6 +71,7 @@ def profile_job(
     job: Job, *, device: str = "auto", budget_s: float = 12.0, progress: ReportsProgress | None = None
 ) -> Cluster | None:
     """Return the job's cluster on rank 0, None on the others; every rank of the job calls this."""
+    check_budget(budget_s)
     kind: Literal["cpu", "cuda"] = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from stagewright.planner.errors import InvalidArgument
 from stagewright.profiler.discover import num_cores
 from stagewright.profiler.model_bench import CachePolicy, Configuration, Kind, OptimizerName
+from stagewright.profiler.timing import check_budget
 
 DTypeName = Literal["fp64", "fp32", "bf16", "fp16"]
 
@@ -20,6 +21,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class ProfileSettings:
             raise InvalidArgument(
                 f"cache_policy {self.cache_policy!r} is neither hot nor flushed", field="cache_policy"
             )
+        check_budget(self.budget_s)
+        if self.optimizer not in OPTIMIZERS:
+            raise InvalidArgument(f"optimizer {self.optimizer!r} is none of {', '.join(OPTIMIZERS)}", field="optimizer")
         if self.dtype not in DTYPES:
             raise InvalidArgument(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}", field="dtype")
 

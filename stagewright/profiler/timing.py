@@ -7,6 +7,7 @@ agree, not for a fixed count.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +17,18 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from stagewright.planner.errors import InvalidArgument
+
 _CPU_FLUSH_BYTES = 2**27
 _CUDA_FLUSH_BYTES = 2**28
+
+
+def check_budget(budget_s: float) -> None:
+    """Raise InvalidArgument for a time that measuring cannot take."""
+    if not (math.isfinite(budget_s) and budget_s >= 0):
+        raise InvalidArgument(
+            f"budget {budget_s} s is no time", field="budget", hint="give seconds, 0 for the fewest measurements"
+        )
 
 
 class Clock(Protocol):

@@ -205,6 +205,53 @@ def test_a_graph_is_profiled_with_its_edges(monkeypatch):
     assert cost(profile, "join").input_grad_s + cost(profile, "join").weight_grad_s > 0
 
 
+@pytest.mark.parametrize(
+    ("setting", "field"),
+    [
+        ({"budget_s": float("nan")}, "budget"),
+        ({"budget_s": float("inf")}, "budget"),
+        ({"budget_s": -1.0}, "budget"),
+        ({"optimizer": "lion"}, "optimizer"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"microbatches": (0,)}, "microbatches"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named(tiny_model_file, setting, field):
+    with pytest.raises(InvalidArgument) as raised:
+        profile_model(f"{tiny_model_file}:build", device="cpu", **{"microbatches": (1,), **setting})
+    assert raised.value.field == field
+
+
+def test_a_model_that_cannot_run_a_layer_twice_has_no_recomputation(caplog):
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, hidden, seen):
+            if id(self) in seen:
+                raise ValueError("a layer ran twice")
+            seen.add(id(self))
+            return torch.relu(self.inner(hidden))
+
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Embedding(10, 8)
+            self.blocks = nn.ModuleList([Once(), Once()])
+            self.head = nn.Linear(8, 10)
+
+        def forward(self, tokens, targets):
+            hidden, seen = self.token(tokens), set()
+            for block in self.blocks:
+                hidden = block(hidden, seen)
+            return nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten())
+
+    profile = profile_model(Caching(), microbatches=(1,), sequence_length=8, device="cpu", budget_s=0.0)
+    assert all(set(entry.activation_bytes) == {"none"} for kind in profile.classes.values() for entry in kind.costs)
+    assert "recomputation fails and is left out: ValueError: a layer ran twice" in caplog.text
+
+
 def test_the_cache_policy_is_recorded(tiny_model_file):
     settings = {"microbatches": (1,), "sequence_length": 16, "budget_s": 0.0, "device": "cpu"}
     hot, flushed = (
