@@ -61,5 +61,11 @@ def _load_module(place: str, reference: str) -> object:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise InvalidArgument(
+            f"{reference!r}: {place} cannot be loaded: {type(error).__name__}: {error}", field="model"
+        ) from error
     return module

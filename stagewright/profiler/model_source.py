@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stagewright.modeling import Batch, LayerChain, load_object, split
 from stagewright.modeling.batch import batch_size, slice_batch, to_device
-from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.errors import InvalidArgument, StagewrightError
 from stagewright.profiler.guessed_batch import guessed_batch
 from stagewright.profiler.tensor_shard import shard_model
 
@@ -89,7 +89,7 @@ class ModelSource:
                 raise InvalidArgument(f"{self.reference!r} is no function that returns a model", field="model")
             told = _told(factory, num_layers, tensor_degree)
             with torch.device(device):
-                model = factory(**told)
+                model = _made(self.reference, factory, told)
             if not isinstance(model, nn.Module):
                 raise InvalidArgument(
                     f"{self.reference!r} returned {type(model).__name__}, not a torch module", field="model"
@@ -127,6 +127,19 @@ class ModelSource:
             return load_object(f"{self.reference.rpartition(':')[0]}:data")
         except InvalidArgument:
             return None
+
+
+def _made(reference: str, factory: Callable[..., object], told: Mapping[str, int]) -> object:
+    try:
+        return factory(**told)
+    except (torch.OutOfMemoryError, StagewrightError):
+        raise
+    except Exception as error:
+        raise InvalidArgument(
+            f"{reference!r} failed to build the model: {type(error).__name__}: {error}",
+            field="model",
+            hint="it is called without arguments, but for num_layers and tensor_degree where it takes them",
+        ) from error
 
 
 def _told(factory: Callable[..., object], num_layers: int | None, tensor_degree: int) -> dict[str, int]:

@@ -222,6 +222,31 @@ def test_a_setting_that_makes_no_sense_is_named(tiny_model_file, setting, field)
     assert raised.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def build(): raise ValueError('no weights')", "failed to build the model: ValueError: no weights"),
+        (
+            "def build(width): pass",
+            "failed to build the model: TypeError: build() missing 1 required positional argument",
+        ),
+        ("def build(): return 3", "returned int, not a torch module"),
+        (
+            "import nothing_of_this_name",
+            "cannot be loaded: ModuleNotFoundError: No module named 'nothing_of_this_name'",
+        ),
+        ("def build(:", "cannot be loaded: SyntaxError"),
+    ],
+)
+def test_a_factory_that_fails_is_the_users_to_mend(tmp_path, text, message):
+    path = tmp_path / "broken_model.py"
+    path.write_text(text)
+    with pytest.raises(InvalidArgument) as raised:
+        profile_model(f"{path}:build", device="cpu")
+    assert message in raised.value.message
+    assert raised.value.field == "model"
+
+
 def test_a_model_that_cannot_run_a_layer_twice_has_no_recomputation(caplog):
     class Once(nn.Module):
         def __init__(self):
