@@ -2,7 +2,7 @@
 
     node      limits on what is whole (`cut_program.Wholes`) beside those of the program
     solve     the linear program; a node whose optimum is at the target or above is closed
-    cut       simulate at the optimum, add its critical path, solve again, a few times
+    cut       simulate at the optimum and near the best point, add their critical paths, until the bound hardly rises
     probe     solve a few dual steps with a number rounded down and rounded up; where one of the two is closed, the
               other holds, and where both are, the node is closed; the next kind waits for what this one decides
     branch    on the number whose two sides rise most (the largest product of rises: strong branching)
@@ -46,8 +46,8 @@ from stagewright.planner.search.order import Cut
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
-FIRST_ROUNDS, ROUNDS = 100, 16
-MOST_CUTS = 400  # of a program; idle ones are dropped above
+FIRST_ROUNDS, ROUNDS, KNOWN_ROUNDS = 100, 16, 3  # at the root, at a node, at one whose parts are known
+MOST_CUTS = 240  # of a program; idle ones are dropped above
 _SMOOTHING = 0.93
 _PROBED = 2  # numbers of each kind that are probed; at the root all up to RAISED_ON_RANKS
 _STEPS = 40
@@ -124,7 +124,10 @@ class Branching:
 
     def _children(self, node: _Node) -> list[_Node]:
         """Return what is left of a node: nothing where it is closed; the last one is taken next."""
-        point = self._solved(FIRST_ROUNDS if not node.limits else ROUNDS) if self._hold(node.limits) else None
+        rounds = FIRST_ROUNDS
+        if node.limits:
+            rounds = KNOWN_ROUNDS if node.split.parts else ROUNDS
+        point = self._solved(rounds) if self._hold(node.limits) else None
         if point is None:
             return []
         bound_s = max(node.bound_s, point.bound_s * (1 - _TOLERANCE))
