@@ -1,18 +1,23 @@
 """Times the joint search: the catalogue's cases, and growth with devices and layers.
 
     python benchmarks/search.py [CASE ...] [--growth]
+    python benchmarks/search.py --plot
 
 Seconds run from parsed documents to the answer, processor seconds of this process beside the clock's; a first small
 solve loads the compiled code before either runs. Results go to `benchmarks/results/search.json`; a run of some cases
-replaces those and keeps the others.
+replaces those and keeps the others. `--plot` draws the growth from that file into `benchmarks/results/search_growth.svg`,
+as `--growth` does at its end: seconds over devices and over layers, both axes logarithmic, with the exponent of a power
+law through the points.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,11 +28,14 @@ from stagewright.planner.documents import TrainingJob
 from stagewright.planner.planning import make_plan
 
 RESULT = Path(__file__).parent / "results" / "search.json"
+PLOT = RESULT.with_name("search_growth.svg")
 CASES = {
     "gpt3-64": ("gpt3-175b", "a100-sxm-80g:8x8", 1536, 2048),
     "gpt3-1024": ("gpt3-175b", "a100-sxm-80g:8x128", 1536, 2048),
     "llama3.1-405b": ("llama3.1-405b", "h100-sxm:8x2048", 2048, 8192),
     "llama2-13b": ("llama2-13b", "a100-sxm-80g:8x8", 1024, 4096),
+    "llama2-13b-mixed": ("llama2-13b", "a100-sxm-80g:8x4+v100-sxm-32g:8x4", 1024, 4096),
+    "vit-l-llama3-8b": ("vit-l-llama3-8b", "h100-sxm:8x8", 512, 4096),
     "mixtral-8x22b": ("mixtral-8x22b", "h100-sxm:8x32", 1024, 4096),
     "deepseek-v3": ("deepseek-v3", "h800-sxm:8x256", 2048, 4096),
 }
@@ -76,16 +84,68 @@ def measure(name: str) -> dict[str, object]:
     }
 
 
+def power(points: Sequence[tuple[float, float]]) -> float:
+    """Return the exponent of the power law through points (x, seconds), by least squares of logarithms."""
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    mean_x, mean_y = (sum(column) / len(logs) for column in zip(*logs, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in logs)
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / spread
+
+
+def panel(points: Sequence[tuple[float, float]], label: str, left: float) -> list[str]:
+    """Return the marks of one panel, 320 x 240 pixels behind `left`: a line through the points, their values beside them."""
+    lows = [math.floor(math.log10(min(column))) for column in zip(*points, strict=True)]
+    highs = [math.ceil(math.log10(max(column))) for column in zip(*points, strict=True)]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (math.log10(x) - lows[0]) / max(highs[0] - lows[0], 1)
+        up = (math.log10(y) - lows[1]) / max(highs[1] - lows[1], 1)
+        return left + 320 * across, 290 - 240 * up
+
+    marks = [f'<rect x="{left}" y="50" width="320" height="240" fill="none" stroke="#888"/>']
+    for exponent in range(lows[0], highs[0] + 1):
+        x, _ = place(10.0**exponent, 10.0 ** lows[1])
+        marks.append(f'<text x="{x:.1f}" y="306" text-anchor="middle">{10**exponent:,}</text>')
+    for exponent in range(lows[1], highs[1] + 1):
+        _, y = place(10.0 ** lows[0], 10.0**exponent)
+        marks.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{10.0**exponent:g} s</text>')
+    line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
+    marks.append(f'<polyline points="{line}" fill="none" stroke="#1f6feb" stroke-width="2"/>')
+    for x, y in points:
+        across, down = place(x, y)
+        marks.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="#1f6feb"/>')
+        marks.append(f'<text x="{across:.1f}" y="{down - 10:.1f}" text-anchor="middle">{y:.2g}</text>')
+    title = f"CPU seconds over {label}: grows with power {power(points):.2f}"
+    return [*marks, f'<text x="{left + 160}" y="30" text-anchor="middle">{title}</text>']
+
+
+def plot(rows: Sequence[dict[str, object]]) -> str:
+    """Return the picture of the growth with devices and with layers."""
+    of_name = {row["case"]: row for row in rows}
+    marks: list[str] = []
+    for names, size, left in ((DEVICES, "devices", 60.0), (LAYERS, "layers", 460.0)):
+        points = [(float(str(of_name[name][size])), float(str(of_name[name]["cpu_s"]))) for name in names]
+        marks += panel(points, size, left)
+    style = 'font-family="sans-serif" font-size="11"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="820" height="330" {style}>' + "".join(marks) + "</svg>\n"
+
+
 def main() -> None:
     """Measure the named cases (all of the catalogue's by default), print a line each and keep them."""
     known_cases = [*CASES, *DEVICES, *LAYERS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"what to measure, of {', '.join(known_cases)}")
     parser.add_argument("--growth", action="store_true", help="measure the growth with devices and with layers as well")
+    parser.add_argument(
+        "--plot", action="store_true", help=f"draw {PLOT.name} from the result file and measure nothing"
+    )
     arguments = parser.parse_args()
     unknown = [name for name in arguments.cases if name not in known_cases]
     if unknown:
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(known_cases)}")
+    if arguments.plot:
+        PLOT.write_text(plot(json.loads(RESULT.read_text())["cases"]))
+        return
     names = arguments.cases or ([] if arguments.growth else list(CASES))
     if arguments.growth:
         names = [*names, *DEVICES, *LAYERS]
@@ -99,6 +159,8 @@ def main() -> None:
         cases = [case for case in known if case["case"] != name] + [row]
         result = {**machine("python benchmarks/search.py"), "cases": cases}
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.growth:
+        PLOT.write_text(plot(json.loads(RESULT.read_text())["cases"]))
 
 
 if __name__ == "__main__":
