@@ -315,29 +315,21 @@ def _peaks(kinds: Ints, cells: Ints, amounts: Ints, num_slots: int) -> Ints:
 def _non_dominated(vectors: Ints) -> npt.NDArray[np.bool_]:
     """Return which rows no other row is at least everywhere; of equal rows the first stays."""
     count, width = vectors.shape
-    keep = np.ones(count, dtype=np.bool_)
+    keep = np.zeros(count, dtype=np.bool_)
     kept = np.empty(count, dtype=np.int64)
     num_kept = 0
-    for index in range(count):
+    # By falling sums: what comes later covers nothing before it. What covers often comes first.
+    for index in np.argsort(-vectors.sum(axis=1), kind="mergesort"):
         dominated = False
         for place in range(num_kept):
-            other = kept[place]
-            if _covers(vectors[other], vectors[index], width):
+            if _covers(vectors[kept[place]], vectors[index], width):
                 dominated = True
+                kept[place], kept[place // 2] = kept[place // 2], kept[place]
                 break
-        if dominated:
-            keep[index] = False
-            continue
-        remaining = 0
-        for place in range(num_kept):
-            other = kept[place]
-            if _covers(vectors[index], vectors[other], width):
-                keep[other] = False
-            else:
-                kept[remaining] = other
-                remaining += 1
-        kept[remaining] = index
-        num_kept = remaining + 1
+        if not dominated:
+            keep[index] = True
+            kept[num_kept] = index
+            num_kept += 1
     return keep
 
 
