@@ -114,7 +114,7 @@ def panel(points: Sequence[tuple[float, float]], label: str, left: float) -> lis
     for x, y in points:
         across, down = place(x, y)
         marks.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="#1f6feb"/>')
-        marks.append(f'<text x="{across:.1f}" y="{down - 10:.1f}" text-anchor="middle">{y:.2g}</text>')
+        marks.append(f'<text x="{across:.1f}" y="{down - 10:.1f}" text-anchor="middle">{y:.3g}</text>')
     title = f"CPU seconds over {label}: grows with power {power(points):.2f}"
     return [*marks, f'<text x="{left + 160}" y="30" text-anchor="middle">{title}</text>']
 
