@@ -152,7 +152,7 @@ def _called(model: nn.Module, path: str) -> list[str]:
     module = model.get_submodule(path)
     if type(module) not in _NEVER_CALLED:
         return [path]
-    held = [part for key, child in module.named_children() if _has_parameters(child) for part in [f"{path}.{key}"]]
+    held = [f"{path}.{key}" for key, child in module.named_children() if _has_parameters(child)]
     return [part for name in held for part in _called(model, name)]
 
 

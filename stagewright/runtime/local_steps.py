@@ -23,7 +23,7 @@ from torch import nn
 
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument
-from stagewright.runtime.reduction import Bucket, Traffic
+from stagewright.runtime.reduction import Bucket, Traffic, mean_over
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,11 @@ class LocalSteps:
             return
         for bucket, anchors in zip(self._buckets, self._anchors, strict=True):
             for value, anchor in zip(bucket.optimized(), anchors, strict=True):
-                anchor.grad = self._mean(anchor.detach() - value.detach())
+                change = anchor.detach() - value.detach()
+                anchor.grad = mean_over(change, self._group, self._traffic, "all-reduce/outer")
         self._outer.step()
         with torch.no_grad():
             for bucket, anchors in zip(self._buckets, self._anchors, strict=True):
                 for value, anchor in zip(bucket.optimized(), anchors, strict=True):
                     value.copy_(anchor)
                 bucket.after_step()
-
-    def _mean(self, change: torch.Tensor) -> torch.Tensor:
-        members = self._group.size()
-        dist.all_reduce(change, group=self._group)
-        sent = 2 * (members - 1) / members * change.numel() * change.element_size()
-        self._traffic["all-reduce/outer"] = self._traffic.get("all-reduce/outer", 0.0) + sent
-        return change / members

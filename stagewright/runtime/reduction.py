@@ -32,6 +32,20 @@ from stagewright.runtime.ring import Ring
 StageKey = tuple[int, int]  # (replica, stage)
 Traffic = dict[str, float]
 Algorithm = Literal["library", "ring"]
+Purpose = Literal["dp", "tied", "edp"]
+
+
+def all_reduce_bytes(values: Tensor, group: dist.ProcessGroup) -> float:
+    """Return what a ring all-reduce sends from each rank, 2 (n - 1) / n of the tensor."""
+    members = group.size()
+    return 2 * (members - 1) / members * values.numel() * values.element_size()
+
+
+def mean_over(values: Tensor, group: dist.ProcessGroup, traffic: Traffic, name: str) -> Tensor:
+    """Return the mean of a tensor over the ranks of a group, summed in place, and count its bytes under `name`."""
+    dist.all_reduce(values, group=group)
+    traffic[name] = traffic.get(name, 0.0) + all_reduce_bytes(values, group)
+    return values / group.size()
 
 
 class Bucket(Protocol):
@@ -318,8 +332,7 @@ class ReplicatedBucket:
                 work = dist.all_reduce(bucket, group=self.group, async_op=True)
                 assert work is not None
                 self._works.append(work)
-                members = self.group.size()
-                self._count(2 * (members - 1) / members * bucket.numel() * bucket.element_size())
+                self._count(all_reduce_bytes(bucket, self.group))
             self._started[index] = number + 1
 
     def _count(self, sent_bytes: float) -> None:

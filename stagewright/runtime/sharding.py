@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.modeling.tensor_parallel import TensorShards
-from stagewright.runtime.reduction import StageKey, Traffic, local_gradient, squared_norm, sum_partial
+from stagewright.runtime.reduction import StageKey, Traffic, all_reduce_bytes, local_gradient, squared_norm, sum_partial
 
 
 class ShardedBucket:
@@ -130,11 +130,9 @@ class ShardedBucket:
             self._scatter()
         if self._across is not None:
             self._land()
-            members = self._across.size()
             gradient = self._shard_gradient()
             self._summing = dist.all_reduce(gradient, group=self._across, async_op=True)
-            sent = 2 * (members - 1) / members * gradient.numel() * gradient.element_size()
-            self._count_traffic("all-reduce", sent)
+            self._count_traffic("all-reduce", all_reduce_bytes(gradient, self._across))
 
     def finish(self) -> None:
         """Wait for the reductions under way."""

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules.schedule import WeightPolicy
 from stagewright.runtime.predicted_weights import Predictor
-from stagewright.runtime.reduction import StageKey, Traffic
+from stagewright.runtime.reduction import StageKey, Traffic, mean_over
 
 DELAYED = (WeightPolicy.DOUBLE_BUFFER, WeightPolicy.TWO_GROUP)
 IN_PLACE = (WeightPolicy.NONE, WeightPolicy.PREDICT)
@@ -148,12 +148,8 @@ class VersionedBucket:
             if slot.master.grad is None:
                 slot.master.grad = torch.zeros_like(slot.master)
         flat = torch.cat([slot.master.grad.reshape(-1) for slot in self._slots if slot.master.grad is not None])
-        dist.all_reduce(flat, group=group)
-        flat /= group.size()
-        self.traffic["all-reduce/dp"] = self.traffic.get("all-reduce/dp", 0.0) + (
-            2 * (group.size() - 1) / group.size() * flat.numel() * flat.element_size()
-        )
-        parts = flat.split([slot.master.numel() for slot in self._slots])
+        means = mean_over(flat, group, self.traffic, "all-reduce/dp")
+        parts = means.split([slot.master.numel() for slot in self._slots])
         for slot, part in zip(self._slots, parts, strict=True):
             slot.master.grad = part.view_as(slot.master)
 

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -47,7 +46,7 @@ from stagewright.runtime.peer_swap import make_swap, swaps, traffic_of
 from stagewright.runtime.post_validation import PostValidation
 from stagewright.runtime.predicted_weights import predictor_of
 from stagewright.runtime.recorder import Recorder, now_s
-from stagewright.runtime.reduction import Bucket, BucketSet, ReplicatedBucket
+from stagewright.runtime.reduction import Bucket, BucketSet, Purpose, ReplicatedBucket
 from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.stage import Stage, Unit
 from stagewright.runtime.step_rule import StepRule, whole_squared_norm
@@ -728,7 +727,7 @@ class Worker:
 
     def _synchronous_bucket(
         self,
-        purpose: Literal["dp", "tied", "edp"],
+        purpose: Purpose,
         parameters: dict[str, nn.Parameter],
         group: dist.ProcessGroup | None,
         holders: frozenset[StageKey],
@@ -758,7 +757,7 @@ class Worker:
 
     def _replicated(
         self,
-        purpose: Literal["dp", "tied", "edp"],
+        purpose: Purpose,
         parameters: dict[str, nn.Parameter],
         group: dist.ProcessGroup | None,
         holders: frozenset[StageKey],

@@ -50,9 +50,10 @@ class LayerCost:
     """Costs of one layer for one microbatch on one device, levels in the order none, selective, full.
 
     `again_link_bytes` is what full recomputation sends beside `link_bytes`, of which `forward_link_bytes` is the forward's part.
-    `split_excess_s` is what the backward takes longer in two pieces. `input_bytes` is not known here: the activation of level full is set where the layer's predecessors are. A level whose
-    `freed_at_input_grad` is None holds what level none holds after the input gradient. `frozen_parameters` stay whole under
-    every ZeRO stage and have neither gradient nor optimizer state.
+    `split_excess_s` is what the backward takes longer in two pieces. `input_bytes` is not known here: the activation of level
+    full is set where the layer's predecessors are. A level whose `freed_at_input_grad` is None holds what level none holds
+    after the input gradient. `frozen_parameters` stay whole under every ZeRO stage and have neither gradient nor optimizer
+    state.
     """
 
     forward_s: float
