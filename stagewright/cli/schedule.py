@@ -45,6 +45,10 @@ def schedule(
         Path | None, typer.Option(help="JSON list, one entry for each virtual stage; excludes the three cost options.")
     ] = None,
     placement: Annotated[str, typer.Option(help="loop, v, wave or any.")] = "any",
+    copies: Annotated[
+        int | None,
+        typer.Option(help="Most copies of its weights on a rank, 1 or 2; 2 unless --csv is given, which knows one."),
+    ] = None,
     effort: Annotated[str, typer.Option(help="Budget of `auto`: low, normal or high.")] = "normal",
     deadline: Annotated[float | None, typer.Option(help="Seconds after which `auto` stops early.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of `auto`.")] = 0,
@@ -90,6 +94,7 @@ def schedule(
                 request,
                 effort=options[1],
                 placement=options[0],
+                copies=_most_copies(name, copies, has_csv=csv is not None),
                 seed=seed,
                 deadline_s=deadline,
                 progress=lambda best_s, bound_s: progress("searching", round(1e6 * bound_s / best_s), 1_000_000),
@@ -300,6 +305,17 @@ def _search_options(placement: str, effort: str, deadline: float | None, seed: i
     return PlacementChoice(placement), Effort(effort)
 
 
+def _most_copies(name: str, copies: int | None, *, has_csv: bool) -> int:
+    from stagewright.planner.schedules.auto.request import MOST_COPIES
+    from stagewright.planner.schedules.report import AUTO
+
+    if copies is None:
+        return 1 if has_csv and name.strip().lower() == AUTO else MOST_COPIES
+    if not 1 <= copies <= MOST_COPIES:
+        raise InvalidArgument(f"--copies is {copies}, a rank holds 1 or {MOST_COPIES}", field="copies")
+    return copies
+
+
 def _write_files(
     found: ScheduleReport, *, svg: Path | None, trace: Path | None, csv: Path | None, lowered: bool
 ) -> None:
@@ -351,6 +367,12 @@ def _print(found: ScheduleReport) -> None:
         named = found.auto.gain
         best = "" if named is None else f"; best named schedule: {named.name}, {seconds_text(named.named_s)}"
         screen.print(f"{found.auto.placement} placement, {found.auto.num_chunks} chunks, {found.auto.stop.value}{best}")
+        if found.auto.num_copies > 1:
+            one = found.auto.one_copy
+            screen.print(
+                f"[bold]each rank holds {found.auto.num_copies} copies of its weights and gradients[/bold], one stage of each; "
+                f"with one copy (--copies 1): {seconds_text(one.makespan_s)} (bound {seconds_text(one.bound_s)})"
+            )
     table = Table("measure", "value", "meaning", box=None)
     for key, text, meaning in (
         ("ideal_s", seconds_text(timeline.ideal_s), "mean work of a rank"),

@@ -103,6 +103,32 @@ def test_auto_keeps_the_cap_and_beats_the_named_schedules_that_do(call):
     assert document["bound_s"] <= document["makespan_s"] <= document["best_named"]["makespan_s"]
 
 
+def test_auto_says_that_it_keeps_two_copies_and_what_one_takes(call, costs_file, capsys):
+    path = costs_file([*entries(1, forward_s=2.0), *entries(3, forward_s=1.0)])
+    options = ("auto", "--ranks", 4, "--microbatches", 4, "--costs", path, "--effort", "low")
+    code, both = call(*options)
+    assert code == 0
+    assert both["num_copies"] == 2
+    assert both["weight_versions"] == [2, 2, 2, 2]
+    assert both["bound_s"] <= both["makespan_s"] < both["one_copy"]["makespan_s"]
+    _, one = call(*options, "--copies", 1)
+    assert one["num_copies"] == 1
+    assert one["makespan_s"] == both["one_copy"]["makespan_s"] == one["one_copy"]["makespan_s"]
+    assert run(["schedule", *map(str, options)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "each rank holds 2 copies of its weights and gradients" in printed
+    assert "--copies 1" in printed
+
+
+def test_auto_keeps_one_copy_for_torchs_csv_which_knows_no_other(call, tmp_path):
+    code, document = call(
+        "auto", "--ranks", 2, "--microbatches", 2, "--effort", "low", "--csv", tmp_path / "auto.csv", "--lowered"
+    )
+    assert code == 0
+    assert document["num_copies"] == 1
+    assert "SEND_F" in (tmp_path / "auto.csv").read_text()
+
+
 def test_a_cap_that_a_named_schedule_exceeds_is_a_usage_error_with_both_numbers(call):
     code, document = call("1f1b", "--ranks", 4, "--microbatches", 8, "--memory-cap", 3)
     assert code == 2
@@ -173,6 +199,8 @@ BAD_OPTIONS = [
     (("1f1b", "--ranks", 4, "--microbatches", 4, "--placement", "v"), "placement"),
     (("1f1b", "--ranks", 4, "--microbatches", 4, "--chunks", 0), "chunks"),
     (("interleaved", "--ranks", 4, "--microbatches", 7), "num_microbatches"),
+    (("auto", "--ranks", 4, "--microbatches", 4, "--copies", 3), "copies"),
+    (("gems", "--ranks", 4, "--microbatches", 4, "--copies", 1), "copies"),
     (("auto", "--ranks", 4, "--microbatches", 4, "--effort", "endless"), "effort"),
     (("auto", "--ranks", 4, "--microbatches", 4, "--deadline", 0), "deadline"),
     (("auto", "--ranks", 4, "--microbatches", 4, "--slices", 2), "slices"),

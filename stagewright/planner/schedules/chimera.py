@@ -217,5 +217,6 @@ FAMILY = ScheduleFamily(
     chimera,
     num_replicas=2,
     constraint="D is even, because replicas run in opposite directions; T is a multiple of the replicas, who share it",
+    improves=True,
     takes_cap=True,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,12 @@ class StageCosts:
             return self
         activation = np.where(grows, self.activation * (1.0 - self.freed_at_input_grad), self.activation)
         return replace(self, activation=activation, freed_at_input_grad=np.maximum(self.freed_at_input_grad, 0.0))
+
+    def repeated(self, times: int) -> StageCosts:
+        """Return the costs of `times` copies of the stages, one after the other."""
+        if times == 1:
+            return self
+        return StageCosts(**{field.name: np.tile(getattr(self, field.name), times) for field in fields(self)})
 
     @classmethod
     def of(

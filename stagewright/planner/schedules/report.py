@@ -16,7 +16,7 @@ from stagewright.planner.schedules.auto import (
     any_order_bound,
     search,
 )
-from stagewright.planner.schedules.auto.request import DEFAULT_CHUNKS
+from stagewright.planner.schedules.auto.request import DEFAULT_CHUNKS, MOST_COPIES
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import generate
@@ -62,6 +62,8 @@ class ScheduleReport:
         return found | {
             "placement": self.auto.placement,
             "num_chunks": self.auto.num_chunks,
+            "num_copies": self.auto.num_copies,
+            "one_copy": {"makespan_s": self.auto.one_copy.makespan_s, "bound_s": self.auto.one_copy.bound_s},
             "evaluations": self.auto.evaluations,
             "stop": self.auto.stop.value,
             "gap": self.auto.gap,
@@ -75,22 +77,24 @@ def report(
     *,
     effort: Effort = Effort.NORMAL,
     placement: PlacementChoice = PlacementChoice.ANY,
+    copies: int = MOST_COPIES,
     seed: int = 0,
     deadline_s: float | None = None,
     progress: Callable[[float, float], None] | None = None,
 ) -> ScheduleReport:
     """Return the named schedule, or the best one found for `auto`, simulated at the request's costs and latency.
 
-    `request.costs` hold activations in rank-microbatches; equal unit costs when None. `effort`, `seed`, `deadline_s`
-    and `progress` concern `auto` only. Raises InvalidArgument for sizes the schedule does not admit and for a cap below
+    `request.costs` hold activations in rank-microbatches; equal unit costs when None. `copies` is the most copies of its weights that
+    a rank may hold. `effort`, `seed`, `deadline_s` and `progress` concern `auto` only. Raises InvalidArgument for sizes the schedule does not admit and for a cap below
     what it needs, Infeasible when no schedule fits the cap of `auto`.
     """
     if name.strip().lower() == AUTO:
-        result = _search(request, effort, placement, seed, deadline_s, progress)
+        result = _search(request, effort, placement, copies, seed, deadline_s, progress)
         schedule, costs, bound_s = result.schedule, result.costs, result.bound_s
     else:
         result = None
         schedule = generate(name, _with_placement(request, placement))
+        _check_copies(schedule, copies)
         costs = request.costs or _equal_costs(schedule)
         bound_s = _bound(schedule, costs, request)
     timeline = simulate(schedule, costs, links=Links(latency_s=request.latency_s), shares=implied_shares(schedule))
@@ -115,10 +119,20 @@ def _equal_costs(schedule: Schedule) -> StageCosts:
     return StageCosts.of(share, share, share, activation=share)
 
 
+def _check_copies(schedule: Schedule, copies: int) -> None:
+    if schedule.num_replicas > copies:
+        raise InvalidArgument(
+            f"{schedule.name} keeps {schedule.num_replicas} copies of the weights on each rank, {copies} was asked for",
+            field="copies",
+            hint="take auto or a schedule of one replica, see `stagewright schedule list`",
+        )
+
+
 def _search(
     request: ScheduleRequest,
     effort: Effort,
     placement: PlacementChoice,
+    copies: int,
     seed: int,
     deadline_s: float | None,
     progress: Callable[[float, float], None] | None,
@@ -140,6 +154,7 @@ def _search(
             memory_cap=request.memory_cap,
             placement=placement if request.placement is None else request.placement[0],
             chunk_counts=DEFAULT_CHUNKS if request.num_chunks is None else (request.num_chunks,),
+            copies=copies,
             effort=effort,
             seed=seed,
         ),

@@ -1,9 +1,10 @@
 """A proved lower bound on the makespan of any order on a placement, under its caps.
 
-It holds for every schedule, since some optimal one runs the microbatches of each letter in order (see `word`). Four families:
+It holds for every schedule, since some optimal one runs the microbatches of each letter in order (see `word`); with several copies of
+the model, for every schedule that deals the microbatches evenly to them. Four families:
 
 **Relaxed graph.** Arcs y(k - lag) -> x(k) that every such schedule obeys. Chain arcs and first-in-first-out arcs; memory
-arcs, with a_s the activation of stage s, share_s what I frees of it, P_s the sum of a over stages up to s of the rank, A the cap:
+arcs of each chain, with a_s the activation of stage s, share_s what I frees of it, P_s the sum of a over stages up to s of the rank, A the cap:
 
     F(s, k) after I(s, k - q)      q = floor(A / P_s)                        else q + 1 microbatches hold P_s each
     F(s, k) after F(last, k - q)   q = floor((A - P_last + P_s) / P_s)       else, once the oldest enters its last chunk ...
@@ -71,7 +72,10 @@ def any_order_bound(
     latency_s: float = 0.0,
     memory_cap: float | Floats | None = None,
 ) -> float:
-    """Return seconds below which no order on this placement ends; Infeasible when one microbatch exceeds the cap."""
+    """Return seconds below which no order on this placement ends; Infeasible when one microbatch exceeds the cap.
+
+    A placement [copies, stages] stands for orders that deal the microbatches evenly to the copies.
+    """
     return lower_bound(
         make_instance(
             costs,
@@ -155,7 +159,16 @@ def _memory_arcs(instance: Instance, rank: int) -> list[tuple[int, int, int]]:
     cap = float(instance.tables.cap[rank])
     if not np.isfinite(cap):
         return []
-    own = np.flatnonzero(instance.placement == rank)
+    in_chain = instance.num_stages // instance.num_chains
+    arcs: list[tuple[int, int, int]] = []
+    for first in range(0, instance.num_stages, in_chain):
+        own = first + np.flatnonzero(instance.placement[first : first + in_chain] == rank)
+        arcs += _memory_arcs_of_chain(instance, own, cap)
+    return arcs
+
+
+def _memory_arcs_of_chain(instance: Instance, own: npt.NDArray[np.int64], cap: float) -> list[tuple[int, int, int]]:
+    """Return the arcs between the chain's stages `own` of one rank, as if no other chain took memory."""
     activation = instance.costs.activation
     total = float(activation[own].sum())
     arcs: list[tuple[int, int, int]] = []
@@ -306,7 +319,8 @@ def _area_bound(instance: Instance, head_s: Floats, tail_s: Floats) -> float:
     tables, costs = instance.tables, instance.costs
     chain = tables.duration_s[0::3] + tables.duration_s[1::3] + tables.delay_s[0::3] + tables.delay_s[1::3]
     # From the start of F_s to the end of I_s: the chain from s on, without the hop into F_s.
-    through_s = np.cumsum(chain[::-1])[::-1] - tables.delay_s[0::3]
+    chain = chain.reshape(instance.num_chains, -1)
+    through_s = np.cumsum(chain[:, ::-1], axis=1)[:, ::-1].ravel() - tables.delay_s[0::3]
     kept = 1.0 - costs.freed_at_input_grad
     area = costs.activation * (through_s + kept * tables.duration_s[2::3])
     best_s = 0.0

@@ -70,10 +70,11 @@ def _start(tables: Tables, start: int, busiest_s: float) -> tuple[Floats, Floats
     """Return offsets, patience and period of one shape of the grid."""
     num_letters = len(tables.rank)
     num_stages = num_letters // 3
+    in_chain = num_stages // tables.num_chains
     offset_s = np.zeros(num_letters)
     warm_up_s = busiest_s * (start // 8 % 8) * 0.75
     for stage in range(num_stages):
-        depth_s = 2.0 * tables.duration_s.mean() * (num_stages - stage)
+        depth_s = 2.0 * tables.duration_s.mean() * (in_chain - stage % in_chain)
         offset_s[3 * stage] = -depth_s if start % 2 == 0 else 0.0
         offset_s[3 * stage + 1] = warm_up_s - 1e3 * busiest_s * (start // 2 % 2 == 0)
         offset_s[3 * stage + 2] = warm_up_s + 1e6 * busiest_s * (start // 4 % 2 == 0)

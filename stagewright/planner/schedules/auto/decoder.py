@@ -11,6 +11,9 @@ stays safe for ever: only F consumes memory and F is checked; the oldest unfinis
 F lowers need and free together and raises held by as much. So some action is always executable. With `strict` the simpler rule is used: free memory
 must hold all later chunks of the rank. It is safe too, and forbids some states, which at times leads to better orders.
 
+With several chains the banker counts the chains' microbatches in turn, k of every chain before k + 1 of any: one order of all units on all
+ranks, whichever has reached a rank. The simpler rule is not safe there, since chains can block each other in a circle, and is not used.
+
 O(actions * (ranks + letters of a rank + microbatches in flight)). Not optimal: no order is excluded, but which targets
 produce a good one is what the callers search for.
 """
@@ -59,12 +62,14 @@ def decode(
     position = np.zeros(num_ranks, dtype=np.int32)
     free_s = np.zeros(num_ranks)
     live = np.zeros(num_ranks)
-    held = np.zeros((num_ranks, microbatches))
-    need = np.zeros((num_ranks, microbatches))
+    chains = tables.num_chains
+    in_chain = num_letters // 3 // chains
+    held = np.zeros((num_ranks, microbatches * chains))
+    need = np.zeros((num_ranks, microbatches * chains))
     for rank in range(num_ranks):
         for stage in stages[rank]:
             if stage >= 0:
-                need[rank] += activation[stage]
+                need[rank, stage // in_chain :: chains] += activation[stage]
     oldest = np.zeros(num_ranks, dtype=np.int32)
     choice = np.full(num_ranks, -1, dtype=np.int32)
     choice_s = np.full(num_ranks, np.inf)
@@ -105,14 +110,15 @@ def decode(
         position[best] += 1
         placed[letter] += 1
         live[best] += tables.held[letter]
-        held[best, microbatch] += tables.held[letter]
+        unit = microbatch * chains + letter // 3 // in_chain
+        held[best, unit] += tables.held[letter]
         if letter % 3 == 0:
-            need[best, microbatch] -= activation[letter // 3]
+            need[best, unit] -= activation[letter // 3]
         if letter % 3 == 2:
-            finished = microbatches
+            finished = microbatches * chains
             for stage in stages[best]:
                 if stage >= 0:
-                    finished = min(finished, placed[3 * stage + 2])
+                    finished = min(finished, placed[3 * stage + 2] * chains + stage // in_chain)
             oldest[best] = finished
         stale[best] = True
         after = tables.successor[letter]
@@ -139,7 +145,12 @@ def _choose(
     oldest: Ints,
 ) -> tuple[int, float]:
     """Return the letter that this rank wants next and its start, or (-1, inf)."""
-    microbatches = tables.num_microbatches
+    microbatches, chains = tables.num_microbatches, tables.num_chains
+    in_chain = len(tables.rank) // 3 // chains
+    started = 0
+    for stage in stages[rank]:
+        if stage >= 0 and placed[3 * stage] > 0:
+            started = max(started, (placed[3 * stage] - 1) * chains + stage // in_chain + 1)
     earliest = np.inf
     for sweep in range(2):
         best, best_s, best_target = -1, np.inf, np.inf
@@ -162,16 +173,16 @@ def _choose(
                 if kind == 0 and not _admits(
                     rank,
                     stage,
-                    microbatch,
+                    microbatch * chains + stage // in_chain,
                     tables,
                     activation,
                     stages,
-                    strict,
+                    strict and chains == 1,
                     live,
                     held,
                     need,
                     oldest,
-                    placed[3 * stages[rank, 0]],
+                    started,
                 ):
                     continue
                 if sweep == 0:
@@ -189,7 +200,7 @@ def _choose(
 def _admits(
     rank: int,
     stage: int,
-    microbatch: int,
+    unit: int,
     tables: Tables,
     activation: Floats,
     stages: Ints,
@@ -213,8 +224,8 @@ def _admits(
                 later += activation[other]
         return bool(later <= free)
     reach = free
-    for other in range(oldest[rank], max(started, microbatch + 1)):
-        extra = activation[stage] if other == microbatch else 0.0
+    for other in range(oldest[rank], max(started, unit + 1)):
+        extra = activation[stage] if other == unit else 0.0
         if need[rank, other] - extra > reach:
             return False
         reach += held[rank, other] + extra

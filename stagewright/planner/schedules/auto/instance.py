@@ -1,11 +1,12 @@
-"""One search instance: a chain of virtual stages on given ranks, as arrays for the kernels.
+"""One search instance: chains of virtual stages on given ranks, as arrays for the kernels.
 
 Vocabulary of this package. A *letter* is a (stage, kind) pair, coded ``3 * stage + kind`` with F = 0, I = 1, W = 2. An
 *action* is a letter with a microbatch, coded ``letter * num_microbatches + microbatch``. Time arcs:
 
     F(s, k) after F(s-1, k)      I(S-1, k) after F(S-1, k)      I(s, k) after I(s+1, k)      W(s, k) after I(s, k)
 
-each plus one latency when the two stages live on different ranks. F adds `activation[s]` to its rank's live memory,
+each plus one latency when the two stages live on different ranks. With several copies of the model each is a chain of its own, whose
+stages come behind those of the copy before it; the arcs hold within a chain, and every chain runs `num_microbatches`. F adds `activation[s]` to its rank's live memory,
 I gives `freed_at_input_grad[s]` of it back, W the rest; a rank's live memory never exceeds its cap. Recomputation
 belongs to the input gradient: it runs right before it.
 """
@@ -36,8 +37,9 @@ class Tables(NamedTuple):
     """What the kernels read, all indexed by letter except `lengths` and `cap` (by rank)."""
 
     num_microbatches: int
+    num_chains: int
     rank: Ints
-    predecessor: Ints  # letter that must come before, -1 for the first forward
+    predecessor: Ints  # letter that must come before, -1 for the first forward of a chain
     successor: Ints  # letter on the chain that waits for this one, -1 for the last input gradient and for W
     delay_s: Floats  # latency between the predecessor and this letter
     duration_s: Floats
@@ -52,10 +54,12 @@ class Instance:
 
     Parameters
     ----------
-    placement : rank of each virtual stage, int32 [num_stages].
-    costs : of the virtual stages, in model order.
+    num_microbatches : of each chain.
+    placement : rank of each virtual stage, int32 [num_stages], chain after chain.
+    costs : of the virtual stages, in model order, chain after chain.
     latency_s : one hop between two ranks.
     cap : most live activation of each rank, float64 [num_ranks]; inf for no cap.
+    num_chains : copies of the model, each a chain of num_stages / num_chains stages.
     """
 
     num_ranks: int
@@ -64,6 +68,7 @@ class Instance:
     costs: StageCosts
     latency_s: float
     cap: Floats
+    num_chains: int = 1
 
     @property
     def num_stages(self) -> int:
@@ -80,16 +85,16 @@ class Instance:
     @cached_property
     def tables(self) -> Tables:
         """The kernels' view."""
-        stages = self.num_stages
+        stages, in_chain = self.num_stages, self.num_stages // self.num_chains
         predecessor = np.full(3 * stages, -1, dtype=np.int32)
         successor = np.full(3 * stages, -1, dtype=np.int32)
         forward, input_grad, weight_grad = (np.arange(stages, dtype=np.int32) * 3 + kind for kind in range(3))
-        predecessor[forward[1:]] = forward[:-1]
-        predecessor[input_grad[-1]] = forward[-1]
-        predecessor[input_grad[:-1]] = input_grad[1:]
+        for first in range(0, stages, in_chain):
+            own = slice(first, first + in_chain)
+            chain = np.concatenate((forward[own], input_grad[own][::-1]))
+            predecessor[chain[1:]] = chain[:-1]
+            successor[chain[:-1]] = chain[1:]
         predecessor[weight_grad] = input_grad
-        chain = np.concatenate((forward, input_grad[::-1]))
-        successor[chain[:-1]] = chain[1:]
         rank = np.repeat(self.placement, 3).astype(np.int32)
         hops = (predecessor >= 0) & (rank != rank[predecessor])
         durations = (self.costs.forward_s, self.costs.input_grad_s + self.costs.recompute_s, self.costs.weight_grad_s)
@@ -97,6 +102,7 @@ class Instance:
         held = (self.costs.activation, -freed, freed - self.costs.activation)
         return Tables(
             self.num_microbatches,
+            self.num_chains,
             rank,
             predecessor,
             successor,
@@ -118,9 +124,12 @@ class Instance:
 
     @cached_property
     def microbatch_memory(self) -> Floats:
-        """What one microbatch holds on each rank when all its chunks are live: the smallest cap that works."""
-        held = np.bincount(self.placement, weights=self.costs.activation, minlength=self.num_ranks)
-        return held.astype(np.float64)
+        """The most that one microbatch holds on each rank when all chunks of its chain are live: the smallest cap that works."""
+        held = np.zeros((self.num_chains, self.num_ranks))
+        chain = np.repeat(np.arange(self.num_chains), self.num_stages // self.num_chains)
+        np.add.at(held, (chain, self.placement), self.costs.activation)
+        most: Floats = held.max(axis=0)
+        return most
 
     @property
     def time_slack_s(self) -> float:
@@ -164,13 +173,20 @@ def make_instance(
     latency_s: float,
     memory_cap: float | Floats | None,
 ) -> Instance:
-    """Return the instance of one placement; Infeasible, with the smallest cap that works, when one microbatch cannot fit."""
-    costs = costs.without_growth()
+    """Return the instance of one placement; Infeasible, with the smallest cap that works, when one microbatch cannot fit.
+
+    A placement [num_chains, num_stages] puts as many copies of the stages on the ranks, which share the microbatches evenly.
+    """
+    num_chains, num_stages = np.atleast_2d(placement).shape
     placement = np.ascontiguousarray(placement, dtype=np.int32).ravel()
-    if len(placement) != costs.num_stages:
+    if num_stages != costs.num_stages:
+        raise InvalidArgument(f"the placement has {num_stages} stages, the costs {costs.num_stages}", field="placement")
+    if num_microbatches % num_chains:
         raise InvalidArgument(
-            f"the placement has {len(placement)} stages, the costs {costs.num_stages}", field="placement"
+            f"{num_chains} copies of the stages share {num_microbatches} microbatches, which is no multiple of {num_chains}",
+            field="num_microbatches",
         )
+    costs = costs.without_growth().repeated(num_chains)
     if not np.array_equal(np.unique(placement), np.arange(num_ranks)):
         raise InvalidArgument(
             f"the placement uses ranks {np.unique(placement).tolist()} of {num_ranks}; each rank needs a stage",
@@ -178,7 +194,13 @@ def make_instance(
         )
     cap = np.full(num_ranks, np.inf) if memory_cap is None else np.asarray(memory_cap, dtype=np.float64)
     instance = Instance(
-        num_ranks, num_microbatches, placement, costs, float(latency_s), np.broadcast_to(cap, num_ranks).copy()
+        num_ranks,
+        num_microbatches // num_chains,
+        placement,
+        costs,
+        float(latency_s),
+        np.broadcast_to(cap, num_ranks).copy(),
+        num_chains,
     )
     short = instance.microbatch_memory > instance.tables.cap
     if short.any():

@@ -13,12 +13,13 @@ from stagewright.planner.schedules.costs import Floats, StageCosts
 from stagewright.planner.schedules.schedule import Schedule
 
 DEFAULT_CHUNKS = (1, 2, 4)
+MOST_COPIES = 2  # of the weights, on each rank
 
 
 class PlacementChoice(StrEnum):
     """Which maps from virtual stages to ranks may be tried."""
 
-    ANY = "any"  # loop and wave
+    ANY = "any"  # loop and wave, and two copies in opposite directions
     LOOP = "loop"  # stage s on rank s mod D
     V = "v"  # wave with two chunks
     WAVE = "wave"  # turns around at each end, an even number of chunks
@@ -29,7 +30,7 @@ class Effort(StrEnum):
 
     LOW = "low"  # 1 to 3 seconds on one core, half of them for the named schedules that start it
     NORMAL = "normal"  # about 8
-    HIGH = "high"  # about 80
+    HIGH = "high"  # about 80; two copies of the weights add up to a quarter
 
 
 class Stop(StrEnum):
@@ -57,8 +58,11 @@ class AutoRequest:
     memory_cap : most live activation of a rank in the unit of `costs.activation`, one number or one for each rank; None for
         no cap. With a rank's microbatch as the unit of activation (`StageCosts.uniform`) it counts rank-microbatches.
     placement : which maps may be tried, or one map, int32 [num_stages].
-    chunk_counts : virtual stages on a rank that may be tried.
-    effort : budget by name; `evaluations` overrides it, counted in annealing moves (dearer evaluations count as several).
+    chunk_counts : virtual stages on a rank, of each copy of the model, that may be tried.
+    copies : most copies of its weights that a rank may hold. 2 adds, to `PlacementChoice.ANY` with one chunk, two copies of the model
+        that run over the ranks in opposite directions, where T is even. `memory_cap` counts activations alone.
+    effort : budget by name; `evaluations` overrides it, counted in annealing moves (dearer evaluations count as several). Two copies
+        are searched after all orders of one, with a quarter of the budget on top, and only where their bound leaves room.
     seed : of all random draws.
     """
 
@@ -69,6 +73,7 @@ class AutoRequest:
     memory_cap: float | Floats | None = None
     placement: PlacementChoice | npt.NDArray[np.int32] = PlacementChoice.ANY
     chunk_counts: tuple[int, ...] = DEFAULT_CHUNKS
+    copies: int = MOST_COPIES
     effort: Effort = Effort.NORMAL
     evaluations: int | None = None
     seed: int = 0
@@ -88,6 +93,8 @@ class AutoRequest:
         ):
             if value < least:
                 raise InvalidArgument(f"{field} is {value}, it must be at least {least}", field=field)
+        if self.copies not in range(1, MOST_COPIES + 1):
+            raise InvalidArgument(f"copies is {self.copies}, a rank holds 1 or {MOST_COPIES}", field="copies")
         if not np.isfinite(self.latency_s) or self.latency_s < 0.0:
             raise InvalidArgument(f"latency_s is {self.latency_s}, it must be finite and at least 0", field="latency_s")
         if not self.chunk_counts or min(self.chunk_counts) < 1:
@@ -109,8 +116,9 @@ class Gain:
 
     Parameters
     ----------
-    name : the named schedule with the least makespan, on any placement of the request: of the synchronous ones with one copy of the
-        weights whose order keeps the caps (see `seed`). Those left out are proved not to be shorter, unless a deadline came first.
+    name : the named schedule with the least makespan, on any placement of the request: of the synchronous ones with as many copies of
+        the weights as it allows whose order keeps the caps (see `seed`). Those left out are proved not to be shorter, unless a
+        deadline came first.
     named_s : its makespan as it is generated.
     split_s : least makespan of a named schedule that was generated, when every full backward is split into I and W.
     found_s : makespan of the result.
@@ -132,6 +140,14 @@ class Gain:
         return self.split_s - self.found_s
 
 
+@dataclass(frozen=True)
+class OneCopy:
+    """The best order found with one copy of the weights: makespan, and seconds that no such order undercuts."""
+
+    makespan_s: float
+    bound_s: float
+
+
 @dataclass(frozen=True, eq=False)
 class AutoResult:
     """The best order found, with its proof.
@@ -140,7 +156,9 @@ class AutoResult:
     ----------
     schedule : the order; adjacent I and W are one B where that costs no time.
     costs : of the schedule's virtual stages.
-    placement, num_chunks : the placement's name ("loop", "v", "wave" or "given") and chunks of a rank.
+    placement, num_chunks : the placement's name ("loop", "v", "wave", "given" or "bidirectional") and chunks of a rank, of each copy.
+    num_copies : of its weights that a rank holds; 2 where that is shorter.
+    one_copy : what one copy takes, the same where num_copies is 1.
     makespan_s : from the first start to the last end.
     bound_s : no order on any placement tried ends sooner.
     evaluations : orders timed, each counted once.
@@ -152,6 +170,8 @@ class AutoResult:
     costs: StageCosts
     placement: str
     num_chunks: int
+    num_copies: int
+    one_copy: OneCopy
     makespan_s: float
     bound_s: float
     evaluations: int

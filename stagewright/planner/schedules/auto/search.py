@@ -11,6 +11,8 @@
    are closed in one.
 5. Most of the budget anneals the placements that lead, from the best orders found so far.
 6. What is left raises the bounds of the placements that still could have a shorter order.
+7. Where the request allows two copies of the weights, the same steps follow for two copies in opposite directions, whose bound must be below
+   the best makespan of one copy; they have a quarter of the budget on top, so that one copy's answer does not depend on them.
 
 The budget is counted in evaluations, so equal requests give equal bytes; a deadline only stops earlier and is then named
 in the result. No optimality beyond what the bounds and the exact search prove.
@@ -30,9 +32,9 @@ from stagewright.planner.schedules.auto.bound import lower_bound
 from stagewright.planner.schedules.auto.branching import improve_exactly, raise_bound
 from stagewright.planner.schedules.auto.climbing import climb_targets
 from stagewright.planner.schedules.auto.instance import Instance, Ints
-from stagewright.planner.schedules.auto.request import AutoRequest, AutoResult, Gain, Stop
+from stagewright.planner.schedules.auto.request import AutoRequest, AutoResult, Gain, OneCopy, Stop
 from stagewright.planner.schedules.auto.seed import Seed, Seeds
-from stagewright.planner.schedules.auto.site import Site, sites
+from stagewright.planner.schedules.auto.site import Site, bidirectional_site, sites
 from stagewright.planner.schedules.auto.word import schedule_of
 
 Progress = Callable[[float, float], None]
@@ -41,6 +43,7 @@ TEMPERATURES = (0.6, 0.3)  # first temperatures in shares of the mean action, ru
 ACTIONS_PER_MOVE = 1000  # in an instance of so many actions a move costs twice what it costs in a tiny one
 WARM_MOVES = 80  # for each action; a run of fewer moves starts colder in proportion
 FIRST_SHARE, EXACT_SHARE, BOUND_SHARE = 0.35, 0.1, 0.05  # of the budget; leaders anneal with the rest
+COPIES_SHARE = 0.25  # of the budget, on top of it, for two copies
 BLOCK_SHARE, CLIMB_SHARE = 0.35, 0.1  # of a placement's first visit
 MOST_BEHIND = 1.2  # a line longer than the placement's best one by this factor is not annealed
 LEADERS = 2
@@ -93,16 +96,26 @@ class _Visit:
 
 
 class _Search:
-    """Spends the budget; one object for one call of `search`."""
+    """Spends a budget on placements with as many copies of the weights each; only orders below `known_s` are of interest."""
 
-    def __init__(self, request: AutoRequest, progress: Progress | None, deadline_s: float | None) -> None:
-        self.request = request
+    def __init__(
+        self,
+        request: AutoRequest,
+        allowed: list[Site],
+        *,
+        budget: int,
+        progress: Progress | None,
+        ends_at: float | None,
+        known_s: float = np.inf,
+    ) -> None:
+        self.seed = request.seed
+        self.budget = budget
         self.progress = progress
-        self.ends_at = None if deadline_s is None else time.monotonic() + deadline_s
-        allowed = sites(request)
+        self.ends_at = ends_at
+        self.known_s = known_s
         self.seeds = Seeds(allowed)
         self.seeds.collect(self.is_late)
-        self.sites = [_open(site, found) for site, found in zip(allowed, self.seeds.found, strict=True)]
+        self.sites = [_open(site, found, known_s) for site, found in zip(allowed, self.seeds.found, strict=True)]
         self.visits = sorted(self.sites, key=lambda visit: (visit.bound_s, visit.best_s))
 
     @property
@@ -110,25 +123,31 @@ class _Search:
         return min(self.visits, key=lambda visit: visit.best_s)
 
     @property
+    def best_s(self) -> float:
+        return min(self.best.best_s, self.known_s)
+
+    @property
     def bound_s(self) -> float:
         return min(visit.bound_s for visit in self.visits)
 
     @property
     def solved(self) -> bool:
-        best = self.best
-        return best.best_s <= self.bound_s + best.instance.time_slack_s
+        return self.best_s <= self.bound_s + self.best.instance.time_slack_s
+
+    @property
+    def evaluations(self) -> int:
+        return sum(visit.evaluations for visit in self.visits)
 
     def is_late(self) -> bool:
         return self.ends_at is not None and time.monotonic() >= self.ends_at
 
     def is_open(self, visit: _Visit) -> bool:
         """Return whether the placement could still have a shorter order than the best one."""
-        best = self.best
-        return not visit.solved and visit.bound_s < best.best_s - best.instance.time_slack_s
+        return not visit.solved and visit.bound_s < self.best_s - self.best.instance.time_slack_s
 
     def run(self) -> Stop:
         """Spend the budget and return why it ended."""
-        budget = self.request.budget
+        budget = self.budget
         candidates = [visit for visit in self.visits if self.is_open(visit)]
         for visit in candidates:
             if self.is_open(visit):
@@ -151,7 +170,7 @@ class _Search:
 
     def _first_visit(self, visit: _Visit, budget: int) -> None:
         instance = visit.instance
-        seed = self.request.seed
+        seed = self.seed
         blocks = int(budget * BLOCK_SHARE)
         if blocks and not self.is_late():
             visit.start_line(*search_blocks(instance, moves=blocks, seed=seed))
@@ -178,7 +197,7 @@ class _Search:
             moves=moves,
             temperature_s=share * float(instance.tables.duration_s.mean()),
             bound_s=visit.bound_s,
-            seed=self.request.seed + visit.runs,
+            seed=self.seed + visit.runs,
         )
         visit.runs += 1
         visit.evaluations += made
@@ -191,11 +210,10 @@ class _Search:
             return
         nodes = budget // _moves_per_node(visit.instance)
         if int(visit.instance.tables.lengths.max()) <= EXACT_ACTIONS:
-            nodes = min(max(LEAST_EXACT_NODES, self.request.budget // EVALUATIONS_PER_NODE), MOST_EXACT_NODES)
+            nodes = min(max(LEAST_EXACT_NODES, self.budget // EVALUATIONS_PER_NODE), MOST_EXACT_NODES)
         if nodes < LEAST_NODES:
             return
-        limit_s = self.best.best_s
-        verdict = improve_exactly(visit.instance, limit_s, nodes=nodes)
+        verdict = improve_exactly(visit.instance, self.best_s, nodes=nodes)
         visit.evaluations += verdict.nodes
         if verdict.words is not None:
             visit.start_line(verdict.makespan_s, verdict.words)
@@ -208,20 +226,16 @@ class _Search:
         for choice in self.seeds.left:
             if self.is_late() or self.solved:
                 return
-            for site, seed in self.seeds.complete(choice, self.best.best_s):
+            for site, seed in self.seeds.complete(choice, self.best_s):
                 self.sites[site].start_line(seed.split_s, seed.words)
 
-    def gain(self) -> Gain | None:
-        """Return what was won over the named schedules, after generating those that could be the best of them."""
+    def named(self, known_s: float) -> list[Seed]:
+        """Return the named orders that fit, after generating those that could be below `known_s` and below all others."""
         for choice in self.seeds.left:
             if self.is_late():
                 break
-            self.seeds.complete(choice, min((seed.named_s for seed in self._named()), default=np.inf))
-        named = self._named()
-        if not named:
-            return None
-        best = min(named, key=lambda seed: seed.named_s)
-        return Gain(best.name, best.named_s, min(seed.split_s for seed in named), self.best.best_s)
+            self.seeds.complete(choice, min([known_s, *(seed.named_s for seed in self._named())]))
+        return self._named()
 
     def _named(self) -> list[Seed]:
         return [seed for found in self.seeds.found for seed in found]
@@ -239,14 +253,14 @@ class _Search:
                 return
             left -= probes * cost
             before_s = visit.bound_s
-            visit.bound_s = raise_bound(visit.instance, before_s, self.best.best_s, probes=probes)
+            visit.bound_s = raise_bound(visit.instance, before_s, self.best_s, probes=probes)
             self._report()
             if visit.bound_s <= before_s + visit.instance.time_slack_s:
                 return
 
     def _report(self) -> None:
         if self.progress is not None:
-            self.progress(self.best.best_s, self.bound_s)
+            self.progress(self.best_s, self.bound_s)
 
 
 def search(request: AutoRequest, *, progress: Progress | None = None, deadline_s: float | None = None) -> AutoResult:
@@ -260,26 +274,57 @@ def search(request: AutoRequest, *, progress: Progress | None = None, deadline_s
     Raises Infeasible, with the smallest cap that works, when one microbatch exceeds the cap on every placement.
     """
     request.check()
-    state = _Search(request, progress, deadline_s)
-    stop = state.run()
-    best = state.best
+    ends_at = None if deadline_s is None else time.monotonic() + deadline_s
+    single = _Search(request, sites(request), budget=request.budget, progress=progress, ends_at=ends_at)
+    stop = single.run()
+    searches, best = [single], single.best
+    both_ways = bidirectional_site(request)
+    if both_ways is not None:
+        budget = int(request.budget * COPIES_SHARE)
+        known_s = single.best_s
+        double = _Search(request, [both_ways], budget=budget, progress=None, ends_at=ends_at, known_s=known_s)
+        double_stop = double.run()
+        searches.append(double)
+        if double.best.best_s < known_s - double.best.instance.time_slack_s:
+            best = double.best
+        stop = _joined(stop, double_stop, min(search.bound_s for search in searches), best)
     instance = best.instance
-    words = best.best_words
     return AutoResult(
-        schedule=schedule_of(instance, words),
-        costs=instance.costs,
+        schedule=schedule_of(instance, best.best_words),
+        costs=best.site.costs,
         placement=best.site.name,
         num_chunks=best.site.num_chunks,
+        num_copies=instance.num_chains,
+        one_copy=OneCopy(single.best_s, min(single.bound_s, single.best_s)),
         makespan_s=best.best_s,
-        bound_s=min(state.bound_s, best.best_s),
-        evaluations=sum(visit.evaluations for visit in state.visits),
+        bound_s=min(best.best_s, *(search.bound_s for search in searches)),
+        evaluations=sum(search.evaluations for search in searches),
         stop=stop,
-        gain=state.gain(),
+        gain=_gain(searches, best.best_s),
     )
 
 
-def _open(site: Site, found: list[Seed]) -> _Visit:
-    visit = _Visit(site, lower_bound(site.instance))
+def _joined(one: Stop, other: Stop, bound_s: float, best: _Visit) -> Stop:
+    """Return why two searches ended that both looked for less than the best order."""
+    if best.best_s <= bound_s + best.instance.time_slack_s:
+        return Stop.OPTIMAL
+    return Stop.DEADLINE if Stop.DEADLINE in (one, other) else Stop.BUDGET
+
+
+def _gain(searches: list[_Search], found_s: float) -> Gain | None:
+    """Return what was won over the named schedules."""
+    named: list[Seed] = []
+    for search in searches:
+        named += search.named(min((seed.named_s for seed in named), default=np.inf))
+    if not named:
+        return None
+    best = min(named, key=lambda seed: seed.named_s)
+    return Gain(best.name, best.named_s, min(seed.split_s for seed in named), found_s)
+
+
+def _open(site: Site, found: list[Seed], known_s: float) -> _Visit:
+    bound_s = lower_bound(site.instance, rounds=0) if np.isfinite(known_s) else -np.inf
+    visit = _Visit(site, bound_s if bound_s >= known_s else lower_bound(site.instance))
     if found:
         best = min(found, key=lambda seed: (seed.split_s, seed.named_s))
         visit.start_line(best.split_s, best.words)

@@ -1,6 +1,6 @@
 """The named schedules as starting orders: what the search returns is never worse than any of them.
 
-Every plain family of one replica that fits the placements is tried for each number of chunks, without a cap and, where it takes
+Every plain family of as many replicas as the placements have is tried for each number of chunks, without a cap and, where it takes
 one, under it. A family that improves its order for the costs takes most of its time for that, so it is first drawn up without
 improvement. The most promising one is then generated in full, the others only when the search has found its best order (`Seeds.left`),
 and a family is left out where that is proved to change nothing:
@@ -10,9 +10,8 @@ and a family is left out where that is proved to change nothing:
   fix the order of F and I, it is also a bound on that order: each rank from each of its actions on, W included;
 - sizes alone fix its order of F and I, and that order is over the caps even with each W right behind its I.
 
-Families whose orders are orders of another problem are no seeds, and `auto` may lose to them: two copies of the weights on each rank
-(chimera, gems, dualpipe), activations moved to a peer or to the host (bpipe, pipeoffload), slices, stage graphs, and asynchronous
-ones. Two copies hold twice the weights and their gradients, which a cap on activations does not see.
+Families whose orders are orders of another problem are no seeds, and `auto` may lose to them: activations moved to a peer or to the host
+(bpipe, pipeoffload), slices, stage graphs, and asynchronous ones.
 
 The later that is, the fewer floors are below the best order known. A family that is over the caps as it is drawn up could fit in full.
 """
@@ -34,9 +33,10 @@ from stagewright.planner.schedules.auto.site import Site
 from stagewright.planner.schedules.auto.sweep import end_times
 from stagewright.planner.schedules.auto.word import fits, fused_makespan, words_of
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
-from stagewright.planner.schedules.schedule import KIND, STAGE, Schedule
+from stagewright.planner.schedules.schedule import KIND, REPLICA, STAGE, Schedule
 
 IN_FULL = 1.0  # parameters["effort"] of a family when a user names it
+APART = {"fused": 0}  # pairs of F and B run one after the other: without a table of overlaps that is never longer
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +94,12 @@ class Seeds:
         return [(site, seed) for site, seeds in enumerate(self.found) for seed in seeds[before[site] :]]
 
     def _choices(self) -> Iterator[Choice]:
-        """Yield every plain family of one replica without a cap and, where it takes one, with the sites' least and largest cap."""
-        caps = self.sites[0].instance.cap  # the same on every site
+        """Yield every plain family of the sites' copies without a cap and, where it takes one, with the least and largest cap."""
+        caps, copies = self.sites[0].instance.cap, self.sites[0].instance.num_chains  # the same on every site
         given = sorted({float(caps.min()), float(caps.max())} - {np.inf})
         for chunks in sorted({site.num_chunks for site in self.sites}):
             for family in registry.families():
-                if family.synchronous and family.plain and family.num_replicas == 1:
+                if family.synchronous and family.plain and family.num_replicas == copies:
                     for cap in (*(given if family.takes_cap else ()), None):
                         yield Choice(family, chunks, cap)
 
@@ -198,13 +198,13 @@ def _schedule(choice: Choice, site: Site, effort: float) -> Schedule | None:
     for placement in (given, None) if given is not None else (None,):
         request = ScheduleRequest(
             num_ranks=instance.num_ranks,
-            num_microbatches=instance.num_microbatches,
+            num_microbatches=instance.num_chains * instance.num_microbatches,
             num_chunks=site.num_chunks,
-            costs=instance.costs,
+            costs=site.costs,
             latency_s=instance.latency_s,
             memory_cap=choice.cap,
             placement=placement,
-            parameters={"effort": effort},
+            parameters={"effort": effort, **APART},
         )
         try:
             return choice.family.generate(request)
@@ -228,7 +228,8 @@ def _fused_actions(schedule: Schedule, instance: Instance) -> Ints:
     counts = np.zeros(instance.num_stages, dtype=np.int32)
     actions: list[int] = []
     for order in schedule.orders:
-        for kind, stage in order[:, [KIND, STAGE]].tolist():
+        for kind, replica, place in order[:, [KIND, REPLICA, STAGE]].tolist():
+            stage = replica * schedule.num_stages + place
             if kind in (Kind.B, Kind.I):
                 if kind == Kind.B:
                     actions.append((3 * stage + 1) * microbatches + int(counts[stage]))

@@ -1,4 +1,8 @@
-"""The placements that a request allows, each as an instance with its own costs."""
+"""The placements that a request allows, each as an instance with its own costs.
+
+With two copies of the model there is one: the copies run over the ranks in opposite directions, a stage of each on a rank, and share
+the microbatches evenly. Each rank then holds the weights and gradients of two stages, which a cap on activations does not see.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,22 @@ import numpy.typing as npt
 
 from stagewright.planner.errors import Infeasible, InvalidArgument
 from stagewright.planner.schedules.auto.instance import Instance, make_instance
-from stagewright.planner.schedules.auto.request import AutoRequest, PlacementChoice
+from stagewright.planner.schedules.auto.request import MOST_COPIES, AutoRequest, PlacementChoice
 from stagewright.planner.schedules.costs import StageCosts
+from stagewright.planner.schedules.gems import opposite_placement
 from stagewright.planner.schedules.schedule import loop_placement, wave_placement
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One placement by name ("loop", "v", "wave" or "given") with its instance."""
+    """One placement by name ("loop", "v", "wave", "given" or "bidirectional") with its instance.
+
+    `costs` are of the stages of one copy, `num_chunks` the most of them that a rank holds.
+    """
 
     name: str
     num_chunks: int
+    costs: StageCosts
     instance: Instance
 
 
@@ -33,6 +42,7 @@ def sites(request: AutoRequest) -> list[Site]:
         costs = stage_costs(request.costs, len(placement))
         if costs is None:
             continue
+        costs = costs.without_growth()
         try:
             instance = make_instance(
                 costs,
@@ -46,7 +56,7 @@ def sites(request: AutoRequest) -> list[Site]:
             refused.append(error)
             least_caps.append(float(np.bincount(placement, weights=costs.activation).max()))
             continue
-        found.append(Site(name, chunks, instance))
+        found.append(Site(name, chunks, costs, instance))
     if found:
         return found
     if refused:
@@ -60,6 +70,28 @@ def sites(request: AutoRequest) -> list[Site]:
         field="costs",
         hint="give one entry for each virtual stage, a multiple of it, or equal entries",
     )
+
+
+def bidirectional_site(request: AutoRequest) -> Site | None:
+    """Return the placement of two copies in opposite directions; None where the request, the costs, T or the cap rule it out."""
+    ranks = request.num_ranks
+    costs = stage_costs(request.costs, ranks)
+    is_asked = request.copies == MOST_COPIES and request.placement is PlacementChoice.ANY and 1 in request.chunk_counts
+    if not is_asked or ranks == 1 or request.num_microbatches % MOST_COPIES or costs is None:
+        return None
+    costs = costs.without_growth()
+    try:
+        instance = make_instance(
+            costs,
+            opposite_placement(ranks),
+            num_ranks=ranks,
+            num_microbatches=request.num_microbatches,
+            latency_s=request.latency_s,
+            memory_cap=request.memory_cap,
+        )
+    except Infeasible:
+        return None
+    return Site("bidirectional", 1, costs, instance)
 
 
 def _shapes(request: AutoRequest) -> list[tuple[str, int, npt.NDArray[np.int32]]]:

@@ -25,16 +25,17 @@ _LETTER_KINDS = {Kind.F: (0,), Kind.I: (1,), Kind.W: (2,), Kind.B: (1, 2), Kind.
 def words_of(schedule: Schedule, instance: Instance) -> Ints | None:
     """Return the words of a schedule with every B split, or None where it is no order of this instance.
 
-    None means: replicas, slices, fused or foreign actions, another placement, a stage graph that is not a chain,
+    None means: another number of copies, slices, fused or foreign actions, another placement, a stage graph that is not a chain,
     or an action that is missing.
     """
-    stages = instance.num_stages
+    chains = instance.num_chains
+    stages = instance.num_stages // chains
     chain = tuple((stage, stage + 1) for stage in range(stages - 1))
-    if schedule.num_replicas != 1 or schedule.num_slices != 1 or schedule.edges != chain:
+    if schedule.num_replicas != chains or schedule.num_slices != 1 or schedule.edges != chain:
         return None
-    if schedule.num_microbatches != instance.num_microbatches or schedule.num_ranks != instance.num_ranks:
+    if schedule.num_microbatches != chains * instance.num_microbatches or schedule.num_ranks != instance.num_ranks:
         return None
-    if not np.array_equal(schedule.placement[0], instance.placement):
+    if not np.array_equal(schedule.placement.ravel(), instance.placement):
         return None
     lengths = instance.tables.lengths
     words = np.full((instance.num_ranks, int(lengths.max())), -1, dtype=np.int32)
@@ -42,7 +43,9 @@ def words_of(schedule: Schedule, instance: Instance) -> Ints | None:
         if order[:, FUSED].any() or not set(order[:, KIND].tolist()) <= set(_LETTER_KINDS):
             return None
         letters = [
-            3 * stage + part for kind, stage in order[:, [KIND, STAGE]].tolist() for part in _LETTER_KINDS[Kind(kind)]
+            3 * (replica * stages + stage) + part
+            for kind, replica, stage in order[:, [KIND, REPLICA, STAGE]].tolist()
+            for part in _LETTER_KINDS[Kind(kind)]
         ]
         if len(letters) != lengths[rank]:
             return None
@@ -85,29 +88,30 @@ def schedule_of(instance: Instance, words: Ints, *, name: str = "auto", merge: b
     """Return the schedule of an order; adjacent I, W become B where the makespan stays the same, unless `merge` is off."""
     fused = merged_backwards(instance, words) if merge else np.zeros(instance.num_actions, dtype=np.bool_)
     orders = tuple(
-        _orders(words[rank, :length], fused, instance.num_microbatches)
-        for rank, length in enumerate(instance.tables.lengths)
+        _orders(instance, words[rank, :length], fused) for rank, length in enumerate(instance.tables.lengths)
     )
     return Schedule(
         name=name,
-        num_microbatches=instance.num_microbatches,
-        placement=instance.placement[None, :].astype(np.int32),
+        num_microbatches=instance.num_chains * instance.num_microbatches,
+        placement=instance.placement.reshape(instance.num_chains, -1).astype(np.int32),
         orders=orders,
     )
 
 
-def _orders(word: Ints, fused: np.ndarray[tuple[int], np.dtype[np.bool_]], num_microbatches: int) -> Orders:
-    letter, microbatch = word // num_microbatches, word % num_microbatches
-    stage, part = letter // 3, letter % 3
+def _orders(instance: Instance, word: Ints, fused: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Orders:
+    """Return the rows of a word; microbatch k of chain c of C is microbatch k C + c of the schedule."""
+    letter, microbatch = word // instance.num_microbatches, word % instance.num_microbatches
+    part = letter % 3
+    replica, stage = np.divmod(letter // 3, instance.num_stages // instance.num_chains)
     is_fused = fused[word]
     kind = np.array([Kind.F, Kind.I, Kind.W], dtype=np.int32)[part]
     kind[is_fused & (part == 1)] = Kind.B
     keep = ~(is_fused & (part == 2))
     orders = np.zeros((int(keep.sum()), 6), dtype=np.int32)
     orders[:, KIND] = kind[keep]
-    orders[:, REPLICA] = 0
+    orders[:, REPLICA] = replica[keep]
     orders[:, STAGE] = stage[keep]
-    orders[:, MICROBATCH] = microbatch[keep]
+    orders[:, MICROBATCH] = (microbatch * instance.num_chains + replica)[keep]
     orders[:, 4] = -1
     return orders
 

@@ -12,6 +12,7 @@ from numba import njit
 from stagewright.planner.schedules.auto.instance import Instance, make_instance
 from stagewright.planner.schedules.auto.sweep import sweep
 from stagewright.planner.schedules.costs import StageCosts
+from stagewright.planner.schedules.gems import opposite_placement
 from stagewright.planner.schedules.schedule import loop_placement, wave_placement
 
 MakeInstance = Callable[..., Instance]
@@ -51,10 +52,16 @@ def uniform_instance() -> MakeInstance:
 
 @pytest.fixture(scope="session")
 def random_instance() -> MakeInstance:
-    """Factory of uneven instances: (generator, ranks, microbatches, chunks, whole times)."""
+    """Factory of uneven instances: (generator, ranks, microbatches, chunks, whole times, two copies in opposite directions)."""
 
     def make(
-        rng: np.random.Generator, ranks: int, microbatches: int, chunks: int = 1, *, whole: bool = False
+        rng: np.random.Generator,
+        ranks: int,
+        microbatches: int,
+        chunks: int = 1,
+        *,
+        whole: bool = False,
+        both_ways: bool = False,
     ) -> Instance:
         stages = ranks * chunks
 
@@ -70,8 +77,8 @@ def random_instance() -> MakeInstance:
             freed_at_input_grad=np.full(stages, share),
         )
         place = wave_placement if rng.random() < 0.5 else loop_placement
-        placement = place(ranks, chunks)
-        least = np.bincount(placement[0], weights=costs.activation)
+        placement = opposite_placement(ranks) if both_ways else place(ranks, chunks)
+        least = np.max([np.bincount(copy, weights=costs.activation) for copy in placement], axis=0)
         slack = rng.choice([0.0, 0.5, 1.0, 2.0, np.inf])
         return make_instance(
             costs,

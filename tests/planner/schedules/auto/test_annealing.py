@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -21,10 +23,31 @@ def test_incremental_makespan_equals_a_full_sweep_and_the_caps_hold(seed, random
     best_s, best_words, moves = anneal(instance, words, moves=3000, temperature_s=0.1, bound_s=0.0, seed=seed)
     assert moves == 3000
     assert best_s == end_times(instance, best_words)[0] <= start_s
-    assert fits(instance, best_words)
+    _assert_valid(instance, best_words)
+
+
+def _assert_valid(instance, words) -> None:
+    assert fits(instance, words)
     for rank, length in enumerate(instance.tables.lengths):
-        word = best_words[rank, :length]
+        word = words[rank, :length]
         assert np.array_equal(label(word // instance.num_microbatches, instance.num_microbatches), word)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_two_copies_are_ordered_without_deadlock_under_the_least_caps(seed, random_instance):
+    rng = np.random.default_rng(seed)
+    instance = random_instance(rng, int(rng.integers(2, 7)), 2 * int(rng.integers(1, 6)), both_ways=True)
+    instance = replace(instance, cap=instance.microbatch_memory * (1.0 + rng.choice([0.0, 0.5]) * rng.random()))
+    listed_s, listed = climb_targets(instance, evaluations=40, seed=seed)
+    _assert_valid(instance, listed)
+    assert listed_s == end_times(instance, listed)[0] < np.inf
+    best_s, words, _ = anneal(instance, listed, moves=2000, temperature_s=0.1, bound_s=0.0, seed=seed)
+    _assert_valid(instance, words)
+    assert best_s == end_times(instance, words)[0] <= listed_s
+    block_s, words = search_blocks(instance, moves=500, seed=seed)
+    if np.isfinite(block_s):
+        _assert_valid(instance, words)
+        assert block_s == end_times(instance, words)[0]
 
 
 def test_same_seed_gives_the_same_order_and_another_seed_another_path(uniform_instance):

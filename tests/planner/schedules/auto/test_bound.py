@@ -21,11 +21,7 @@ from stagewright.planner.simulation.simulate import simulate
 
 SMALL = [(2, 2, 1), (2, 3, 1), (3, 2, 1), (3, 3, 1), (4, 2, 1), (2, 1, 2), (3, 1, 2), (2, 1, 3), (2, 4, 1)]
 FOREIGN = {"dhelix", "pipefisher"}  # pairs of F and B, and filler actions
-SINGLE = [
-    row.name
-    for row in registry.families()
-    if row.synchronous and row.plain and row.num_replicas == 1 and row.name not in FOREIGN
-]
+NAMED = [row.name for row in registry.families() if row.synchronous and row.plain and row.name not in FOREIGN]
 
 
 @pytest.mark.parametrize("seed", range(36))
@@ -36,6 +32,15 @@ def test_bound_is_never_above_the_best_of_all_orders(seed, random_instance, brut
     best_s = brute_force(instance)
     assert np.isfinite(best_s)
     assert lower_bound(instance) <= best_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(100, 112))
+def test_bound_of_two_copies_is_never_above_the_best_of_all_orders(seed, random_instance, brute_force):
+    ranks, microbatches = [(2, 2), (3, 2), (4, 2)][seed % 3]
+    instance = random_instance(np.random.default_rng(seed), ranks, microbatches, whole=seed % 2 == 0, both_ways=True)
+    best_s = brute_force(instance)
+    assert np.isfinite(best_s)
+    assert 0.6 * best_s < lower_bound(instance) <= best_s * (1 + 1e-9)
 
 
 def test_bound_of_one_chunk_without_cap_is_met_by_zero_bubble_orders():
@@ -62,17 +67,23 @@ def check_named_order(name: str, seed: int) -> bool:
     costs = StageCosts.of(*rng.uniform(0.5, 1.5, (3, ranks * chunks)), activation=rng.uniform(0.5, 1.5, ranks * chunks))
     latency_s = float(rng.choice([0.0, 0.3, 2.0]))
     request = ScheduleRequest(
-        ranks, int(rng.integers(1, 9)), num_chunks=chunks, costs=costs, latency_s=latency_s, parameters={"effort": 0.0}
+        ranks,
+        family.num_replicas * int(rng.integers(1, 9)),
+        num_chunks=chunks,
+        costs=costs,
+        latency_s=latency_s,
+        parameters={"effort": 0.0, "fused": 0},
     )
     try:
         schedule = family.generate(request)
     except StagewrightError:
         return False
-    if schedule.num_stages != ranks * chunks or schedule.num_microbatches != request.num_microbatches:
+    is_same_work = schedule.num_stages == ranks * chunks and schedule.num_microbatches == request.num_microbatches
+    if not is_same_work or schedule.num_microbatches % schedule.num_replicas:
         return False
     instance = make_instance(
         costs,
-        schedule.placement[0],
+        schedule.placement,
         num_ranks=ranks,
         num_microbatches=schedule.num_microbatches,
         latency_s=latency_s,
@@ -91,12 +102,12 @@ def check_named_order(name: str, seed: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("name", NAMED)
 def test_no_named_order_beats_the_bound_under_its_own_peaks(name):
     assert sum(check_named_order(name, seed) for seed in range(12)) >= 1
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("name", NAMED)
 def test_no_named_order_beats_the_bound_at_the_full_count(name):
     assert sum(check_named_order(name, seed) for seed in range(100, 600)) >= 20

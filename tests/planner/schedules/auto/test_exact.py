@@ -28,6 +28,18 @@ def test_branch_and_bound_finds_the_best_of_all_orders(seed, random_instance, br
     assert raise_bound(instance, 0.0, start_s, probes=30) <= verdict.makespan_s * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("seed", range(130, 139))
+def test_branch_and_bound_finds_the_best_of_all_orders_of_two_copies(seed, random_instance, brute_force):
+    instance = random_instance(np.random.default_rng(seed), (2, 3, 4)[seed % 3], 2, whole=seed % 2 == 0, both_ways=True)
+    start_s, words = climb_targets(instance, evaluations=1, seed=0)
+    verdict = improve_exactly(instance, start_s, nodes=100_000)
+    found = words if verdict.words is None else verdict.words
+    assert verdict.proved
+    assert verdict.makespan_s == pytest.approx(brute_force(instance), rel=1e-9)
+    assert end_times(instance, found)[0] == pytest.approx(verdict.makespan_s, rel=1e-9)
+    assert fits(instance, found)
+
+
 @pytest.mark.parametrize("seed", range(200, 206))
 def test_the_integer_programme_agrees_with_branch_and_bound(seed, random_instance):
     ranks, microbatches, chunks = [(2, 3, 1), (3, 3, 1), (2, 2, 2), (3, 2, 2)][seed % 4]

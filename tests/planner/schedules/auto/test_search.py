@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import peak_activations
 from stagewright.planner.simulation.network import Links
 from stagewright.planner.simulation.simulate import simulate
+from stagewright.planner.simulation.validate import validate
 
 ROWS_IN_SUITE = slice(0, None, 15)
 
@@ -95,7 +97,8 @@ def _assert_no_named_schedule_is_better(request: AutoRequest) -> None:
         costs = stage_costs(request.costs, request.num_ranks * chunks)
         assert costs is not None
         for family in registry.families():
-            if not family.synchronous or not family.plain or family.num_replicas > 1:
+            shares_evenly = request.num_microbatches % family.num_replicas == 0
+            if not family.synchronous or not family.plain or not shares_evenly:
                 continue
             try:
                 schedule = family.generate(
@@ -124,6 +127,93 @@ def test_no_named_schedule_that_fits_is_better_on_uneven_costs(seed):
 @pytest.mark.parametrize("seed", range(200))
 def test_no_named_schedule_that_fits_is_better_on_any_size(seed):
     _assert_no_named_schedule_is_better(_random_request(seed, 16, 1_000_000))
+
+
+def _uneven_request(index: int, evaluations: int) -> AutoRequest:
+    """Return instance `index` of benchmarks/auto_schedules.py."""
+    rng = np.random.default_rng(index)
+    ranks = int(rng.integers(2, 17))
+    microbatches = int(rng.integers(2, 4 * ranks + 1))
+    forward, input_grad, weight_grad = rng.uniform(0.5, 1.5, (3, 4 * ranks)) / 4
+    cap = float(rng.choice([0.5, 0.75, 1.0, 1.5, 2.0])) * ranks
+    return AutoRequest(
+        ranks,
+        microbatches,
+        StageCosts.of(forward, input_grad, weight_grad, activation=np.full(4 * ranks, 0.25)),
+        latency_s=float(rng.choice([0.0, 0.05, 0.2, 0.5])),
+        memory_cap=max(1.0, cap),
+        evaluations=evaluations,
+    )
+
+
+@pytest.mark.parametrize(
+    ("index", "name"), [(23, "chimera"), (57, "chimera"), pytest.param(72, "dualpipe", marks=pytest.mark.soak)]
+)
+def test_two_copies_are_taken_where_a_named_schedule_of_two_is_shorter_than_the_best_order_of_one(index, name):
+    request = _uneven_request(index, 20_000)
+    one = search(replace(request, copies=1))
+    costs = stage_costs(request.costs, request.num_ranks)
+    assert costs is not None
+    links = Links(latency_s=request.latency_s)
+    named = registry.generate(
+        name, ScheduleRequest(request.num_ranks, request.num_microbatches, costs=costs, latency_s=request.latency_s)
+    )
+    named_s = simulate(named, costs, links=links).makespan_s
+    assert peak_activations(named, costs).max() <= request.memory_cap
+    assert named_s < one.makespan_s
+    found = search(request)
+    assert found.num_copies == 2
+    assert found.makespan_s <= named_s * (1 + 1e-9)
+    assert (found.one_copy.makespan_s, found.one_copy.bound_s) == (one.makespan_s, one.bound_s)
+    assert found.bound_s <= min(found.makespan_s, one.bound_s) * (1 + 1e-9)
+    validate(found.schedule)
+    timeline = simulate(found.schedule, found.costs, links=links)
+    assert timeline.makespan_s == pytest.approx(found.makespan_s, rel=1e-9)
+    assert peak_activations(found.schedule, found.costs).max() <= request.memory_cap + 1e-9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"copies": 1},
+        {"placement": PlacementChoice.LOOP},
+        {"placement": np.arange(4, dtype=np.int32)},
+        {"chunk_counts": (2, 4)},
+        {"num_microbatches": 7},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_one_copy_is_kept_where_the_request_rules_out_two(change):
+    request = replace(_request(memory_cap=4.0, evaluations=2_000), **change)
+    found = search(request)
+    assert found.num_copies == found.schedule.num_replicas == 1
+    assert (found.one_copy.makespan_s, found.one_copy.bound_s) == (found.makespan_s, found.bound_s)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tiny_instances_of_two_copies_get_the_best_of_all_their_orders(seed, random_instance, brute_force):
+    ranks = (2, 3, 4)[seed % 3]
+    instance = random_instance(np.random.default_rng(seed), ranks, 2, both_ways=True)
+    best_s = brute_force(instance)
+    found = search(
+        AutoRequest(
+            ranks,
+            2,
+            _first_stages(instance.costs, ranks),
+            latency_s=instance.latency_s,
+            memory_cap=instance.cap if np.isfinite(instance.cap).all() else None,
+            chunk_counts=(1,),
+            evaluations=5_000,
+        )
+    )
+    assert found.stop is Stop.OPTIMAL
+    assert found.makespan_s == pytest.approx(min(best_s, found.one_copy.makespan_s), rel=1e-9)
+    assert found.bound_s == pytest.approx(found.makespan_s, rel=1e-9)
+    assert found.num_copies == (2 if best_s < found.one_copy.makespan_s * (1 - 1e-9) else 1)
+
+
+def _first_stages(costs: StageCosts, count: int) -> StageCosts:
+    return StageCosts(**{field.name: getattr(costs, field.name)[:count] for field in fields(costs)})
 
 
 @pytest.mark.parametrize("seed", range(300, 309))
@@ -200,6 +290,11 @@ def test_cap_below_one_microbatch_names_the_smallest_cap_that_works():
         search(_request(memory_cap=0.5))
     assert "0.5" in caught.value.message
     assert caught.value.hint == "the smallest cap that works is 1"
+
+
+def test_more_copies_than_two_are_refused():
+    with pytest.raises(InvalidArgument, match="copies is 3"):
+        search(_request(copies=3))
 
 
 def test_deadline_returns_the_best_so_far_and_says_so():
