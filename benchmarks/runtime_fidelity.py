@@ -130,6 +130,8 @@ def _of_real(rows: Sequence[Row]) -> Row:
     return {
         "median_absolute_step_error": statistics.median(abs(row["step_error"]) for row in rows),
         "median_step_error": statistics.median(row["step_error"] for row in rows),
+        "median_absolute_step_error_at_speed": statistics.median(abs(row["step_error_at_speed"]) for row in rows),
+        "median_step_error_at_speed": statistics.median(row["step_error_at_speed"] for row in rows),
         "largest_peak_error": max((row["peak_error"] for row in rows), key=abs),
         "num_peaks_within_limit": sum(abs(row["peak_error"]) <= MEMORY_LIMIT for row in rows),
         "traffic_exact": all(row["traffic_exact"] for row in rows),
@@ -387,6 +389,8 @@ def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: 
                 "num_runs": len(reports),
                 "step_time_s": report.measured["step_time_s"],
                 "step_error": report.error["step_time"],
+                "step_error_at_speed": report.error["step_time_at_speed"],
+                "slowness": report.measured["slowness"],
                 "peak_error": report.error["peak_memory_max"],
                 "traffic_exact": report.checks["traffic"]["passed"],
             }

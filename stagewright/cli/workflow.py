@@ -133,6 +133,16 @@ def print_report(report: RunReport) -> None:
     table.add_row(
         "step time", seconds_text(predicted_s), _measured_step(report), "" if error is None else f"{error:+.1%}"
     )
+    at_speed = report.error.get("step_time_at_speed")
+    if at_speed is not None:
+        slowness = report.measured["slowness"]
+        assert isinstance(slowness, dict)
+        table.add_row(
+            f"at {1 / slowness['median']:.2f} of the profile's speed",
+            seconds_text(float(str(report.predicted["step_time_at_speed_s"]))),
+            _measured_step(report),
+            f"{at_speed:+.1%}",
+        )
     predicted = _floats(report.predicted["peak_memory_bytes"])
     measured = report.measured["peak_memory_bytes"]
     assert isinstance(measured, list)

@@ -37,8 +37,9 @@ from stagewright.planner.link_bytes import gathers_by_run, link_bytes, local_ste
 from stagewright.planner.schedules.action import Action, parse_action
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
+from stagewright.planner.schedules.lowering.gradients import update_period, with_optimizer_steps
 from stagewright.planner.schedules.registry import generate
-from stagewright.planner.schedules.schedule import Schedule, encode
+from stagewright.planner.schedules.schedule import Schedule, WeightPolicy, encode
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
 from stagewright.planner.search.order import Layout, layout_of
 from stagewright.planner.search.pipeline_costs import (
@@ -48,9 +49,10 @@ from stagewright.planner.search.pipeline_costs import (
     boundary_bytes,
     pipeline_costs,
 )
-from stagewright.planner.simulation.network import Links
+from stagewright.planner.simulation.network import Collectives, Links
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.timeline import Timeline
+from stagewright.planner.simulation.versions import versions_beside_the_master
 
 Floats = npt.NDArray[np.float64]
 
@@ -93,12 +95,76 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
         action_overhead_s=profile.action_overhead_s,
     )
     static = pipeline.static_bytes - _shared_state_bytes(plan, profile, layout, layers)
-    pipeline = _with_local_steps(replace(pipeline, static_bytes=static), layout, local_steps(plan))
+    static = static + _other_pipelines_bytes(schedule, layout, bounds, layers)
+    version_bytes = _version_bytes(schedule, bounds, layers)
+    pipeline = replace(pipeline, static_bytes=static, version_bytes=version_bytes)
+    pipeline = _with_local_steps(pipeline, layout, local_steps(plan))
     costs = stage_costs(pipeline, bounds, levels, layers)
     links = links_of(layout, bounds, layers, wiring)
-    timeline = simulate(schedule, costs, links=links, tail_s=pipeline.tail_s)
+    timeline = _timed(schedule, costs, links, layout, pipeline.tail_s, pipeline.optimizer_s)
     prediction = _prediction(plan, profile, schedule, layout, pipeline, timeline, layers, levels, bounds, costs)
     return Evaluation(prediction, timeline, schedule, costs, pipeline, links)
+
+
+def step_time_at(evaluation: Evaluation, slowness: Floats) -> float:
+    """Return the step time in seconds when all that pipeline rank d computes takes slowness[d] times as long, [D].
+
+    A stage that several ranks hold takes the mean of theirs; messages and reductions keep their seconds.
+    """
+    layout = layout_of(evaluation.schedule)
+    held = [{slot.stage for slot in slots} for slots in layout.slots]
+    stage = np.array(
+        [
+            np.mean([slowness[rank] for rank, stages in enumerate(held) if index in stages])
+            for index in range(evaluation.costs.num_stages)
+        ]
+    )
+    names = ("forward_s", "input_grad_s", "weight_grad_s", "recompute_s")
+    costs = replace(evaluation.costs, **{name: getattr(evaluation.costs, name) * stage for name in names})
+    tail_s = evaluation.pipeline.tail_s + (slowness - 1.0) * _rank_sum(layout, evaluation.pipeline.optimizer_s)
+    optimizer_s = evaluation.pipeline.optimizer_s * stage
+    timeline = _timed(evaluation.schedule, costs, evaluation.links, layout, tail_s, optimizer_s)
+    overhead_s = evaluation.prediction.step_time_s - evaluation.timeline.makespan_s
+    return timeline.makespan_s + overhead_s * float(slowness.max())
+
+
+def _timed(
+    schedule: Schedule, costs: StageCosts, links: Links, layout: Layout, tail_s: Floats, optimizer_s: Floats
+) -> Timeline:
+    """Return the simulated timeline; optimizer steps stand where they run.
+
+    That is in the tails, or where weights change under microbatches behind the last backward of each update.
+    """
+    if not update_period(schedule):
+        return simulate(schedule, costs, links=links, tail_s=tail_s)
+    stepped = replace(schedule, orders=with_optimizer_steps(schedule))
+    tail_s = np.maximum(tail_s - _rank_sum(layout, optimizer_s), 0.0)
+    return simulate(stepped, costs, links=links, collectives=Collectives(optimizer_s=optimizer_s), tail_s=tail_s)
+
+
+def _other_pipelines_bytes(
+    schedule: Schedule, layout: Layout, bounds: Sequence[int], layers: Sequence[LayerCosts]
+) -> Floats:
+    """Return the bytes [3, D] of states of a stage that a rank holds again, where each pipeline trains weights of its own."""
+    again = np.zeros((3, layout.num_ranks))
+    if schedule.weight_policy is not WeightPolicy.ELASTIC:
+        return again
+    states = [row.state_bytes[:, bounds[stage] : bounds[stage + 1]].sum(axis=1) for stage, row in enumerate(layers)]
+    for rank, slots in enumerate(layout.slots):
+        held = [slot.stage for slot in slots]
+        again[:, rank] = sum((states[stage] for stage in held), np.zeros(3))
+        again[:, rank] -= sum((states[stage] for stage in set(held)), np.zeros(3))
+    return again
+
+
+def _version_bytes(schedule: Schedule, bounds: Sequence[int], layers: Sequence[LayerCosts]) -> Floats:
+    """Return the bytes [D] of weights that each rank holds beside those that its optimizers step."""
+    found = np.zeros(schedule.num_ranks)
+    copies = versions_beside_the_master(schedule)
+    for stage, row in enumerate(layers):
+        parameters = float(row.state_bytes[0, bounds[stage] : bounds[stage + 1]].sum())
+        np.add.at(found, schedule.placement[:, stage], copies[:, stage] * parameters)
+    return found
 
 
 def _with_local_steps(pipeline: PipelineCosts, layout: Layout, every: int | None) -> PipelineCosts:
@@ -403,6 +469,7 @@ def _items(pipeline: PipelineCosts, rank: int, logits: float) -> MemoryItems:
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
+        weight_versions=float(np.broadcast_to(pipeline.version_bytes, pipeline.tail_s.shape)[rank]),
         activations=float(pipeline.activation_bytes[rank]) - logits,
         logits=logits,
         workspace=float(pipeline.workspace_bytes[rank]),

@@ -2,15 +2,18 @@
 
 All measurements of one configuration give, for every layer, the median over measurements. The medians are scaled so
 that they add up to the median of the whole microbatch, since medians of parts add up to less than the median of their
-sum. What the hooks at the layers' boundaries take, seen in microbatches without them, is taken off each boundary
-first. The input gradient is what was measured of it, the weight gradient the rest of the fused backward; what both
-take longer apart than together stands beside them, for the schedules that split.
+sum. Before that each measurement is brought to one speed of the machine, where it knows the one it was made at. What the hooks at the layers' boundaries take, seen in microbatches without them, is taken off each boundary
+first. The input gradient is what was measured of it, the weight gradient the rest of the fused backward.
+
+What both take longer apart than together stands beside them, for the schedules that split: over pairs k of a backward in
+one piece and one in two, made one after the other, e_k = (I + W) / B - 1, and of the median of e as much is believed as
+lies beyond its standard error, 1.2533 * 1.4826 * median |e_k - e| / sqrt(number of pairs).
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +53,9 @@ class LayerNumbers:
 class ConfigurationNumbers:
     """All layers of one configuration and what belongs to none of them.
 
-    `empty_step_s` is what any optimizer step takes beside its parameters. `split_overhead` is (I + W) / B - 1; `drift` the relative change between the earlier and the later half.
+    `empty_step_s` is what any optimizer step takes beside its parameters. `split_overhead` is (I + W) / B - 1; `drift` the
+    relative change between the earlier and the later half. `speed_range` is how far the probes' 20th and 80th percentiles lie
+    apart, relative to their median; 0 where no probes were made.
     """
 
     layers: tuple[LayerNumbers, ...]
@@ -59,11 +64,25 @@ class ConfigurationNumbers:
     empty_step_s: float
     split_overhead: float | None
     drift: float
+    speed_range: float
     busy_shares: tuple[float, ...]
 
 
-def configuration_numbers(samples: Mapping[str, Sequence[Numbers]]) -> ConfigurationNumbers:
-    """Return the numbers of one configuration from all its measurements by kind; `step` and `memory` must be there."""
+def reference_probe_seconds(samples: Iterable[Numbers]) -> float | None:
+    """Return the median of the measurements' probes; None where none was made."""
+    found = [float(item["probe_s"]) for item in samples if item.get("probe_s")]
+    return statistics.median(found) if found else None
+
+
+def configuration_numbers(
+    samples: Mapping[str, Sequence[Numbers]], *, probe_s: float | None = None
+) -> ConfigurationNumbers:
+    """Return the numbers of one configuration from all its measurements by kind; `step` and `memory` must be there.
+
+    `probe_s` is what a probe takes at the speed that all are brought to; None leaves them as they were measured.
+    """
+    speed_range = _speed_range([item for items in samples.values() for item in items])
+    samples = {kind: [_at_speed(item, probe_s) for item in items] for kind, items in samples.items()}
     steps, splits, memory = samples["step"], samples.get("split", ()), samples["memory"][0]
     hook_s = _hook_seconds(steps)
     forward, backward = (
@@ -111,8 +130,29 @@ def configuration_numbers(samples: Mapping[str, Sequence[Numbers]]) -> Configura
         empty_step_s=_median(steps, "empty_step_s"),
         split_overhead=overhead,
         drift=_drift(totals),
+        speed_range=speed_range,
         busy_shares=tuple(_number(item, "busy_share") for item in steps),
     )
+
+
+def _at_speed(item: Numbers, probe_s: float | None) -> Numbers:
+    """Return a measurement with all its seconds as they would be where a probe takes `probe_s`."""
+    if probe_s is None or not item.get("probe_s"):
+        return item
+    factor = probe_s / float(item["probe_s"])
+    seconds = {name for name, value in item.items() if name.endswith("_s") and value is not None}
+    return {
+        name: (np.asarray(value, dtype=float) * factor).tolist() if name in seconds else value
+        for name, value in item.items()
+    }
+
+
+def _speed_range(samples: Sequence[Numbers]) -> float:
+    found = [float(item["probe_s"]) for item in samples if item.get("probe_s")]
+    if not found:
+        return 0.0
+    low, middle, high = np.percentile(found, [20, 50, 80])
+    return float((high - low) / middle)
 
 
 def _hook_seconds(steps: Sequence[Numbers]) -> float:
@@ -146,7 +186,7 @@ def _recomputed_bytes(memory: Numbers) -> dict[Recompute, Floats]:
 def _split(splits: Sequence[Numbers], backward_s: Floats, hook_s: float) -> tuple[Floats, Floats, float | None]:
     """Return the input gradient's share of each backward, what its parts take longer apart, and (I + W) / B - 1 in all.
 
-    Layers that seem faster apart make the others' excess smaller, so that the sum is what was measured, or zero.
+    Layers that seem faster apart make the others' excess smaller, so that the sum is what is believed of the pairs' excess.
     """
     if not splits:
         return np.full(len(backward_s), 0.5), np.zeros(len(backward_s)), None
@@ -156,9 +196,28 @@ def _split(splits: Sequence[Numbers], backward_s: Floats, hook_s: float) -> tupl
     share = np.clip(np.divide(inputs, backward_s, out=np.ones_like(both), where=backward_s > 0), 0.0, 1.0)
     total = float(backward_s.sum())
     longer_s = np.maximum(both - backward_s, 0.0)
-    measured_s = max(float(both.sum()) - total, 0.0)
-    excess_s = longer_s * (measured_s / max(float(longer_s.sum()), 1e-300))
-    return share, excess_s, float(both.sum()) / total - 1.0 if total > 0 else None
+    excess, error = _paired_excess(splits, hook_s)
+    believed_s = max(excess - error, 0.0) * total
+    excess_s = (
+        longer_s * (believed_s / float(longer_s.sum()))
+        if longer_s.any()
+        else believed_s * backward_s / max(total, 1e-300)
+    )
+    return share, excess_s, excess if total > 0 else None
+
+
+def _paired_excess(splits: Sequence[Numbers], hook_s: float) -> tuple[float, float]:
+    """Return the median of (I + W) / B - 1 over the pairs, and its standard error."""
+    apart = _without_hooks(_rows(splits, "input_grad_s"), hook_s).sum(axis=1) + _rows(splits, "weight_grad_s").sum(
+        axis=1
+    )
+    count = len(splits[0]["input_grad_s"])
+    fused = np.array([_number(item, "fused_s") for item in splits])
+    fused = np.maximum(fused - count * hook_s, _LEAST_SHARE * fused)
+    ratios = np.divide(apart, fused, out=np.ones_like(apart), where=fused > 0) - 1.0
+    middle = float(np.median(ratios))
+    spread = 1.4826 * float(np.median(np.abs(ratios - middle)))  # the standard deviation of a normal one
+    return middle, 1.2533 * spread / len(ratios) ** 0.5
 
 
 def _recompute_seconds(fulls: Sequence[Numbers], layer_s: Floats, hook_s: float) -> Floats | None:

@@ -5,15 +5,19 @@ Kinds of measurement, each a short piece of a training step whose numbers are pl
 - `step`: two microbatches run (the second as any but a step's first), where layers are short a third one that nobody looks
   into, which shows what looking takes; and layer by layer the optimizer steps and the gradients are set to zero where they
   lie, as a run does.
-- `split`: one microbatch whose weight gradients are deferred and run afterwards, layer by layer.
+- `split`: one microbatch whose backward runs in one piece, and right after it one whose weight gradients are deferred and
+  run afterwards, layer by layer: a pair that knows one speed of the machine.
 - `full`, `selective`: one microbatch with every layer recomputed at that level in its backward.
 - `memory`: saved tensors, allocator traces and FLOP of one microbatch; it is taken once.
+
+On CPU each measurement says as `probe_s` how fast the processor was meanwhile (`modeling.speed_probe`).
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stagewright.modeling import Batch, LayerChain
 from stagewright.modeling.recomputation import recompute_layers
+from stagewright.modeling.speed_probe import SpeedProbe
 from stagewright.modeling.weight_gradients import (
     DeferredGradient,
     WeightGradientSink,
@@ -47,6 +52,7 @@ CachePolicy = Literal["hot", "flushed"]
 OptimizerName = Literal["adamw", "adam", "sgd", "sgd-momentum"]
 Numbers = dict[str, Any]
 
+_PROBE_AGE_S = 0.05  # a probe speaks for what begins within so long after it
 _SHORT_LAYER_S = 0.02  # above that, what the hooks of a layer take (under 0.1 ms) is nothing
 
 _log = logging.getLogger(__name__)
@@ -87,6 +93,8 @@ class ModelBench:
         self._flushes = cache_policy == "flushed"
         self._timer = LayerTimer(chain, self._clock, flush=flush_of(device) if cache_policy == "flushed" else None)
         self._batches: dict[tuple[int, int], Batch] = {}
+        self._probe = SpeedProbe() if device.type == "cpu" else None
+        self._probed: tuple[float, float] = (-math.inf, 0.0)  # when, and its seconds
         self._own_parameters = _own_parameters(chain)
         self._optimizer = _optimizer(self._own_parameters, optimizer)
 
@@ -119,7 +127,19 @@ class ModelBench:
             "selective": partial(self._measure_recomputation, Recompute.SELECTIVE),
             "memory": self._measure_memory,
         }
-        return measures[kind](self.batch(configuration))
+        before_s = self._probe_seconds()
+        numbers = measures[kind](self.batch(configuration))
+        after_s = self._probe_seconds()
+        return numbers if before_s is None or after_s is None else {**numbers, "probe_s": (before_s + after_s) / 2}
+
+    def _probe_seconds(self) -> float | None:
+        """Return the latest probe's seconds, of a new one where that is old; None where work is only launched from here."""
+        if self._probe is None:
+            return None
+        if time.monotonic() > self._probed[0] + _PROBE_AGE_S:
+            seconds = self._probe.seconds()
+            self._probed = (time.monotonic(), seconds)
+        return self._probed[1]
 
     def _measure_step(self, batch: Batch) -> Numbers:
         self._timer.whole(batch, scale=0.5)
@@ -145,6 +165,8 @@ class ModelBench:
         lengths: dict[int, int] = {}
         queue: list[DeferredGradient] = []
         timer = self._timer
+        with timer.hooks:
+            fused = timer.full(batch)
         with _deferring(self.chain) as sink:
             with timer.hooks, sink.collect() as queue:
                 times = timer.full(batch, left=lambda index: lengths.setdefault(index, len(queue)))
@@ -164,6 +186,7 @@ class ModelBench:
         return {
             "input_grad_s": list(times.backward_s),
             "weight_grad_s": weight_s,
+            "fused_s": sum(fused.backward_s),
             "busy_share": min(times.busy_share, busy_share(self._clock, busy, wall)),
             "held_bytes": held,
         }

@@ -158,7 +158,9 @@ def _profile_parts(
             group = [item for item in missing if item.tensor_degree == degree]
             share = settings.budget_s * len(group) / len(missing)
             measured = shapes.measured(degree)
-            numbers = _measure(source, replace(settings, budget_s=share), shapes, measured, group, journal, report)
+            told = replace(settings, budget_s=share)
+            numbers, probe_s = _measure(source, told, shapes, measured, group, journal, report, costs.probe_s or None)
+            costs.probe_s = probe_s or 0.0
             _add(costs, settings, measured, numbers)
             warnings += [
                 f"{item.text} does not fit the device and was not measured" for item in group if item not in numbers
@@ -187,7 +189,9 @@ def _measure(
     configurations: Sequence[Configuration],
     journal: Journal,
     report: ReportsProgress,
-) -> dict[Configuration, ConfigurationNumbers]:
+    probe_s: float | None,
+) -> tuple[dict[Configuration, ConfigurationNumbers], float | None]:
+    """Return the numbers and what a probe takes at their speed, `probe_s` where that is given."""
     if settings.compiled:
         _compile(measured.chain)
     own_time = not settings.oversubscribed
@@ -200,7 +204,9 @@ def _measure(
         cache_policy=settings.cache_policy,
     )
     with busy_siblings(source, settings, configurations, report, num_layers=shapes.num_layers):
-        return Session(settings, bench, journal, report).measure(configurations)
+        session = Session(settings, bench, journal, report, probe_s=probe_s)
+        numbers = session.measure(configurations)
+        return numbers, session.probe_s
 
 
 def _uncuttable(
@@ -308,6 +314,7 @@ def _document(
         compiled=settings.compiled,
         taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
         duration_s=duration_s,
+        probe_s=costs.probe_s,
         warnings=parts.warnings,
     )
     return ModelProfile(

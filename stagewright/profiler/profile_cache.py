@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from stagewright.modeling import LayerChain
@@ -13,7 +13,7 @@ from stagewright.profiler.model_bench import Configuration
 from stagewright.profiler.settings import ProfileSettings
 from stagewright.profiler.surroundings import device_name, versions
 
-_MEANING = 3  # of the numbers; entries and journals of another are not read
+_MEANING = 4  # of the numbers; entries and journals of another are not read
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,14 @@ class Overheads:
 
 @dataclass
 class Costs:
-    """Everything a profile needs, by configuration."""
+    """Everything a profile needs, by configuration.
+
+    `probe_s` is what a speed probe takes where the seconds are these; 0 where nobody knows.
+    """
 
     classes: dict[Configuration, dict[str, ConfigurationCost]] = field(default_factory=dict)
     overheads: dict[Configuration, Overheads] = field(default_factory=dict)
+    probe_s: float = 0.0
 
     def drop_incomplete(self, num_classes: int) -> None:
         """Leave out what is known in part only: the configurations that did not fit."""
@@ -93,28 +97,36 @@ class ProfileCache:
         return Journal(None if self._folder is None else self._folder / "journals", key, resume=resume)
 
     def read(self, configurations: Sequence[Configuration]) -> Costs:
-        """Return what the cache holds of some configurations."""
+        """Return what the cache holds of some configurations, at the speed of the entry that was found first."""
         costs = Costs()
+
+        def factor(entry: Mapping[str, object]) -> float:
+            probe_s = float(str(entry.get("probe_s", 0.0)))
+            costs.probe_s = costs.probe_s or probe_s
+            return costs.probe_s / probe_s if probe_s > 0 else 1.0
+
         for item in configurations:
             found = costs.classes.setdefault(item, {})
             for name in self._structures:
                 entry = self._entries.get(self._class_key(name, item))
                 if entry is not None:
-                    found[name] = ConfigurationCost.model_validate(entry)
+                    found[name] = _scaled_cost(ConfigurationCost.model_validate(entry["cost"]), factor(entry))
             entry = self._entries.get(self._model_key(item))
             if entry is not None:
                 seconds = [float(str(entry[name])) for name in ("action_s", "entrance_s", "step_s")]
-                costs.overheads[item] = Overheads(*seconds, _counts(entry["parameters"]), _counts(entry["unused"]))
+                overheads = Overheads(*seconds, _counts(entry["parameters"]), _counts(entry["unused"]))
+                costs.overheads[item] = _scaled_overheads(overheads, factor(entry))
         return costs
 
     def write(self, costs: Costs, configurations: Sequence[Configuration]) -> None:
         """Keep what was measured of some configurations."""
         for item in configurations:
             for name, cost in costs.classes[item].items():
-                self._entries.put(self._class_key(name, item), cost.model_dump(mode="json"))
+                content = {"cost": cost.model_dump(mode="json"), "probe_s": costs.probe_s}
+                self._entries.put(self._class_key(name, item), content)
             value = costs.overheads[item]
             counts = {"parameters": dict(value.parameters), "unused": dict(value.unused)}
-            self._entries.put(self._model_key(item), {**asdict(value), **counts})
+            self._entries.put(self._model_key(item), {**asdict(value), **counts, "probe_s": costs.probe_s})
 
     def _class_key(self, name: str, item: Configuration) -> dict[str, object]:
         return {**self._common, "layer": self._structures[name], "shape": _shape(item)}
@@ -125,6 +137,24 @@ class ProfileCache:
 
 def _shape(item: Configuration) -> list[int]:
     return [item.microbatch, item.sequence_length, item.tensor_degree]
+
+
+def _scaled_cost(cost: ConfigurationCost, factor: float) -> ConfigurationCost:
+    """Return the entry with all its seconds multiplied."""
+    names = ("forward_s", "input_grad_s", "weight_grad_s", "split_excess_s", "optimizer_s")
+    return cost.model_copy(
+        update={
+            **{name: getattr(cost, name) * factor for name in names},
+            "recompute_s": {level: seconds * factor for level, seconds in cost.recompute_s.items()},
+            "spread": {name: (low * factor, high * factor) for name, (low, high) in cost.spread.items()},
+        }
+    )
+
+
+def _scaled_overheads(value: Overheads, factor: float) -> Overheads:
+    return replace(
+        value, action_s=value.action_s * factor, entrance_s=value.entrance_s * factor, step_s=value.step_s * factor
+    )
 
 
 def _counts(value: object) -> dict[str, int]:

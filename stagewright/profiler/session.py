@@ -18,14 +18,19 @@ from stagewright.modeling.kept_memory import keep_freed_memory
 from stagewright.planner.documents import Recompute
 from stagewright.planner.errors import InvalidArgument, StagewrightError
 from stagewright.profiler.journal import Journal, Record
-from stagewright.profiler.measured_layers import ConfigurationNumbers, configuration_numbers, saves_anything
+from stagewright.profiler.measured_layers import (
+    ConfigurationNumbers,
+    configuration_numbers,
+    reference_probe_seconds,
+    saves_anything,
+)
 from stagewright.profiler.model_bench import Configuration, Kind, ModelBench
 from stagewright.profiler.model_source import ModelSource
 from stagewright.profiler.ranks import RankContext, ReportsProgress, start_ranks
 from stagewright.profiler.settings import ProfileSettings
 from stagewright.profiler.timing import is_stable
 
-WANTED: Mapping[Kind, int] = {"step": 6, "split": 3, "full": 3, "selective": 3, "memory": 1}
+WANTED: Mapping[Kind, int] = {"step": 6, "split": 6, "full": 3, "selective": 3, "memory": 1}
 LEAST: Mapping[Kind, int] = {"step": 3, "split": 2, "full": 2, "selective": 2, "memory": 1}
 MOST_STEPS = 15
 MOST_SHORT_STEPS = 300
@@ -41,6 +46,7 @@ class Session:
     ----------
     bench : what runs a measurement.
     journal : measurements so far, of an earlier run too.
+    probe_s : what a probe takes at the speed that all seconds are brought to; None for the median of this session's.
     now_s : the clock of the budget.
     """
 
@@ -51,6 +57,7 @@ class Session:
         journal: Journal,
         report: ReportsProgress,
         *,
+        probe_s: float | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
@@ -58,6 +65,7 @@ class Session:
         self._journal = journal
         self._report = report
         self._now_s = now_s
+        self._probe_s = probe_s
         self._too_large: set[Configuration] = set()
         self._steps_s = STEPS_SHARE * settings.budget_s / max(len(settings.configurations), 1)
 
@@ -147,9 +155,14 @@ class Session:
         samples = self._journal.of(_key(configuration), "step")
         return [sum(item["forward_s"]) + sum(item["backward_s"]) for item in samples]
 
+    @property
+    def probe_s(self) -> float | None:
+        """What a probe takes at the speed that the numbers are brought to; None where no probe was made."""
+        return self._probe_s or reference_probe_seconds(record.numbers for record in self._journal.records)
+
     def _numbers(self, configuration: Configuration) -> ConfigurationNumbers:
         return configuration_numbers(
-            {kind: self._journal.of(_key(configuration), kind) for kind in self._settings.kinds}
+            {kind: self._journal.of(_key(configuration), kind) for kind in self._settings.kinds}, probe_s=self.probe_s
         )
 
 

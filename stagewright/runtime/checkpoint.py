@@ -62,12 +62,14 @@ def load_checkpoint(worker: Worker, directory: Path | str) -> int:
     for key in keys:
         for name, value in weights.items():
             entry = f"states/{names[name]}/{key}"
+            if entry not in stored:  # what no forward uses has no states
+                continue
             shape = stored[entry].size
             state[entry] = torch.zeros(shape, dtype=stored[entry].properties.dtype, device=value.device)
     torch_checkpoint.load(state, checkpoint_id=str(directory))
     worker.load_weights({name: state[f"weights/{names[name]}"] for name in weights})
     worker.load_optimizer_states(
-        {key: {name: state[f"states/{names[name]}/{key}"] for name in weights} for key in keys}
+        {key: _found(state, {name: f"states/{names[name]}/{key}" for name in weights}) for key in keys}
     )
     dist.barrier()
     return int(state["step"])
@@ -91,6 +93,11 @@ def _load_rescued(worker: Worker, folder: Path, step: int) -> None:
     worker.load_weights({name: found[name][f"weights/{names[name]}"] for name in weights})
     worker.load_optimizer_states(states)
     dist.barrier()
+
+
+def _found(state: dict[str, Tensor], entries: dict[str, str]) -> dict[str, Tensor]:
+    """Return by name those of the entries that there are."""
+    return {name: state[entry] for name, entry in entries.items() if entry in state}
 
 
 def _matching(stored: dict[str, object], entry: str, value: Tensor) -> Tensor:

@@ -52,12 +52,16 @@ def continue_from(worker: Worker, state: HeldState) -> float:
     dist.all_gather_object(everyone, described)
     keys = sorted({name.rpartition("/")[2] for each in everyone for name in each if name.startswith("states/")})
     wanted = {f"weights/{names[name]}" for name in weights}
-    wanted |= {f"states/{names[name]}/{key}" for name in weights for key in keys}
+    held = {name for each in everyone for name in each}
+    wanted |= {f"states/{names[name]}/{key}" for name in weights for key in keys} & held  # unused ones have none
     have, received = _exchange(state, everyone, wanted, worker.settings.device)
     worker.load_weights({name: have[f"weights/{names[name]}"] for name in weights})
     if keys:
         worker.load_optimizer_states(
-            {key: {name: have[f"states/{names[name]}/{key}"] for name in weights} for key in keys}
+            {
+                key: {name: have[entry] for name in weights if (entry := f"states/{names[name]}/{key}") in have}
+                for key in keys
+            }
         )
     return received
 

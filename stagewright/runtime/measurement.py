@@ -25,6 +25,8 @@ class Measurement:
     static_memory_bytes : parameters, gradients and optimizer states of each global rank, by item.
     sent_bytes : bytes sent in one step by operation, over all ranks.
     rows : spans of the step with the median time: (rank, lane, KIND .. FUSED, start, end).
+    probe_s : of each timed step, by global rank, seconds of the speed probe around it; empty on CUDA and when emulated.
+    stolen_share : of each timed step with probes, the share of it that the host took from a rank's core.
     gradients, weights : largest error and the parameter that has it, when they were checked.
     """
 
@@ -38,6 +40,8 @@ class Measurement:
     gradients: tuple[float, str] | None = None
     weights: tuple[float, str] | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    probe_s: list[list[float]] = field(default_factory=list)
+    stolen_share: list[float] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Write the file."""

@@ -28,6 +28,7 @@ from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.runtime.gradient_buffer import BUCKET_BYTES, GradientBuffer
 from stagewright.runtime.ring import Ring
+from stagewright.runtime.used_parameters import UsedParameters
 
 StageKey = tuple[int, int]  # (replica, stage)
 Traffic = dict[str, float]
@@ -254,10 +255,12 @@ class ReplicatedBucket:
     _works: list[dist.Work] = field(default_factory=list)
     _ring: Ring | None = None
     _hops: list[Future[int]] = field(default_factory=list)
+    _used: UsedParameters | None = None  # where gradients lie in buffers, which are zero where there is none
 
     def __post_init__(self) -> None:
         if self.group is None:
             return
+        self._used = UsedParameters(self.optimized(), self.group)
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in self.optimized():
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
@@ -296,9 +299,14 @@ class ReplicatedBucket:
         for index, buffer in enumerate(self._buffers):
             buffer.attach()
             self._launch(index, buffer.num_buckets)
+        if self._used is not None:
+            self._used.start()
 
     def finish(self) -> None:
-        """Wait; then the gradients are sums, over the tensor-parallel group too where it sees parts of the sequence."""
+        """Wait; then the gradients are sums, over the tensor-parallel group too where it sees parts of the sequence.
+
+        What never had a gradient has none, so that no optimizer moves it; `always` says otherwise.
+        """
         for work in self._works:
             work.wait()
         self._works.clear()
@@ -309,6 +317,10 @@ class ReplicatedBucket:
             sum_partial(self.optimized(), self.shards)
             self._started = [0] * len(self._buffers)
             self._ready.clear()
+            if self._used is not None:
+                self._used.finish()
+                for parameter in () if self.always else self._used.unused:
+                    parameter.grad = None
             self._open = False
 
     def _take_note(self, parameter: Tensor) -> None:
@@ -354,7 +366,8 @@ class ReplicatedBucket:
     def squared_norm(self) -> Tensor:
         """Return this rank's share of the squared norm: equal copies share one count."""
         copies = 1 if self.group is None else self.group.size()
-        return squared_norm(((value, local_gradient(value)) for value in self.optimized()), self.shards) / copies
+        pairs = ((value, value.grad) for value in self.optimized() if value.grad is not None)
+        return squared_norm(pairs, self.shards) / copies
 
     def after_step(self) -> None:
         """Do nothing: the optimizer stepped on the parameters themselves."""
@@ -362,7 +375,7 @@ class ReplicatedBucket:
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients by name."""
         return {
-            name: self.shards.whole(local_gradient(value), value)
+            name: self.shards.whole(torch.zeros_like(value) if value.grad is None else value.grad, value)
             for name, value in self.parameters.items()
             if value.requires_grad
         }
@@ -398,11 +411,13 @@ class ReplicatedBucket:
     def load_states(self, optimizer: torch.optim.Optimizer, values: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Set the optimizer's states."""
         for name, parameter in self.parameters.items():
-            if parameter.requires_grad:
-                optimizer.state[parameter] = {
-                    key: self.shards.part(found[name], parameter).clone() if found[name].dim() else found[name].clone()
-                    for key, found in values.items()
-                }
+            state = {
+                key: self.shards.part(found[name], parameter).clone() if found[name].dim() else found[name].clone()
+                for key, found in values.items()
+                if name in found
+            }
+            if parameter.requires_grad and state:
+                optimizer.state[parameter] = state
 
     def clear(self) -> None:
         """Set the gradients to zero; their memory stays, so that a step has it from its first action on."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stagewright.planner.documents.plan import Plan, Prediction
+from stagewright.planner.documents.plan import Plan
 from stagewright.planner.link_bytes import LENT
-from stagewright.planner.prediction import Evaluation
+from stagewright.planner.prediction import Evaluation, Floats, step_time_at
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.runtime.measurement import Measurement
@@ -24,6 +24,7 @@ ROUTED = (
     "all-gather/etp",
     "reduce-scatter/etp",
 )  # bytes that depend on which experts the tokens choose
+DISTURBED = 0.08  # change of a rank's speed within a run that is worth telling
 TRAFFIC_LIMIT, LENT_LIMIT = 1e-9, 0.03  # what is lent are activations, as close as the prediction of memory
 
 
@@ -33,7 +34,8 @@ class RunReport:
 
     Parameters
     ----------
-    predicted, measured, error : step time and peak memory of each global rank, and their relative errors.
+    predicted, measured, error : step time and peak memory of each global rank, and their relative errors; where profile and
+        run hold speed probes, also the step time predicted for the speed of the run, and its error, step by step.
     checks : by name; each has `passed` and its numbers.
     timeline : the step with the median time; predicted_timeline : the simulated one, of pipeline ranks.
     first_step : number of the step that the first loss belongs to.
@@ -75,12 +77,19 @@ class RunReport:
 
 def make_report(
     plan: Plan,
-    prediction: Prediction,
-    simulated: Timeline,
+    evaluation: Evaluation,
     measurement: Measurement,
     checks: Sequence[str],
+    *,
+    probe_s: float = 0.0,
 ) -> RunReport:
-    """Return the report of a measurement."""
+    """Return the report of a measurement.
+
+    `probe_s` is what the speed probe took when the profile was made (`Pedigree.probe_s`): with it, and the run's own
+    probes, each step is compared with the prediction for the speed that the ranks had around it, too.
+    """
+    prediction, simulated = evaluation.prediction, evaluation.timeline
+    slowness = _slowness(plan, measurement, probe_s)
     times = sorted(measurement.step_times_s)
     median = statistics.median(times) if times else None
     predicted_memory = _by_device(plan, prediction.peak_memory_bytes)
@@ -104,13 +113,23 @@ def make_report(
         found["traffic"] = _traffic(prediction.link_bytes, measurement.sent_bytes)
     if "time" in checks:
         found["time"] = _time(plan, simulated, timeline)
+    at_speed = [step_time_at(evaluation, row) for row in slowness]
     return RunReport(
-        predicted={"step_time_s": prediction.step_time_s, "peak_memory_bytes": predicted_memory},
+        predicted={
+            "step_time_s": prediction.step_time_s,
+            **({"step_time_at_speed_s": statistics.median(at_speed)} if at_speed else {}),
+            "peak_memory_bytes": predicted_memory,
+        },
         measured={
             "step_time_s": {"median": median, "p20": _quantile(times, 0.2), "p80": _quantile(times, 0.8)},
+            **({"slowness": _slowness_numbers(slowness, measurement.stolen_share)} if at_speed else {}),
             "peak_memory_bytes": measured_memory,
         },
-        error={"step_time": step_error, "peak_memory_max": memory_error},
+        error={
+            "step_time": step_error,
+            **({"step_time_at_speed": _median_error(at_speed, measurement.step_times_s)} if at_speed else {}),
+            "peak_memory_max": memory_error,
+        },
         checks=found,
         losses=tuple(measurement.losses),
         timeline=timeline,
@@ -118,6 +137,42 @@ def make_report(
         versions=measurement.versions,
         first_step=measurement.first_step,
     )
+
+
+def _slowness(plan: Plan, measurement: Measurement, probe_s: float) -> list[Floats]:
+    """Return of each timed step how many times as long as at profiling a computation takes on each pipeline rank, [D].
+
+    That is what a probe took, and what the host took of the step.
+    """
+    if probe_s <= 0:
+        return []
+    ranks = plan.mapping.pipeline_ranks
+    return [
+        np.array([max(row[rank] for rank in devices) for devices in ranks]) / probe_s / (1.0 - min(stolen, 0.5))
+        for row, stolen in zip(measurement.probe_s, measurement.stolen_share, strict=True)
+    ]
+
+
+def _slowness_numbers(slowness: Sequence[Floats], stolen_share: Sequence[float]) -> dict[str, float]:
+    """Return the mean over the ranks by the median step and the 20th and 80th percentile, and how many steps were disturbed.
+
+    A step is disturbed when a rank's probe differs from that rank's median of the run by more than `DISTURBED`.
+    """
+    rows = np.array(slowness)
+    middle = np.median(rows, axis=0)
+    low, median, high = np.quantile(rows.mean(axis=1), [0.2, 0.5, 0.8]).tolist()
+    disturbed = (np.abs(rows / middle - 1.0) > DISTURBED).any(axis=1)
+    return {
+        "median": median,
+        "p20": low,
+        "p80": high,
+        "num_disturbed_steps": int(disturbed.sum()),
+        "stolen_share": statistics.fmean(stolen_share),
+    }
+
+
+def _median_error(predicted_s: Sequence[float], measured_s: Sequence[float]) -> float:
+    return statistics.median(p / m - 1.0 for p, m in zip(predicted_s, measured_s, strict=True))
 
 
 def make_replay_report(plan: Plan, evaluation: Evaluation, composed: ComposedStep) -> RunReport:

@@ -135,7 +135,7 @@ def run_plan(
             progress=progress,
         )
         measurement = Measurement.load(path / "measurement.json")
-    return make_report(plan, evaluation.prediction, evaluation.timeline, measurement, checks)
+    return make_report(plan, evaluation, measurement, checks, probe_s=profile.pedigree.probe_s)
 
 
 def _refuse_frozen_by_hand(profile: ModelProfile) -> None:

@@ -6,6 +6,7 @@ Every rank runs the same phases; what is compared or gathered is so by collectiv
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterator
 from itertools import islice, repeat
@@ -18,6 +19,7 @@ from stagewright.modeling.batch import Batch
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.factory import load_function
 from stagewright.modeling.kept_memory import allocator_name
+from stagewright.modeling.speed_probe import SpeedProbe, stolen_seconds
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.prediction import Evaluation
@@ -99,11 +101,14 @@ class Session:
             gradients, weights = self._check(worker, checked, reference, shapes)
         del reference
         memory = self._train_setup(worker, batches)
-        times, losses, rows, sent = self._timed(worker, batches)
+        probe = SpeedProbe() if self._device.type == "cpu" else None
+        times, losses, rows, sent, probes, stolen = self._timed(worker, batches, probe)
         self._write(
             Measurement(
                 step_times_s=times,
                 losses=losses,
+                probe_s=probes,
+                stolen_share=stolen,
                 first_step=self._trained - len(losses),
                 peak_memory_bytes=[item.peak for item in memory],
                 static_memory_bytes=[
@@ -130,7 +135,7 @@ class Session:
         )
         self._enter("warming up")
         self._run(worker, None, 0)
-        times, losses, rows, sent = self._timed(worker, repeat(None))
+        times, losses, rows, sent, *_ = self._timed(worker, repeat(None))
         self._write(
             Measurement(
                 step_times_s=times,
@@ -210,39 +215,55 @@ class Session:
         return everyone
 
     def _timed(
-        self, worker: Worker | EmulatedWorker, batches: Iterator[Batch | None]
-    ) -> tuple[list[float], list[float], list[list[float]], dict[str, float]]:
-        """Run the timed steps; returns times, losses, the spans of the median step, and bytes sent in one step."""
+        self, worker: Worker | EmulatedWorker, batches: Iterator[Batch | None], probe: SpeedProbe | None = None
+    ) -> tuple[list[float], list[float], list[list[float]], dict[str, float], list[list[float]], list[float]]:
+        """Run the timed steps; returns times, losses, the spans of the median step, bytes sent in one step, probes, and
+        the share of their time that the host took from the ranks.
+
+        The probes stand before and after a step, outside its time. All ranks make theirs at once: a core whose neighbours
+        are busy is slower, as it was when the profile was made.
+        """
         self._enter("training")
-        times, losses, kept = [], [], []
+        times, losses, kept, probes, stolen = [], [], [], [], []
+        busy = min(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())), os.cpu_count() or 1)
         sent: dict[str, float] = {}
         for index in range(self._job.steps):
             batch = next(batches)
             dist.barrier()
+            probed_s = probe.seconds() if probe is not None else 0.0
+            dist.barrier()
             before = worker.traffic()
+            stolen_s = stolen_seconds()
             begin = now_s()
             loss = self._train(worker, batch)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             span = (begin, now_s())
             sent = {name: value - before.get(name, 0.0) for name, value in worker.traffic().items()}
-            everyone: list[tuple[tuple[float, float], float | None]] = [(span, loss)] * dist.get_world_size()
-            dist.all_gather_object(everyone, (span, loss))
-            times.append(max(end for (_, end), _ in everyone) - min(start for (start, _), _ in everyone))
-            losses.append(sum(value for _, value in everyone if value is not None))
+            stolen_s = stolen_seconds() - stolen_s
+            dist.barrier()
+            probed_s = (probed_s + probe.seconds()) / 2 if probe is not None else 0.0
+            mine = (span, loss, probed_s)
+            everyone: list[tuple[tuple[float, float], float | None, float]] = [mine] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+            times.append(max(end for (_, end), *_ in everyone) - min(start for (start, _), *_ in everyone))
+            losses.append(sum(value for _, value, _ in everyone if value is not None))
+            if probe is not None:
+                probes.append([seconds for *_, seconds in everyone])
+                stolen.append(stolen_s / (busy * times[-1]))
             kept.append([[self._rank, *row] for row in worker.recorder.rows])
             self._event(
                 "step", index + 1, self._job.steps, loss=losses[-1], step_time_s=times[-1], step=self._trained - 1
             )
             self._save(worker, is_last=index + 1 == self._job.steps)
         if not times:
-            return [], [], [], {}
+            return [], [], [], {}, [], []
         median = sorted(range(len(times)), key=times.__getitem__)[len(times) // 2]
         gathered: list[tuple[list[list[float]], dict[str, float]]] = [(kept[median], sent)] * dist.get_world_size()
         dist.all_gather_object(gathered, (kept[median], sent))
         names = sorted({name for _, each in gathered for name in each})
         total = {name: sum(each.get(name, 0.0) for _, each in gathered) for name in names}
-        return times, losses, [row for rows, _ in gathered for row in rows], total
+        return times, losses, [row for rows, _ in gathered for row in rows], total, probes, stolen
 
     def _run(self, worker: Worker | EmulatedWorker, batch: Batch | None, step: int) -> float | None:
         loss = worker.run(batch, step)

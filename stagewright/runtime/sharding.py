@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.runtime.reduction import StageKey, Traffic, all_reduce_bytes, local_gradient, squared_norm, sum_partial
+from stagewright.runtime.used_parameters import UsedParameters
 
 
 class ShardedBucket:
@@ -36,6 +37,7 @@ class ShardedBucket:
     parameters : by name in the model; all of one dtype.
     group : the ranks over which the bucket is divided; None for no division (master weights only).
     across : the ranks that own the same shard in other groups; None when there are none.
+    everyone : all ranks that hold these parameters; None when this rank alone does.
     holders : (replica, stage) of this rank's stages that use the parameters.
     level : ZeRO stage.
     traffic : counts bytes sent by ring algorithms.
@@ -54,6 +56,7 @@ class ShardedBucket:
         traffic: Traffic,
         *,
         purpose: str,
+        everyone: dist.ProcessGroup | None = None,
         shards: TensorShards | None = None,
         by_layer: bool = False,
     ) -> None:
@@ -88,6 +91,8 @@ class ShardedBucket:
         self._ready: set[int] = set()
         self._early = 0  # units whose gradients were scattered inside their backward
         self._is_whole = True
+        self._used = UsedParameters(self._trained, everyone)
+        self._kept: list[tuple[slice, Tensor]] = []  # of the shard, what no optimizer step may move
         if self._by_microbatch:
             for parameter in self._trained:
                 parameter.register_post_accumulate_grad_hook(self._take_note)
@@ -133,13 +138,16 @@ class ShardedBucket:
             gradient = self._shard_gradient()
             self._summing = dist.all_reduce(gradient, group=self._across, async_op=True)
             self._count_traffic("all-reduce", all_reduce_bytes(gradient, self._across))
+        self._used.start()
 
     def finish(self) -> None:
-        """Wait for the reductions under way."""
+        """Wait for the reductions under way; keep the values of what never had a gradient."""
         self._land()
         if self._summing is not None:
             self._summing.wait()
             self._summing = None
+        self._used.finish()
+        self._kept = [(part, self._shard.detach()[part].clone()) for part in self._unused_parts()]
 
     def after_microbatch(self) -> None:
         """Reduce one unit's gradients, at ZeRO stages 2 and 3, unless its backward has done so."""
@@ -191,7 +199,13 @@ class ShardedBucket:
         return squared_norm(zip(self._trained, self._views(flat), strict=True), self._shards) / owners
 
     def after_step(self) -> None:
-        """Gather the stepped shards; at ZeRO stage 3 the next UNSHARD does."""
+        """Gather the stepped shards; at ZeRO stage 3 the next UNSHARD does.
+
+        What never had a gradient is put back: its states are a part of the shard's, and weight decay would move it.
+        """
+        with torch.no_grad():
+            for part, values in self._kept:
+                self._shard[part] = values
         if self._is_whole:
             self._gather(wait=True)
 
@@ -228,15 +242,19 @@ class ShardedBucket:
         """Set the optimizer's states."""
         state: dict[str, Tensor] = {}
         for key, found in values.items():
-            one = next(found[name] for name, _ in self._names())
+            one = next((found[name] for name, _ in self._names() if name in found), None)
+            if one is None:
+                continue
             state[key] = self._own_part(found) if one.dim() else one.clone()
-        optimizer.state[self._shard] = state
+        if state:
+            optimizer.state[self._shard] = state
 
     def _own_part(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return this rank's shard of whole values."""
         flat = torch.zeros(self._length * self._count, dtype=self._shard.dtype, device=self._shard.device)
         for (name, parameter), view in zip(self._names(), self._views(flat), strict=True):
-            view.copy_(self._shards.part(values[name], parameter))
+            if name in values:  # what no forward uses has no states where they are not divided
+                view.copy_(self._shards.part(values[name], parameter))
         return flat[self._own].clone()
 
     def clear(self) -> None:
@@ -274,6 +292,17 @@ class ShardedBucket:
         if self._gradients is not None:
             for parameter, view in zip(self._trained, self._views(self._gradients), strict=True):
                 parameter.grad = view
+
+    def _unused_parts(self) -> list[slice]:
+        """Return the parts of the shard that belong to parameters which never had a gradient."""
+        unused = {id(parameter) for parameter in self._used.unused}
+        parts, offset = [], -self._own.start
+        for parameter in self._trained if unused else ():
+            first, last = max(offset, 0), min(offset + parameter.numel(), self._length)
+            if id(parameter) in unused and first < last:
+                parts.append(slice(first, last))
+            offset += parameter.numel()
+        return parts
 
     def _take_note(self, parameter: Tensor) -> None:
         """Scatter the gradients inside the backward, when they are complete; one that is deferred is not there yet."""

@@ -143,7 +143,8 @@ class VersionedBucket:
             self._before = [slot.master.detach().clone() for slot in self._slots]
 
     def _average(self, group: dist.ProcessGroup) -> None:
-        """Make the masters' gradients the means of all workers' of the stage."""
+        """Make the masters' gradients the means of all workers' of the stage; where all of them are none or zero, none."""
+        without = {id(slot) for slot in self._slots if slot.master.grad is None}
         for slot in self._slots:
             if slot.master.grad is None:
                 slot.master.grad = torch.zeros_like(slot.master)
@@ -151,7 +152,7 @@ class VersionedBucket:
         means = mean_over(flat, group, self.traffic, "all-reduce/dp")
         parts = means.split([slot.master.numel() for slot in self._slots])
         for slot, part in zip(self._slots, parts, strict=True):
-            slot.master.grad = part.view_as(slot.master)
+            slot.master.grad = None if id(slot) in without and not part.any() else part.view_as(slot.master)
 
     def after_step(self) -> None:
         """Bring the stepped master to the versions."""
@@ -267,7 +268,9 @@ class VersionedBucket:
     def load_states(self, optimizer: torch.optim.Optimizer, values: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Set the optimizer's states."""
         for slot in self._slots:
-            optimizer.state[slot.master] = {key: found[slot.name].clone() for key, found in values.items()}
+            state = {key: found[slot.name].clone() for key, found in values.items() if slot.name in found}
+            if state:
+                optimizer.state[slot.master] = state
 
     def clear(self) -> None:
         """Forget the gradients of all versions."""

@@ -751,6 +751,7 @@ class Worker:
             zero,
             self._traffic,
             purpose=purpose,
+            everyone=group,
             shards=self._shards,
             by_layer=not gathers_by_run(self.plan),
         )

@@ -89,10 +89,11 @@ def test_deferred_weight_gradients_are_bit_equal_to_fused_ones(tiny_model_file):
     chain = source.split(source.build(device=torch.device("cpu"), dtype=torch.float32))
     bench = ModelBench(source, chain, torch.device("cpu"))
     configuration = Configuration(2, 16)
-    chain.segment(0, chain.num_layers)(bench.batch(configuration))[chain.num_layers - 1][0].backward()
+    for _ in range(2):
+        chain.segment(0, chain.num_layers)(bench.batch(configuration))[chain.num_layers - 1][0].backward()
     fused = [parameter.grad.clone() for parameter in chain.model.parameters()]
     chain.model.zero_grad()
-    bench.measure(configuration, "split")
+    bench.measure(configuration, "split")  # a pair: one backward in one piece, one deferred
     assert all(torch.equal(a, b.grad) for a, b in zip(fused, chain.model.parameters(), strict=True))
 
 
@@ -137,13 +138,59 @@ def test_what_split_backwards_take_longer_stands_beside_the_whole_backward(weigh
         "forward_s": [1.0, 1.0], "backward_s": [3.0, 2.0], "optimizer_s": [0.0, 0.0], "outside_s": 0.0,
         "entrance_s": 0.0, "empty_step_s": 0.0, "busy_share": 1.0,
     }  # fmt: skip
-    split = {"input_grad_s": [2.0, 1.0], "weight_grad_s": weight_grad_s, "held_bytes": [0.0, 0.0]}
+    split = {"input_grad_s": [2.0, 1.0], "weight_grad_s": weight_grad_s, "fused_s": 5.0, "held_bytes": [0.0, 0.0]}
     names = ("saved_bytes", "output_bytes", "workspace_bytes", "selective_bytes", "full_bytes", "forward_flops")
     memory = {"unused_parameters": [0, 0], **{name: [0.0, 0.0] for name in names}}
     layers = configuration_numbers({"step": [step], "split": [split], "memory": [memory]}).layers
     assert [layer.split_excess_s for layer in layers] == pytest.approx(excess_s)
     assert [layer.input_grad_s for layer in layers] == pytest.approx([2.0, 1.0])
     assert [layer.input_grad_s + layer.weight_grad_s for layer in layers] == pytest.approx([3.0, 2.0])
+
+
+def one_layer(**seconds):
+    return {
+        **dict.fromkeys(("outside_s", "entrance_s", "empty_step_s"), 0.0),
+        "busy_share": 1.0,
+        "optimizer_s": [0.0],
+        **seconds,
+    }
+
+
+NAMES = ("saved_bytes", "output_bytes", "workspace_bytes", "selective_bytes", "full_bytes", "forward_flops")
+MEMORY = {"unused_parameters": [0], **{name: [0.0] for name in NAMES}}
+FAST = one_layer(forward_s=[1.0], backward_s=[2.0], probe_s=1.0)
+SLOW = one_layer(forward_s=[1.5], backward_s=[3.0], probe_s=1.5)
+
+
+@pytest.mark.parametrize("steps", [[FAST, SLOW, SLOW], [FAST, FAST, SLOW]])
+def test_measurements_of_a_machine_that_changes_its_speed_are_brought_to_one(steps):
+    numbers = configuration_numbers({"step": steps, "memory": [MEMORY]}, probe_s=1.2)
+    assert (numbers.layers[0].forward_s, numbers.layers[0].backward_spread_s) == (
+        pytest.approx(1.2),
+        pytest.approx((2.4, 2.4)),
+    )
+    assert numbers.speed_range > 0.2
+
+
+@pytest.mark.parametrize(
+    ("excesses", "believed"),
+    [
+        ([0.2] * 6, 0.2),
+        ([0.0, 0.4] * 3, 0.2 - 1.2533 * 1.4826 * 0.2 / 6**0.5),  # median 0.2, each 0.2 away from it
+        ([-0.3, 0.5] * 2, 0.0),  # 0.1 with an error of 0.37
+        ([-0.1] * 6, 0.0),
+    ],
+)
+def test_of_what_split_backwards_take_longer_as_much_is_believed_as_pairs_show(excesses, believed):
+    """The pairs are made at speeds that differ by a factor of two: only what a pair says of itself counts."""
+    pairs = [
+        {"input_grad_s": [2.0 * s], "weight_grad_s": [2.0 * s * (1 + 2 * e)], "fused_s": 4.0 * s, "held_bytes": [0.0]}
+        for e, s in zip(excesses, [1.0, 2.0, 1.5, 1.0, 2.0, 1.2], strict=False)
+    ]
+    step = one_layer(forward_s=[1.0], backward_s=[4.0])
+    numbers = configuration_numbers({"step": [step], "split": pairs, "memory": [MEMORY]})
+    assert numbers.layers[0].split_excess_s == pytest.approx(4.0 * believed)
+    assert numbers.split_overhead == pytest.approx(sum(excesses) / len(excesses))
 
 
 def test_a_layers_optimizer_step_is_that_of_its_own_parameters_less_a_step_of_nothing(tiny_model_file):

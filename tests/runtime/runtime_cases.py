@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from delayed_recurrence import delayed_changes, elastic_changes
 from runtime_documents import plan_of, profile_of
-from runtime_models import LENGTH, VOCABULARY, TinyBranches, TinyModel, TinySkip, hugging_face, sequential
+from runtime_models import LENGTH, VOCABULARY, TinyBlock, TinyBranches, TinyModel, TinySkip, hugging_face, sequential
 
 from stagewright.modeling import split
 from stagewright.modeling.autocast import with_autocast
@@ -71,6 +71,7 @@ class Case:
     num_frozen: int = 0
     warm_up_steps: int = 0
     replicas: tuple[int, ...] = ()
+    weight_decay: float = 0.0  # with it each block has a parameter that no forward uses
 
     @property
     def world(self) -> int:
@@ -113,6 +114,10 @@ def make_model(case: Case, num_stages: int) -> torch.nn.Module:
     num_blocks = case.num_blocks or max(3, num_stages - 2)
     sizes = {"dropout": case.dropout, "num_choices": case.num_choices, "width": case.width}
     model = TinyModel(num_blocks, tied=case.tied, **sizes)
+    if case.weight_decay:
+        for block in list(model.modules()):
+            if isinstance(block, TinyBlock):
+                block.unused = torch.nn.Parameter(torch.randn(7))
     if case.capacity_factor:
         limit_experts(model, case.capacity_factor)
     return model.to(getattr(torch, case.dtype))
@@ -179,6 +184,8 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     if case.hugging_face:
         batches = [_in_dtype(hugging_face(case.hugging_face)[1], case.dtype)] * case.num_steps
     optimizer = OptimizerChoice("sgd-momentum", 0.5)
+    if case.weight_decay:
+        optimizer = replace(optimizer, weight_decay=case.weight_decay)
     warm_up = (lambda step: min(1.0, (step + 1) / case.warm_up_steps)) if case.warm_up_steps else None
     reference = None
     if dist.get_rank() == 0:

@@ -6,6 +6,8 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -28,33 +30,50 @@ DATA = f"{Path(__file__).parent / 'runtime_models.py'}:data"
 NUM_RANKS = 2
 
 
-def documents():
+def documents(num_ranks: int = NUM_RANKS):
     chain = split(TinyModel(3))
     profile = profile_of(chain)
-    return plan_of(chain, profile, "1f1b", NUM_RANKS, 4), profile
+    return plan_of(chain, profile, "1f1b", num_ranks, 4), profile
 
 
+BUSY_S = 60.0
 CUT = "cut"  # all connections of the rank are closed
 
 
 class Disturber(threading.Thread):
-    """Disturbs one rank some time after its training began, and keeps every rank's process id."""
+    """Disturbs one rank some time after its training began, and keeps every rank's process id.
 
-    def __init__(self, directory: Path, rank: int, delay_s: float, what: signal.Signals | str) -> None:
+    Meanwhile `num_busy` other processes want the processors, from the training's begin on, for `BUSY_S` at most.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        rank: int,
+        delay_s: float,
+        what: signal.Signals | str,
+        *,
+        num_ranks: int = NUM_RANKS,
+        num_busy: int = 0,
+    ) -> None:
         super().__init__(daemon=True)
         self.directory, self.rank, self.delay_s, self.what = directory, rank, delay_s, what
+        self.num_ranks, self.num_busy = num_ranks, num_busy
         self.pids: list[int] = []
+        self.busy: list[subprocess.Popen[bytes]] = []
         self.sent_at = 0.0
 
     def run(self) -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError):
-                status = StatusFile(self.directory / "status", NUM_RANKS)
-                self.pids = [status.read(rank).pid for rank in range(NUM_RANKS)]
+                status = StatusFile(self.directory / "status", self.num_ranks)
+                self.pids = [status.read(rank).pid for rank in range(self.num_ranks)]
                 if status.read(self.rank).phase == "training":
                     break
             time.sleep(0.02)
+        program = f"import time\nend = time.monotonic() + {BUSY_S}\nwhile time.monotonic() < end: pass"
+        self.busy = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(self.num_busy)]
         time.sleep(self.delay_s)
         self.sent_at = time.monotonic()
         if self.what == CUT:
@@ -116,6 +135,27 @@ def test_any_rank_at_any_action_ends_every_process_within_ten_seconds_of_a_kill_
 ):
     what = [*FAULTS][seed % 3]
     disturb_and_check(tmp_path, monkeypatch, 100 + seed, what, LIMITS_S[what])
+
+
+@pytest.mark.soak
+def test_at_a_load_of_fifty_no_living_rank_is_called_lost_and_a_stopped_one_is_named(tmp_path):
+    """Four ranks share two processors with fifty busy processes for twenty seconds, then one of the ranks is stopped."""
+    plan, profile = documents(4)
+    disturber = Disturber(tmp_path, 2, 20.0, signal.SIGSTOP, num_ranks=4, num_busy=50)
+    disturber.start()
+    try:
+        with pytest.raises(RunFailed) as raised:
+            run_plan(plan, profile, model=MODEL, data=DATA, steps=100_000, checks=(), directory=tmp_path)
+        seconds = time.monotonic() - disturber.sent_at
+        assert disturber.sent_at, f"before any rank was stopped: {raised.value.message}"
+        assert raised.value.message.startswith("rank 2 (stage 2, action "), raised.value.message
+        assert "no sign of life" in raised.value.message
+        assert seconds < LIMITS_S[signal.SIGSTOP]
+        assert not [pid for pid in disturber.pids if is_alive(pid)]
+    finally:
+        for process in disturber.busy:
+            process.kill()
+            process.wait()
 
 
 def test_a_rank_that_raises_ends_the_run_with_its_message(tmp_path):

@@ -247,3 +247,21 @@ def test_the_rest_of_a_model_with_a_frozen_prefix_equals_one_process(rank_pools)
 def test_a_learning_rate_that_warms_up_equals_one_process(rank_pools):
     case = Case("1f1b", 2, 4, degrees={"dp": 2, "zero": 1}, dropout=0.0, dtype="float64", warm_up_steps=3)
     assert_equal_to_one_process(rank_pools, case)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "degrees", "options"),
+    [
+        ("1f1b", {}, {"clip_norm": 0.5}),
+        ("zb-h1", {"dp": 2}, {}),
+        ("1f1b", {"dp": 2, "zero": 1}, {"clip_norm": 0.5}),
+        ("1f1b", {"dp": 2, "zero": 2}, {}),
+        ("1f1b", {"dp": 2, "zero": 3}, {"parameters": {"shard_size": 1}}),
+        ("zb-v", {"dp": 2, "zero": 3}, {}),
+        ("chimera", {"zero": 1}, {"tied": False}),
+    ],
+)
+def test_weight_decay_leaves_alone_what_no_forward_uses(rank_pools, schedule, degrees, options):
+    """torch passes over a parameter without a gradient; a buffer of gradients is zero there, and would let it decay."""
+    case = Case(schedule, 2, 4, degrees=degrees, weight_decay=0.1, num_steps=3, **options)
+    assert_equal_to_one_process(rank_pools, case)

@@ -206,7 +206,11 @@ class TiedWeight(Part):
 
 
 class Pedigree(Part):
-    """Where, when and how the numbers were taken."""
+    """Where, when and how the numbers were taken.
+
+    `probe_s` is what a fixed piece of work takes on the processor at the speed of all seconds of the profile; 0 where none
+    was measured. A run makes the same, and tells by it a machine that has become slower from a prediction that is wrong.
+    """
 
     device: str = ""
     num_busy_ranks: Count = 1
@@ -218,6 +222,7 @@ class Pedigree(Part):
     compiled: bool = False
     taken_at: str = ""
     duration_s: Seconds = 0.0
+    probe_s: Seconds = 0.0
     warnings: tuple[str, ...] = ()
 
 

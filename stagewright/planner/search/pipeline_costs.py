@@ -55,6 +55,7 @@ class PipelineCosts:
     static_bytes : float64 [3, D], parameters, gradients and optimizer of each rank.
     activation_bytes, workspace_bytes : float64 [D].
     base_bytes : framework and buffers, of every rank or [D].
+    version_bytes : weights beside those that the optimizer steps, of every rank or [D].
     """
 
     costs: Floats
@@ -67,12 +68,17 @@ class PipelineCosts:
     activation_bytes: Floats
     workspace_bytes: Floats
     base_bytes: float | Floats
+    version_bytes: float | Floats = 0.0
 
     @cached_property
     def peak_bytes(self) -> Floats:
         """Peak of one device of each rank, [D]."""
         return np.asarray(
-            self.static_bytes.sum(axis=0) + self.activation_bytes + self.workspace_bytes + self.base_bytes
+            self.static_bytes.sum(axis=0)
+            + self.version_bytes
+            + self.activation_bytes
+            + self.workspace_bytes
+            + self.base_bytes
         )
 
 

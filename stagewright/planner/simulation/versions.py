@@ -45,6 +45,17 @@ def weight_versions(schedule: Schedule) -> Ints:
     return versions
 
 
+def versions_beside_the_master(schedule: Schedule) -> Ints:
+    """Return the copies of each stage's weights beside the one that the optimizer steps, int32 [num_replicas, num_stages].
+
+    The optimizer of a synchronous schedule steps the only copy. Where weights change under microbatches it steps a master,
+    and the versions that forwards and backwards see are copies: those of `weight_versions`, and what moves in place is one.
+    """
+    if schedule.is_synchronous:
+        return np.zeros(schedule.placement.shape, dtype=np.int32)
+    return weight_versions(schedule)
+
+
 def weight_copies(schedule: Schedule) -> Floats:
     """Return the weights on each rank in units of 1 / num_ranks of the model: replicas times versions, [num_ranks]."""
     copies = np.zeros(schedule.num_ranks)

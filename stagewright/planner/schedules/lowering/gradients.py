@@ -50,7 +50,7 @@ def reduction_rows(schedule: Schedule, program: Program, end_s: Floats) -> NewRo
 
 def with_optimizer_steps(schedule: Schedule) -> tuple[Orders, ...]:
     """Return the orders with OPT rows, where the schedule's weight policy has them."""
-    every = _update_period(schedule)
+    every = update_period(schedule)
     if every:
         return tuple(_after_each_update(order, every) for order in schedule.orders)
     orders = []
@@ -61,7 +61,7 @@ def with_optimizer_steps(schedule: Schedule) -> tuple[Orders, ...]:
     return tuple(orders)
 
 
-def _update_period(schedule: Schedule) -> int:
+def update_period(schedule: Schedule) -> int:
     """Return after how many microbatches a stage is updated under way; 0 when it is updated at the end of the order."""
     told = schedule.parameters
     if schedule.weight_policy in UPDATES_PER_MICROBATCH:
