@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -29,13 +29,10 @@ from stagewright.planner.documents.plan import (
 from stagewright.planner.documents.profile import ModelProfile, Source
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.prediction import OPTIONS, base_bytes, links_of, stage_costs, ties_of, wire
-from stagewright.planner.schedules.action import Kind
-from stagewright.planner.schedules.costs import StageCosts
-from stagewright.planner.schedules.family import ScheduleRequest
-from stagewright.planner.schedules.registry import generate
-from stagewright.planner.schedules.schedule import KIND, MICROBATCH, STAGE, Schedule
+from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
-from stagewright.planner.search.order import Layout, Order, OrderKey, compile_search_order, layout_of
+from stagewright.planner.search.order import Layout, Order, OrderKey
+from stagewright.planner.search.order_store import ORDERS, short_key
 from stagewright.planner.search.pipeline_costs import PipelineCosts, Tie, Wiring, pipeline_costs
 from stagewright.planner.search.pricing import (
     AXIS_ORDERS,
@@ -55,7 +52,7 @@ from stagewright.planner.search.space import (
     schedule_sizes,
     shapes,
 )
-from stagewright.planner.simulation.simulate import action_times, simulate
+from stagewright.planner.simulation.simulate import simulate
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -117,9 +114,6 @@ class Problem:
     _costs: dict[Configuration, LayerCosts] = field(default_factory=dict)
     _wirings: dict[tuple[Configuration, int], Wiring] = field(default_factory=dict)
     _orders: dict[OrderKey, Order] = field(default_factory=dict)
-    _layouts: dict[OrderKey, Layout] = field(default_factory=dict)
-    _openings: dict[OrderKey, Layout] = field(default_factory=dict)
-    _schedules: dict[OrderKey, Schedule] = field(default_factory=dict)
     _prices: list[PriceList] = field(default_factory=list)
 
     def narrowed(self, *, counts: tuple[int, ...] | None = None, most_bytes: float | None = None) -> Problem:
@@ -272,24 +266,21 @@ class Problem:
 
     def order(self, candidate: Candidate) -> Order:
         """Return the compiled order of a candidate's schedule."""
-        return self.order_of(candidate.key, candidate.rule)
+        return ORDERS.exact_order(candidate.key, candidate.rule)
 
     def order_of(self, key: OrderKey, rule: FamilyRule) -> Order:
         """Return the compiled order of a family at some sizes; raises InvalidArgument when it refuses them."""
         if key not in self._orders:
-            layout = self._layouts.get(_short(key) if rule.steady else key)
-            self._orders[key] = compile_search_order(_generated(key, rule), key, layout)
+            self._orders[key] = ORDERS.order(key, rule)
         return self._orders[key]
 
     def short_order_of(self, key: OrderKey, rule: FamilyRule) -> Order:
         """Return an order of a few microbatches in place of many: quick to make and to simulate."""
-        return self.order_of(key if key in self._orders else _short(key), rule)
+        return self.order_of(key if key in self._orders else short_key(key), rule)
 
     def schedule_of(self, key: OrderKey, rule: FamilyRule) -> Schedule:
-        """Return the schedule of a family at some sizes, and keep it: for the few that are judged by the rich simulator."""
-        if key not in self._schedules:
-            self._schedules[key] = _generated(key, rule)
-        return self._schedules[key]
+        """Return the schedule of a family at some sizes: for the few that are judged by the rich simulator."""
+        return ORDERS.schedule(key, rule)
 
     def layout_of(self, key: OrderKey, rule: FamilyRule) -> Layout:
         """Return who holds what and how much lives at once, at least; raises InvalidArgument when it refuses the sizes.
@@ -297,18 +288,9 @@ class Problem:
         Where a family's live vectors repeat from 4 D microbatches on, an order of that many stands for longer ones; where
         they do not, what that order opens with does.
         """
-        if key in self._orders:
-            return self._orders[key]
-        short = _short(key)
-        if short != key and not rule.steady:
-            if short not in self._openings:
-                self._openings[short] = layout_of(opening_of(_generated(short, rule)))
-            return self._openings[short]
-        if short in self._orders:
-            return self._orders[short]
-        if short not in self._layouts:
-            self._layouts[short] = layout_of(_generated(short, rule))
-        return self._layouts[short]
+        short = short_key(key)
+        known = self._orders.get(key, self._orders.get(short) if rule.steady else None)
+        return ORDERS.layout(key, rule) if known is None else known
 
     def takes(self, candidate: Candidate) -> bool:
         """Tell whether the candidate's family takes its sizes."""
@@ -420,36 +402,6 @@ class Problem:
             ),
             prediction=NO_PREDICTION,
         )
-
-
-def _short(key: OrderKey) -> OrderKey:
-    """Return the key of 4 D microbatches and a few more, of the same residue, in place of many more."""
-    ranks, count = key.num_ranks, key.num_microbatches
-    return key._replace(num_microbatches=4 * ranks + count % ranks) if count > 5 * ranks else key
-
-
-def opening_of(schedule: Schedule) -> Schedule:
-    """Return what starts before the last microbatch does at equal costs: a list scheduler begins more microbatches so too.
-
-    Until then it cannot know how many there are. For live vectors only: the orders are cut.
-    """
-    costs = StageCosts.uniform(schedule.num_stages, num_chunks=schedule.num_stages // schedule.num_ranks)
-    start_s, _ = action_times(schedule, costs)
-    rows = np.concatenate(schedule.orders)
-    enters = (rows[:, KIND] == Kind.F) & (rows[:, STAGE] == 0)
-    is_last = enters & (rows[:, MICROBATCH] == schedule.num_microbatches - 1)
-    opens = start_s < start_s[is_last].min()
-    ends = np.cumsum([len(order) for order in schedule.orders])[:-1]
-    orders = tuple(order[kept] for order, kept in zip(schedule.orders, np.split(opens, ends), strict=True))
-    return replace(schedule, orders=orders)
-
-
-@lru_cache(maxsize=8)  # a layout, an order and a judgement of one key come soon behind each other
-def _generated(key: OrderKey, rule: FamilyRule) -> Schedule:
-    request = ScheduleRequest(
-        key.num_ranks, key.num_microbatches, num_chunks=key.num_chunks, parameters=dict(rule.parameters)
-    )
-    return generate(key.family, request)
 
 
 NO_PREDICTION = Prediction(

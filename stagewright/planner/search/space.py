@@ -60,6 +60,11 @@ class FamilyRule:
     num_replicas: int = 1
     steady: bool = True
 
+    @property
+    def repeats(self) -> bool:
+        """From 4 D microbatches on, the live vectors of more microbatches are those of fewer (by the same T mod D)."""
+        return self.steady and self.live != "all"
+
     def least_live(self, num_ranks: int, num_microbatches: int) -> Floats:
         """Return how many microbatches every chunk of a rank holds at once, at least, [D]."""
         left = num_ranks - np.arange(num_ranks, dtype=np.float64)

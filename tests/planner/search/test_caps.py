@@ -16,7 +16,7 @@ from stagewright.planner.search.caps import order_caps
 from stagewright.planner.search.joint_search import JointSearch
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.order import Layout, layout_of
-from stagewright.planner.search.problem import opening_of
+from stagewright.planner.search.order_store import opening_of
 from stagewright.planner.search.space import RULES, FamilyRule
 
 sys.path.insert(0, str(Path(__file__).parent))
