@@ -37,7 +37,11 @@ from stagewright.planner.link_bytes import gathers_by_run, link_bytes, local_ste
 from stagewright.planner.schedules.action import Action, parse_action
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
-from stagewright.planner.schedules.lowering.gradients import update_period, with_optimizer_steps
+from stagewright.planner.schedules.lowering.gradients import (
+    UPDATES_PER_MICROBATCH,
+    update_period,
+    with_optimizer_steps,
+)
 from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy, encode
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
@@ -96,6 +100,8 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
     )
     static = pipeline.static_bytes - _shared_state_bytes(plan, profile, layout, layers)
     static = static + _other_pipelines_bytes(schedule, layout, bounds, layers)
+    if schedule.weight_policy in UPDATES_PER_MICROBATCH:
+        static[1] = _late_gradient_bytes(schedule, bounds, levels, layers, static[1], pipeline.workspace_bytes)
     version_bytes = _version_bytes(schedule, bounds, layers)
     pipeline = replace(pipeline, static_bytes=static, version_bytes=version_bytes)
     pipeline = _with_local_steps(pipeline, layout, local_steps(plan))
@@ -155,6 +161,28 @@ def _other_pipelines_bytes(
         again[:, rank] = sum((states[stage] for stage in held), np.zeros(3))
         again[:, rank] -= sum((states[stage] for stage in set(held)), np.zeros(3))
     return again
+
+
+def _late_gradient_bytes(
+    schedule: Schedule,
+    bounds: Sequence[int],
+    levels: Sequence[int],
+    layers: Sequence[LayerCosts],
+    gradient_bytes: Floats,
+    workspace_bytes: Floats,
+) -> Floats:
+    """Return what gradients add to the peak of each rank, [D], where each microbatch's are applied and gone at its end.
+
+    They come as the activations of their microbatch go: with A live activations, a of them that microbatch's, the peak is
+    max(A + workspace, A - a + gradients).
+    """
+    level = np.asarray(levels, dtype=np.int64)
+    leaving = np.zeros(schedule.num_ranks)
+    for stage, row in enumerate(layers):
+        chosen = np.arange(bounds[stage], bounds[stage + 1])
+        ranks = np.unique(schedule.placement[:, stage])
+        leaving[ranks] += row.kept_bytes[level[chosen], chosen].sum()
+    return np.maximum(gradient_bytes - leaving - workspace_bytes, 0.0)
 
 
 def _version_bytes(schedule: Schedule, bounds: Sequence[int], layers: Sequence[LayerCosts]) -> Floats:

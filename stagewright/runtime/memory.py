@@ -1,13 +1,15 @@
 """Peak memory of one rank: what it holds all the time and what an iteration adds.
 
 On CPU every allocation of one iteration is counted in order, temporary buffers inside operators included; on CUDA the
-allocator's own peak counter is read.
+allocator's own peak counter is read. Versions of weights come and go within iterations: where there are some, those that
+an iteration begins with are not held for all of it, so iterations that renew them go before, and all that is left counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from stagewright.runtime.torch_adapter import cpu_allocation_changes
 from stagewright.runtime.worker import Worker
+
+_RENEWAL = 2  # iterations after which no version of the weights is one from before
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,17 @@ def measure_memory(worker: Worker, work: Callable[[], object], device: torch.dev
         work()
         torch.cuda.synchronize(device)
         return replace(states, peak=float(torch.cuda.max_memory_allocated(device)))
-    parameters = _parameters(worker)
+    renewed = {id(value) for bucket in worker.buckets.buckets for value in bucket.renewed}
+    parameters = [value for value in _parameters(worker) if id(value) not in renewed]
     held = _bytes([*parameters, *(value.grad for value in parameters), *_optimizer_states(worker)])
-    above = max(accumulate(cpu_allocation_changes(work), initial=0))
+    before = partial(_repeat, work, _RENEWAL) if renewed else None
+    above = max(accumulate(cpu_allocation_changes(work, before=before)))
     return replace(states, peak=held + above)
+
+
+def _repeat(work: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        work()
 
 
 def _parameters(worker: Worker) -> list[Tensor]:

@@ -14,9 +14,9 @@ Before an optimizer has any memory the newest weights are the prediction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,12 @@ DECAY_OVER_DELAY = 0.135  # what is left of a change in PipeMare's average after
 
 
 class Predictor(Protocol):
-    """One stage's predictor."""
+    """One stage's predictor.
+
+    `remembers` says whether it is told what the weights were before a step.
+    """
+
+    remembers: ClassVar[bool]
 
     def weights(
         self,
@@ -41,7 +46,7 @@ class Predictor(Protocol):
         *,
         is_first: bool,
         backward: bool,
-    ) -> list[Tensor]:
+    ) -> Iterable[Tensor]:
         """Return what a forward or backward of update `update` sees; `is_first` for the update's first microbatch."""
         ...
 
@@ -58,6 +63,7 @@ class Predictor(Protocol):
 class MomentumPredictor:
     """SpecTrain's: `forward_steps` and `backward_steps` updates along the velocity."""
 
+    remembers: ClassVar[bool] = False
     forward_steps: int
     backward_steps: int
 
@@ -69,10 +75,10 @@ class MomentumPredictor:
         *,
         is_first: bool,
         backward: bool,
-    ) -> list[Tensor]:
+    ) -> Iterable[Tensor]:
         """Return the newest weights moved along the velocity."""
         steps = self.backward_steps if backward else self.forward_steps
-        return [value.detach() - _velocity(value, optimizer) * steps for value in newest]
+        return (value.detach() - _velocity(value, optimizer) * steps for value in newest)
 
     def before_step(self, optimizer: Optimizer | None, step: int) -> None:
         """Do nothing."""
@@ -85,6 +91,7 @@ class MomentumPredictor:
 class AdamPredictor:
     """XPipe's: the first microbatch of an update predicts for all of them."""
 
+    remembers: ClassVar[bool] = False
     forward_steps: int
     backward_steps: int
     _made: dict[tuple[int, bool], list[Tensor]] = field(default_factory=dict)
@@ -122,6 +129,7 @@ class DiscrepancyCorrection:
     `annealing_steps` is how long the learning rate is held back; 0 never does.
     """
 
+    remembers: ClassVar[bool] = True
     delay: float
     annealing_steps: int = 0
     _average: list[Tensor] = field(default_factory=list)
@@ -135,11 +143,11 @@ class DiscrepancyCorrection:
         *,
         is_first: bool,
         backward: bool,
-    ) -> list[Tensor]:
+    ) -> Iterable[Tensor]:
         """Return the newest weights, for a backward moved back to about where they were at the forward."""
         if not backward or not self._average:
-            return [value.detach() for value in newest]
-        return [value.detach() - self.delay * change for value, change in zip(newest, self._average, strict=True)]
+            return (value.detach() for value in newest)
+        return (value.detach() - self.delay * change for value, change in zip(newest, self._average, strict=True))
 
     def before_step(self, optimizer: Optimizer | None, step: int) -> None:
         """Set the learning rate of the step."""
@@ -153,11 +161,10 @@ class DiscrepancyCorrection:
     def after_step(self, before: Sequence[Tensor], newest: Sequence[nn.Parameter]) -> None:
         """Add the change to the average."""
         decay = DECAY_OVER_DELAY ** (1.0 / self.delay)
-        changes = [value.detach() - old for value, old in zip(newest, before, strict=True)]
         if not self._average:
-            self._average = [torch.zeros_like(change) for change in changes]
-        for average, change in zip(self._average, changes, strict=True):
-            average.mul_(decay).add_(change, alpha=1.0 - decay)
+            self._average = [torch.zeros_like(old) for old in before]
+        for average, value, old in zip(self._average, newest, before, strict=True):
+            average.mul_(decay).add_(value.detach() - old, alpha=1.0 - decay)
 
 
 def predictor_of(schedule: Schedule, stage: int) -> Predictor:

@@ -57,6 +57,11 @@ class Bucket(Protocol):
 
     holders: frozenset[StageKey]
 
+    @property
+    def renewed(self) -> Sequence[nn.Parameter]:
+        """Return what of the modules' parameters updates make anew instead of changing it."""
+        ...
+
     def before_forward(self, microbatch: int) -> None:
         """Take note of the weights that a microbatch's forward uses."""
         ...
@@ -270,6 +275,11 @@ class ReplicatedBucket:
         if self.overlaps:
             for parameter in self.optimized():
                 parameter.register_post_accumulate_grad_hook(self._take_note)
+
+    @property
+    def renewed(self) -> list[nn.Parameter]:
+        """Nothing: parameters are changed in place."""
+        return []
 
     @property
     def num_buckets(self) -> int:

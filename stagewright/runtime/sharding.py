@@ -105,6 +105,11 @@ class ShardedBucket:
         return self._trained
 
     @property
+    def renewed(self) -> list[nn.Parameter]:
+        """Nothing: parameters are changed in place."""
+        return []
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the parameters when they are whole, padding included."""
         return self._bytes

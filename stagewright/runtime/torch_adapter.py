@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
+_WORK = "stagewright.work"
 KNOWN_VERSIONS = ("2.11", "2.12", "2.13")
 
 
@@ -20,10 +21,17 @@ def default_store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def cpu_allocation_changes(work: Callable[[], object]) -> list[int]:
-    """Return the sizes of all CPU allocations (positive) and releases (negative) during `work`, in order."""
+def cpu_allocation_changes(work: Callable[[], object], *, before: Callable[[], object] | None = None) -> list[int]:
+    """Return the sizes of all CPU allocations (positive) and releases (negative) during `work`, in order.
+
+    A release is seen only of what was allocated under watch. With `before`, that is called under watch first, and what it
+    leaves allocated stands in front as one change.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        work()
+        if before is not None:
+            before()
+        with record_function(_WORK):
+            work()
     assert trace.profiler is not None
     results = trace.profiler.kineto_results
     assert results is not None
@@ -32,7 +40,10 @@ def cpu_allocation_changes(work: Callable[[], object]) -> list[int]:
         for event in results.events()
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
     ]
-    return [size for _, size in sorted(events, key=lambda event: event[0])]
+    (begin_ns,) = [event.start_ns() for event in results.events() if event.name() == _WORK]
+    events.sort(key=lambda event: event[0])
+    left = sum(size for time_ns, size in events if time_ns < begin_ns)
+    return [left, *(size for time_ns, size in events if time_ns >= begin_ns)]
 
 
 def pipeline_schedule_runtime(

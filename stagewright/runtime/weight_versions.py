@@ -20,7 +20,7 @@ al., AMPNet, 2017; Yang et al., WPipe, ICLR 2022; Chen et al., AvgPipe, PPoPP 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -93,6 +93,7 @@ class VersionedBucket:
     _base: int = 0
     _versions: dict[int, list[nn.Parameter]] = field(default_factory=dict)
     _used: dict[int, list[nn.Parameter]] = field(default_factory=dict)
+    _before: list[Tensor] = field(default_factory=list)  # masters as the step under way found them
 
     def __post_init__(self) -> None:
         places: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -140,7 +141,8 @@ class VersionedBucket:
             self._average(self.group)
         if self.rule.predictor is not None:
             self.rule.predictor.before_step(self.optimizer, self.updates)
-            self._before = [slot.master.detach().clone() for slot in self._slots]
+            if self.rule.predictor.remembers:
+                self._before = [slot.master.detach().clone() for slot in self._slots]
 
     def _average(self, group: dist.ProcessGroup) -> None:
         """Make the masters' gradients the means of all workers' of the stage; where all of them are none or zero, none."""
@@ -161,6 +163,7 @@ class VersionedBucket:
         self.updates += 1
         if self.rule.predictor is not None:
             self.rule.predictor.after_step(self._before, [slot.master for slot in self._slots])
+            self._before = []
         if self.rule.policy in IN_PLACE:
             self._overwrite([slot.master for slot in self._slots])
             return
@@ -169,6 +172,11 @@ class VersionedBucket:
             del self._versions[index]
         if self.siblings and self is self.siblings[-1]:
             self._draw_together()
+
+    @property
+    def renewed(self) -> list[nn.Parameter]:
+        """What the modules hold, where every update makes it anew; nothing where one copy is changed in place."""
+        return [] if self.rule.policy in IN_PLACE else [slot.current for slot in self._slots]
 
     @property
     def _every(self) -> int:
@@ -198,7 +206,7 @@ class VersionedBucket:
         masters = [slot.master for slot in self._slots]
         self._overwrite(predictor.weights(masters, self.optimizer, update, is_first=is_first, backward=backward))
 
-    def _overwrite(self, values: list[Tensor]) -> None:
+    def _overwrite(self, values: Iterable[Tensor]) -> None:
         """Change the one copy in place: a graph that holds it sees the new values."""
         for parameter, value in zip(self._versions[0], values, strict=True):
             parameter.data.copy_(value.detach())

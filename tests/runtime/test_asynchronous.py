@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("torch")
-from runtime_cases import Case, prepare
+from runtime_cases import LENGTH, Case, make_model, prepare
+from runtime_documents import profile_of
 
+from stagewright.modeling import split
+from stagewright.planner.prediction import evaluate
 from stagewright.runtime.optimizers import OptimizerChoice
 
 pytestmark = pytest.mark.ranks
@@ -60,3 +63,54 @@ def test_stale_weights_are_not_those_of_synchronous_training(rank_pools):
     assert stale[0].weights.max_relative_error <= 1e-10
     delayed = pool.run("gradients_and_weights", prepare(case, pool.next_number()))
     assert max(result.weights.max_relative_error for result in delayed) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def wide(rank_pools):
+    """Plan, profile and measured peaks by schedule of a model whose weights outweigh its activations."""
+    pool = rank_pools(2)
+
+    def run(schedule, parameters):
+        case = Case(schedule, 2, 4, parameters=parameters, tied=False, dropout=0.0, width=256)
+        prepared = prepare(case, pool.next_number())
+        profile = profile_of(split(make_model(case, 4)), sequence_length=LENGTH)
+        return prepared.plan, profile, pool.run("peak_memory", prepared)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unpredicted(wide):
+    """Bytes on each rank that no prediction from a mocked profile holds: activations and workspace of a synchronous run."""
+    plan, profile, measured = wide("1f1b", {})
+    predicted = evaluate(plan, profile).prediction.peak_memory_bytes
+    return [found - told for found, told in zip(measured, predicted, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "parameters", "copies", "pipelines"),
+    [
+        (
+            "pipedream",
+            {},
+            2,
+            1,
+        ),  # two microbatches under way on rank 0, each with weights of its own, beside the master
+        ("2bw", {}, 2, 1),
+        ("ampnet", {}, 1, 1),
+        ("spectrain", {}, 1, 1),
+        ("pipemare", {"updates": 3}, 2, 1),  # the copy and the average of its changes
+        ("avgpipe", {"advance": 1}, 2, 2),  # two pipelines on each rank
+    ],
+)
+def test_weight_versions_are_predicted_as_a_run_holds_them(wide, unpredicted, schedule, parameters, copies, pipelines):
+    plan, profile, measured = wide(schedule, parameters)
+    prediction = evaluate(plan, profile).prediction
+    first, last = plan.stages[0].layers
+    weights = 4.0 * sum(profile.classes[name].parameters for name in profile.layer_classes[first:last])
+    assert prediction.memory[0].weight_versions == copies * weights
+    for rank, found in enumerate(measured):
+        rest = (
+            found - prediction.peak_memory_bytes[rank]
+        )  # two pipelines have activations of their own, and one workspace
+        assert unpredicted[rank] - 0.12 * weights <= rest <= pipelines * unpredicted[rank] + 0.12 * weights
