@@ -44,7 +44,10 @@ def schedule(
     costs: Annotated[
         Path | None, typer.Option(help="JSON list, one entry for each virtual stage; excludes the three cost options.")
     ] = None,
-    placement: Annotated[str, typer.Option(help="loop, v, wave or any.")] = "any",
+    placement: Annotated[
+        str,
+        typer.Option(help="loop, v, wave or any; auto: operators too, every map of a few --costs entries to ranks."),
+    ] = "any",
     copies: Annotated[
         int | None,
         typer.Option(help="Most copies of its weights on a rank, 1 or 2; 2 unless --csv is given, which knows one."),

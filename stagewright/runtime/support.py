@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.prediction import device_of, stage_microbatches
+from stagewright.planner.schedules.registry import families
 from stagewright.runtime.topology import has_unequal_replicas
 
 PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
@@ -14,6 +15,13 @@ PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
 
 def check_supported(plan: Plan) -> None:
     """Raise InvalidArgument naming the field of the plan that the runtime does not execute."""
+    reason = next((row.not_run for row in families() if row.name == plan.schedule.name), "")
+    if reason:
+        raise InvalidArgument(
+            f"schedule {plan.schedule.name} is planned and simulated, and not run: {reason}",
+            field="schedule.name",
+            hint="take 1f1b; --pin vocab_parallel=on cuts the output layer over a tensor-parallel group",
+        )
     first = plan.stages[0].degrees
     for index, stage in enumerate(plan.stages):
         field = f"stages[{index}]"

@@ -34,6 +34,14 @@ def test_split_experts_and_sharded_owners_beyond_stage_one_are_refused():
         check_supported(documents(dp=4, ep=2, zero=2)[0])
 
 
+@pytest.mark.parametrize("name", ["1f1b-vocab", "pipefb"])
+def test_schedules_whose_stages_no_model_has_are_refused_with_the_reason(name):
+    plan, _ = documents()
+    named = plan.schedule.model_copy(update={"name": name})
+    with pytest.raises(InvalidArgument, match=f"{name} is planned and simulated, and not run: .+"):
+        check_supported(plan.model_copy(update={"schedule": named}))
+
+
 def test_unequal_shares_and_divided_slices_are_refused():
     plan, _ = documents(dp=2)
     shares = plan.stages[0].model_copy(update={"batch_shares": (1, 3)})

@@ -63,7 +63,7 @@ class ScheduleFamily:
     takes_cap : the order is made for the request's memory cap; other families look away from it.
     plain : F, B, I and W of a chain of stages, and nothing beside them; not where host memory, a peer's memory, another stage graph, or the
         user's own text makes the order one of another problem.
-    lowered : its messages can be put in an order that NCCL takes; otherwise it is only planned and simulated.
+    not_run : why the runtime does not execute it, in words; empty where it does.
     expanded_costs : the costs of its own stages from those of one block on each rank, where it has other stages.
     """
 
@@ -82,5 +82,5 @@ class ScheduleFamily:
     fixed_order: bool = False
     takes_cap: bool = False
     plain: bool = True
-    lowered: bool = True
+    not_run: str = ""
     expanded_costs: Callable[[StageCosts], StageCosts] | None = None

@@ -50,11 +50,8 @@ def pipefb(request: ScheduleRequest) -> Schedule:
     rank = np.arange(ranks, dtype=np.int32)
     placement = np.concatenate((rank, rank[::-1]))[None, :]
     check_placement(request, placement, "pipefb")
-    edges = (
-        *((stage, stage + 1) for stage in range(ranks - 1)),
-        *((ranks + stage, ranks + stage + 1) for stage in range(ranks - 1)),
-        *((stage, ranks + stage) for stage in range(ranks)),
-    )
+    chains = [(stage, stage + 1) for stage in range(2 * ranks - 1) if stage != ranks - 1]
+    edges = tuple(sorted([*chains, *((stage, ranks + stage) for stage in range(ranks))]))
     costs = request.costs or StageCosts.uniform(2 * ranks, num_chunks=2)
     orders = greedy_orders(placement[0], edges, costs, count, request.latency_s, _rules(ranks))
     return Schedule("pipefb", count, placement, orders, edges=edges)
@@ -94,6 +91,6 @@ FAMILY = ScheduleFamily(
     "PipeFB, after the survey Advances of Pipeline Model Parallelism for Deep Learning Training",
     pipefb,
     plain=False,
-    lowered=False,
+    not_run="a stage's backward runs on another rank than its forward, which autograd's graph does not leave",
     expanded_costs=halved,
 )

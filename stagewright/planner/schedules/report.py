@@ -167,6 +167,12 @@ def _with_placement(request: ScheduleRequest, choice: PlacementChoice) -> Schedu
     """Return the request with the placement of that name, which the family then accepts or refuses."""
     if choice is PlacementChoice.ANY or request.placement is not None:
         return request
+    if choice is PlacementChoice.OPERATORS:
+        raise InvalidArgument(
+            "placement operators looks at every map of entries to ranks, a named schedule has its own",
+            field="placement",
+            hint="take auto",
+        )
     chunks = request.num_chunks or (1 if choice is PlacementChoice.LOOP else 2)
     if request.num_waves is not None:
         chunks = 2 * request.num_waves

@@ -124,8 +124,15 @@ def greedy_orders(
     best: tuple[Orders, ...] = ()
     best_s = np.inf
     for rule in rules:
-        lists = _Lists(placement, edges, costs, num_microbatches, latency_s, rule)
-        orders = lists.run()
-        if lists.makespan_s < best_s * (1.0 - 1e-12):
-            best, best_s = orders, lists.makespan_s
+        orders, makespan_s = order_by(placement, edges, costs, num_microbatches, latency_s, rule)
+        if makespan_s < best_s * (1.0 - 1e-12):
+            best, best_s = orders, makespan_s
     return best
+
+
+def order_by(
+    placement: Ints, edges: Edges, costs: StageCosts, num_microbatches: int, latency_s: float, rule: GraphRule
+) -> tuple[tuple[Orders, ...], float]:
+    """Return the orders of one rule and their makespan, seconds."""
+    lists = _Lists(placement, edges, costs, num_microbatches, latency_s, rule)
+    return lists.run(), lists.makespan_s

@@ -25,12 +25,12 @@ from stagewright.planner.schedules.list_scheduling import orders_of, requested_c
 from stagewright.planner.schedules.schedule import Schedule, wave_placement
 from stagewright.planner.schedules.sizes import check_placement, effort_of, sizes_of
 
-_OFFSETS = (1, 2, 1, 2)
+OFFSETS = (1, 2, 1, 2)
 
 
 def v_half(request: ScheduleRequest) -> Schedule:
     """Return the order of the half-memory block, at most (D + 2) // 2 activations on a rank."""
-    return from_block(request, "v-half", _OFFSETS)
+    return from_block(request, "v-half", OFFSETS)
 
 
 def from_block(request: ScheduleRequest, name: str, offsets: tuple[int, int, int, int]) -> Schedule:
@@ -52,5 +52,5 @@ FAMILY = ScheduleFamily(
     split_backward=True,
     default_chunks=2,
     improves=True,
-    held_chunks=lambda num_ranks: block_peak(num_ranks, _OFFSETS),
+    held_chunks=lambda num_ranks: block_peak(num_ranks, OFFSETS),
 )

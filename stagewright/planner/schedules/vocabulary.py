@@ -53,27 +53,34 @@ def vocabulary_1f1b(request: ScheduleRequest) -> Schedule:
     placement = np.concatenate((np.arange(ranks), np.arange(ranks), [ranks - 1])).astype(np.int32)[None, :]
     check_placement(request, placement, "1f1b-vocab")
     costs = request.costs or StageCosts.uniform(stages)
-    edges = vocabulary_edges(ranks)
+    edges = vocabulary_edges(ranks, ranks)
     orders = greedy_orders(placement[0], edges, costs, count, request.latency_s, _rules(ranks, count, algorithm))
     return Schedule("1f1b-vocab", count, placement, orders, edges=edges, parameters={"algorithm": algorithm})
 
 
-def vocabulary_edges(num_ranks: int) -> tuple[tuple[int, int], ...]:
+def vocabulary_edges(num_blocks: int, num_parts: int) -> tuple[tuple[int, int], ...]:
     """Return the stage graph: the blocks' chain, the last block to every part, every part to the barrier."""
-    parts = range(num_ranks, 2 * num_ranks)
+    parts = range(num_blocks, num_blocks + num_parts)
     return (
-        *((stage, stage + 1) for stage in range(num_ranks - 1)),
-        *((num_ranks - 1, part) for part in parts),
-        *((part, 2 * num_ranks) for part in parts),
+        *((stage, stage + 1) for stage in range(num_blocks - 1)),
+        *((num_blocks - 1, part) for part in parts),
+        *((part, num_blocks + num_parts) for part in parts),
     )
 
 
-def vocabulary_costs(blocks: StageCosts, vocabulary: StageCosts, barrier_s: float, *, algorithm: int = 1) -> StageCosts:
-    """Return the costs of the 2 D + 1 stages: D blocks, and an output layer (one stage, whole) cut into D equal parts.
+def vocabulary_costs(
+    blocks: StageCosts,
+    vocabulary: StageCosts,
+    barrier_s: float,
+    *,
+    algorithm: int = 1,
+    num_parts: int | None = None,
+) -> StageCosts:
+    """Return the costs of blocks, parts and barrier: an output layer (one stage, whole) is cut into equal parts, one a block unless told.
 
     `barrier_s` is the time of one all-reduce, which also is the least time of a pass.
     """
-    ranks = blocks.num_stages
+    ranks = blocks.num_stages if num_parts is None else num_parts
     require(
         vocabulary.num_stages == 1, f"the vocabulary has {vocabulary.num_stages} stages, it is 1", field="vocabulary"
     )
@@ -95,10 +102,11 @@ def vocabulary_costs(blocks: StageCosts, vocabulary: StageCosts, barrier_s: floa
     )
 
 
-def as_long_as_a_block(blocks: StageCosts) -> StageCosts:
-    """Return the costs of the 2 D + 1 stages when the output layer is as long as the mean block and keeps nothing."""
+def as_long_as_a_block(blocks: StageCosts, *, num_parts: int | None = None) -> StageCosts:
+    """Return the costs of blocks, parts and barrier when the output layer is as long as the mean block and keeps nothing."""
     means = ([float(values.mean())] for values in (blocks.forward_s, blocks.input_grad_s, blocks.weight_grad_s))
-    return vocabulary_costs(blocks, StageCosts.of(*means, activation=[0.0]), 1e-3 * float(blocks.forward_s.min()))
+    layer, barrier_s = StageCosts.of(*means, activation=[0.0]), 1e-3 * float(blocks.forward_s.min())
+    return vocabulary_costs(blocks, layer, barrier_s, num_parts=num_parts)
 
 
 def _rules(ranks: int, count: int, algorithm: int) -> list[GraphRule]:
@@ -122,6 +130,6 @@ FAMILY = ScheduleFamily(
     vocabulary_1f1b,
     aliases=("vocab", "vocabulary-parallel"),
     plain=False,
-    lowered=False,
+    not_run="its stages are parts of the output layer and a barrier between them, which no model is cut into",
     expanded_costs=as_long_as_a_block,
 )

@@ -17,6 +17,7 @@ EQUAL_BACKWARD, SPLIT = (1.0, 0.5, 0.5), (1.0, 1.0, 1.0)
 
 LISTED = {
     "1f1b-vocab": (2, 3, {}),
+    "v-half-vocab": (2, 2, {}),
     "pipefb": (2, 3, {}),
     "pipeoffload": (4, 5, {"memory_cap": 3.0}),
     "flexpipe": (2, 3, {}),

@@ -56,6 +56,44 @@ def test_a_vocabulary_of_two_layers_brings_the_longest_rank_to_the_mean(num_rank
     assert timeline.makespan_s < 0.75 * late.makespan_s
 
 
+def _v_half_costs(num_ranks: int, algorithm: int) -> StageCosts:
+    """Two blocks of one layer on each rank, each F = I = W = 1, and an output layer as long as two layers."""
+    blocks = StageCosts.of(*np.ones((3, 2 * num_ranks)), activation=np.full(2 * num_ranks, 0.5))
+    layer = StageCosts.of([2.0], [2.0], [2.0], activation=[0.0])
+    return vocabulary_costs(blocks, layer, SHORT_S, algorithm=algorithm, num_parts=num_ranks)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize(("algorithm", "barriers"), [(1, 2), (2, 1)])
+def test_v_half_with_the_vocabulary_holds_half_of_1f1bs_and_keeps_all_ranks_at_the_mean(num_ranks, algorithm, barriers):
+    count = 4 * num_ranks
+    costs = _v_half_costs(num_ranks, algorithm)
+    told = {"algorithm": algorithm}
+    schedule = generate("v-half-vocab", ScheduleRequest(num_ranks, count, costs=costs, parameters=told))
+    validate(schedule, costs=costs)
+    timeline = simulate(schedule, costs)
+    peaks = timeline.peak_memory()
+    assert peaks.max() <= (num_ranks + 2) // 2 + barriers
+    assert num_ranks < 8 or peaks.max() <= 0.67 * _vocabulary(num_ranks, count, algorithm).peak_memory().max()
+    mean_s = count * (6.0 + 6.0 / num_ranks)
+    assert timeline.busy_s() == pytest.approx(np.full(num_ranks, mean_s), rel=1e-3)
+    assert timeline.makespan_s <= mean_s + (num_ranks - 1) * 6.0  # 1F1B's fill
+    on_last = np.ones(2 * num_ranks)
+    on_last[-1] = 3.0
+    whole = StageCosts.of(on_last, on_last, on_last, activation=costs.activation[: 2 * num_ranks])
+    late = simulate(generate("v-half", ScheduleRequest(num_ranks, count, costs=whole)), whole)
+    assert timeline.makespan_s < 0.8 * late.makespan_s
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 7])
+def test_v_half_with_the_vocabulary_fits_the_memory_of_v_half_alone(num_ranks):
+    costs, cap = _v_half_costs(num_ranks, 1), float((num_ranks + 2) // 2)
+    schedule = generate("v-half-vocab", ScheduleRequest(num_ranks, 3 * num_ranks, costs=costs, memory_cap=cap))
+    assert simulate(schedule, costs).peak_memory().max() <= cap
+    with pytest.raises(InvalidArgument, match=f"holds .* the cap is {cap - 1:g}"):
+        generate("v-half-vocab", ScheduleRequest(num_ranks, 3 * num_ranks, costs=costs, memory_cap=cap - 1))
+
+
 def test_the_vocabulary_refuses_costs_of_another_number_of_stages():
     with pytest.raises(InvalidArgument, match=r"costs hold 4 stages, 4 blocks, 4 parts of the vocabulary .* are 9"):
         generate("1f1b-vocab", ScheduleRequest(4, 8, costs=StageCosts.uniform(4)))

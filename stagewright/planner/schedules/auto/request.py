@@ -23,6 +23,7 @@ class PlacementChoice(StrEnum):
     LOOP = "loop"  # stage s on rank s mod D
     V = "v"  # wave with two chunks
     WAVE = "wave"  # turns around at each end, an even number of chunks
+    OPERATORS = "operators"  # every map of the entries of the costs to the ranks; for a handful of entries
 
 
 class Effort(StrEnum):

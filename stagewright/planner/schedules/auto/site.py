@@ -2,10 +2,15 @@
 
 With two copies of the model there is one: the copies run over the ranks in opposite directions, a stage of each on a rank, and share
 the microbatches evenly. Each rank then holds the weights and gradients of two stages, which a cap on activations does not see.
+
+`PlacementChoice.OPERATORS` allows every map of the entries to the ranks that leaves no rank empty: planning of operators rather than stages,
+in two levels, the maps above and an order for each below. Where all caps are equal, ranks are named in the order in which the model
+first uses them; otherwise names matter. The bounds of the maps prune, so most of them are never searched.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +23,12 @@ from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.gems import opposite_placement
 from stagewright.planner.schedules.schedule import loop_placement, wave_placement
 
+MOST_MAPS = 4096  # of entries to ranks
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One placement by name ("loop", "v", "wave", "given" or "bidirectional") with its instance.
+    """One placement by name ("loop", "v", "wave", "given", "operators" or "bidirectional") with its instance.
 
     `costs` are of the stages of one copy, `num_chunks` the most of them that a rank holds.
     """
@@ -101,6 +108,8 @@ def _shapes(request: AutoRequest) -> list[tuple[str, int, npt.NDArray[np.int32]]
         placement = np.asarray(choice, dtype=np.int32).ravel()
         chunks = int(np.bincount(placement, minlength=ranks).max())
         return [("given", chunks, placement)]
+    if choice is PlacementChoice.OPERATORS:
+        return _every_map(request)
     shapes: list[tuple[str, int, npt.NDArray[np.int32]]] = []
     for chunks in sorted(set(request.chunk_counts)):
         if choice in (PlacementChoice.ANY, PlacementChoice.LOOP):
@@ -116,6 +125,29 @@ def _shapes(request: AutoRequest) -> list[tuple[str, int, npt.NDArray[np.int32]]
             f"placement {choice} has no shape with {' or '.join(map(str, request.chunk_counts))} chunks",
             field="chunk_counts",
             hint="v has 2 chunks, wave an even number of them",
+        )
+    return shapes
+
+
+def _every_map(request: AutoRequest) -> list[tuple[str, int, npt.NDArray[np.int32]]]:
+    entries, ranks = request.costs.num_stages, request.num_ranks
+    if ranks**entries > MOST_MAPS:
+        raise InvalidArgument(
+            f"{entries} entries go to {ranks} ranks in {ranks**entries} ways, at most {MOST_MAPS} are looked at",
+            field="placement",
+            hint="sum neighbouring entries, or take placement any",
+        )
+    are_alike = np.ptp(np.broadcast_to(0.0 if request.memory_cap is None else request.memory_cap, ranks)) == 0.0
+    shapes = []
+    for ranks_of in itertools.product(range(ranks), repeat=entries):
+        used = list(dict.fromkeys(ranks_of))
+        if len(used) == ranks and (not are_alike or used == sorted(used)):
+            shapes.append(("operators", max(map(ranks_of.count, used)), np.array(ranks_of, dtype=np.int32)))
+    if not shapes:
+        raise InvalidArgument(
+            f"{entries} entries cannot leave none of {ranks} ranks empty",
+            field="placement",
+            hint="give as many entries as there are ranks at least",
         )
     return shapes
 

@@ -3,11 +3,15 @@
 A message exists for each stage edge that crosses ranks, at the end of the F (or of the B or I on the way back) that
 makes it; two stages on one rank need none, so the turns of a wave are free. SEND_F and SEND_B carry the producer's
 stage, RECV_F and RECV_B the consumer's. One SEND row serves all other ranks that its stage feeds; one RECV row receives
-from all that feed it, and stands at the instant of the first.
+from all that feed it. Messages that share a row, or a row with one that shares a row with them, are a *group*, and all rows of a
+group stand at one instant: when the last of its producers ends. In a chain a group is one message.
 
-Both rows of a message stand behind everything that is over at its instant, ties by the producer, so that every pair of
+All rows of a group stand behind everything that is over at its instant, ties by the first producer, so that every pair of
 ranks holds its messages, in both directions together, in one order. A receive is posted before the action that is
 running at that instant, hence the replay under rendezvous keeps the simulated times (`simulation.nccl` checks it).
+
+A group of several senders and several receivers holds back the messages of senders that are ready before the last. Then the
+instants have to come from a simulation in which every receiver waits for all senders of its group: `joint_edges` says for whom.
 """
 
 from __future__ import annotations
@@ -22,6 +26,26 @@ from stagewright.planner.simulation.program import Program, flatten
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
+
+
+def joint_edges(schedule: Schedule) -> tuple[tuple[int, int], ...]:
+    """Return the stage graph's edges, and behind them those from every sender of a group to every receiver that it does not feed."""
+    crossing = [
+        edge for edge in schedule.edges if (schedule.placement[:, edge[0]] != schedule.placement[:, edge[1]]).any()
+    ]
+    if not crossing:
+        return schedule.edges
+    source, target = np.array(crossing).T
+    group = _groups(source, target)
+    known = set(schedule.edges)
+    added = [
+        (sender, receiver)
+        for member in np.unique(group)
+        for sender in np.unique(source[group == member]).tolist()
+        for receiver in np.unique(target[group == member]).tolist()
+        if (sender, receiver) not in known
+    ]
+    return (*schedule.edges, *added)
 
 
 def message_rows(schedule: Schedule, end_s: Floats) -> NewRows:
@@ -56,25 +80,39 @@ def _rows_of(
     rank = program.placement[replica, program.rows[source, STAGE]]
     target = program.placement[replica, target_stage]
     crosses = rank != target
-    source, target_stage, target = source[crosses], target_stage[crosses], target[crosses]
-    senders, first = np.unique(source, return_index=True)
-    sends = program.rows[senders].copy()
-    sends[:, KIND], sends[:, FUSED] = send, 0
+    source, target_stage, rank, target = source[crosses], target_stage[crosses], rank[crosses], target[crosses]
     receives = program.rows[source].copy()
     receives[:, KIND], receives[:, STAGE], receives[:, FUSED] = Kind(send + 1), target_stage, 0
-    kept = _first_of_each(receives, end_s[source], source)
-    tie = 2 * np.int64(max(int(program.placement.shape[1]), 1))
+    _, first_receive, receive = np.unique(
+        receives[:, [REPLICA, STAGE, MICROBATCH, SLICE]], axis=0, return_index=True, return_inverse=True
+    )
+    senders, first_send = np.unique(source, return_index=True)
+    sends = program.rows[senders].copy()
+    sends[:, KIND], sends[:, FUSED] = send, 0
+    group = _groups(source, receive.ravel())
+    instant_s = np.full(len(end_s), -np.inf)
+    np.maximum.at(instant_s, group, end_s[source])
+    # Of a group: by the stage that sends, its SEND in front of the RECVs, these by the stage that receives.
+    num_stages = int(program.placement.shape[1])
+    place = (group * num_stages + program.rows[source, STAGE]) * (num_stages + 1)
+    earliest = np.full(len(first_receive), np.iinfo(np.int64).max)
+    np.minimum.at(earliest, receive.ravel(), place)
+    kept = first_receive
     return (
-        NewRows(rank[crosses][first], end_s[senders], senders.astype(np.int64) * tie, sends),
-        NewRows(
-            target[kept], end_s[source[kept]], source[kept].astype(np.int64) * tie + target_stage[kept], receives[kept]
-        ),
+        NewRows(rank[first_send], instant_s[group[first_send]], place[first_send], sends),
+        NewRows(target[kept], instant_s[group[kept]], earliest + 1 + target_stage[kept], receives[kept]),
     )
 
 
-def _first_of_each(receives: npt.NDArray[np.int32], instant_s: Floats, source: Longs) -> Longs:
-    """Return the indices of one row for each receive, the earliest where several messages share one."""
-    order = np.lexsort((source, instant_s))
-    columns = [REPLICA, STAGE, MICROBATCH, SLICE]
-    _, first = np.unique(receives[order][:, columns], axis=0, return_index=True)
-    return np.sort(order[first])
+def _groups(source: Longs, target: Longs) -> Longs:
+    """Return, for each pair of a source and a target, the least source that it is connected with."""
+    group = np.asarray(source, dtype=np.int64)
+    least_of_target = np.full(int(np.max(target, initial=-1)) + 1, np.iinfo(np.int64).max)
+    least_of_source = np.full(int(np.max(source, initial=-1)) + 1, np.iinfo(np.int64).max)
+    while True:
+        np.minimum.at(least_of_target, target, group)
+        np.minimum.at(least_of_source, source, least_of_target[target])
+        found = least_of_source[source]
+        if np.array_equal(found, group):
+            return group
+        group = found

@@ -13,6 +13,7 @@ from stagewright.planner.errors import Infeasible, InvalidArgument, StagewrightE
 from stagewright.planner.schedules import registry
 from stagewright.planner.schedules.auto import AutoRequest, PlacementChoice, Stop, search
 from stagewright.planner.schedules.auto.branching import improve_exactly
+from stagewright.planner.schedules.auto.milp import solve_milp
 from stagewright.planner.schedules.auto.site import sites, stage_costs
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
@@ -214,6 +215,51 @@ def test_tiny_instances_of_two_copies_get_the_best_of_all_their_orders(seed, ran
 
 def _first_stages(costs: StageCosts, count: int) -> StageCosts:
     return StageCosts(**{field.name: getattr(costs, field.name)[:count] for field in fields(costs)})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_operators_go_to_the_ranks_that_the_integer_programme_proves_best_of_all_maps(seed):
+    rng = np.random.default_rng(seed)
+    operators, microbatches = ((4, 2), (5, 1), (3, 3), (4, 2))[seed]
+    costs = StageCosts.of(*rng.uniform(0.5, 2.0, (3, operators)))
+    cap, latency_s = (None, 4.0, 3.0, 5.0)[seed], (0.0, 0.1, 0.1, 0.0)[seed]
+    request = AutoRequest(
+        2, microbatches, costs, latency_s, cap, PlacementChoice.OPERATORS, copies=1, evaluations=20_000
+    )
+    found = search(request)
+    assert found.stop is Stop.OPTIMAL
+    limit_s = 1.5 * found.makespan_s
+    proved = [solve_milp(site.instance, limit_s) for site in sites(request)]
+    assert found.makespan_s == pytest.approx(min(each for each in proved if each is not None), rel=1e-6)
+    assert len(proved) > 1
+    timeline = simulate(found.schedule, found.costs, links=Links(latency_s=latency_s))
+    assert timeline.makespan_s == pytest.approx(found.makespan_s, rel=1e-9)
+    if operators % 2 == 0:
+        contiguous = search(replace(request, placement=PlacementChoice.ANY))
+        assert found.makespan_s <= contiguous.makespan_s * (1 + 1e-9)
+
+
+def test_too_many_maps_of_operators_are_refused_with_their_number():
+    with pytest.raises(InvalidArgument, match="8 entries go to 4 ranks in 65536 ways, at most 4096"):
+        search(AutoRequest(4, 2, StageCosts.uniform(8), placement=PlacementChoice.OPERATORS))
+    with pytest.raises(InvalidArgument, match="2 entries cannot leave none of 3 ranks empty"):
+        search(AutoRequest(3, 2, StageCosts.uniform(2), placement=PlacementChoice.OPERATORS))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "microbatches", "seconds", "latency_s"),
+    [(4, 8, (1.0, 1.0, 1.0), 0.0), (4, 8, (10.0, 12.0, 8.0), 1.0), (8, 16, (1.0, 1.0, 1.0), 0.0)],
+)
+def test_at_dualpipes_memory_less_than_half_of_its_bubble_is_left(ranks, microbatches, seconds, latency_s):
+    """The claim of operator-level planning against DualPipe, with two copies of the weights as it keeps them."""
+    forward_s, input_grad_s, weight_grad_s = seconds
+    costs = StageCosts.uniform(ranks, forward_s=forward_s, input_grad_s=input_grad_s, weight_grad_s=weight_grad_s)
+    dualpipe = registry.generate("dualpipe", ScheduleRequest(ranks, microbatches, costs=costs, latency_s=latency_s))
+    cap = peak_activations(dualpipe, costs).max()
+    assert cap == ranks + 1
+    found = search(AutoRequest(ranks, microbatches, costs, latency_s, float(cap), evaluations=100_000))
+    bubble_s = simulate(dualpipe, costs, links=Links(latency_s=latency_s)).makespan_s - microbatches * sum(seconds)
+    assert found.makespan_s - microbatches * sum(seconds) < 0.5 * bubble_s
 
 
 @pytest.mark.parametrize("seed", range(300, 309))

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.lowering import lower, merge_backwards
+from stagewright.planner.schedules.lowering.messages import joint_edges
 from stagewright.planner.schedules.registry import families
+from stagewright.planner.schedules.registry import family as family_of
 from stagewright.planner.schedules.schedule import KIND, STAGE, Schedule, WeightPolicy, encode
 from stagewright.planner.simulation.nccl import check_nccl
 from stagewright.planner.simulation.network import Collectives, Links
@@ -25,10 +27,8 @@ SIZES = ((2, 4), (4, 8), (4, 12), (6, 12), (8, 16))
 
 
 def registry_cases():
-    """Every family that is lowered, at every size."""
-    return [
-        (family.name, ranks, microbatches) for family in families() if family.lowered for ranks, microbatches in SIZES
-    ]
+    """Every family at every size."""
+    return [(family.name, ranks, microbatches) for family in families() for ranks, microbatches in SIZES]
 
 
 @pytest.mark.parametrize(("name", "ranks", "microbatches"), registry_cases())
@@ -91,6 +91,43 @@ def test_one_row_sends_to_both_branches_and_one_receives_from_both():
     ]
     assert [step for step in lowered.text(3) if "RECV" in step] == ["3RECV_F0", "3RECV_F1"]
     assert simulate(lowered, StageCosts.uniform(4)).makespan_s == simulate(schedule, StageCosts.uniform(4)).makespan_s
+
+
+@pytest.mark.parametrize("latency_s", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("1f1b-vocab", {"algorithm": 1}), ("1f1b-vocab", {"algorithm": 2}), ("pipefb", {})]
+)
+def test_stages_that_join_and_fork_send_in_one_order_without_losing_time(name, parameters, latency_s):
+    rng = np.random.default_rng(5)
+    links = Links(latency_s=latency_s)
+    for ranks, microbatches in ((2, 3), (3, 5), (4, 8), (5, 12)):
+        stages = len(family_of(name).generate(ScheduleRequest(ranks, microbatches)).placement[0])
+        costs = StageCosts.of(*rng.uniform(0.5, 1.5, (3, stages)))
+        request = ScheduleRequest(ranks, microbatches, costs=costs, latency_s=latency_s, parameters=parameters)
+        schedule = family_of(name).generate(request)
+        lowered = lower(schedule, costs, data_parallel=True, links=links, merge="none")
+        check_nccl(lowered, per_direction=True)
+        check_nccl(lowered, per_direction=False)
+        validate(lowered)
+        before_s, after_s = (simulate(each, costs, links=links).makespan_s for each in (schedule, lowered))
+        if name == "1f1b-vocab":
+            assert after_s == pytest.approx(before_s, rel=1e-12)
+        else:  # the activation of a stage waits for the one that the stage before has passed on
+            assert before_s <= after_s * (1 + 1e-12) <= 1.1 * before_s
+
+
+@given(schedules(fused=False, slices=1))
+@settings(max_examples=60)
+def test_any_stage_graph_is_lowered_to_one_order_of_messages_or_refused(case):
+    schedule, costs, _ = case
+    try:
+        lowered = lower(schedule, costs, merge="none", links=Links(latency_s=0.25))
+    except InvalidSchedule as error:
+        assert joint_edges(schedule) != schedule.edges, error
+        return
+    check_nccl(lowered, per_direction=True)
+    check_nccl(lowered, per_direction=False)
+    validate(lowered)
 
 
 def test_merging_everything_turns_a_split_1f1b_back_and_free_merging_never_costs_time():
