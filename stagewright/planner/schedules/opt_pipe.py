@@ -11,8 +11,10 @@ and p and B i, have an action between them. Minimise M + 1e-6 * sum of x, in uni
     y(i, p) <= x(i),   y(i, p) <= "an action between F i and p",   y(i, p) <= "an action between p and B i"
 
 The three conditions on y are sums of o, so everything is linear. Exact in this model; up to `ILP_ACTIONS` actions, which take
-seconds. Above, 1F1B's warm-up is deepened on all ranks alike, up to 2 D beyond its own and as far as the cap with moves allows, each order gets its fewest
-moves, and the fastest order wins, the one with fewer moves of equal ones.
+seconds at most (at 40 mostly less, but minutes at times). The bound that it starts from, and the answer above, come from a heuristic: 1F1B's warm-up is deepened on all ranks alike, up to 2 D beyond its own and as far as the cap with moves allows, each order gets its fewest
+moves, and the fastest order wins, the one with fewer moves of equal ones. From there a descent pulls one F or B of a rank some places forwards
+or backwards at a time, as long as the cap can still be kept with moves, and stays with what is not slower and, of equal makespans, moves
+no more. Its draws are seeded; no optimality. `parameters["effort"]` scales it, 0 leaves it out.
 
 Paper: OptPipe: Memory- and Scheduling-Optimized Pipeline Parallelism for LLM Training, 2025.
 """
@@ -25,16 +27,19 @@ from typing import NamedTuple
 import numpy as np
 import pulp
 
+from stagewright.planner.errors import InvalidSchedule
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleFamily, ScheduleRequest
 from stagewright.planner.schedules.orders import alternate, one_stage_passes
 from stagewright.planner.schedules.pipe_offload import least_held, offloads, with_moves
-from stagewright.planner.schedules.schedule import Orders, Schedule, encode, loop_placement
-from stagewright.planner.schedules.sizes import check_placement, costs_of, require, sizes_of
+from stagewright.planner.schedules.schedule import KIND, MICROBATCH, Orders, Schedule, encode, loop_placement
+from stagewright.planner.schedules.sizes import check_placement, costs_of, effort_of, require, sizes_of
 from stagewright.planner.simulation.kernel import compile_order, makespan
 
 ILP_ACTIONS = 24
+DESCENT_ACTIONS = 1e5  # of orders timed; about 0.1 s
+ACTIONS_PER_TRY = 50  # timed in the time that one change takes beside
 _MOVE_PRICE = 1e-6  # of a mean action: fewer moves among equal makespans
 
 
@@ -62,6 +67,8 @@ def opt_pipe(request: ScheduleRequest) -> Schedule:
         hint=f"give a cap of at least {costs.activation.max():g}",
     )
     answer = deepest_warmup(costs, count, request.latency_s, caps)
+    tries = int(effort_of(request, actions=DESCENT_ACTIONS) / (2 * ranks * count + ACTIONS_PER_TRY))
+    answer = descended(answer, costs, request.latency_s, caps, tries=tries)
     if 2 * ranks * count <= ILP_ACTIONS:
         answer = (
             solve(costs, count, request.latency_s, caps, most_s=seconds(answer, costs, request.latency_s)) or answer
@@ -104,6 +111,48 @@ def deepest_warmup(costs: StageCosts, count: int, latency_s: float, caps: np.nda
     return best[2]
 
 
+def descended(answer: Answer, costs: StageCosts, latency_s: float, caps: np.ndarray, *, tries: int) -> Answer:
+    """Return the best answer met in `tries` seeded changes of one rank's order, never a slower one."""
+    rng = np.random.default_rng(0)
+    orders, moved = list(answer.orders), list(answer.moved)
+    value = seconds(answer, costs, latency_s), sum(len(each) for each in moved)
+    for rank, at, steps in zip(
+        rng.integers(0, len(orders), tries).tolist(),
+        rng.integers(0, len(orders[0]), tries).tolist(),
+        rng.geometric(0.5, tries).tolist(),
+        strict=True,
+    ):
+        order = _pulled(orders[rank], at, steps if at % 2 else -steps)
+        if order is None or least_held(order) > caps[rank]:
+            continue
+        chosen = offloads(order, int(caps[rank]))
+        trial = Answer((*orders[:rank], order, *orders[rank + 1 :]), (*moved[:rank], chosen, *moved[rank + 1 :]))
+        try:
+            found = seconds(trial, costs, latency_s), sum(len(each) for each in trial.moved)
+        except InvalidSchedule:
+            continue  # the ranks' orders wait for each other
+        if found[0] < value[0] * (1.0 - 1e-12) or (found[0] <= value[0] * (1.0 + 1e-12) and found[1] <= value[1]):
+            orders[rank], moved[rank], value = order, chosen, found
+    return Answer(tuple(orders), tuple(moved))
+
+
+def _pulled(order: Orders, at: int, steps: int) -> Orders | None:
+    """Return the order with the action at a place pulled over up to so many of the other kind; None where it cannot move."""
+    step = 1 if steps > 0 else -1
+    kind, microbatch = order[at, KIND], order[at, MICROBATCH]
+    end = at
+    while end != at + steps and 0 <= end + step < len(order):
+        other = order[end + step]
+        if other[KIND] == kind or other[MICROBATCH] == microbatch:
+            break
+        end += step
+    if end == at:
+        return None
+    rest = np.delete(order, at, axis=0)
+    pulled: Orders = np.insert(rest, end, order[at], axis=0)
+    return pulled
+
+
 def solve(costs: StageCosts, count: int, latency_s: float, caps: np.ndarray, *, most_s: float) -> Answer | None:
     """Return the programme's answer, or None when the solver finds none at or below `most_s`."""
     ranks = costs.num_stages
@@ -132,7 +181,7 @@ def solve(costs: StageCosts, count: int, latency_s: float, caps: np.ndarray, *, 
             if rank + 1 < ranks:
                 problem += last >= starts[rank + 1, Kind.B, unit] + backward[rank + 1] + latency
     problem.solve(pulp.HiGHS(msg=False, gapRel=0.0, threads=1))
-    if problem.status != pulp.LpStatusOptimal:
+    if problem.sol_status != pulp.LpSolutionOptimal:
         return None
     return _answer(starts, moves, ranks, count)
 

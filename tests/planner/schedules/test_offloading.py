@@ -12,7 +12,7 @@ import pytest
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
-from stagewright.planner.schedules.opt_pipe import Answer, deepest_warmup, opt_pipe, seconds
+from stagewright.planner.schedules.opt_pipe import Answer, deepest_warmup, descended, opt_pipe, seconds, solve
 from stagewright.planner.schedules.peak import peak_activations
 from stagewright.planner.schedules.pipe_offload import held, least_held, offloads
 from stagewright.planner.schedules.registry import generate
@@ -104,6 +104,45 @@ def test_the_integer_programme_equals_every_order_and_every_set_of_moves(seed):
     assert timeline.peak_memory().max() <= cap
     heuristic = deepest_warmup(costs, 4, latency_s, np.full(2, cap))
     assert timeline.makespan_s <= seconds(heuristic, costs, latency_s) * (1 + 1e-9)
+
+
+def test_the_descent_meets_the_programme_in_most_small_cases_and_is_never_slower_than_warmups():
+    met = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        ranks, count = ((2, 6), (3, 4), (2, 5), (3, 4))[seed % 4]
+        costs = StageCosts.of(*rng.uniform(0.5, 1.5, (3, ranks)))
+        latency_s, caps = float(rng.choice([0.0, 0.5, 1.5, 3.0])), np.full(ranks, 1 + seed % 3)
+        start = deepest_warmup(costs, count, latency_s, caps)
+        found = descended(start, costs, latency_s, caps, tries=1000)
+        start_s, found_s = seconds(start, costs, latency_s), seconds(found, costs, latency_s)
+        best = solve(costs, count, latency_s, caps, most_s=found_s)
+        assert best is not None
+        best_s = seconds(best, costs, latency_s)
+        assert best_s * (1 - 1e-6) <= found_s <= start_s
+        for answer, (rank, cap) in itertools.product((found, best), enumerate(caps.tolist())):
+            assert max(held(answer.orders[rank], answer.moved[rank])) <= cap
+        met.append(found_s <= best_s * (1 + 1e-6))
+    assert sum(met) >= 8
+
+
+def test_beyond_the_programme_the_descent_mostly_shortens_what_warmups_give():
+    shorter = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        ranks = int(rng.integers(2, 7))
+        count = int(rng.integers(ranks, 3 * ranks + 1))
+        costs = StageCosts.of(*rng.uniform(0.5, 1.5, (3, ranks)))
+        latency_s = float(rng.choice([0.0, 0.5, 1.5, 3.0]))
+        cap = max(2, ranks // 2 + int(rng.integers(0, 3)))
+        schedule = opt_pipe(ScheduleRequest(ranks, count, costs=costs, latency_s=latency_s, memory_cap=float(cap)))
+        validate(schedule)
+        timeline = simulate(schedule, costs, links=Links(latency_s=latency_s, host_latency_s=0.4))
+        assert timeline.peak_memory().max() <= cap
+        start_s = seconds(deepest_warmup(costs, count, latency_s, np.full(ranks, cap)), costs, latency_s)
+        assert timeline.makespan_s <= start_s * (1 + 1e-9)
+        shorter.append(timeline.makespan_s < start_s * (1 - 1e-6))
+    assert sum(shorter) >= 3
 
 
 def test_moves_pay_for_the_forwards_that_cover_a_hop():
