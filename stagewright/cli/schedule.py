@@ -455,5 +455,5 @@ def _list(*, as_json: bool) -> None:
             row.weight_policy.value,
             row.constraint or "any",
         )
-    table.add_row("auto", "", "yes", "split", "1", "1 to 4", "flush", "searches all orders under a memory cap")
+    table.add_row("auto", "", "yes", "split", "1 or 2", "1 to 4", "flush", "searches all orders under a memory cap")
     console().print(table)

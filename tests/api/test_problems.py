@@ -138,9 +138,21 @@ json_values = st.recursive(
 FIELDS = ("model", "cluster", "job", "planner", "deadline_s", "top", "labels", "schema_version")
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(field=st.sampled_from(FIELDS), value=json_values)
 def test_no_body_is_a_defect(fakes: Server, field: str, value: object) -> None:
+    check_body(fakes, field, value)
+
+
+@pytest.mark.soak
+@settings(max_examples=1000)
+@given(field=st.sampled_from(FIELDS), value=json_values)
+def test_no_body_is_a_defect_at_the_full_count(fakes: Server, field: str, value: object) -> None:
+    check_body(fakes, field, value)
+
+
+def check_body(fakes: Server, field: str, value: object) -> None:
+    """Post a good body with one field replaced: it is taken, or refused as a problem."""
     body = json.dumps(GOOD | {"labels": {"fake": "quick"}} | {field: value})
     response = fakes.http.post("/v1/plans", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code in (201, 202, 400, 422, 429), response.text

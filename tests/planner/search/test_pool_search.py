@@ -37,8 +37,8 @@ def _agrees(seed: int) -> bool:
 
 
 def test_the_search_over_pools_equals_exhaustive_simulation_on_random_small_problems() -> None:
-    with_plan = sum(_agrees(seed) for seed in range(30))
-    assert with_plan >= 15
+    with_plan = sum(_agrees(seed) for seed in range(16))
+    assert with_plan >= 8
 
 
 @pytest.mark.soak

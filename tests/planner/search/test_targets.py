@@ -21,7 +21,7 @@ MODEL = resolve_model("llama2-7b")
 
 
 @pytest.mark.parametrize("target", ["megatron-args", "deepspeed"])
-@pytest.mark.parametrize("pins", [Pins(), Pins(pp=2), Pins(tp=2, pp=4)])
+@pytest.mark.parametrize("pins", [Pins(), pytest.param(Pins(pp=2), marks=pytest.mark.soak), Pins(tp=2, pp=4)])
 def test_a_plan_for_a_target_is_written_without_loss(target: str, pins: Pins) -> None:
     job = TrainingJob(global_batch=32, sequence_length=4096, space=SearchSpace(target=target, pins=pins))
     outcome = make_plan(MODEL, resolve_cluster("a100-sxm-80g:8x1"), job, top=3)

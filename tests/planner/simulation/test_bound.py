@@ -14,7 +14,7 @@ from tests.planner.simulation.random_schedules import one_f_one_b, schedules
 
 
 @given(schedules())
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_no_random_schedule_ends_before_its_bound(case):
     schedule, costs, rng = case
     latency = rng.choice([0.0, 0.5])

@@ -66,7 +66,7 @@ def check(case):
 
 
 @given(requests)
-@settings(max_examples=250)
+@settings(max_examples=120)
 def test_a_generator_refuses_with_numbers_or_makes_a_schedule_that_runs(case):
     check(case)
 

@@ -73,8 +73,20 @@ def test_columns_name_every_node():
 
 
 @given(schedules())
-@settings(max_examples=100)
+@settings(max_examples=40)
 def test_peaks_of_any_activation_sizes_follow_from_the_live_vectors(case):
+    check_peaks(case)
+
+
+@pytest.mark.soak
+@given(schedules())
+@settings(max_examples=500)
+def test_peaks_follow_from_the_live_vectors_at_the_full_count(case):
+    check_peaks(case)
+
+
+def check_peaks(case) -> None:
+    """Hold the peaks of random activation sizes against a walk through each rank's order."""
     schedule, _, rng = case
     sizes = np.array([rng.randint(0, 5) for _ in range(schedule.num_stages)], dtype=float)
     for rank, vectors in enumerate(peak_live(schedule)):

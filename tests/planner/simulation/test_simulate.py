@@ -112,7 +112,7 @@ def test_times_equal_the_references(case, overlap, finite):
 
 
 @given(schedules())
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_memory_is_the_sum_of_what_is_live(case):
     schedule, costs, _ = case
     timeline = simulate(schedule, costs, links=Links(latency_s=0.25), memory=Memory(static_bytes=2.0))

@@ -32,7 +32,7 @@ def _request(seed: int, *, cap: float) -> AutoRequest:
     )
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.soak) for seed in (0, 3, 4, 5))])
 def test_a_named_order_that_fits_is_found_or_has_a_floor_above_the_best(seed):
     request = _request(seed, cap=[0.4, 0.55, 0.75, 1.0][seed % 4])
     allowed = sites(request)
@@ -101,19 +101,15 @@ def test_a_family_that_takes_no_cap_looks_away_from_it(family):
 
 
 def test_an_order_over_the_cap_as_drawn_that_fits_in_full_is_a_seed_in_the_end():
-    met = 0
     for index in range(34, 60):
         request = _request(index, cap=0.55)
         seeds = Seeds(sites(request))
         seeds.collect(lambda: False)
-        for choice in seeds.left:
-            found = seeds.complete(choice, np.inf)
-            met += len(found)
-            if found:
-                assert search(request).makespan_s <= min(seed.named_s for _, seed in found) * (1 + 1e-9)
-        if met:
-            break
-    assert met, "no family of the sample fits only in full; take other samples"
+        found = [seed for choice in seeds.left for _, seed in seeds.complete(choice, np.inf)]
+        if found:
+            assert search(request).makespan_s <= min(seed.named_s for seed in found) * (1 + 1e-9)
+            return
+    raise AssertionError("no family of the sample fits only in full; take other samples")
 
 
 def test_choices_hold_each_cap_once():
