@@ -87,6 +87,7 @@ def schedule(
         latency_s=latency_s,
         memory_cap=memory_cap,
         costs=costs,
+        are_operators=placement == "operators",
         parameters=_parameters(parameter or []),
     )
     options = _search_options(placement, effort, deadline, seed)
@@ -134,6 +135,7 @@ def _request(
     latency_s: float,
     memory_cap: float | None,
     costs: Path | None,
+    are_operators: bool,
     parameters: dict[str, int | float | str],
 ) -> ScheduleRequest:
     from stagewright.planner.schedules.family import ScheduleRequest
@@ -152,9 +154,9 @@ def _request(
             raise InvalidArgument(
                 f"--costs {costs} and {given[0]} both say what stages cost", field="costs", hint=f"leave {given[0]} out"
             )
-        stage_costs = _read_costs(costs, ranks)
+        stage_costs = _read_costs(costs, ranks, are_operators=are_operators)
         per_rank = stage_costs.num_stages // ranks
-        if chunks is None and waves is None and per_rank > 1:
+        if chunks is None and waves is None and per_rank > 1 and not are_operators:
             chunks, waves = (None, per_rank // 2) if _is_wave(name) else (per_rank, None)
     else:
         stage_costs = _equal_costs(name, ranks, chunks, waves, times)
@@ -211,8 +213,11 @@ def _require_number(field: str, value: float, *, least: float | None = None, abo
         raise InvalidArgument(f"--{option} is {value:g}, it must be a finite number {rule}", field=field)
 
 
-def _read_costs(path: Path, ranks: int) -> StageCosts:
-    """Return the costs of a file, activations in rank-microbatches: an entry's 1 is an equal share of its rank's."""
+def _read_costs(path: Path, ranks: int, *, are_operators: bool) -> StageCosts:
+    """Return the costs of a file, activations in rank-microbatches: an entry's 1 is an equal share of its rank's.
+
+    Operators may be of any number, since each rank takes as many as it likes.
+    """
     from stagewright.planner.documents.document import read_json
     from stagewright.planner.schedules.costs import StageCosts
 
@@ -222,14 +227,14 @@ def _read_costs(path: Path, ranks: int) -> StageCosts:
             f"{path}: the costs are a list with an entry for each virtual stage", field="costs", hint=_EXAMPLE
         )
     entries = [_cost_entry(path, index, entry) for index, entry in enumerate(document)]
-    if len(entries) % ranks:
+    if len(entries) % ranks and not are_operators:
         raise InvalidDocument(
             f"{path}: {len(entries)} entries are not a multiple of {ranks} ranks",
             field="costs",
             hint="give one entry for each virtual stage, in model order",
         )
     columns = {key: [entry[key] for entry in entries] for key in _COST_KEYS}
-    chunks = len(entries) // ranks
+    chunks = len(entries) / ranks
     columns["activation"] = [value / chunks for value in columns["activation"]]
     try:
         return StageCosts.of(

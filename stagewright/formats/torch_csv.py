@@ -18,6 +18,7 @@ import numpy as np
 
 from stagewright.planner.errors import InvalidSchedule, NotExpressible
 from stagewright.planner.schedules.action import RECV_KINDS, SEND_KINDS, Action, Kind, parse_action
+from stagewright.planner.schedules.registry import families
 from stagewright.planner.schedules.schedule import KIND, Schedule, chain_edges, encode, step_text
 
 CsvFormat = Literal["compute_only", "compute_comms"]
@@ -90,12 +91,13 @@ def _require_expressible(schedule: Schedule, csv_format: CsvFormat) -> None:
         (schedule.edges != chain_edges(schedule.num_stages), "a stage graph that is not a chain"),
         (not schedule.is_synchronous, f"weights that change under way ({schedule.weight_policy.value})"),
     )
+    is_run = not any(row.not_run for row in families() if row.name == schedule.name)
     for applies, reason in reasons:
         if applies:
             raise NotExpressible(
                 f"torch's pipelining CSV cannot hold {reason}, schedule {schedule.name} has it",
                 field="schedule",
-                hint="stagewright's own runtime runs it",
+                hint="stagewright's own runtime runs it" if is_run else "it is planned and simulated only",
             )
     allowed = _COMPUTE | {Kind.OPT} | (_COMMS if csv_format == "compute_comms" else frozenset())
     for rank, order in enumerate(schedule.orders):

@@ -120,6 +120,20 @@ def test_auto_says_that_it_keeps_two_copies_and_what_one_takes(call, costs_file,
     assert "--copies 1" in printed
 
 
+def test_operators_of_any_number_are_mapped_to_the_ranks(call, costs_file):
+    path = costs_file([*entries(2, forward_s=2.0), *entries(3)])
+    code, document = call(
+        "auto", "--ranks", 2, "--microbatches", 2, "--costs", path, "--placement", "operators", "--effort", "low"
+    )
+    assert code == 0
+    assert document["placement"] == "operators"
+    assert document["stop"] == "optimal"
+    assert document["ideal_s"] == pytest.approx(2 * 17.0 / 2)
+    code, document = call("auto", "--ranks", 2, "--microbatches", 2, "--costs", path)
+    assert code == 2
+    assert "5 entries" in document["error"]["message"]
+
+
 def test_auto_keeps_one_copy_for_torchs_csv_which_knows_no_other(call, tmp_path):
     code, document = call(
         "auto", "--ranks", 2, "--microbatches", 2, "--effort", "low", "--csv", tmp_path / "auto.csv", "--lowered"

@@ -120,7 +120,7 @@ class Gain:
     name : the named schedule with the least makespan, on any placement of the request: of the synchronous ones with as many copies of
         the weights as it allows whose order keeps the caps (see `seed`). Those left out are proved not to be shorter, unless a
         deadline came first.
-    named_s : its makespan as it is generated.
+    named_s : its makespan as it is generated, the pairs of F and B that dualpipe fuses one after the other (`fused` = 0), which is shorter.
     split_s : least makespan of a named schedule that was generated, when every full backward is split into I and W.
     found_s : makespan of the result.
     """
