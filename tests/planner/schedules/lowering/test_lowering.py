@@ -116,6 +116,14 @@ def test_stages_that_join_and_fork_send_in_one_order_without_losing_time(name, p
             assert before_s <= after_s * (1 + 1e-12) <= 1.1 * before_s
 
 
+def test_receivers_wait_for_all_senders_of_their_group():
+    """Of PipeFB on four ranks stage 1 sends to 2 and 5, and stage 4 to 5: so 2 waits for 4 too."""
+    schedule = family_of("pipefb").generate(ScheduleRequest(4, 4))
+    assert joint_edges(schedule) == (*schedule.edges, (4, 2), (5, 3))
+    for chain in (one_f_one_b(4, 4), family_of("1f1b-vocab").generate(ScheduleRequest(4, 4))):
+        assert joint_edges(chain) == chain.edges
+
+
 @given(schedules(fused=False, slices=1))
 @settings(max_examples=60)
 def test_any_stage_graph_is_lowered_to_one_order_of_messages_or_refused(case):
