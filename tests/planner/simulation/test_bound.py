@@ -16,6 +16,17 @@ from tests.planner.simulation.random_schedules import one_f_one_b, schedules
 @given(schedules())
 @settings(max_examples=100)
 def test_no_random_schedule_ends_before_its_bound(case):
+    check_no_random_schedule_ends_before_its_bound(case)
+
+
+@pytest.mark.soak
+@given(schedules())
+@settings(max_examples=1000)
+def test_no_random_schedule_ends_before_its_bound_at_the_full_count(case):
+    check_no_random_schedule_ends_before_its_bound(case)
+
+
+def check_no_random_schedule_ends_before_its_bound(case) -> None:
     schedule, costs, rng = case
     latency = rng.choice([0.0, 0.5])
     factors = np.array([rng.choice([0.5, 1.0, 2.0]) for _ in range(schedule.num_microbatches)])

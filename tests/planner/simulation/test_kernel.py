@@ -21,8 +21,19 @@ def _times(costs):
 
 
 @given(schedules())
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_kernel_and_simulator_agree(case):
+    check_kernel_and_simulator_agree(case)
+
+
+@pytest.mark.soak
+@given(schedules())
+@settings(max_examples=1000)
+def test_kernel_and_simulator_agree_at_the_full_count(case):
+    check_kernel_and_simulator_agree(case)
+
+
+def check_kernel_and_simulator_agree(case) -> None:
     schedule, costs, rng = case
     latency = rng.choice([0.0, 0.3, 1.0])
     tail = np.array([rng.choice([0.0, 2.0]) for _ in range(schedule.num_ranks)])
@@ -33,8 +44,19 @@ def test_kernel_and_simulator_agree(case):
 
 
 @given(schedules())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_a_cut_is_tight_where_it_was_traced_and_a_lower_bound_elsewhere(case):
+    check_a_cut_is_tight_where_it_was_traced_and_a_lower_bound_elsewhere(case)
+
+
+@pytest.mark.soak
+@given(schedules())
+@settings(max_examples=1000)
+def test_a_cut_is_tight_where_it_was_traced_and_a_lower_bound_elsewhere_at_the_full_count(case):
+    check_a_cut_is_tight_where_it_was_traced_and_a_lower_bound_elsewhere(case)
+
+
+def check_a_cut_is_tight_where_it_was_traced_and_a_lower_bound_elsewhere(case) -> None:
     schedule, costs, rng = case
     order = compile_order(schedule)
     tail = np.array([rng.choice([0.0, 2.0]) for _ in range(schedule.num_ranks)])

@@ -114,6 +114,17 @@ def test_times_equal_the_references(case, overlap, finite):
 @given(schedules())
 @settings(max_examples=60)
 def test_memory_is_the_sum_of_what_is_live(case):
+    check_memory_is_the_sum_of_what_is_live(case)
+
+
+@pytest.mark.soak
+@given(schedules())
+@settings(max_examples=500)
+def test_memory_is_the_sum_of_what_is_live_at_the_full_count(case):
+    check_memory_is_the_sum_of_what_is_live(case)
+
+
+def check_memory_is_the_sum_of_what_is_live(case) -> None:
     schedule, costs, _ = case
     timeline = simulate(schedule, costs, links=Links(latency_s=0.25), memory=Memory(static_bytes=2.0))
     expected = reference(schedule, costs, latency=0.25)
