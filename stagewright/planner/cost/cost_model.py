@@ -96,6 +96,7 @@ class CostModel:
     _tables: dict[tuple[object, ...], LayerTable] = field(default_factory=dict, repr=False)
     _class_costs: dict[tuple[object, ...], LayerCost] = field(default_factory=dict, repr=False)
     _operator_costs: dict[tuple[object, ...], OperatorCost] = field(default_factory=dict, repr=False)
+    _groups: dict[tuple[object, ...], RankGroups] = field(default_factory=dict, repr=False)
 
     def legality(self, degrees: Degrees, microbatch: int) -> str | None:
         """Return why the model cannot be split so, with both numbers; None when it can."""
@@ -331,7 +332,10 @@ class CostModel:
 
     def _make_table(self, degrees: Degrees, microbatch: int, group: NodeGroup) -> LayerTable:
         setting = self.setting(degrees, microbatch)
-        groups = RankGroups(degrees, group, self.order)
+        key = (degrees.tp, degrees.cp, degrees.dp, degrees.ulysses, degrees.ep, degrees.etp, group.name)
+        if key not in self._groups:
+            self._groups[key] = RankGroups(degrees, group, self.order)
+        groups = self._groups[key]
         roofline = Roofline.of(group.device, self.job.precision)
         costs = {
             name: self._class_cost(name, layer, setting, roofline, groups)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from stagewright.planner.cost.communication import Operation, collective_s, sent_bytes
 from stagewright.planner.cost.groups import GroupShape
@@ -28,11 +28,10 @@ from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import Source
 
 
-@dataclass(frozen=True)
-class Exchange:
+class Exchange(NamedTuple):
     """One collective that a device takes part in for each microbatch.
 
-    `count_again` is how often full recomputation runs it in the backward. It stops at the last tensor that the backward
+    `times_again` is how often full recomputation runs it in the backward. It stops at the last tensor that the backward
     needs, so what comes behind that (the sum that ends a feed-forward layer without dropout) is not run again.
     """
 
@@ -40,9 +39,9 @@ class Exchange:
     operation: Operation
     group_name: str
     payload_bytes: float
-    count: int = 1
+    times: int = 1
     hidden_under_s: float = 0.0
-    count_again: int = 0
+    times_again: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,9 +172,9 @@ def analytic_cost(
             under_s = item.hidden_under_s
             if item.group_name == "ep":
                 under_s = hidden * (routed_forward_s if item.forward else routed_backward_s)
-            again = item.count if item.forward and needed else 0
+            again = item.times if item.forward and needed else 0
             exchanges.append(
-                Exchange(item.forward, item.operation, item.group_name, item.payload_bytes, item.count, under_s, again)
+                Exchange(item.forward, item.operation, item.group_name, item.payload_bytes, item.times, under_s, again)
             )
     traffic = price(exchanges, groups)
     forward_s += traffic.forward_s
@@ -288,17 +287,17 @@ def price(exchanges: Sequence[Exchange], groups: RankGroups) -> Traffic:
         shape = _SHAPES[exchange.group_name](groups)
         if shape.size == 1:
             continue
-        seconds = exchange.count * collective_s(exchange.operation, exchange.payload_bytes, shape)
+        seconds = exchange.times * collective_s(exchange.operation, exchange.payload_bytes, shape)
         slowdown = max(tier.link.overlap_slowdown for tier in shape.tiers)
         slowed_s = min(seconds, exchange.hidden_under_s) * (slowdown - 1)
         exposed[0 if exchange.forward else 1] += max(0.0, seconds - exchange.hidden_under_s) + slowed_s
         name = f"{exchange.operation}/{_LINK_NAMES.get(exchange.group_name, exchange.group_name)}"
         once = sent_bytes(exchange.operation, exchange.payload_bytes, shape.size)
-        sent[name] = sent.get(name, 0.0) + exchange.count * once
+        sent[name] = sent.get(name, 0.0) + exchange.times * once
         if exchange.forward:
-            sent_forward[name] = sent_forward.get(name, 0.0) + exchange.count * once
-        if exchange.count_again:
-            sent_again[name] = sent_again.get(name, 0.0) + exchange.count_again * once
+            sent_forward[name] = sent_forward.get(name, 0.0) + exchange.times * once
+        if exchange.times_again:
+            sent_again[name] = sent_again.get(name, 0.0) + exchange.times_again * once
     return Traffic(exposed[0], exposed[1], sent, sent_forward, sent_again)
 
 
@@ -354,8 +353,8 @@ def _context_exchanges(
     found: list[Exchange] = []
     if degrees.ulysses > 1:
         for forward in (True, False):
-            found.append(Exchange(forward, "all-to-all", "ulysses", queries, count=2))
-            found.append(Exchange(forward, "all-to-all", "ulysses", keys_values / 2, count=2))
+            found.append(Exchange(forward, "all-to-all", "ulysses", queries, times=2))
+            found.append(Exchange(forward, "all-to-all", "ulysses", keys_values / 2, times=2))
     hops = degrees.cp // degrees.ulysses - 1
     if hops > 0:
         overlapped = options.context_overlap
@@ -371,7 +370,7 @@ def _expert_exchanges(operator: Operator, setting: Setting, options: CostOptions
     results are gathered afterwards.
     """
     payload = routed_bytes(operator, setting, options)
-    found = [Exchange(forward, "all-to-all", "ep", payload, count=2) for forward in (True, False)]
+    found = [Exchange(forward, "all-to-all", "ep", payload, times=2) for forward in (True, False)]
     if setting.degrees.tp > 1 and not setting.degrees.sp:
         whole = setting.tokens(operator) * operator.output_features * setting.element_bytes
         found += [Exchange(forward, "all-gather", "tp", whole) for forward in (True, False)]

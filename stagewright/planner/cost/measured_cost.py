@@ -180,7 +180,7 @@ def _exchange(item: Collective, weight: float) -> Exchange:
         item.group,
         item.payload_bytes * weight,
         item.count,
-        count_again=item.count - behind if forward else 0,
+        times_again=item.count - behind if forward else 0,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from stagewright.planner.cost.roofline import Engine, Roofline
 from stagewright.planner.documents.operator import Architecture, Axis, Operator
@@ -89,8 +90,7 @@ class Setting:
         return self.microbatch * self.length(operator) / self.degrees.cp
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """One operator on one device: the size of its forward, what it keeps and writes."""
 
     flops: float
@@ -100,8 +100,7 @@ class Work:
     num_groups: int
 
 
-@dataclass(frozen=True)
-class PhaseSeconds:
+class PhaseSeconds(NamedTuple):
     """Seconds of the forward, the input gradient and the weight gradient."""
 
     forward: float
@@ -176,8 +175,7 @@ def gradient_factors(operator: Operator) -> tuple[float, float]:
     return input_factor, weight_factor
 
 
-@dataclass(frozen=True)
-class _Product:
+class _Product(NamedTuple):
     moved: float
     written: float
     num_groups: int

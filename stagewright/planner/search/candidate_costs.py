@@ -3,6 +3,7 @@
 A completion of a candidate is counts[S, K, 3]: how many layers of each run stand on each stage at each level. Stages
 are contiguous, so the counts of the runs, summed over levels, follow from the stage sizes. All costs but workspaces and
 hops are linear in the counts. `pipeline_costs` computes the same numbers for one plan; tests hold the two together.
+Methods that take counts or bounds take many completions as well, in axes before the ones they name.
 """
 
 from __future__ import annotations
@@ -71,6 +72,14 @@ class RankSlots:
             live[rank, : len(order.live[rank]), :, : len(slots)] = order.live[rank]
         return cls(stage, live)
 
+    @cached_property
+    def held(self) -> Floats:
+        """How often each stage stands on each rank, [D, S]."""
+        held = np.zeros((len(self.stage), int(self.stage.max()) + 1))
+        rank, place = np.nonzero(self.stage >= 0)
+        np.add.at(held, (rank, self.stage[rank, place]), 1.0)
+        return held
+
 
 @dataclass(frozen=True, eq=False)
 class CandidateCosts:
@@ -115,7 +124,7 @@ class CandidateCosts:
     def num_layers(self) -> int:
         return int(self.classes.run_start[-1])
 
-    @property
+    @cached_property
     def bulk_run(self) -> int:
         """A run of the class with most layers."""
         return int(largest_class(self.classes.run_class, self.runs.length)[0])
@@ -151,26 +160,27 @@ class CandidateCosts:
         """Return how many layers of each run stand on each stage, [S, K]."""
         start = self.classes.run_start.astype(np.int64)
         cuts = np.asarray(bounds, dtype=np.int64)
-        low = np.maximum(cuts[:-1, None], start[None, :-1])
-        high = np.minimum(cuts[1:, None], start[None, 1:])
+        low = np.maximum(cuts[..., :-1, None], start[:-1])
+        high = np.minimum(cuts[..., 1:, None], start[1:])
         return np.asarray(np.maximum(high - low, 0))
 
     def stage_costs(self, counts: Longs) -> Floats:
         """Return seconds of F, I and W of each stage, [3, S]; counts may be fractions."""
-        runs, layers = self.runs, counts.sum(axis=2)
-        recompute = np.einsum("skl,lk->s", counts, runs.recompute_s)
+        runs, layers = self.runs, counts.sum(axis=-1)
+        recompute = np.einsum("...skl,lk->...s", counts, runs.recompute_s)
         weight_overhead_s = self.overhead_s if self.order.split else 0.0
         return np.stack(
             [
                 layers @ runs.forward_s + self.overhead_s,
                 layers @ runs.input_grad_s + recompute + self.overhead_s,
                 layers @ runs.weight_grad_s + weight_overhead_s,
-            ]
+            ],
+            axis=-2,
         )
 
     def hop_seconds(self, bounds: Sequence[int] | Longs) -> Floats:
         """Return the seconds of a message over each hop, [num_hops]."""
-        sizes = np.tile(self.cut_bytes[np.asarray(bounds, dtype=np.int64)[1:-1]], self.order.num_replicas)
+        sizes = np.tile(self.cut_bytes[np.asarray(bounds, dtype=np.int64)[..., 1:-1]], self.order.num_replicas)
         return self.hop_latency_s + self.hop_s_per_byte * sizes
 
     @cached_property
@@ -181,40 +191,37 @@ class CandidateCosts:
 
     def tails(self, layers: Longs, bounds: Sequence[int] | Longs) -> Floats:
         """Return the seconds of each rank behind its last action, [D]."""
-        by_stage = layers @ self.runs.step_s + np.where(layers.sum(axis=1) > 0, self.stage_latency_s, 0.0)
+        by_stage = layers @ self.runs.step_s + np.where(layers.sum(axis=-1) > 0, self.stage_latency_s, 0.0)
         if len(self.replica_s):
             by_stage = by_stage + layers @ self.replica_s + self.replica_latency_s
-        held = np.where(self.slots.stage >= 0, by_stage[self.slots.stage], 0.0)
-        tail = self.constant_tail_s + held.sum(axis=1)
+        tail = self.constant_tail_s + self._on_ranks(by_stage).sum(axis=-1)
         for first, second, seconds in self.ties:
             tail = tail + self._tie(first, second, seconds, bounds)
         return np.asarray(tail)
 
+    def _on_ranks(self, by_stage: Floats) -> Floats:
+        """Return what stages have [S] as their ranks hold it, [D, V], zero where a rank has no more slots."""
+        return np.where(self.slots.stage >= 0, by_stage[..., self.slots.stage], 0.0)
+
     def _tie(self, first: int, second: int, seconds: Floats, bounds: Sequence[int] | Longs) -> Floats:
-        tail = np.zeros(self.order.num_ranks)
-        ends = [int(np.searchsorted(bounds, layer, side="right")) - 1 for layer in (first, second)]
+        ends = np.asarray(bounds, dtype=np.int64)[..., 1:]
+        stages = [(ends <= layer).sum(axis=-1) for layer in (first, second)]
+        ranks, tail = np.arange(self.order.num_ranks), np.zeros((*ends.shape[:-1], self.order.num_ranks))
         for row in self.order.placement:
-            a, b = int(row[ends[0]]), int(row[ends[1]])
-            if a != b:
-                tail[a] += seconds[a, b]
-                tail[b] += seconds[a, b]
+            a, b = (np.asarray(row[stage])[..., None] for stage in stages)
+            tail += np.where((a != b) & ((ranks == a) | (ranks == b)), seconds[a, b], 0.0)
         return tail
 
     def peak_bytes(self, counts: Longs) -> Floats:
         """Return the bytes of each rank above what is there before the first tensor, [D]."""
-        runs = self.runs
-        kept = np.einsum("skl,lk->s", counts, runs.kept_bytes)
-        late = np.einsum("skl,lk->s", counts, runs.late_bytes)
-        workspace = np.where(counts > 0, runs.workspace_bytes.T[None], 0.0).max(axis=(1, 2))
-        states = counts.sum(axis=2) @ runs.state_bytes
-        stage, here = self.slots.stage, self.slots.stage >= 0
-        kept, late = np.where(here, kept[stage], 0.0), np.where(here, late[stage], 0.0)
-        live = self.slots.live
-        active = (np.einsum("dnv,dv->dn", live[:, :, 0], kept) + np.einsum("dnv,dv->dn", live[:, :, 1], late)).max(
-            axis=1
-        )
-        fixed = np.where(here, states[stage], 0.0).sum(axis=1)
-        return np.asarray(fixed + active + np.where(here, workspace[stage], 0.0).max(axis=1))
+        runs, live = self.runs, self.slots.live
+        kept = self._on_ranks(np.einsum("...skl,lk->...s", counts, runs.kept_bytes))
+        late = self._on_ranks(np.einsum("...skl,lk->...s", counts, runs.late_bytes))
+        workspace = np.where(counts > 0, runs.workspace_bytes.T, 0.0).max(axis=(-2, -1))
+        states = counts.sum(axis=-1) @ runs.state_bytes
+        active = np.einsum("dnv,...dv->...dn", live[:, :, 0], kept) + np.einsum("dnv,...dv->...dn", live[:, :, 1], late)
+        fixed = self._on_ranks(states).sum(axis=-1)
+        return np.asarray(fixed + active.max(axis=-1) + self._on_ranks(workspace).max(axis=-1))
 
     def fits(self, counts: Longs) -> bool:
         """Tell whether every rank fits its device."""

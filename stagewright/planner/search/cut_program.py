@@ -184,7 +184,7 @@ class CutProgram:
         if rank_layers is not None:
             of_class = costs.classes.run_class
             bulk = of_class == of_class[costs.bulk_run]
-            held = held_stages(costs)
+            held = costs.slots.held
             ranks = np.zeros((costs.order.num_ranks, self.num_columns))
             ranks[:, layers] = held[:, stage_of] * bulk[run_of]
             blocks.append((ranks, rank_layers[0].astype(np.float64), rank_layers[1].astype(np.float64)))
@@ -390,7 +390,7 @@ class CutProgram:
         counts = np.array([cut.counts for cut in cuts], dtype=np.float64)
         forward, input_grad, weight_grad = counts[:, 0], counts[:, 1], counts[:, 2]
         ends = np.array([cut.end_rank for cut in cuts], dtype=np.int64)
-        held = held_stages(costs)[ends]
+        held = costs.slots.held[ends]
         back_s = runs.input_grad_s + runs.recompute_s[self._base]
         each = forward[:, :, None] * runs.forward_s + input_grad[:, :, None] * back_s
         each += weight_grad[:, :, None] * runs.weight_grad_s
@@ -505,7 +505,7 @@ class CutProgram:
         if not self._num_floors:
             return 0.0
         first = 1 + len(self._cells)
-        held, on_stage = held_stages(self._costs), layers.sum(axis=1)
+        held, on_stage = self._costs.slots.held, layers.sum(axis=1)
         share = values[first : first + self._num_floors] / self._scale / np.maximum(held @ on_stage, 1e-9)
         return np.asarray(on_stage * (held * share[:, None]).max(axis=0))
 
@@ -545,14 +545,6 @@ def least_visits(costs: CandidateCosts, input_grad: Floats) -> Floats:
     place = costs.slots.stage
     visits = np.where(place >= 0, input_grad[:, np.maximum(place, 0)], np.inf).min(axis=2)
     return np.asarray(visits / costs.order.num_replicas)
-
-
-def held_stages(costs: CandidateCosts) -> Floats:
-    """Return how often each stage stands on each rank, [D, S]."""
-    held = np.zeros((costs.order.num_ranks, costs.num_stages))
-    rank, place = np.nonzero(costs.slots.stage >= 0)
-    np.add.at(held, (rank, costs.slots.stage[rank, place]), 1.0)
-    return held
 
 
 def _floor_lines(costs: CandidateCosts, rank_layers: tuple[Longs, Longs]) -> tuple[Longs, Floats, Floats]:

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, product
-from math import comb
+from itertools import combinations
+from math import comb, prod
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ Judge = Callable[[Completion], Completion]
 MOST_PARTITIONS = 12_000
 MOST_ACTIONS = 20_000_000  # simulated for all partitions
 MOST_LEVELS = 20_000  # assignments of levels that are looked at
+_CHUNK = 1024  # partitions or assignments that are looked at at once
 
 
 class _TooMany(Exception):
@@ -99,17 +100,13 @@ class Enumeration:
         costs = self.costs
         layers, stages = costs.num_layers, costs.num_stages
         bounds = [(0, *inner, layers) for inner in combinations(range(1, layers), stages - 1)]
-        base = int(np.argmax(costs.levels))
-        times, hops, tails = [], [], []
-        for cut in bounds:
-            on_stage = costs.layers_of(cut)
-            counts = np.zeros((*on_stage.shape, 3), dtype=np.int64)
-            counts[:, :, base] = on_stage
-            times.append(costs.stage_costs(counts))
-            hops.append(costs.hop_seconds(cut))
-            tails.append(costs.tails(on_stage, cut))
-        values = costs.order.makespans(np.array(times), np.array(hops), np.array(tails))
-        return bounds, values + costs.step_overhead_s
+        values = []
+        for first in range(0, len(bounds), _CHUNK):
+            some = np.array(bounds[first : first + _CHUNK], dtype=np.int64)
+            on_stage = costs.layers_of(some)
+            times = costs.stage_costs(_at_level(on_stage, int(np.argmax(costs.levels))))
+            values.append(costs.order.makespans(times, costs.hop_seconds(some), costs.tails(on_stage, some)))
+        return bounds, np.concatenate(values) + costs.step_overhead_s
 
     def _best_levels(self, bounds: tuple[int, ...], below_s: float, judge: Judge) -> tuple[Completion | None, int]:
         """Return the completion of a partition of least step, if below `below_s`, and the simulations."""
@@ -164,40 +161,37 @@ class Enumeration:
 
     def _choices(self, ranks: tuple[int, ...], stages: tuple[int, ...], layers: Longs) -> list[Choice]:
         """Return the level choices of a component that fit and that no other one beats on every stage."""
-        costs, runs = self.costs, self.costs.runs
-        base = int(np.argmax(costs.levels))
-        weakest = np.zeros((len(stages), runs.num_runs, 3), dtype=np.int64)
-        weakest[:, :, base] = layers[list(stages)]
-        if self._fits(ranks, stages, weakest):
+        base = int(np.argmax(self.costs.levels))
+        weakest = _at_level(layers[list(stages)], base)
+        if self._fit(ranks, stages, weakest[None])[0]:
             self._num_levels += 1
-            return [self._choice(weakest)]
+            return self._as_choices(weakest[None])
         found: list[Choice] = []
         for counts in self._all_counts(stages, layers):
-            self._num_levels += 1
-            if self._num_levels > MOST_LEVELS:
-                raise _TooMany
-            choice = self._choice(counts)
-            if any((other.seconds <= choice.seconds).all() for other in found):
-                continue
-            if self._fits(ranks, stages, counts):
-                found = [other for other in found if not (choice.seconds <= other.seconds).all()]
-                found.append(choice)
+            fitting = self._as_choices(counts[self._fit(ranks, stages, counts)])
+            found = _unbeaten([*found, *fitting])
         return found
 
     def _all_counts(self, stages: tuple[int, ...], layers: Longs) -> Iterator[Longs]:
-        """Yield every assignment of levels to the layers of a component's stages."""
+        """Yield every assignment of levels to the layers of a component's stages, many at once, [n, stages, K, 3]."""
         allowed = np.flatnonzero(self.costs.levels).tolist()
         cells = [(place, run) for place, stage in enumerate(stages) for run in np.flatnonzero(layers[stage]).tolist()]
         options = []
         for place, run in cells:
             if self._levels_alike(run):
-                options.append([_only(int(layers[stages[place], run]), allowed[0])])
+                options.append(np.array([_only(int(layers[stages[place], run]), allowed[0])]))
             else:
-                options.append(_splits(int(layers[stages[place], run]), allowed))
-        for chosen in product(*options):
-            counts = np.zeros((len(stages), layers.shape[1], 3), dtype=np.int64)
-            for (place, run), split in zip(cells, chosen, strict=True):
-                counts[place, run] = split
+                options.append(np.array(_splits(int(layers[stages[place], run]), allowed)))
+        number = prod(len(option) for option in options)
+        self._num_levels += number
+        if self._num_levels > MOST_LEVELS:
+            raise _TooMany
+        for first in range(0, number, _CHUNK):
+            index = np.arange(first, min(first + _CHUNK, number))
+            counts = np.zeros((len(index), len(stages), layers.shape[1], 3), dtype=np.int64)
+            for (place, run), option in zip(reversed(cells), reversed(options), strict=True):
+                index, chosen = np.divmod(index, len(option))
+                counts[:, place, run] = option[chosen]
             yield counts
 
     def _levels_alike(self, run: int) -> bool:
@@ -205,20 +199,32 @@ class Enumeration:
         rows = (runs.recompute_s, runs.kept_bytes, runs.late_bytes, runs.workspace_bytes)
         return all((row[:, run] == row[0, run]).all() for row in rows)
 
-    def _choice(self, counts: Longs) -> Choice:
-        return Choice(counts, np.einsum("skl,lk->s", counts, self.costs.runs.recompute_s))
+    def _as_choices(self, counts: Longs) -> list[Choice]:
+        seconds = np.einsum("nskl,lk->ns", counts, self.costs.runs.recompute_s)
+        return [Choice(*pair) for pair in zip(counts, seconds, strict=True)]
 
-    def _fits(self, ranks: tuple[int, ...], stages: tuple[int, ...], counts: Longs) -> bool:
-        whole = np.zeros((self.costs.num_stages, self.costs.runs.num_runs, 3), dtype=np.int64)
-        whole[list(stages)] = counts
-        peaks = self.costs.peak_bytes(whole)[list(ranks)]
-        return bool((peaks <= self.costs.capacity_bytes * (1 + 1e-12)).all())
+    def _fit(self, ranks: tuple[int, ...], stages: tuple[int, ...], counts: Longs) -> npt.NDArray[np.bool_]:
+        """Return which assignments [n, stages, K, 3] fit all ranks of a component, [n]."""
+        whole = np.zeros((len(counts), self.costs.num_stages, *counts.shape[2:]), dtype=np.int64)
+        whole[:, list(stages)] = counts
+        peaks = self.costs.peak_bytes(whole)[:, list(ranks)]
+        return np.asarray((peaks <= self.costs.capacity_bytes * (1 + 1e-12)).all(axis=1))
+
+
+def _unbeaten(choices: list[Choice]) -> list[Choice]:
+    """Return the choices that no other one beats on every stage; of equal ones the first."""
+    kept: list[int] = []
+    seconds = np.array([choice.seconds for choice in choices])
+    for index in np.argsort(seconds.sum(axis=1), kind="stable").tolist() if choices else []:
+        if not (seconds[kept] <= seconds[index]).all(axis=1).any():
+            kept.append(index)
+    return [choices[index] for index in sorted(kept)]
 
 
 def _at_level(layers: Longs, level: int) -> Longs:
-    """Return counts with nothing recomputed beyond `level`; seconds of recomputation come with the choices."""
+    """Return counts of layers [..., S, K] that are all at a level."""
     counts = np.zeros((*layers.shape, 3), dtype=np.int64)
-    counts[:, :, level] = layers
+    counts[..., level] = layers
     return counts
 
 

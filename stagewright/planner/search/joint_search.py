@@ -50,6 +50,7 @@ from stagewright.planner.search.pricing import (
     SP,
     TP,
     UNIT,
+    VOCAB,
     Priced,
     configuration_of,
     unique_rows,
@@ -96,7 +97,7 @@ class JointSearch:
     open_bound_s: float = float("inf")
     _costs: dict[int, CandidateCosts] = field(default_factory=dict)
     _slots: dict[OrderKey, RankSlots] = field(default_factory=dict)
-    _rank_slots: dict[int, RankSlots] = field(default_factory=dict)
+    _rank_slots: dict[int, tuple[Layout, RankSlots]] = field(default_factory=dict)
     _ring: dict[tuple[object, ...], Floats] = field(default_factory=dict)
     _leading: dict[int, int] = field(default_factory=dict)
     _lines: dict[tuple[object, ...], tuple[Floats, Floats]] = field(default_factory=dict)
@@ -253,9 +254,9 @@ class JointSearch:
         row = int(self.crossed[0][index])
         priced, classes, profile = self.priced, self.problem.classes, self.problem.profile
         of_run = classes.run_class
-        kept = priced.kept_bytes[row][:, of_run]
         cuts = np.append(priced.cut_bytes[row][classes.of_layer], 0.0)
         latency, per_byte = self._hop_lines(row, order)
+        replica_s, replica_latency_s = self._replica_terms(row, order)
         key = order.key
         if key not in self._slots:
             self._slots[key] = RankSlots.of(order)
@@ -265,15 +266,15 @@ class JointSearch:
             classes=classes,
             runs=RunCosts(
                 length=classes.run_length.astype(np.int64),
-                forward_s=priced.forward_s[row][of_run],
-                input_grad_s=priced.input_grad_s[row][of_run],
-                weight_grad_s=priced.weight_grad_of(row, order)[of_run],
-                recompute_s=np.ascontiguousarray(priced.recompute_s[row][:, of_run]),
-                kept_bytes=np.ascontiguousarray(kept),
-                late_bytes=np.ascontiguousarray(priced.late_bytes[row][:, of_run]),
-                workspace_bytes=np.ascontiguousarray(priced.workspace_of(defers=order.defers)[row][:, of_run]),
-                state_bytes=priced.state_bytes[row][of_run],
-                step_s=priced.step_s[row][of_run],
+                forward_s=priced.forward_s[row].take(of_run, axis=-1),
+                input_grad_s=priced.input_grad_s[row].take(of_run, axis=-1),
+                weight_grad_s=priced.weight_grad_of(row, order).take(of_run),
+                recompute_s=priced.recompute_s[row].take(of_run, axis=-1),
+                kept_bytes=priced.kept_bytes[row].take(of_run, axis=-1),
+                late_bytes=priced.late_bytes[row].take(of_run, axis=-1),
+                workspace_bytes=priced.workspace_of(defers=order.defers)[row].take(of_run, axis=-1),
+                state_bytes=priced.state_bytes[row].take(of_run, axis=-1),
+                step_s=priced.step_s[row].take(of_run, axis=-1),
             ),
             hop_latency_s=latency,
             hop_s_per_byte=per_byte,
@@ -282,16 +283,20 @@ class JointSearch:
             overhead_s=profile.action_overhead_s,
             constant_tail_s=np.zeros(order.num_ranks),
             ties=self.problem.tie_seconds(configuration_of(priced.shape[row])),
-            **self._replica_terms(index, order),
+            replica_s=replica_s,
+            replica_latency_s=replica_latency_s,
             capacity_bytes=self.room_bytes,
             levels=self.levels,
             step_overhead_s=profile.step_overhead_s,
         )
 
-    def _replica_terms(self, index: int, order: Order) -> dict[str, Floats]:
+    def _replica_terms(self, row: int, order: Order) -> tuple[Floats, Floats]:
         if order.num_replicas == 1:
-            return {"replica_s": np.zeros(0), "replica_latency_s": np.zeros(0)}
-        return self.problem.replica_terms(configuration_of(self.priced.shape[int(self.crossed[0][index])]), order)
+            return np.zeros(0), np.zeros(0)
+        each_s, once_s = self.problem.replica_terms(
+            configuration_of(self.priced.shape[row]), order.placement, self.priced.gradient_bytes[row]
+        )
+        return each_s[self.problem.classes.run_class], once_s
 
     def _hop_lines(self, row: int, layout: Layout) -> tuple[Floats, Floats]:
         """Return latency and seconds a byte of each hop."""
@@ -757,20 +762,18 @@ class JointSearch:
     def _ring_terms(self, row: int) -> Floats:
         """Return the lines between neighbouring ranks, the line of a sum over the first and last, and tied sums."""
         shape = self.priced.shape[row]
-        configuration = configuration_of(shape)
-        reference_bytes = float(self.priced.cut_bytes[row][self.problem.classes.of_layer].max())
-        key = (*(int(shape[place]) for place in (TP, SP, AXES, CP, DP, PP)), reference_bytes)
+        reference_bytes = float(self.priced.cut_bytes[row].max())
+        key = (*shape[[TP, SP, AXES, CP, DP, PP, VOCAB]].tolist(), reference_bytes)
         if key not in self._ring:
-            ranks = int(shape[PP])
+            ranks, configuration = int(shape[PP]), configuration_of(shape)
             wiring = self.problem.wiring_for(configuration, reference_bytes)
             here = np.arange(ranks if ranks > 1 else 0)
             lines = wiring.lines(np.stack((here, (here + 1) % ranks), axis=1))
             latency = 2.0 * wiring.sum_s(0, ranks - 1, UNIT) - wiring.sum_s(0, ranks - 1, 2.0 * UNIT)
-            self._ring[key] = np.array(
-                [*lines[0], *lines[1], max(latency, 0.0), wiring.sum_s(0, ranks - 1, UNIT) - latency]
-            )
-        ties = self.problem.tie_seconds(configuration)
-        return np.concatenate((self._ring[key], *(seconds.ravel() for _, _, seconds in ties)))
+            around = [*lines[0], *lines[1], max(latency, 0.0), wiring.sum_s(0, ranks - 1, UNIT) - latency]
+            ties = self.problem.tie_seconds(configuration)
+            self._ring[key] = np.concatenate((around, *(seconds.ravel() for _, _, seconds in ties)))
+        return self._ring[key]
 
     def _close(self, index: int, closer: Closer) -> float:
         """Return a bound of the candidate that is at least the target, or the best that was proved."""
@@ -805,9 +808,9 @@ class JointSearch:
         except (InvalidArgument, InvalidSchedule):
             return True, None
         row = int(self.crossed[0][index])
-        if id(layout) not in self._rank_slots:  # the problem keeps layouts, so ids stay
-            self._rank_slots[id(layout)] = RankSlots.of(layout)
-        slots = self._rank_slots[id(layout)]
+        if id(layout) not in self._rank_slots:  # layouts are kept beside their slots, so ids stay
+            self._rank_slots[id(layout)] = layout, RankSlots.of(layout)
+        slots = self._rank_slots[id(layout)][1]
         priced, classes, profile = self.priced, self.problem.classes, self.problem.profile
         of_run = classes.run_class
         tables = RankTables(
@@ -816,15 +819,15 @@ class JointSearch:
             live=slots.live,
             run_start=classes.run_start.astype(np.int64),
             run_class=of_run,
-            forward_s=priced.forward_s[row][of_run],
-            input_grad_s=priced.input_grad_s[row][of_run],
-            weight_grad_s=priced.weight_grad_of(row, layout)[of_run],
-            recompute_s=np.ascontiguousarray(priced.recompute_s[row][:, of_run]),
-            kept_bytes=np.ascontiguousarray(priced.kept_bytes[row][:, of_run]),
-            late_bytes=np.ascontiguousarray(priced.late_bytes[row][:, of_run]),
-            workspace_bytes=np.ascontiguousarray(priced.workspace_of(defers=layout.defers)[row][:, of_run]),
-            state_bytes=priced.state_bytes[row][of_run],
-            step_s=priced.step_s[row][of_run],
+            forward_s=priced.forward_s[row].take(of_run, axis=-1),
+            input_grad_s=priced.input_grad_s[row].take(of_run, axis=-1),
+            weight_grad_s=priced.weight_grad_of(row, layout).take(of_run),
+            recompute_s=priced.recompute_s[row].take(of_run, axis=-1),
+            kept_bytes=priced.kept_bytes[row].take(of_run, axis=-1),
+            late_bytes=priced.late_bytes[row].take(of_run, axis=-1),
+            workspace_bytes=priced.workspace_of(defers=layout.defers)[row].take(of_run, axis=-1),
+            state_bytes=priced.state_bytes[row].take(of_run, axis=-1),
+            step_s=priced.step_s[row].take(of_run, axis=-1),
             levels=self.levels,
             stage_latency_s=float(priced.latency_s[row]),
             overhead_s=profile.action_overhead_s,

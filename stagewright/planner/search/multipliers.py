@@ -25,7 +25,7 @@ from numba import njit
 
 from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.caps import recompute_floors
-from stagewright.planner.search.cut_program import MOST_LISTED, held_stages, least_visits, reachable
+from stagewright.planner.search.cut_program import MOST_LISTED, least_visits, reachable
 from stagewright.planner.search.order import Cut
 
 Floats = npt.NDArray[np.float64]
@@ -69,7 +69,7 @@ def bound_by(
     bulk = np.asarray(of_class == of_class[costs.bulk_run])
     reach = reachable(costs)
     back_s = runs.input_grad_s + runs.recompute_s[base]
-    held = held_stages(costs)
+    held = costs.slots.held
     extra_s = _extra_recomputation(costs, rank_layers, base)
     best_s = 0.0
     for path in paths:

@@ -123,14 +123,20 @@ class Layout:
         return np.array(pairs, dtype=np.int32).reshape(-1, 2)
 
 
+def slots_of(placement: Ints, num_ranks: int) -> tuple[tuple[Slot, ...], ...]:
+    """Return the stages that each rank holds, replica by replica."""
+    held: list[list[Slot]] = [[] for _ in range(num_ranks)]
+    for replica, row in enumerate(placement.tolist()):
+        for stage, rank in enumerate(row):
+            held[rank].append(Slot(replica, stage))
+    return tuple(tuple(slots) for slots in held)
+
+
 def layout_of(schedule: Schedule) -> Layout:
     """Return the layout of a schedule; a slice counts as its share of a microbatch."""
     placement = np.ascontiguousarray(schedule.placement, dtype=np.int32)
     stages = schedule.num_stages
-    slots = tuple(
-        tuple(Slot(r, s) for r in range(len(placement)) for s in range(stages) if placement[r, s] == rank)
-        for rank in range(schedule.num_ranks)
-    )
+    slots = slots_of(placement, schedule.num_ranks)
     rows = [np.ascontiguousarray(order) for order in schedule.orders]
     live = tuple(
         live_vectors(rows[rank], slots[rank], stages, schedule.num_slices) / schedule.num_slices
@@ -270,13 +276,9 @@ def live_vectors(order: Ints, slots: tuple[Slot, ...], num_stages: int, num_slic
     position = np.full(2 * num_stages if not slots else (1 + max(s.replica for s in slots)) * num_stages, -1, np.int32)
     for index, slot in enumerate(slots):
         position[slot.replica * num_stages + slot.stage] = index
-    chosen = order[order[:, KIND] <= _W]
-    kinds = np.ascontiguousarray(chosen[:, KIND])
-    cells = position[chosen[:, REPLICA] * num_stages + chosen[:, STAGE]].astype(np.int32)
-    amounts = np.where(chosen[:, SLICE] < 0, num_slices, 1).astype(np.int32)
-    vectors = _peaks(kinds, cells, amounts, len(slots))
+    vectors, splits = _peaks(order, position, num_stages, num_slices, len(slots))
     vectors = vectors[_non_dominated(vectors)]
-    if (kinds == _I).any():
+    if splits:
         # Where an input gradient only gives bytes back, (a, a + b) decides; what that leaves stays as it is.
         both = vectors.copy()
         both[:, len(slots) :] += both[:, : len(slots)]
@@ -285,30 +287,38 @@ def live_vectors(order: Ints, slots: tuple[Slot, ...], num_stages: int, num_slic
 
 
 @njit(cache=True)
-def _peaks(kinds: Ints, cells: Ints, amounts: Ints, num_slots: int) -> Ints:
-    """Return the live vectors where live bytes can peak: at each F or I that no F follows.
+def _peaks(order: Ints, position: Ints, num_stages: int, num_slices: int, num_slots: int) -> tuple[Ints, bool]:
+    """Return the live vectors where live bytes can peak, and whether there are I: at each F or I that no F follows.
 
     What waits for a weight gradient may be more than what the forward kept (recomputation keeps little), so an input
-    gradient may add bytes; a forward always does.
+    gradient may add bytes; a forward always does. `position` is the slot of each replica's stages.
     """
     live = np.zeros(2 * num_slots, dtype=np.int32)
-    found = np.empty((len(kinds), 2 * num_slots), dtype=np.int32)
-    row = 0
-    for index in range(len(kinds)):
-        kind, cell, amount = kinds[index], cells[index], amounts[index]
+    found = np.empty((len(order), 2 * num_slots), dtype=np.int32)
+    row, splits, is_peak = 0, False, False
+    for index in range(len(order)):
+        kind = order[index, KIND]
+        if kind > _W:
+            continue
+        if is_peak and kind != _F:
+            found[row, :] = live
+            row += 1
+        cell = position[order[index, REPLICA] * num_stages + order[index, STAGE]]
+        amount = num_slices if order[index, SLICE] < 0 else 1
         if kind == _F:
             live[cell] += amount
         elif kind in (_B, _I):
             live[cell] -= amount
         if kind == _I:
             live[num_slots + cell] += amount
+            splits = True
         elif kind == _W:
             live[num_slots + cell] -= amount
-        if kind in (_F, _I) and (index + 1 == len(kinds) or kinds[index + 1] != _F):
-            for entry in range(2 * num_slots):
-                found[row, entry] = live[entry]
-            row += 1
-    return found[:row].copy()
+        is_peak = kind in (_F, _I)
+    if is_peak:
+        found[row, :] = live
+        row += 1
+    return found[:row].copy(), splits
 
 
 @njit(cache=True)

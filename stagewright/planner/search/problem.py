@@ -115,6 +115,7 @@ class Problem:
     _wirings: dict[tuple[Configuration, int], Wiring] = field(default_factory=dict)
     _orders: dict[OrderKey, Order] = field(default_factory=dict)
     _prices: list[PriceList] = field(default_factory=list)
+    _ties: dict[tuple[object, ...], tuple[tuple[int, int, Floats], ...]] = field(default_factory=dict)
 
     def narrowed(self, *, counts: tuple[int, ...] | None = None, most_bytes: float | None = None) -> Problem:
         """Return the problem on some device counts or with less memory, sharing what was priced and compiled."""
@@ -312,25 +313,32 @@ class Problem:
 
     def tie_seconds(self, configuration: Configuration) -> tuple[tuple[int, int, Floats], ...]:
         """Return the tied layers with the seconds of summing their gradient over any two ranks, [D, D]."""
-        ties = self.ties(configuration)
-        if not ties or configuration.num_ranks == 1:
+        degrees, ranks = configuration.degrees, configuration.num_ranks
+        if ranks == 1 or not self.profile.trained_ties:
             return ()
-        wiring = self.wiring_for(configuration, 0.0)
-        return tuple((tie.first_layer, tie.second_layer, wiring.sums_s(tie.gradient_bytes)) for tie in ties)
+        grid = (degrees.tp, degrees.cp, degrees.dp, ranks, configuration.axis_order, configuration.group)
+        key = (*grid, degrees.sp, degrees.vocab_parallel)
+        if key not in self._ties:
+            wiring = self.wiring_for(configuration, 0.0)
+            self._ties[key] = tuple(
+                (tie.first_layer, tie.second_layer, wiring.sums_s(tie.gradient_bytes))
+                for tie in self.ties(configuration)
+            )
+        return self._ties[key]
 
-    def replica_terms(self, configuration: Configuration, order: Order) -> dict[str, Floats]:
-        """Return what summing a stage's gradients over its two ranks costs: for one layer of each run, and once."""
-        wiring, costs = self.wiring_for(configuration, 0.0), self.costs(configuration)
-        at = self.classes.first[self.classes.run_class]
-        sizes = costs.gradient_bytes[at]
-        unit = float(max(costs.gradient_bytes.sum(), 1.0))
-        first, second = (int(rank) for rank in order.placement[:, 0][:2])
+    def replica_terms(
+        self, configuration: Configuration, placement: Ints, gradient_bytes: Floats
+    ) -> tuple[Floats, Floats]:
+        """Return the seconds of summing a stage's gradients over its two ranks: of one layer of each class [C], and once [S].
+
+        `gradient_bytes` [C] are a layer's on one device.
+        """
+        wiring = self.wiring_for(configuration, 0.0)
+        unit = float(max(gradient_bytes[self.classes.of_layer].sum(), 1.0))
+        first, second = (int(rank) for rank in placement[:, 0][:2])
         whole = wiring.sum_s(first, second, unit)
         latency = 2.0 * wiring.sum_s(first, second, 1.0) - wiring.sum_s(first, second, 2.0)
-        return {
-            "replica_s": (whole - latency) * sizes / unit,
-            "replica_latency_s": np.full(order.num_stages, latency),
-        }
+        return (whole - latency) * gradient_bytes / unit, np.full(placement.shape[1], latency)
 
     def ties(self, configuration: Configuration) -> list[Tie]:
         """Return the weights that layers share."""
