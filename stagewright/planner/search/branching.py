@@ -23,7 +23,7 @@ Complexity: a node is tens of linear programs with a warm basis. Paper: Achterbe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,8 +47,8 @@ Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 FIRST_ROUNDS, ROUNDS, KNOWN_ROUNDS = 100, 16, 3  # at the root, at a node, at one whose parts are known
-MOST_CUTS = 240  # of a program; idle ones are dropped above
-_SMOOTHING = 0.93
+MOST_CUTS = 96  # that are rows of a program; idle ones are only known above
+_SMOOTHING = (0.93,)  # shares of the best point in those that are traced beside the optimum
 _PROBED = 2  # numbers of each kind that are probed; at the root all up to RAISED_ON_RANKS
 _STEPS = 40
 _WHOLE = 1e-6
@@ -85,6 +85,8 @@ class Branching:
     ----------
     target_s : completions of at least this long are of no interest.
     gap : a completion found lowers the target to its step over 1 + gap.
+    inner : a point to look between from; its own step proves nothing.
+    cuts : what is known of the order, what carried last first.
     trace : value and critical path of a fractional point.
     complete : a completion for a point and whether it is whole: as it is, or one near it; judged.
     is_late : whether a deadline has passed.
@@ -93,7 +95,7 @@ class Branching:
 
     costs: CandidateCosts
     program: CutProgram
-    cuts: list[Cut]
+    cuts: Sequence[Cut]
     target_s: float
     gap: float
     trace: Callable[[CandidateCosts, Point], tuple[float, Cut]]
@@ -104,13 +106,17 @@ class Branching:
     simulated: int = 0
     num_nodes: int = 0
     carrying: dict[int, Cut] = field(default_factory=dict)
-    _inner: Point | None = None
+    inner: Point | None = None
     _inner_value: float = np.inf
     _held: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._wholes = self.program.wholes
-        self.program.add(self.cuts)
+        self.program.know(self.cuts)
+        if self.inner is not None:
+            self._inner_value, cut = self.trace(self.costs, self.inner)
+            self.program.add([cut])
+            self.simulated += 1
         self.program.stop_at(self.target_s)
 
     def run(self, most_nodes: int) -> float:
@@ -176,16 +182,17 @@ class Branching:
         if value <= point.bound_s * (1 + _WHOLE):
             return True
         self._add(cut)
-        if self._inner is not None:
-            inner = between(self._inner, point, _SMOOTHING)
+        inners = [] if self.inner is None else [between(self.inner, point, share) for share in _SMOOTHING]
+        bound_s = point.bound_s
+        for inner in inners:
             inner_value, inner_cut = self.trace(self.costs, inner)
             self.simulated += 1
-            if inner_value > point.bound_s * (1 + _WHOLE):
+            if inner_value > bound_s * (1 + _WHOLE):
                 self._add(inner_cut)
             if inner_value < value:
                 point, value = inner, inner_value
         if value < self._inner_value:
-            self._inner, self._inner_value = point, value
+            self.inner, self._inner_value = point, value
         return False
 
     def _completed(self, node: _Node, point: Point, values: Floats) -> list[_Node]:
@@ -251,15 +258,13 @@ class Branching:
 
     def _add(self, cut: Cut) -> None:
         self.program.add([cut])
-        self.cuts.append(cut)
 
     def _drop_idle(self) -> None:
-        binding = self.program.carrying()
+        binding, cuts = self.program.carrying(), self.program.cuts
         for place in np.flatnonzero(binding).tolist():
-            self.carrying.setdefault(id(self.cuts[place]), self.cuts[place])
-        if len(self.cuts) > MOST_CUTS:
+            self.carrying.setdefault(id(cuts[place]), cuts[place])
+        if len(cuts) > MOST_CUTS:
             self.program.drop(~binding)
-            self.cuts = [cut for cut, stays in zip(self.cuts, binding.tolist(), strict=True) if stays]
 
     def _hold(self, limits: tuple[Limit, ...]) -> bool:
         """Set the program's limits to those of a node; False where they leave nothing."""

@@ -8,7 +8,8 @@
                      no node left is the proof
 
 Cuts belong to the order and not to the candidate, so those that carried a multiplier are kept for all candidates that
-share the order. Kelley's iterates are drawn towards the best point known (Wentges smoothing), which saves half of them.
+share the order. Kelley's iterates are drawn towards the best point known (Wentges smoothing), which saves half of them; the
+first one towards where another candidate of the order ended.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ Longs = npt.NDArray[np.int64]
 
 LIGHT_ITERATIONS = 25
 FULL_ITERATIONS = 12
-MOST_PATHS = 16  # of an order
+MOST_PATHS = 16  # mean paths of an order
+MOST_KNOWN = 512  # paths of an order
 MOST_NODES, MOST_NODES_IN_ALL = 200, 3_000
-_SMOOTHING = 0.85
+_SMOOTHING = (0.85,)  # shares of the best point in those that are traced beside the optimum
 _TOLERANCE = 1e-7
 _PROMISING = 1.06  # a rounded point this far above the incumbent is not improved
 _CLOSE_ENOUGH = 1e-3  # between a program's bound and its simulated point, where it cannot close any more
@@ -59,6 +61,7 @@ class Closer:
     cuts: dict[OrderKey, list[Cut]] = field(default_factory=dict)
     paths: dict[OrderKey, list[MeanPath]] = field(default_factory=dict)
     trees: dict[tuple[OrderKey, bytes], Split] = field(default_factory=dict)
+    ends: dict[tuple[OrderKey, Form], Point] = field(default_factory=dict)
     num_programs: int = 0
     num_nodes: int = 0
 
@@ -133,18 +136,19 @@ class Closer:
         branching = Branching(
             costs,
             program,
-            list(shared),
+            shared,
             target_s,
             self.limits.gap,
             _trace,
             complete,
             lambda: self.limits.reached() is not None,
             self.trees.setdefault((costs.order.key, program.wholes.kind.tobytes()), Split()),
+            inner=self.ends.get((costs.order.key, "full")),
         )
         nodes = min(MOST_NODES, MOST_NODES_IN_ALL - self.num_nodes)
         proved_s = branching.run(nodes)
         self.num_nodes += branching.num_nodes
-        self.cuts[costs.order.key] = _merged(shared, list(branching.carrying.values()))
+        self.cuts[costs.order.key] = _merged(list(branching.carrying.values()), shared)
         simulated += branching.simulated
         reason = "branching" if proved_s >= branching.target_s else "open"
         return Closed(max(bound_s, proved_s), reason, branching.best, simulated)
@@ -181,23 +185,32 @@ class Closer:
         iterations: int,
     ) -> _Run:
         """Return the bound after Kelley's iterations, stopped when it passes the target or cannot."""
+        key = costs.order.key
+        simulated, bound, best_value = 0, -np.inf, np.inf
+        best = self.ends.get((key, form)) if form == "light" else None
+        if best is not None and not _is_within(costs, best, rank_layers):
+            best = None
+        new: list[Cut] = []
+        if best is not None:
+            best_value, cut = _trace(costs, best)
+            simulated += 1
+            new.append(cut)
+            if best_value < target_s:
+                return _Run(-np.inf, best, simulated)
         program = CutProgram(costs, form=form, rank_layers=rank_layers)
-        shared = self.cuts.setdefault(costs.order.key, [])
-        used = list(shared)
-        program.add(used)
-        simulated, bound = 0, -np.inf
-        best: Point | None = None
-        best_value = np.inf
+        shared = self.cuts.setdefault(key, [])
+        program.know(shared)
         point: Point | None = None
-        for _ in range(iterations):
-            point = program.solve() if used else _even(costs)
+        for turn in range(iterations):
+            program.add(new)
+            point = program.solve(target_s * (1 + 2 * _TOLERANCE)) if program.cuts else _even(costs)
             if point is None:
                 return _Run(np.inf, None, simulated)
             bound = max(bound, point.bound_s * (1 - _TOLERANCE) if np.isfinite(point.bound_s) else -np.inf)
             if bound >= target_s:
                 break
-            points = [point] if best is None else [between(best, point, _SMOOTHING), point]
-            new: list[Cut] = []
+            points = [point] if best is None else [*(between(best, point, share) for share in _SMOOTHING), point]
+            new = []
             for trial in points:
                 value, cut = _trace(costs, trial)
                 simulated += 1
@@ -205,9 +218,7 @@ class Closer:
                     best, best_value = trial, value
                 if value > bound * (1 + _TOLERANCE):
                     new.append(cut)
-            program.add(new)
-            used += new
-            if not new or (form == "light" and best_value < target_s):
+            if not new or (form == "light" and best_value < target_s) or turn == iterations - 1:
                 break
             if (
                 form == "full"
@@ -216,12 +227,14 @@ class Closer:
                 and best_value - bound < _CLOSE_ENOUGH * target_s
             ):
                 break
-        if used and program.num_cuts and point is not None and np.isfinite(point.bound_s):
-            weights = program.duals() if new_enough(program, used) else np.zeros(0)
-            carrying = [cut for cut, weight in zip(used, weights, strict=False) if weight > 1e-9]
+        if best is not None:
+            self.ends[key, form] = best
+        if program.cuts and point is not None and np.isfinite(point.bound_s):
+            weights = program.duals()
+            carrying = [cut for cut, weight in zip(program.cuts, weights, strict=True) if weight > 1e-9]
             if form == "light" and bound >= target_s:
                 self._keep_path(costs, carrying, weights[weights > 1e-9])
-            self.cuts[costs.order.key] = _merged(shared, carrying)
+            self.cuts[key] = _merged(carrying, [*new, *shared])
         return _Run(bound, best if best is not None else point, simulated)
 
 
@@ -281,14 +294,20 @@ class _Run:
     simulated: int
 
 
-def new_enough(program: CutProgram, used: list[Cut]) -> bool:
-    """Tell whether the solver's multipliers speak of all rows."""
-    return program.num_cuts == len(used)
+def _merged(first: list[Cut], others: list[Cut]) -> list[Cut]:
+    """Return the first ones and those of the others that are not among them, at most MOST_KNOWN."""
+    known = {id(cut) for cut in first}
+    return [*first, *(cut for cut in others if id(cut) not in known)][:MOST_KNOWN]
 
 
-def _merged(shared: list[Cut], carrying: list[Cut]) -> list[Cut]:
-    known = {id(cut) for cut in shared}
-    return [*shared, *(cut for cut in carrying if id(cut) not in known)]
+def _is_within(costs: CandidateCosts, point: Point, rank_layers: tuple[Longs, Longs] | None) -> bool:
+    """Tell whether a point of another candidate of the order obeys the limits on layers of ranks."""
+    if rank_layers is None:
+        return True
+    of_class = costs.classes.run_class
+    on_rank = costs.slots.held @ point.layers[:, of_class == of_class[costs.bulk_run]].sum(axis=1)
+    low, high = rank_layers
+    return bool(((on_rank >= low - 1e-6) & (on_rank <= high + 1e-6)).all())
 
 
 def _even(costs: CandidateCosts) -> Point:

@@ -30,6 +30,9 @@ small classes.
 
 Kelley's method (1960): solve, simulate at the solution, add its critical path as a row, until the bound passes the
 target or the simulated point falls below it. HiGHS keeps the basis between solves.
+
+An order knows hundreds of paths, dense rows of which few bind. The program knows them all and holds the first NUM_HELD; a
+solution is tested against the others by one product, and the MOST_MISSED that it misses most become rows.
 """
 
 from __future__ import annotations
@@ -54,7 +57,10 @@ Longs = npt.NDArray[np.int64]
 MOST_VECTORS = 4
 MOST_LISTED = 80  # layers of a rank up to which every number is tried
 _NO_LIMIT = 2**31 - 1
+_DEVEX = 1  # the exact weights of steepest edge would be made anew behind each row that is added
 _OVERFULL = 1e-7  # of the capacity
+NUM_HELD, MOST_MISSED = 24, 12  # known paths that are rows at first, and that become rows at once
+_MISSED = 1e-7  # of a bound, by which a path is longer
 
 Form = Literal["light", "full", "whole"]
 
@@ -118,13 +124,23 @@ class CutProgram:
         self._base = int(np.argmax(costs.levels))
         self._raise = [level for level in range(self._base + 1, 3) if costs.levels[level]] if memory else []
         self._solver = highspy.Highs()
-        for option, value in (("output_flag", False), ("presolve", "off"), ("threads", 1)):
+        for option, value in (
+            ("output_flag", False),
+            ("presolve", "off"),
+            ("threads", 1),
+            ("simplex_dual_edge_weight_strategy", _DEVEX),
+            ("simplex_scale_strategy", 0),  # rows and columns are near one as they are
+        ):
             self._solver.setOptionValue(option, value)
         self._floors = None if rank_layers is None else _floor_lines(costs, rank_layers)
         self._columns(rank_layers)
         self._rows(rank_layers)
         self._first_cut = self._solver.getNumRow()
-        self._is_cut: list[bool] = []
+        self._cut_of_row: list[int] = []  # of the rows from `_first_cut` on; -1 where it is no path
+        self._known: list[Cut] = []
+        self._known_rows = np.zeros((0, self.num_columns))
+        self._known_constants = np.zeros(0)
+        self._is_held = np.zeros(0, dtype=np.bool_)
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -235,7 +251,7 @@ class CutProgram:
     @cached_property
     def wholes(self) -> Wholes:
         """What is whole in every completion; the sums of raised layers over ranks become rows at the first call."""
-        assert self._form == "whole" and self.num_cuts == 0
+        assert self._form == "whole" and not self._known
         costs, of_class = self._costs, self._costs.classes.run_class
         runs = costs.runs.num_runs
         count, ranks = len(self._cells), costs.order.num_ranks
@@ -297,18 +313,27 @@ class CutProgram:
         if self._form == "whole":
             self._left, self._rooms = np.concatenate(left), np.concatenate(rooms)
 
-    def _add_missed_memory(self) -> bool:
-        """Add the rows of live vectors that the last solution overfills most; tell whether there were any."""
-        values = np.array(self._solver.getSolution().col_value)
+    def _add_missed_memory(self, values: Floats) -> bool:
+        """Add the rows of live vectors that a solution overfills most; tell whether there were any."""
         over = self._left @ values - self._rooms
         missed = np.argsort(-over, kind="stable")[: self._costs.order.num_ranks]
         missed = missed[over[missed] > _OVERFULL]
         if not len(missed):
             return False
         self._add_all(self._left[missed], np.full(len(missed), -np.inf), self._rooms[missed])
-        self._is_cut += [False] * len(missed)
+        self._cut_of_row += [-1] * len(missed)
         self._left, self._rooms = np.delete(self._left, missed, axis=0), np.delete(self._rooms, missed)
         return True
+
+    def _add_missed_paths(self, values: Floats) -> bool:
+        """Make rows of the known paths that are longest above a solution; tell whether there were any."""
+        if self._is_held.all():
+            return False
+        short = np.where(self._is_held, 0.0, self._known_constants - self._known_rows @ values)
+        missed = np.argsort(-short, kind="stable")[:MOST_MISSED]
+        missed = missed[short[missed] > _MISSED * max(float(values[0]), 1e-300)]
+        self._hold(missed)
+        return len(missed) > 0
 
     def _least_workspace(self, rank: int) -> float:
         """Return what the rank's workspace is at least: on every stage stands some layer that reaches it."""
@@ -376,13 +401,32 @@ class CutProgram:
                 rows[:, column + count * (1 + block)] += saved[:, here]
         return rows
 
+    def know(self, cuts: Sequence[Cut]) -> None:
+        """Take critical paths of the order, the first NUM_HELD as rows, the others as rows where a solution misses them."""
+        first = len(self._known)
+        self._learn(cuts)
+        self._hold(np.arange(first, min(first + NUM_HELD, len(self._known))))
+
     def add(self, cuts: Sequence[Cut]) -> None:
         """Add critical paths of the order as rows."""
-        if not cuts:
-            return
-        rows, constants = self.rows(cuts)
-        self._add_all(rows, constants, np.full(len(cuts), np.inf))
-        self._is_cut += [True] * len(cuts)
+        first = len(self._known)
+        self._learn(cuts)
+        self._hold(np.arange(first, len(self._known)))
+
+    def _learn(self, cuts: Sequence[Cut]) -> None:
+        if cuts:
+            rows, constants = self.rows(cuts)
+            self._known += cuts
+            self._known_rows = np.concatenate((self._known_rows, rows))
+            self._known_constants = np.concatenate((self._known_constants, constants))
+            self._is_held = np.concatenate((self._is_held, np.zeros(len(cuts), dtype=np.bool_)))
+
+    def _hold(self, places: Longs) -> None:
+        """Make rows of known paths."""
+        if len(places):
+            self._add_all(self._known_rows[places], self._known_constants[places], np.full(len(places), np.inf))
+            self._cut_of_row += places.tolist()
+            self._is_held[places] = True
 
     def rows(self, cuts: Sequence[Cut]) -> tuple[Floats, Floats]:
         """Return coefficients [n, columns] and constants [n], scaled, with row . columns >= constant: theta minus a path."""
@@ -428,9 +472,12 @@ class CutProgram:
     def solve_below(self) -> Point | None:
         """Return the optimum; None when there is none, or where it is sure to be above the target of `stop_at`."""
         while not self._is_closed():
-            point = self._found()
-            if not np.isfinite(point.bound_s) or not self._add_missed_memory():
-                return point
+            if self._solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+                return self._give_up()
+            values = np.array(self._solver.getSolution().col_value)
+            missed_memory = self._add_missed_memory(values)
+            if not self._add_missed_paths(values) and not missed_memory:
+                return self._point(values)
         return None
 
     def values_of(self, wholes: Wholes) -> Floats:
@@ -463,20 +510,23 @@ class CutProgram:
         return bool(constants[0] - rows[0] @ values > 1e-6 * values[0])
 
     @property
-    def num_cuts(self) -> int:
-        return sum(self._is_cut)
+    def cuts(self) -> list[Cut]:
+        """The paths that are rows, in their order."""
+        return [self._known[place] for place in self._cut_of_row if place >= 0]
 
     def carrying(self) -> npt.NDArray[np.bool_]:
-        """Return which cuts are binding in the last basis, [num_cuts]."""
+        """Return which of `cuts` are binding in the last basis."""
         status = self._solver.getBasis().row_status[self._first_cut :]
         binding = [one != highspy.HighsBasisStatus.kBasic for one in status]
-        return np.array(binding, dtype=np.bool_)[np.array(self._is_cut, dtype=np.bool_)]
+        return np.array(binding, dtype=np.bool_)[np.array(self._cut_of_row, dtype=np.int64) >= 0]
 
     def drop(self, chosen: npt.NDArray[np.bool_]) -> None:
-        """Remove cuts, [num_cuts]."""
-        places = np.flatnonzero(self._is_cut)[chosen]
+        """Remove some of `cuts`, which stay known."""
+        of_row = np.array(self._cut_of_row, dtype=np.int64)
+        places = np.flatnonzero(of_row >= 0)[chosen]
+        self._is_held[of_row[places]] = False
         self._solver.deleteRows(len(places), (self._first_cut + places).astype(np.int32))
-        self._is_cut = np.delete(self._is_cut, places).tolist()
+        self._cut_of_row = np.delete(of_row, places).tolist()
 
     def _is_closed(self) -> bool:
         self._solver.run()
@@ -485,20 +535,24 @@ class CutProgram:
             highspy.HighsModelStatus.kObjectiveBound,
         )
 
-    def solve(self) -> Point | None:
-        """Return the optimum; None when the program has no solution."""
-        self._solver.run()
-        if self._solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
-            return None
-        return self._found()
+    def solve(self, enough_s: float = np.inf) -> Point | None:
+        """Return the optimum, or a solution whose bound is at least `enough_s`; None when the program has no solution."""
+        while True:
+            self._solver.run()
+            status = self._solver.getModelStatus()
+            if status == highspy.HighsModelStatus.kInfeasible:
+                return None
+            if status != highspy.HighsModelStatus.kOptimal:
+                return self._give_up()
+            values = np.array(self._solver.getSolution().col_value)
+            if float(values[0]) >= enough_s * self._scale or not self._add_missed_paths(values):
+                return self._point(values)
 
-    def _found(self) -> Point:
-        if self._solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-            return self._give_up()
-        values = np.array(self._solver.getSolution().col_value)
-        theta_s = float(values[0]) / self._scale
+    def _point(self, values: Floats) -> Point:
         layers = self._spread(values, 0)
-        return Point(theta_s, layers, self._spread_raised(values), self._spread_floors(values, layers))
+        return Point(
+            float(values[0]) / self._scale, layers, self._spread_raised(values), self._spread_floors(values, layers)
+        )
 
     def _spread_floors(self, values: Floats, layers: Floats) -> float | Floats:
         """Return each rank's recomputation spread over its stages by their layers, [S]."""
@@ -530,9 +584,9 @@ class CutProgram:
         return Point(-np.inf, even, np.zeros((stages, runs, 3)))
 
     def duals(self) -> Floats:
-        """Return the multipliers of the cuts, clipped at zero, [num_cuts]."""
-        rows = np.array(self._solver.getSolution().row_dual)
-        return np.asarray(np.maximum(rows[len(rows) - self.num_cuts :], 0.0))
+        """Return the multipliers of `cuts`, clipped at zero."""
+        rows = np.array(self._solver.getSolution().row_dual)[self._first_cut :]
+        return np.asarray(np.maximum(rows[np.array(self._cut_of_row, dtype=np.int64) >= 0], 0.0))
 
 
 def _some(number: int) -> Longs:

@@ -803,10 +803,16 @@ class JointSearch:
 
     def _order_caps(self, index: int) -> tuple[bool, tuple[Longs, Longs] | None]:
         """Tell whether the caps of the order's own live vectors reach the target, and each rank's range of layers."""
+        outline = self.problem.outline_of(self.key(index), self.rule(index))
+        if outline is not None and not self._layout_caps(index, outline)[0]:
+            return False, None
         try:
             layout = self._layout(index)
         except (InvalidArgument, InvalidSchedule):
             return True, None
+        return self._layout_caps(index, layout)
+
+    def _layout_caps(self, index: int, layout: Layout) -> tuple[bool, tuple[Longs, Longs] | None]:
         row = int(self.crossed[0][index])
         if id(layout) not in self._rank_slots:  # layouts are kept beside their slots, so ids stay
             self._rank_slots[id(layout)] = layout, RankSlots.of(layout)

@@ -132,6 +132,24 @@ def slots_of(placement: Ints, num_ranks: int) -> tuple[tuple[Slot, ...], ...]:
     return tuple(tuple(slots) for slots in held)
 
 
+def outline_of(placement: Ints, num_ranks: int, *, split: bool) -> Layout:
+    """Return what holds of every order on a placement of a chain of stages.
+
+    When a replica's first microbatch is through its last forward, every stage of the replica holds it.
+    """
+    slots = slots_of(placement, num_ranks)
+    live = tuple(
+        np.array(
+            [
+                [[float(slot.replica == replica) for slot in held], [0.0] * len(held)]
+                for replica in range(len(placement))
+            ]
+        )
+        for held in slots
+    )
+    return Layout(placement, chain_edges(placement.shape[1]), slots, live, split, float(split), split)
+
+
 def layout_of(schedule: Schedule) -> Layout:
     """Return the layout of a schedule; a slice counts as its share of a microbatch."""
     placement = np.ascontiguousarray(schedule.placement, dtype=np.int32)

@@ -20,7 +20,7 @@ from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.schedule import KIND, MICROBATCH, STAGE, Schedule
-from stagewright.planner.search.order import Layout, Order, OrderKey, compile_search_order, layout_of
+from stagewright.planner.search.order import Layout, Order, OrderKey, compile_search_order, layout_of, outline_of
 from stagewright.planner.search.space import FamilyRule
 from stagewright.planner.simulation.simulate import action_times
 
@@ -64,6 +64,16 @@ class OrderStore:
             opens = self._kept("opening", short, rule, lambda: layout_of(opening_of(_generated(short, rule))))
             return cast(Layout, opens)
         return cast(Layout, self._kept("layout", short, rule, lambda: layout_of(_generated(short, rule))))
+
+    def outline(self, key: OrderKey, rule: FamilyRule) -> Layout:
+        """Return what is known of a layout before the order is made, for a rule that knows the placement."""
+        placement_of, ranks = rule.placement, key.num_ranks
+        assert placement_of is not None
+
+        def make() -> Layout:
+            return outline_of(placement_of(ranks), ranks, split=rule.split)
+
+        return cast(Layout, self._kept("outline", key._replace(num_microbatches=0), rule, make))
 
     def schedule(self, key: OrderKey, rule: FamilyRule) -> Schedule:
         """Return the schedule of a family at some sizes."""

@@ -283,6 +283,10 @@ class Problem:
         """Return the schedule of a family at some sizes: for the few that are judged by the rich simulator."""
         return ORDERS.schedule(key, rule)
 
+    def outline_of(self, key: OrderKey, rule: FamilyRule) -> Layout | None:
+        """Return what is known of a layout before the order is made; None where the rule knows nothing."""
+        return None if rule.placement is None else ORDERS.outline(key, rule)
+
     def layout_of(self, key: OrderKey, rule: FamilyRule) -> Layout:
         """Return who holds what and how much lives at once, at least; raises InvalidArgument when it refuses the sizes.
 

@@ -19,7 +19,9 @@ from stagewright.planner.cost.layer_table import LEVELS
 from stagewright.planner.documents.job import SearchSpace, TrainingJob
 from stagewright.planner.documents.profile import ModelProfile, Recompute
 from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.schedules.chimera import bidirectional_placement
 from stagewright.planner.schedules.registry import families, family
+from stagewright.planner.schedules.sizes import Placement
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -48,6 +50,7 @@ class FamilyRule:
     split : input and weight gradients may be apart.
     steady : from 4 D microbatches on, the live vectors of more microbatches cover those of fewer (by the same T mod D);
         else they cover those of the fewer's opening. A property test holds it.
+    placement : the ranks of the stages of each replica on D ranks, where that is known long before the order is.
     """
 
     name: str
@@ -59,6 +62,7 @@ class FamilyRule:
     split: bool = False
     num_replicas: int = 1
     steady: bool = True
+    placement: Callable[[int], Placement] | None = None
 
     @property
     def repeats(self) -> bool:
@@ -140,7 +144,7 @@ RULES: tuple[FamilyRule, ...] = (
     FamilyRule(
         "dualpipe", _one, _filled_both_ways, parameters=(("fused", 0),), split=True, bound="both ways", num_replicas=2
     ),
-    FamilyRule("chimera", _one, _both_ways, bound="both ways", num_replicas=2),
+    FamilyRule("chimera", _one, _both_ways, bound="both ways", num_replicas=2, placement=bidirectional_placement),
     FamilyRule("gems", _one, _both_ways, bound="both ways", num_replicas=2),
 )
 

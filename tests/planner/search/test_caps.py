@@ -15,7 +15,7 @@ from stagewright.planner.search.brute_force import best_completion
 from stagewright.planner.search.caps import order_caps
 from stagewright.planner.search.joint_search import JointSearch
 from stagewright.planner.search.limits import Limits
-from stagewright.planner.search.order import Layout, layout_of
+from stagewright.planner.search.order import Layout, layout_of, outline_of
 from stagewright.planner.search.order_store import opening_of
 from stagewright.planner.search.space import RULES, FamilyRule
 
@@ -98,3 +98,19 @@ def test_live_vectors_of_four_rounds_are_covered_by_those_of_more(rule: FamilyRu
                         assert _are_covered(own, others, sizes)
                         checked += 1
     assert checked >= 8
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.placement is not None], ids=lambda rule: rule.name)
+def test_an_outline_holds_what_every_order_of_the_placement_holds(rule: FamilyRule) -> None:
+    assert rule.placement is not None
+    checked = 0
+    for ranks in (2, 4, 6, 8):
+        outline = outline_of(rule.placement(ranks), ranks, split=rule.split)
+        for count in (2, ranks, 3 * ranks):
+            layout = _layout(rule, ranks, count, 1)
+            assert layout is not None and (layout.placement == outline.placement).all()
+            assert layout.slots == outline.slots and layout.edges == outline.edges and layout.split == outline.split
+            for own, others in zip(outline.live, layout.live, strict=True):
+                assert all((others >= vector).all(axis=(1, 2)).any() for vector in own)
+                checked += len(own)
+    assert checked == 2 * 3 * (2 + 4 + 6 + 8)
