@@ -9,6 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice, repeat
 
 import torch
@@ -102,21 +103,16 @@ class Session:
         del reference
         memory = self._train_setup(worker, batches)
         probe = SpeedProbe() if self._device.type == "cpu" else None
-        times, losses, rows, sent, probes, stolen = self._timed(worker, batches, probe)
+        timed = self._timed(worker, batches, probe)
         self._write(
-            Measurement(
-                step_times_s=times,
-                losses=losses,
-                probe_s=probes,
-                stolen_share=stolen,
-                first_step=self._trained - len(losses),
+            replace(
+                timed,
+                first_step=self._trained - len(timed.losses),
                 peak_memory_bytes=[item.peak for item in memory],
                 static_memory_bytes=[
                     {"parameters": item.parameters, "gradients": item.gradients, "optimizer": item.optimizer}
                     for item in memory
                 ],
-                sent_bytes=sent,
-                rows=rows,
                 gradients=None if gradients is None else (gradients.max_relative_error, gradients.parameter),
                 weights=None if weights is None else (weights.max_relative_error, weights.parameter),
                 versions=_versions(),
@@ -135,16 +131,7 @@ class Session:
         )
         self._enter("warming up")
         self._run(worker, None, 0)
-        times, losses, rows, sent, *_ = self._timed(worker, repeat(None))
-        self._write(
-            Measurement(
-                step_times_s=times,
-                losses=losses,
-                sent_bytes=sent,
-                rows=rows,
-                versions=_versions(),
-            )
-        )
+        self._write(replace(self._timed(worker, repeat(None)), versions=_versions()))
 
     def _build(self) -> nn.Module:
         self._enter("building")
@@ -216,9 +203,8 @@ class Session:
 
     def _timed(
         self, worker: Worker | EmulatedWorker, batches: Iterator[Batch | None], probe: SpeedProbe | None = None
-    ) -> tuple[list[float], list[float], list[list[float]], dict[str, float], list[list[float]], list[float]]:
-        """Run the timed steps; returns times, losses, the spans of the median step, bytes sent in one step, probes, and
-        the share of their time that the host took from the ranks.
+    ) -> Measurement:
+        """Run the timed steps; returns their times and losses, the spans of the median one, bytes sent in one, and probes.
 
         The probes stand before and after a step, outside its time. All ranks make theirs at once: a core whose neighbours
         are busy is slower, as it was when the profile was made.
@@ -257,13 +243,20 @@ class Session:
             )
             self._save(worker, is_last=index + 1 == self._job.steps)
         if not times:
-            return [], [], [], {}, [], []
+            return Measurement([], [])
         median = sorted(range(len(times)), key=times.__getitem__)[len(times) // 2]
         gathered: list[tuple[list[list[float]], dict[str, float]]] = [(kept[median], sent)] * dist.get_world_size()
         dist.all_gather_object(gathered, (kept[median], sent))
         names = sorted({name for _, each in gathered for name in each})
         total = {name: sum(each.get(name, 0.0) for _, each in gathered) for name in names}
-        return times, losses, [row for rows, _ in gathered for row in rows], total, probes, stolen
+        return Measurement(
+            times,
+            losses,
+            sent_bytes=total,
+            rows=[row for rows, _ in gathered for row in rows],
+            probe_s=probes,
+            stolen_share=stolen,
+        )
 
     def _run(self, worker: Worker | EmulatedWorker, batch: Batch | None, step: int) -> float | None:
         loss = worker.run(batch, step)

@@ -90,12 +90,7 @@ def unpredicted(wide):
 @pytest.mark.parametrize(
     ("schedule", "parameters", "copies", "pipelines"),
     [
-        (
-            "pipedream",
-            {},
-            2,
-            1,
-        ),  # two microbatches under way on rank 0, each with weights of its own, beside the master
+        ("pipedream", {}, 2, 1),  # two microbatches under way on rank 0, each with a version of its own
         ("2bw", {}, 2, 1),
         ("ampnet", {}, 1, 1),
         ("spectrain", {}, 1, 1),
@@ -106,11 +101,11 @@ def unpredicted(wide):
 def test_weight_versions_are_predicted_as_a_run_holds_them(wide, unpredicted, schedule, parameters, copies, pipelines):
     plan, profile, measured = wide(schedule, parameters)
     prediction = evaluate(plan, profile).prediction
-    first, last = plan.stages[0].layers
-    weights = 4.0 * sum(profile.classes[name].parameters for name in profile.layer_classes[first:last])
-    assert prediction.memory[0].weight_versions == copies * weights
     for rank, found in enumerate(measured):
-        rest = (
-            found - prediction.peak_memory_bytes[rank]
-        )  # two pipelines have activations of their own, and one workspace
-        assert unpredicted[rank] - 0.12 * weights <= rest <= pipelines * unpredicted[rank] + 0.12 * weights
+        first, last = plan.stages[rank].layers
+        weights = 4.0 * sum(profile.classes[name].parameters for name in profile.layer_classes[first:last])
+        if rank == 0:
+            assert prediction.memory[rank].weight_versions == copies * weights
+        # Two pipelines have activations of their own, and one workspace; a message may be on its way at the peak or not.
+        rest = found - prediction.peak_memory_bytes[rank]
+        assert unpredicted[rank] - 0.3 * weights <= rest <= pipelines * unpredicted[rank] + 0.3 * weights
