@@ -82,7 +82,7 @@ def model(
 
     Example: stagewright profile examples/gpt.py:build -o profile.json
     """
-    from stagewright.profiler.discover import num_cores
+    from stagewright.planner.cores import num_cores
     from stagewright.profiler.model_profile import profile_model
 
     _check_writable(output)

@@ -12,7 +12,6 @@ calls make no cycles, so no two wait for each other. Where locks cannot be had, 
 from __future__ import annotations
 
 import fcntl
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FunctionType
 from typing import Protocol, cast
+
+from stagewright.planner.cores import num_cores
 
 _LOCKED_BYTES = 2**31 - 1
 
@@ -135,7 +136,7 @@ class SharedCache:
 @contextmanager
 def compiled_by_two() -> Iterator[None]:
     """Let a helper process compile beside this one, should anything have to be compiled; on one core do nothing."""
-    if len(os.sched_getaffinity(0)) < 2:
+    if num_cores() < 2:
         yield
         return
     with tempfile.TemporaryFile() as locks:

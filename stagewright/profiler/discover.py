@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from stagewright.planner.cores import num_cores
 from stagewright.planner.documents import Cluster, Device, LinkLevel, NodeGroup, Source
 from stagewright.planner.documents.cluster import DType, EfficiencyPoint
 from stagewright.planner.errors import InvalidArgument
@@ -76,13 +77,6 @@ def describe_local(device: DeviceChoice = "auto") -> tuple[str, int]:
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name(0), torch.cuda.device_count()
     return cpu_name(), num_cores()
-
-
-def num_cores() -> int:
-    """Return the cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cpu_name() -> str:

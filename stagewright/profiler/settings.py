@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 import torch
 
+from stagewright.planner.cores import num_cores
 from stagewright.planner.errors import InvalidArgument
-from stagewright.profiler.discover import num_cores
 from stagewright.profiler.model_bench import CachePolicy, Configuration, Kind, OptimizerName
 from stagewright.profiler.timing import check_budget
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from stagewright.planner.cores import num_cores
 from stagewright.planner.documents import Cluster, Source
 from stagewright.planner.errors import InvalidArgument
-from stagewright.profiler.discover import available_memory_bytes, discover_local, num_cores
+from stagewright.profiler.discover import available_memory_bytes, discover_local
 
 
 @pytest.mark.ranks

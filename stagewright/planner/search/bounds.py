@@ -114,7 +114,7 @@ def family_bounds(
     return np.where(kinds == SPLIT, np.maximum(bound, split_bound + step_overhead_s), bound)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def refine(
     low_s: Floats,
     high_s: float,

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.cores import num_cores
 from stagewright.planner.cost.least_work import least_step_s
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.search.bounds import (
@@ -63,6 +65,7 @@ Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
 NUM_REFINED = 600
+LEAST_SHARED = 256  # candidates refined at once that are worth threads
 _CHUNK = 64  # candidates refined between two looks at the clock
 _PRICING = 0.3  # share of a deadline that pricing may take
 _EVALUATED_S = 1e-8  # for each action of an order, of one evaluation by local search
@@ -437,36 +440,46 @@ class JointSearch:
         splits: npt.NDArray[np.bool_],
         workspace_bytes: Floats,
     ) -> Floats:
-        """Return `refine` of some configurations under the rules of some families."""
+        """Return `refine` of some configurations under the rules of some families, shared out among the cores."""
         priced, classes = self.priced, self.problem.classes
-        refined: Floats = refine(
-            low_s,
-            high_s,
-            steps,
-            rows,
-            kinds,
-            live,
-            chunks,
-            replicas,
-            splits,
-            priced.shape,
-            classes.run_class,
-            classes.run_length,
-            priced.forward_s,
-            priced.input_grad_s,
-            priced.weight_grad_s,
-            priced.recompute_s,
-            priced.kept_bytes,
-            priced.late_bytes,
-            workspace_bytes,
-            priced.state_bytes,
-            priced.step_s,
-            priced.latency_s,
-            self.problem.profile.action_overhead_s,
-            self.levels,
-            self.room_bytes * (1 + 1e-9),
-        )
-        return refined
+
+        def refined(part: Longs) -> Floats:
+            found: Floats = refine(
+                low_s[part],
+                high_s,
+                steps,
+                rows[part],
+                kinds[part],
+                live[part],
+                chunks[part],
+                replicas[part],
+                splits[part],
+                priced.shape,
+                classes.run_class,
+                classes.run_length,
+                priced.forward_s,
+                priced.input_grad_s,
+                priced.weight_grad_s,
+                priced.recompute_s,
+                priced.kept_bytes,
+                priced.late_bytes,
+                workspace_bytes,
+                priced.state_bytes,
+                priced.step_s,
+                priced.latency_s,
+                self.problem.profile.action_overhead_s,
+                self.levels,
+                self.room_bytes * (1 + 1e-9),
+            )
+            return found
+
+        number = num_cores() if len(rows) >= LEAST_SHARED else 1
+        parts = [np.arange(first, len(rows), number) for first in range(number)]
+        found = np.empty(len(rows))
+        with ThreadPoolExecutor(number) as pool:  # compiled code without the interpreter's lock
+            for part, values in zip(parts, pool.map(refined, parts), strict=True):
+                found[part] = values
+        return found
 
     def estimate(self, chosen: Longs) -> Floats:
         """Return a guess of each candidate's step: the bound, and the idle time its family leaves."""
