@@ -48,7 +48,7 @@ Longs = npt.NDArray[np.int64]
 
 FIRST_ROUNDS, ROUNDS, KNOWN_ROUNDS = 100, 16, 3  # at the root, at a node, at one whose parts are known
 MOST_CUTS = 96  # that are rows of a program; idle ones are only known above
-_SMOOTHING = (0.93,)  # shares of the best point in those that are traced beside the optimum
+_SMOOTHING = (0.93, 0.6)  # shares of the best point in those that are traced beside the optimum
 _PROBED = 2  # numbers of each kind that are probed; at the root all up to RAISED_ON_RANKS
 _STEPS = 40
 _WHOLE = 1e-6

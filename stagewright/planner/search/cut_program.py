@@ -59,7 +59,7 @@ MOST_LISTED = 80  # layers of a rank up to which every number is tried
 _NO_LIMIT = 2**31 - 1
 _DEVEX = 1  # the exact weights of steepest edge would be made anew behind each row that is added
 _OVERFULL = 1e-7  # of the capacity
-NUM_HELD, MOST_MISSED = 24, 12  # known paths that are rows at first, and that become rows at once
+NUM_HELD, MOST_MISSED = 48, 24  # known paths that are rows at first, and that become rows at once
 _MISSED = 1e-7  # of a bound, by which a path is longer
 
 Form = Literal["light", "full", "whole"]
