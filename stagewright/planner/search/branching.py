@@ -48,7 +48,7 @@ Longs = npt.NDArray[np.int64]
 
 FIRST_ROUNDS, ROUNDS, KNOWN_ROUNDS = 100, 16, 3  # at the root, at a node, at one whose parts are known
 MOST_CUTS = 96  # that are rows of a program; idle ones are only known above
-_SMOOTHING = (0.93, 0.6)  # shares of the best point in those that are traced beside the optimum
+_SMOOTHING = 0.93
 _PROBED = 2  # numbers of each kind that are probed; at the root all up to RAISED_ON_RANKS
 _STEPS = 40
 _WHOLE = 1e-6
@@ -182,12 +182,11 @@ class Branching:
         if value <= point.bound_s * (1 + _WHOLE):
             return True
         self._add(cut)
-        inners = [] if self.inner is None else [between(self.inner, point, share) for share in _SMOOTHING]
-        bound_s = point.bound_s
-        for inner in inners:
+        if self.inner is not None:
+            inner = between(self.inner, point, _SMOOTHING)
             inner_value, inner_cut = self.trace(self.costs, inner)
             self.simulated += 1
-            if inner_value > bound_s * (1 + _WHOLE):
+            if inner_value > point.bound_s * (1 + _WHOLE):
                 self._add(inner_cut)
             if inner_value < value:
                 point, value = inner, inner_value

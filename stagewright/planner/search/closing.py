@@ -36,7 +36,7 @@ FULL_ITERATIONS = 12
 MOST_PATHS = 16  # mean paths of an order
 MOST_KNOWN = 512  # paths of an order
 MOST_NODES, MOST_NODES_IN_ALL = 200, 3_000
-_SMOOTHING = (0.85, 0.5)  # shares of the best point in those that are traced beside the optimum
+_SMOOTHING = 0.85
 _TOLERANCE = 1e-7
 _PROMISING = 1.06  # a rounded point this far above the incumbent is not improved
 _CLOSE_ENOUGH = 1e-3  # between a program's bound and its simulated point, where it cannot close any more
@@ -209,7 +209,7 @@ class Closer:
             bound = max(bound, point.bound_s * (1 - _TOLERANCE) if np.isfinite(point.bound_s) else -np.inf)
             if bound >= target_s:
                 break
-            points = [point] if best is None else [*(between(best, point, share) for share in _SMOOTHING), point]
+            points = [point] if best is None else [between(best, point, _SMOOTHING), point]
             new = []
             for trial in points:
                 value, cut = _trace(costs, trial)
