@@ -74,7 +74,7 @@ NUM_FIRST = 12
 NUM_STARTS = 24
 NUM_TRIED, NUM_ALIKE = 96, 2
 MOST_PROGRAMS = 20_000
-ROAMED = ((16, 500), (4, 1_500), (1, 4_000))  # candidates and moves tried of each
+ROAMED = ((16, 100), (4, 400), (1, 4_000))  # candidates and moves tried of each
 NUM_IMPROVED = 12
 
 
