@@ -17,9 +17,15 @@ from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.lowering.gradients import reduction_rows, with_optimizer_steps
 from stagewright.planner.schedules.lowering.insertion import NewRows, insert_rows
 from stagewright.planner.schedules.lowering.merge import Merge, merge_backwards
-from stagewright.planner.schedules.lowering.messages import joint_edges, message_rows
+from stagewright.planner.schedules.lowering.messages import (
+    joint_edges,
+    message_rows,
+    shares_rows,
+    stages_without_instant,
+)
 from stagewright.planner.schedules.lowering.parameters import Gather, with_parameter_gathers
 from stagewright.planner.schedules.schedule import KIND, Schedule
+from stagewright.planner.simulation.nccl import check_nccl
 from stagewright.planner.simulation.network import Links, Shares
 from stagewright.planner.simulation.program import flatten
 from stagewright.planner.simulation.simulate import action_times
@@ -50,7 +56,7 @@ def lower(
     gather : how often ZeRO-3 gathers, see `parameters`.
     links, shares : what the instants are simulated with; sends always overlap there.
 
-    Raises InvalidSchedule for a deadlock, also of messages that have to leave together (see `messages`), and InvalidArgument
+    Raises InvalidSchedule for a deadlock, also of messages that have to leave together or in no order (see `messages`), and InvalidArgument
     for a schedule that is lowered already.
     """
     _check(schedule, zero)
@@ -64,7 +70,10 @@ def lower(
     new = [message_rows(schedule, end_s)]
     if data_parallel or schedule.num_replicas > 1:
         new.append(reduction_rows(schedule, program, end_s))
+    must_check = shares_rows(schedule) and not stages_without_instant(schedule)
     schedule = replace(schedule, orders=insert_rows(schedule, past_s, NewRows.join(new)))
+    if must_check:  # rows that serve several messages may leave no order for all pairs of ranks
+        check_nccl(schedule, per_direction=False)
     if optimizer:
         schedule = replace(schedule, orders=with_optimizer_steps(schedule))
     if zero >= 3:

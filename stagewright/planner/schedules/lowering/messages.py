@@ -12,6 +12,9 @@ running at that instant, hence the replay under rendezvous keeps the simulated t
 
 A group of several senders and several receivers holds back the messages of senders that are ready before the last. Then the
 instants have to come from a simulation in which every receiver waits for all senders of its group: `joint_edges` says for whom.
+
+Where a receiver of a group leads to one of its senders, as the stage under a skip connection does, no such instant exists. There each
+SEND stands where its producer ends and a RECV of several at the instant of the first, in no order that NCCL could be held to.
 """
 
 from __future__ import annotations
@@ -30,33 +33,80 @@ Longs = npt.NDArray[np.int64]
 
 def joint_edges(schedule: Schedule) -> tuple[tuple[int, int], ...]:
     """Return the stage graph's edges, and behind them those from every sender of a group to every receiver that it does not feed."""
-    crossing = [
-        edge for edge in schedule.edges if (schedule.placement[:, edge[0]] != schedule.placement[:, edge[1]]).any()
-    ]
-    if not crossing:
-        return schedule.edges
-    source, target = np.array(crossing).T
-    group = _groups(source, target)
+    groups = _stage_groups(schedule)
     known = set(schedule.edges)
     added = [
         (sender, receiver)
-        for member in np.unique(group)
-        for sender in np.unique(source[group == member]).tolist()
-        for receiver in np.unique(target[group == member]).tolist()
+        for senders, receivers in groups
+        if not _leads(schedule.edges, receivers, senders)
+        for sender in sorted(senders)
+        for receiver in sorted(receivers)
         if (sender, receiver) not in known
     ]
     return (*schedule.edges, *added)
 
 
+def shares_rows(schedule: Schedule) -> bool:
+    """Tell whether a group has several senders and several receivers."""
+    return any(len(senders) > 1 and len(receivers) > 1 for senders, receivers in _stage_groups(schedule))
+
+
+def stages_without_instant(schedule: Schedule) -> frozenset[int]:
+    """Return the stages that send or receive in groups which no instant can hold together."""
+    return frozenset(
+        stage
+        for senders, receivers in _stage_groups(schedule)
+        if _leads(schedule.edges, receivers, senders)
+        for stage in senders | receivers
+    )
+
+
+def _stage_groups(schedule: Schedule) -> list[tuple[set[int], set[int]]]:
+    """Return the senders and receivers of each group of the stage graph's edges that cross ranks."""
+    crossing = [
+        edge for edge in schedule.edges if (schedule.placement[:, edge[0]] != schedule.placement[:, edge[1]]).any()
+    ]
+    if not crossing:
+        return []
+    source, target = np.array(crossing).T
+    found: dict[int, tuple[set[int], set[int]]] = {}
+    for group, sender, receiver in zip(_groups(source, target).tolist(), *zip(*crossing, strict=True), strict=True):
+        senders, receivers = found.setdefault(group, (set(), set()))
+        senders.add(sender)
+        receivers.add(receiver)
+    return list(found.values())
+
+
+def _leads(edges: tuple[tuple[int, int], ...], sources: set[int], targets: set[int]) -> bool:
+    """Tell whether a path, of no edge too, leads from a source to a target; a group of one edge needs no look."""
+    if len(sources) == len(targets) == 1:
+        return False
+    after: dict[int, list[int]] = {}
+    for source, target in edges:
+        after.setdefault(source, []).append(target)
+    seen, left = set(sources), list(sources)
+    while left:
+        for stage in after.get(left.pop(), ()):
+            if stage not in seen:
+                seen.add(stage)
+                left.append(stage)
+    return bool(seen & targets)
+
+
 def message_rows(schedule: Schedule, end_s: Floats) -> NewRows:
     """Return the SEND and RECV rows of a compute-only schedule whose rows end at `end_s`, [num_actions]."""
     program = flatten(schedule)
+    apart = np.isin(np.arange(schedule.num_stages), list(stages_without_instant(schedule)))
     forward = np.flatnonzero(program.rows[:, KIND] == Kind.F)
     backward = np.flatnonzero(np.isin(program.rows[:, KIND], (Kind.B, Kind.I)))
     return NewRows.join(
         [
-            *_rows_of(program, end_s, forward, program.out_start, program.out_edge, program.edge_to, Kind.SEND_F),
-            *_rows_of(program, end_s, backward, program.in_start, program.in_edge, program.edge_from, Kind.SEND_B),
+            *_rows_of(
+                program, end_s, apart, forward, program.out_start, program.out_edge, program.edge_to, Kind.SEND_F
+            ),
+            *_rows_of(
+                program, end_s, apart, backward, program.in_start, program.in_edge, program.edge_from, Kind.SEND_B
+            ),
         ]
     )
 
@@ -64,13 +114,17 @@ def message_rows(schedule: Schedule, end_s: Floats) -> NewRows:
 def _rows_of(
     program: Program,
     end_s: Floats,
+    apart: npt.NDArray[np.bool_],
     producer: Longs,
     edge_start: npt.NDArray[np.int32],
     edge: npt.NDArray[np.int32],
     edge_end: npt.NDArray[np.int32],
     send: Kind,
 ) -> tuple[NewRows, NewRows]:
-    """Return the sends of the producers, and the receives of the stages at the other end of their edges."""
+    """Return the sends of the producers, and the receives of the stages at the other end of their edges.
+
+    `apart` [S] marks the stages whose producers send each at its own instant.
+    """
     stage = program.rows[producer, STAGE]
     degree = edge_start[stage + 1] - edge_start[stage]
     source = np.repeat(producer, degree)
@@ -89,18 +143,29 @@ def _rows_of(
     senders, first_send = np.unique(source, return_index=True)
     sends = program.rows[senders].copy()
     sends[:, KIND], sends[:, FUSED] = send, 0
-    group = _groups(source, receive.ravel())
+    receive = receive.ravel()
+    group = np.where(apart[program.rows[source, STAGE]], source, _groups(source, receive))
     instant_s = np.full(len(end_s), -np.inf)
     np.maximum.at(instant_s, group, end_s[source])
     # Of a group: by the stage that sends, its SEND in front of the RECVs, these by the stage that receives.
     num_stages = int(program.placement.shape[1])
     place = (group * num_stages + program.rows[source, STAGE]) * (num_stages + 1)
-    earliest = np.full(len(first_receive), np.iinfo(np.int64).max)
-    np.minimum.at(earliest, receive.ravel(), place)
-    kept = first_receive
+    by_instant = np.lexsort((place, instant_s[group]))
+    _, first = np.unique(receive[by_instant], return_index=True)
+    first = by_instant[first]
+    # RECVs of a group on one rank stand together, by stage: a SEND to several of them counts them in that order.
+    together = np.stack((group[first], target[first_receive]), axis=1)
+    _, shared = np.unique(together, axis=0, return_inverse=True)
+    earliest = np.full(len(first), np.iinfo(np.int64).max)
+    np.minimum.at(earliest, shared.ravel(), place[first])
     return (
         NewRows(rank[first_send], instant_s[group[first_send]], place[first_send], sends),
-        NewRows(target[kept], instant_s[group[kept]], earliest + 1 + target_stage[kept], receives[kept]),
+        NewRows(
+            target[first_receive],
+            instant_s[group[first]],
+            earliest[shared.ravel()] + 1 + target_stage[first_receive],
+            receives[first_receive],
+        ),
     )
 
 
