@@ -81,6 +81,45 @@ class RankSlots:
         return held
 
 
+def rank_tables(
+    layout: Layout,
+    slots: RankSlots,
+    classes: LayerClasses,
+    runs: RunCosts,
+    *,
+    levels: npt.NDArray[np.bool_],
+    stage_latency_s: float,
+    overhead_s: float,
+    constant_tail_s: Floats,
+    capacity_bytes: float,
+    step_overhead_s: float,
+) -> RankTables:
+    """Return layers on the slots of a layout as the caps see them, names as in `CandidateCosts`."""
+    return RankTables(
+        placement=layout.placement,
+        slot_stage=slots.stage,
+        live=slots.live,
+        run_start=classes.run_start.astype(np.int64),
+        run_class=classes.run_class,
+        forward_s=runs.forward_s,
+        input_grad_s=runs.input_grad_s,
+        weight_grad_s=runs.weight_grad_s,
+        recompute_s=runs.recompute_s,
+        kept_bytes=runs.kept_bytes,
+        late_bytes=runs.late_bytes,
+        workspace_bytes=runs.workspace_bytes,
+        state_bytes=runs.state_bytes,
+        step_s=runs.step_s,
+        levels=levels,
+        stage_latency_s=stage_latency_s,
+        overhead_s=overhead_s,
+        split=layout.split,
+        constant_tail_s=constant_tail_s,
+        capacity_bytes=capacity_bytes,
+        step_overhead_s=step_overhead_s,
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class CandidateCosts:
     """The costs of one candidate's completions.
@@ -132,25 +171,14 @@ class CandidateCosts:
     @cached_property
     def rank_tables(self) -> RankTables:
         """The candidate as the caps see it."""
-        return RankTables(
-            placement=self.order.placement,
-            slot_stage=self.slots.stage,
-            live=self.slots.live,
-            run_start=self.classes.run_start.astype(np.int64),
-            run_class=self.classes.run_class,
-            forward_s=self.runs.forward_s,
-            input_grad_s=self.runs.input_grad_s,
-            weight_grad_s=self.runs.weight_grad_s,
-            recompute_s=self.runs.recompute_s,
-            kept_bytes=self.runs.kept_bytes,
-            late_bytes=self.runs.late_bytes,
-            workspace_bytes=self.runs.workspace_bytes,
-            state_bytes=self.runs.state_bytes,
-            step_s=self.runs.step_s,
+        return rank_tables(
+            self.order,
+            self.slots,
+            self.classes,
+            self.runs,
             levels=self.levels,
             stage_latency_s=self.stage_latency_s,
             overhead_s=self.overhead_s,
-            split=self.order.split,
             constant_tail_s=self.constant_tail_s,
             capacity_bytes=self.capacity_bytes,
             step_overhead_s=self.step_overhead_s,

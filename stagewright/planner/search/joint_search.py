@@ -35,8 +35,8 @@ from stagewright.planner.search.bounds import (
     refine,
     work_bounds,
 )
-from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots, RunCosts
-from stagewright.planner.search.caps import RankTables, largest_class, order_caps
+from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots, RunCosts, rank_tables
+from stagewright.planner.search.caps import largest_class, order_caps
 from stagewright.planner.search.closing import Closer
 from stagewright.planner.search.dominance import leaders_of
 from stagewright.planner.search.exact_levels import with_exact_levels
@@ -256,7 +256,6 @@ class JointSearch:
     def _make_costs(self, index: int, order: Order) -> CandidateCosts:
         row = int(self.crossed[0][index])
         priced, classes, profile = self.priced, self.problem.classes, self.problem.profile
-        of_run = classes.run_class
         cuts = np.append(priced.cut_bytes[row][classes.of_layer], 0.0)
         latency, per_byte = self._hop_lines(row, order)
         replica_s, replica_latency_s = self._replica_terms(row, order)
@@ -267,18 +266,7 @@ class JointSearch:
             order=order,
             slots=self._slots[key],
             classes=classes,
-            runs=RunCosts(
-                length=classes.run_length.astype(np.int64),
-                forward_s=priced.forward_s[row].take(of_run, axis=-1),
-                input_grad_s=priced.input_grad_s[row].take(of_run, axis=-1),
-                weight_grad_s=priced.weight_grad_of(row, order).take(of_run),
-                recompute_s=priced.recompute_s[row].take(of_run, axis=-1),
-                kept_bytes=priced.kept_bytes[row].take(of_run, axis=-1),
-                late_bytes=priced.late_bytes[row].take(of_run, axis=-1),
-                workspace_bytes=priced.workspace_of(defers=order.defers)[row].take(of_run, axis=-1),
-                state_bytes=priced.state_bytes[row].take(of_run, axis=-1),
-                step_s=priced.step_s[row].take(of_run, axis=-1),
-            ),
+            runs=self._run_costs(row, order),
             hop_latency_s=latency,
             hop_s_per_byte=per_byte,
             cut_bytes=cuts,
@@ -291,6 +279,23 @@ class JointSearch:
             capacity_bytes=self.room_bytes,
             levels=self.levels,
             step_overhead_s=profile.step_overhead_s,
+        )
+
+    def _run_costs(self, row: int, layout: Layout) -> RunCosts:
+        """Return what the layers of each run cost under a configuration, on any order with the layout's backwards."""
+        priced, classes = self.priced, self.problem.classes
+        of_run = classes.run_class
+        return RunCosts(
+            length=classes.run_length.astype(np.int64),
+            forward_s=priced.forward_s[row].take(of_run, axis=-1),
+            input_grad_s=priced.input_grad_s[row].take(of_run, axis=-1),
+            weight_grad_s=priced.weight_grad_of(row, layout).take(of_run),
+            recompute_s=priced.recompute_s[row].take(of_run, axis=-1),
+            kept_bytes=priced.kept_bytes[row].take(of_run, axis=-1),
+            late_bytes=priced.late_bytes[row].take(of_run, axis=-1),
+            workspace_bytes=priced.workspace_of(defers=layout.defers)[row].take(of_run, axis=-1),
+            state_bytes=priced.state_bytes[row].take(of_run, axis=-1),
+            step_s=priced.step_s[row].take(of_run, axis=-1),
         )
 
     def _replica_terms(self, row: int, order: Order) -> tuple[Floats, Floats]:
@@ -473,7 +478,9 @@ class JointSearch:
             )
             return found
 
-        number = num_cores() if len(rows) >= LEAST_SHARED else 1
+        if len(rows) < LEAST_SHARED:
+            return refined(np.arange(len(rows)))
+        number = num_cores()
         parts = [np.arange(first, len(rows), number) for first in range(number)]
         found = np.empty(len(rows))
         with ThreadPoolExecutor(number) as pool:  # compiled code without the interpreter's lock
@@ -831,26 +838,15 @@ class JointSearch:
             self._rank_slots[id(layout)] = layout, RankSlots.of(layout)
         slots = self._rank_slots[id(layout)][1]
         priced, classes, profile = self.priced, self.problem.classes, self.problem.profile
-        of_run = classes.run_class
-        tables = RankTables(
-            placement=layout.placement,
-            slot_stage=slots.stage,
-            live=slots.live,
-            run_start=classes.run_start.astype(np.int64),
-            run_class=of_run,
-            forward_s=priced.forward_s[row].take(of_run, axis=-1),
-            input_grad_s=priced.input_grad_s[row].take(of_run, axis=-1),
-            weight_grad_s=priced.weight_grad_of(row, layout).take(of_run),
-            recompute_s=priced.recompute_s[row].take(of_run, axis=-1),
-            kept_bytes=priced.kept_bytes[row].take(of_run, axis=-1),
-            late_bytes=priced.late_bytes[row].take(of_run, axis=-1),
-            workspace_bytes=priced.workspace_of(defers=layout.defers)[row].take(of_run, axis=-1),
-            state_bytes=priced.state_bytes[row].take(of_run, axis=-1),
-            step_s=priced.step_s[row].take(of_run, axis=-1),
+        runs = self._run_costs(row, layout)
+        tables = rank_tables(
+            layout,
+            slots,
+            classes,
+            runs,
             levels=self.levels,
             stage_latency_s=float(priced.latency_s[row]),
             overhead_s=profile.action_overhead_s,
-            split=layout.split,
             constant_tail_s=np.zeros(layout.num_ranks),
             capacity_bytes=self.room_bytes,
             step_overhead_s=profile.step_overhead_s,
@@ -859,7 +855,7 @@ class JointSearch:
         reach, caps = order_caps(tables, count, self.target_s)
         if not reach:
             return False, None
-        number = layout.num_replicas * largest_class(of_run, classes.run_length.astype(np.int64))[1]
+        number = layout.num_replicas * largest_class(classes.run_class, runs.length)[1]
         return True, (np.maximum(number - (caps.sum() - caps), 0), caps)
 
     def _caps_reach(self, index: int, order: Order) -> bool:

@@ -62,15 +62,15 @@ def lower(
     _check(schedule, zero)
     links = replace(links or Links(), overlap=True)
     schedule = merge_backwards(schedule, costs, which=merge, links=links, shares=shares)
-    edges = joint_edges(schedule)
+    edges, apart = joint_edges(schedule), stages_without_instant(schedule)
     joint = schedule if edges == schedule.edges else replace(schedule, edges=edges)
     _, end_s = action_times(joint, costs, links=_without_bytes_behind(links, schedule, joint), shares=shares)
     program = flatten(schedule)
     past_s = np.where(np.isin(program.rows[:, KIND], [int(kind) for kind in COMPUTE_KINDS]), end_s, 0.0)
-    new = [message_rows(schedule, end_s)]
+    new = [message_rows(schedule, end_s, apart)]
     if data_parallel or schedule.num_replicas > 1:
         new.append(reduction_rows(schedule, program, end_s))
-    must_check = shares_rows(schedule) and not stages_without_instant(schedule)
+    must_check = shares_rows(schedule) and not apart
     schedule = replace(schedule, orders=insert_rows(schedule, past_s, NewRows.join(new)))
     if must_check:  # rows that serve several messages may leave no order for all pairs of ranks
         check_nccl(schedule, per_direction=False)

@@ -19,6 +19,8 @@ SEND stands where its producer ends and a RECV of several at the instant of the 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import numpy.typing as npt
 
@@ -93,10 +95,13 @@ def _leads(edges: tuple[tuple[int, int], ...], sources: set[int], targets: set[i
     return bool(seen & targets)
 
 
-def message_rows(schedule: Schedule, end_s: Floats) -> NewRows:
-    """Return the SEND and RECV rows of a compute-only schedule whose rows end at `end_s`, [num_actions]."""
+def message_rows(schedule: Schedule, end_s: Floats, without_instant: Collection[int]) -> NewRows:
+    """Return the SEND and RECV rows of a compute-only schedule whose rows end at `end_s`, [num_actions].
+
+    `without_instant` are the stages of `stages_without_instant`.
+    """
     program = flatten(schedule)
-    apart = np.isin(np.arange(schedule.num_stages), list(stages_without_instant(schedule)))
+    apart = np.isin(np.arange(schedule.num_stages), list(without_instant))
     forward = np.flatnonzero(program.rows[:, KIND] == Kind.F)
     backward = np.flatnonzero(np.isin(program.rows[:, KIND], (Kind.B, Kind.I)))
     return NewRows.join(

@@ -14,10 +14,8 @@ from stagewright.planner.schedules.auto.word import fits
 SMALL = [(2, 2, 1), (2, 3, 1), (3, 2, 1), (3, 3, 1), (4, 2, 1), (2, 1, 2), (3, 1, 2), (2, 1, 3), (2, 4, 1)]
 
 
-@pytest.mark.parametrize("seed", range(100, 127))
-def test_branch_and_bound_finds_the_best_of_all_orders(seed, random_instance, brute_force):
-    ranks, microbatches, chunks = SMALL[seed % len(SMALL)]
-    instance = random_instance(np.random.default_rng(seed), ranks, microbatches, chunks, whole=seed % 2 == 0)
+def assert_best_of_all(instance, brute_force):
+    """Hold the exact search against all orders; return the makespan that it started from and its verdict."""
     start_s, words = climb_targets(instance, evaluations=1, seed=0)
     verdict = improve_exactly(instance, start_s, nodes=100_000)
     found = words if verdict.words is None else verdict.words
@@ -25,19 +23,21 @@ def test_branch_and_bound_finds_the_best_of_all_orders(seed, random_instance, br
     assert verdict.makespan_s == pytest.approx(brute_force(instance), rel=1e-9)
     assert end_times(instance, found)[0] == pytest.approx(verdict.makespan_s, rel=1e-9)
     assert fits(instance, found)
+    return start_s, verdict
+
+
+@pytest.mark.parametrize("seed", range(100, 127))
+def test_branch_and_bound_finds_the_best_of_all_orders(seed, random_instance, brute_force):
+    ranks, microbatches, chunks = SMALL[seed % len(SMALL)]
+    instance = random_instance(np.random.default_rng(seed), ranks, microbatches, chunks, whole=seed % 2 == 0)
+    start_s, verdict = assert_best_of_all(instance, brute_force)
     assert raise_bound(instance, 0.0, start_s, probes=30) <= verdict.makespan_s * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(130, 139))
 def test_branch_and_bound_finds_the_best_of_all_orders_of_two_copies(seed, random_instance, brute_force):
     instance = random_instance(np.random.default_rng(seed), (2, 3, 4)[seed % 3], 2, whole=seed % 2 == 0, both_ways=True)
-    start_s, words = climb_targets(instance, evaluations=1, seed=0)
-    verdict = improve_exactly(instance, start_s, nodes=100_000)
-    found = words if verdict.words is None else verdict.words
-    assert verdict.proved
-    assert verdict.makespan_s == pytest.approx(brute_force(instance), rel=1e-9)
-    assert end_times(instance, found)[0] == pytest.approx(verdict.makespan_s, rel=1e-9)
-    assert fits(instance, found)
+    assert_best_of_all(instance, brute_force)
 
 
 @pytest.mark.parametrize("seed", range(200, 206))
