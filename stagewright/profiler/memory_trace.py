@@ -10,6 +10,7 @@ for the model that was traced, and nearly for a stage of some of its layers.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -42,7 +43,9 @@ def trace_spans(work: Callable[[Callable[[], None]], None], device: torch.device
     """Return the spans between the marks that `work` sets by calling its argument.
 
     Bytes count from an unknown level on, the same for all spans: what lived before the trace is not in them on CPU.
+    Garbage of earlier work is collected first: its release would be taken off what `work` allocates.
     """
+    gc.collect()
     return _cuda_spans(work, device) if device.type == "cuda" else _cpu_spans(work)
 
 

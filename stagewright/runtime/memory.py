@@ -7,6 +7,7 @@ an iteration begins with are not held for all of it, so iterations that renew th
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,7 +47,11 @@ def state_memory(worker: Worker) -> RankMemory:
 
 
 def measure_memory(worker: Worker, work: Callable[[], object], device: torch.device) -> RankMemory:
-    """Run one iteration with the optimizers' states in place; returns what it took."""
+    """Run one iteration with the optimizers' states in place; returns what it took.
+
+    Garbage of earlier work is collected first: its release would be taken off what the iteration allocates.
+    """
+    gc.collect()
     states = state_memory(worker)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

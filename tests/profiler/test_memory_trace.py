@@ -1,5 +1,7 @@
 """The allocator's trace agrees with the accounting of saved tensors: one layer more costs what the layer keeps."""
 
+import gc
+
 import pytest
 import torch
 
@@ -34,6 +36,25 @@ def test_kept_prefix_plus_workspace_is_the_peak(tiny_model_file):
     workspace = layer_workspace_bytes(chain, batch, kept, CPU)
     peak = peak_above_start(lambda: model(*batch).backward(), CPU)
     assert max(sum(kept[: index + 1]) + extra for index, extra in enumerate(workspace)) == peak
+
+
+def test_garbage_of_earlier_work_does_not_lower_a_peak():
+    """A cycle whose tensor was allocated under watch is released at some later collection, perhaps in the next trace."""
+
+    def leave_garbage():
+        cycle = {"tensor": torch.zeros(1 << 20)}
+        cycle["self"] = cycle
+
+    def allocate():
+        gc.collect()
+        torch.zeros(1 << 10)
+
+    gc.disable()
+    try:
+        peak_above_start(leave_garbage, CPU)
+        assert peak_above_start(allocate, CPU) == 4 << 10
+    finally:
+        gc.enable()
 
 
 def test_spans_hold_what_is_allocated_between_marks():
