@@ -1,9 +1,11 @@
 """Point-to-point messages between pipeline ranks.
 
-One process group for each direction (to a higher rank, to a lower one): a communicator is then used by one side for
-sends only and by the other for receives only, so a receive never stands in front of a send. Each message has a tag of
+With NCCL, one process group for each direction (to a higher rank, to a lower one): a communicator is then used by one side
+for sends only and by the other for receives only, so a receive never stands in front of a send. Each message has a tag of
 its own, (direction, replica, source stage, target stage, microbatch, slice): on gloo a wrong order then hangs in a test
-instead of corrupting a gradient; NCCL ignores tags and relies on the checked order.
+instead of corrupting a gradient; NCCL ignores tags and relies on the checked order. Gloo tells messages apart by their
+tags alone, so the group of all ranks carries them both ways: each further one has a thread that wakes a hundred times a
+second and takes the processor from the rank's own work.
 
 A send does not copy: its buffers are held until the transfer is complete. Gloo says so only to who waits, so a thread
 waits for one send after the other, and their buffers are let go while the step goes on. Shapes are not sent with each message. The
@@ -20,6 +22,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from stagewright.runtime.groups import Groups
 
 TensorSpec = tuple[tuple[int, ...], str]
 
@@ -113,12 +117,19 @@ class ShapeBook:
         return self._known[key]
 
 
+def message_groups(groups: Groups) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """Return the groups that carry messages to higher and to lower ranks; every rank must ask for them."""
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD, dist.group.WORLD
+    everyone = range(dist.get_world_size())
+    return groups.make("upward", everyone), groups.make("downward", everyone)
+
+
 class PointToPoint:
     """Asynchronous sends and receives of one rank."""
 
-    def __init__(
-        self, upward: dist.ProcessGroup, downward: dist.ProcessGroup, device: torch.device, num_stages: int
-    ) -> None:
+    def __init__(self, groups: Groups, device: torch.device, num_stages: int) -> None:
+        upward, downward = message_groups(groups)
         self._groups = {True: upward, False: downward}
         self._device = device
         self._rank = dist.get_rank()

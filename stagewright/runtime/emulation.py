@@ -101,10 +101,7 @@ class EmulatedWorker:
             for key in self.topology.stages
         }
         self._optimizer_s = evaluation.prediction.optimizer_s / max(len(self.topology.stages), 1)
-        everyone = range(dist.get_world_size())
-        self._transport = PointToPoint(
-            groups.make("upward", everyone), groups.make("downward", everyone), torch.device("cpu"), len(plan.stages)
-        )
+        self._transport = PointToPoint(groups, torch.device("cpu"), len(plan.stages))
         peers = {
             (replica, stage): self.topology.parts(replica, stage)
             for replica, row in enumerate(plan.schedule.placement)

@@ -26,6 +26,7 @@ from stagewright.runtime.status import StatusFile
 
 Progress = Callable[[str, int, int], None]
 
+_LOOK_S = 0.25  # between two looks at a run, which take time from its ranks where they have every core
 _POLL_S = 0.05
 _SETTLE_S = 2.5
 _RESCUE_S = 8.0
@@ -63,7 +64,8 @@ def launch(
             watch.forward_events(progress)
             if watch.has_failed():
                 break
-            time.sleep(_POLL_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_LOOK_S)
         watch.forward_events(progress)
         if process.poll() != 0:
             watch.settle(process, rescue=job.rescue)

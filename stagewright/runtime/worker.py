@@ -140,9 +140,7 @@ class Worker:
         buckets = self._make_buckets()
         self.windows = {key: self._window(layers) for key, layers in self._windowed.items()}
         self.buckets = BucketSet(buckets, self.windows)
-        everyone = range(dist.get_world_size())
-        upward, downward = self.groups.make("upward", everyone), self.groups.make("downward", everyone)
-        self.transport = PointToPoint(upward, downward, settings.device, len(plan.stages))
+        self.transport = PointToPoint(self.groups, settings.device, len(plan.stages))
         self._mailbox = Mailbox(self._graph(), self.topology.rank, self.transport, ShapeBook(store), self.recorder)
         self._check_reductions()
         self._validation = self._make_validation()
