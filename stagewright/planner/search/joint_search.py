@@ -16,27 +16,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.cores import num_cores
 from stagewright.planner.cost.least_work import least_step_s
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
-from stagewright.planner.search.bounds import (
-    KINDS,
-    LIVE,
-    family_bounds,
-    memory_possible,
-    reaches,
-    refine,
-    work_bounds,
-)
+from stagewright.planner.search.bounds import KINDS, family_bounds, memory_possible, work_bounds
 from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots, RunCosts, rank_tables
 from stagewright.planner.search.caps import largest_class, order_caps
+from stagewright.planner.search.class_prices import ClassPrices, class_prices, prices_of
 from stagewright.planner.search.closing import Closer
 from stagewright.planner.search.dominance import leaders_of
 from stagewright.planner.search.exact_levels import with_exact_levels
@@ -58,6 +49,8 @@ from stagewright.planner.search.pricing import (
     unique_rows,
 )
 from stagewright.planner.search.problem import Candidate, Partition, Problem, pipeline_ranks
+from stagewright.planner.search.rank_reach import reaches
+from stagewright.planner.search.refinement import LIVE, Outlines, refined, taken
 from stagewright.planner.search.space import PIPELINE_OUTSIDE, FamilyRule, schedule_sizes
 
 Floats = npt.NDArray[np.float64]
@@ -65,7 +58,6 @@ Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
 NUM_REFINED = 600
-LEAST_SHARED = 256  # candidates refined at once that are worth threads
 _CHUNK = 64  # candidates refined between two looks at the clock
 _PRICING = 0.3  # share of a deadline that pricing may take
 _EVALUATED_S = 1e-8  # for each action of an order, of one evaluation by local search
@@ -148,6 +140,22 @@ class JointSearch:
         return priced.take(np.flatnonzero(possible))
 
     @cached_property
+    def _class_prices(self) -> tuple[ClassPrices, ClassPrices]:
+        """What the bounds see of all configurations: where backwards are whole, and where all of them are split."""
+        whole, split = (
+            class_prices(
+                self.priced,
+                self.problem.classes,
+                defers=defers,
+                overhead_s=self.problem.profile.action_overhead_s,
+                levels=self.levels,
+                capacity_bytes=self.room_bytes * (1 + 1e-9),
+            )
+            for defers in (False, True)
+        )
+        return whole, split
+
+    @cached_property
     def work_s(self) -> Floats:
         profile = self.problem.profile
         return work_bounds(self.priced, self.problem.classes, profile.action_overhead_s, profile.step_overhead_s)
@@ -202,18 +210,9 @@ class JointSearch:
         extra_s = self.problem.profile.step_overhead_s
         high_s = self.incumbent_s if self.best is not None else 16.0 * float(self.work_s.min())
         ones = np.ones(len(rows), dtype=np.int64)
-        found = self._refined(
-            self.work_s[rows] - extra_s,
-            high_s - extra_s,
-            10,
-            rows,
-            kinds=KINDS["both ways"] * ones,
-            live=LIVE["one"] * ones,
-            chunks=ones,
-            replicas=ones,
-            splits=ones > 0,
-            workspace_bytes=self.priced.workspace_of(defers=True),
-        )
+        anything = Outlines(rows, KINDS["both ways"] * ones, LIVE["one"] * ones, ones, ones, ones > 0)
+        low_s = self.work_s[rows] - extra_s
+        found = refined(low_s, high_s - extra_s, 10, anything, self.priced.shape, self._class_prices[True])
         return float(min(high_s, found.min() + extra_s, self.unpriced_s))
 
     @property
@@ -396,97 +395,41 @@ class JointSearch:
             return
         rows, rules, chunks = (column[chosen] for column in self.crossed)
         of = self.problem.rules
-        kinds = np.array([KINDS[rule.bound] for rule in of], dtype=np.int64)[rules]
-        live = np.array([LIVE[rule.live] for rule in of], dtype=np.int64)[rules]
-        replicas = np.array([rule.num_replicas for rule in of], dtype=np.int64)[rules]
-        splits = np.array([rule.split for rule in of], dtype=np.bool_)[rules]
+        outlines = Outlines(
+            rows,
+            np.array([KINDS[rule.bound] for rule in of], dtype=np.int64)[rules],
+            np.array([LIVE[rule.live] for rule in of], dtype=np.int64)[rules],
+            chunks,
+            np.array([rule.num_replicas for rule in of], dtype=np.int64)[rules],
+            np.array([rule.split for rule in of], dtype=np.bool_)[rules],
+        )
         # Families that obey the same rules share a bound.
         group = rows
-        for values in (chunks, kinds, live, replicas, splits.astype(np.int64)):
+        for values in outlines[1:]:
             group = group * 64 + values
         _, first, where = np.unique(group, return_index=True, return_inverse=True)
         where = np.ravel(where)
         low_s = np.full(len(first), np.inf)
         np.minimum.at(low_s, where, self.bound_s[chosen])
         extra_s = self.problem.profile.step_overhead_s
-        refined = np.empty(len(first))
-        for is_split in (False, True):
-            own = np.flatnonzero(splits[first] == is_split)
-            refined[own] = self._refined(
+        raised = np.empty(len(first))
+        outlines = taken(outlines, first)
+        for defers in (False, True):
+            own = np.flatnonzero(outlines.splits == defers)
+            raised[own] = refined(
                 low_s[own] - extra_s,
                 high_s - extra_s,
                 steps,
-                rows[first[own]],
-                kinds=kinds[first[own]],
-                live=live[first[own]],
-                chunks=chunks[first[own]],
-                replicas=replicas[first[own]],
-                splits=splits[first[own]],
-                workspace_bytes=self.priced.workspace_of(defers=is_split),
+                taken(outlines, own),
+                self.priced.shape,
+                self._class_prices[defers],
             )
-        refined = refined[where]
+        raised = raised[where]
         self.bound_s[chosen] = np.where(
-            np.isfinite(refined),
-            np.maximum(self.bound_s[chosen], refined + extra_s),
+            np.isfinite(raised),
+            np.maximum(self.bound_s[chosen], raised + extra_s),
             np.maximum(self.bound_s[chosen], high_s),
         )
-
-    def _refined(
-        self,
-        low_s: Floats,
-        high_s: float,
-        steps: int,
-        rows: Longs,
-        *,
-        kinds: Longs,
-        live: Longs,
-        chunks: Longs,
-        replicas: Longs,
-        splits: npt.NDArray[np.bool_],
-        workspace_bytes: Floats,
-    ) -> Floats:
-        """Return `refine` of some configurations under the rules of some families, shared out among the cores."""
-        priced, classes = self.priced, self.problem.classes
-
-        def refined(part: Longs) -> Floats:
-            found: Floats = refine(
-                low_s[part],
-                high_s,
-                steps,
-                rows[part],
-                kinds[part],
-                live[part],
-                chunks[part],
-                replicas[part],
-                splits[part],
-                priced.shape,
-                classes.run_class,
-                classes.run_length,
-                priced.forward_s,
-                priced.input_grad_s,
-                priced.weight_grad_s,
-                priced.recompute_s,
-                priced.kept_bytes,
-                priced.late_bytes,
-                workspace_bytes,
-                priced.state_bytes,
-                priced.step_s,
-                priced.latency_s,
-                self.problem.profile.action_overhead_s,
-                self.levels,
-                self.room_bytes * (1 + 1e-9),
-            )
-            return found
-
-        if len(rows) < LEAST_SHARED:
-            return refined(np.arange(len(rows)))
-        number = num_cores()
-        parts = [np.arange(first, len(rows), number) for first in range(number)]
-        found = np.empty(len(rows))
-        with ThreadPoolExecutor(number) as pool:  # compiled code without the interpreter's lock
-            for part, values in zip(parts, pool.map(refined, parts), strict=True):
-                found[part] = values
-        return found
 
     def estimate(self, chosen: Longs) -> Floats:
         """Return a guess of each candidate's step: the bound, and the idle time its family leaves."""
@@ -859,12 +802,10 @@ class JointSearch:
         return True, (np.maximum(number - (caps.sum() - caps), 0), caps)
 
     def _caps_reach(self, index: int, order: Order) -> bool:
-        row = int(self.crossed[0][index])
-        priced, classes = self.priced, self.problem.classes
-        shape, rule = priced.shape[row], self.rule(index)
-        ranks, count = int(shape[PP]), int(shape[NUM_MICROBATCHES])
+        row, rule = int(self.crossed[0][index]), self.rule(index)
+        ranks, count = (int(size) for size in self.priced.shape[row, [PP, NUM_MICROBATCHES]])
         live, late = _least_live(order)
-        kept = priced.kept_bytes[row]
+        prices: ClassPrices = prices_of(self._class_prices[order.defers], row)
         return bool(
             reaches(
                 self.target_s - self.problem.profile.step_overhead_s,
@@ -872,24 +813,10 @@ class JointSearch:
                 ranks,
                 count,
                 int(self.crossed[2][index]),
-                classes.run_class,
-                classes.run_length,
-                priced.forward_s[row],
-                priced.input_grad_s[row],
-                priced.weight_grad_of(row, order),
-                priced.recompute_s[row],
-                kept,
-                priced.late_bytes[row],
-                priced.workspace_of(defers=order.defers)[row],
-                priced.state_bytes[row],
-                priced.step_s[row],
-                float(priced.latency_s[row]),
-                self.problem.profile.action_overhead_s,
                 np.zeros(max(ranks - 1, 0)),
                 live,
                 late,
-                self.levels,
-                self.room_bytes * (1 + 1e-9),
+                prices._replace(weight_grad_s=self.priced.weight_grad_of(row, order)),
             )
         )
 
