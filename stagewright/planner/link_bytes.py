@@ -26,6 +26,7 @@ import numpy as np
 from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile, Recompute
+from stagewright.planner.replica_shares import samples_by_replica, told_part
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.lowering.parameters import with_parameter_gathers
 from stagewright.planner.schedules.schedule import KIND, STAGE, Schedule, WeightPolicy
@@ -60,7 +61,8 @@ def link_bytes(
     for (first, second), edge in zip(layout.hop_pairs.tolist(), layout.edges * layout.num_replicas, strict=True):
         if first != second:
             sent = sum(
-                sent_over(layout, bounds, layers[stage], edge) * plan.stages[stage].degrees.num_devices
+                sent_over(layout, bounds, layers[stage], edge)
+                * _devices(plan, stage, max(samples_by_replica(plan, stage)))
                 for stage in edge
             )
             _add(total, "send-receive/pp", sent * plan.schedule.num_microbatches / layout.num_replicas)
@@ -84,6 +86,7 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     """
     degrees = plan.stages[stage].degrees
     devices, repeats = degrees.num_devices, plan.schedule.num_microbatches
+    like = _devices(plan, stage, told_part(plan, stage).samples)
     units = repeats * max(plan.schedule.num_slices, 1)
     kinds = [profile.classes[name].kind for name in profile.layer_classes]
     blocks = [layer for layer, kind in enumerate(kinds) if kind == "block"]
@@ -93,15 +96,13 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     for layer, level in zip(plan.stages[stage].layer_indices, levels, strict=True):
         summed = degrees.sp and kinds[layer] in ("embedding", "head", "loss")
         for name, each in row.table.again_link_bytes.items() if level is Recompute.FULL else ():
-            _add(total, name, float(each[layer]) * repeats * devices)
+            _add(total, name, float(each[layer]) * repeats * like)
         for name, each in row.table.link_bytes.items():
             purpose = name.partition("/")[2]
-            sent = float(each[layer]) * repeats * devices
+            sent = float(each[layer]) * repeats * like
             _add(total, "all-reduce/tp" if summed and purpose == "tp" else name, sent)
         if layer in ends and kinds[layer] != "loss":
-            _add(
-                total, "all-gather/tp", float(row.table.output_bytes[blocks[0]]) * (degrees.tp - 1) * repeats * devices
-            )
+            _add(total, "all-gather/tp", float(row.table.output_bytes[blocks[0]]) * (degrees.tp - 1) * repeats * like)
         if degrees.sp and kinds[layer] == "block":
             size = copied_parameters(profile.classes[profile.layer_classes[layer]]) * plan.job.optimizer.gradient_bytes
             _add(total, "all-reduce/tp", 2 * (degrees.tp - 1) / degrees.tp * size * devices * sums)
@@ -109,6 +110,12 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
         if copies > 1:
             size = shared * plan.job.optimizer.gradient_bytes
             _add(total, "all-reduce/tp", 2 * (copies - 1) / copies * size * devices * sums)
+
+
+def _devices(plan: Plan, stage: int, samples: int) -> float:
+    """Return how many devices with `samples` of a microbatch send as much as a stage does with its shares."""
+    degrees = plan.stages[stage].degrees
+    return degrees.tp * degrees.cp * sum(samples_by_replica(plan, stage)) / samples
 
 
 def shared_key_values(profile: ModelProfile, layer: int, tp: int) -> tuple[float, int]:

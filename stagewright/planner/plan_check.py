@@ -9,6 +9,8 @@ from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import StagewrightError
 from stagewright.planner.prediction import evaluate
+from stagewright.planner.replica_shares import samples_of_microbatch
+from stagewright.planner.tightest_group import by_told_group
 
 GIB = 2.0**30
 
@@ -32,20 +34,24 @@ def plan_violations(plan: Plan, profile: ModelProfile, cluster: Cluster | None =
     if ranks > plan.cluster.num_devices:
         message = f"the plan has {ranks} ranks, cluster {plan.cluster.name} has {plan.cluster.num_devices} devices"
         found.append(PlanViolation("devices", "mapping.pipeline_ranks", message))
-    spec, dp = plan.schedule, plan.stages[0].degrees.dp
-    samples = spec.num_microbatches * spec.microbatch * dp
-    if samples != plan.job.global_batch and not plan.stages[0].batch_shares:
-        message = (
-            f"{spec.num_microbatches} microbatches x {spec.microbatch} samples x dp {dp} = {samples}, the job's "
-            f"global_batch is {plan.job.global_batch}"
-        )
+    spec, shares = plan.schedule, plan.stages[0].batch_shares
+    samples = spec.num_microbatches * samples_of_microbatch(plan)
+    if samples != plan.job.global_batch:
+        each = f"shares {list(shares)}" if shares else f"{spec.microbatch} samples x dp {plan.stages[0].degrees.dp}"
+        message = f"{spec.num_microbatches} microbatches x {each} = {samples}, the job's global_batch is {plan.job.global_batch}"
         found.append(PlanViolation("batch", "schedule.num_microbatches", message))
     try:
-        peaks = evaluate(plan, profile).prediction.peak_memory_bytes
+        told = by_told_group(plan)
+        peaks = [evaluate(one, profile).prediction.peak_memory_bytes for one in told]
     except StagewrightError as error:
         return [*found, PlanViolation(error.kind, "", error.message, error.hint)]
     headroom = plan.job.space.memory_headroom
-    for rank, (peak, memory_bytes) in enumerate(zip(peaks, memory_limits(plan), strict=True)):
+    filled = [
+        pair
+        for one, row in zip(told, peaks, strict=True)
+        for pair in enumerate(zip(row, memory_limits(one), strict=True))
+    ]
+    for rank, (peak, memory_bytes) in dict.fromkeys(filled):
         limit = memory_bytes * (1 - headroom)
         if peak > limit:
             message = (

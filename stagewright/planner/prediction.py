@@ -34,6 +34,7 @@ from stagewright.planner.documents.plan import Degrees, MemoryItems, Plan, Predi
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.link_bytes import gathers_by_run, link_bytes, local_steps, sharding_group, shared_weights
+from stagewright.planner.replica_shares import parts_of_stage, samples_by_replica, told_part
 from stagewright.planner.schedules.action import Action, parse_action
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
@@ -44,6 +45,7 @@ from stagewright.planner.schedules.lowering.gradients import (
 )
 from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy, encode
+from stagewright.planner.search.joined_costs import joined_layer_costs
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
 from stagewright.planner.search.order import Layout, layout_of
 from stagewright.planner.search.pipeline_costs import (
@@ -337,36 +339,33 @@ def plan_ties(plan: Plan, profile: ModelProfile) -> list[Tie]:
     )
 
 
-def stage_microbatches(plan: Plan) -> list[int]:
-    """Return the samples of a microbatch on one replica of each stage; raises InvalidDocument when dp does not divide.
-
-    `schedule.microbatch` is that of stage 0; over its replicas a microbatch has microbatch * dp samples, which every
-    stage shares out over its own.
-    """
-    whole = plan.schedule.microbatch * plan.stages[0].degrees.dp
-    for index, stage in enumerate(plan.stages):
-        if whole % stage.degrees.dp:
-            raise InvalidDocument(
-                f"stages[{index}].degrees.dp {stage.degrees.dp} does not divide a microbatch of {whole} samples",
-                field=f"stages[{index}].degrees.dp",
-                hint=f"microbatch {plan.schedule.microbatch} times dp {plan.stages[0].degrees.dp} of stage 0 is {whole}",
-            )
-    return [whole // stage.degrees.dp for stage in plan.stages]
-
-
 def wiring_of(plan: Plan, profile: ModelProfile, layers: Sequence[LayerCosts]) -> Wiring:
     """Return the links between the plan's pipeline ranks."""
     model = CostModel(profile, plan.cluster, plan.job, options_of(plan), plan.mapping.axis_order)
-    first: list[StagePlan] = [plan.stages[0]] * plan.schedule.num_ranks
+    first = [0] * plan.schedule.num_ranks
     for row in reversed(plan.schedule.placement):
-        for stage, rank in reversed(list(zip(plan.stages, row, strict=True))):
+        for stage, rank in reversed(list(enumerate(row))):
             first[rank] = stage
     return wire_ranks(
         model,
-        [(stage.degrees, stage.group) for stage in first],
+        [(plan.stages[stage].degrees, _link_group(plan, stage, model)) for stage in first],
         plan.mapping.pipeline_ranks,
         max(float(row.cut_bytes.max()) for row in layers),
     )
+
+
+def slowest_inside(model: CostModel, degrees: Degrees, groups: Sequence[str]) -> str:
+    """Return the node group whose links carry a tensor-parallel group slowest, the first of equal ones."""
+    return min(groups, key=lambda name: model.rank_groups(degrees, group=name).tp.ring_bytes_per_s)
+
+
+def _link_group(plan: Plan, index: int, model: CostModel) -> str | None:
+    """Return the node group on whose links a stage's tensor-parallel groups are priced."""
+    stage = plan.stages[index]
+    if not stage.batch_shares:
+        return stage.group
+    groups = dict.fromkeys(part.group for part in parts_of_stage(plan, index))
+    return slowest_inside(model, stage.degrees, list(groups))
 
 
 def wire_ranks(
@@ -405,24 +404,26 @@ def links_of(layout: Layout, bounds: Sequence[int], layers: Sequence[LayerCosts]
 
 
 def _layers_by_stage(plan: Plan, profile: ModelProfile) -> list[LayerCosts]:
-    known: dict[tuple[Degrees, str | None], LayerCosts] = {}
-    microbatches = stage_microbatches(plan)
+    known: dict[tuple[Degrees, str | None, tuple[int, ...]], LayerCosts] = {}
     model = CostModel(profile, plan.cluster, plan.job, options_of(plan), plan.mapping.axis_order)
-    for stage, microbatch in zip(plan.stages, microbatches, strict=True):
-        key = (stage.degrees, stage.group)
-        if key not in known:
+    for index, stage in enumerate(plan.stages):
+        key = (stage.degrees, stage.group, stage.batch_shares)
+        if key not in known and stage.batch_shares:
+            parts = parts_of_stage(plan, index)
+            known[key] = joined_layer_costs(model, stage.degrees, parts, told=told_part(plan, index))
+        elif key not in known:
             known[key] = layer_costs(
                 model,
                 Configuration(
                     stage.degrees,
                     plan.schedule.num_ranks,
-                    microbatch,
+                    samples_by_replica(plan, index)[0],
                     plan.schedule.num_microbatches,
                     plan.mapping.axis_order,
                     stage.group,
                 ),
             )
-    return [known[stage.degrees, stage.group] for stage in plan.stages]
+    return [known[stage.degrees, stage.group, stage.batch_shares] for stage in plan.stages]
 
 
 def stage_costs(
@@ -536,9 +537,8 @@ def _flops(
 ) -> tuple[float, float]:
     """Return forward FLOPs of the global batch, and those that recomputation runs again."""
     model, extra = 0.0, 0.0
-    microbatches = stage_microbatches(plan)
     for stage, row in enumerate(layers):
-        batches = plan.job.global_batch / microbatches[stage]
+        batches = plan.job.global_batch / told_part(plan, stage).samples
         for layer in range(bounds[stage], bounds[stage + 1]):
             flops = float(row.table.model_flops[layer]) * batches
             model += flops
@@ -553,9 +553,10 @@ def _peak_flops(plan: Plan) -> float:
     total = 0.0
     for rank, devices in enumerate(plan.mapping.pipeline_ranks):
         stage = plan.schedule.placement[0].index(rank) if rank in plan.schedule.placement[0] else 0
-        device = device_of(plan.cluster, plan.stages[stage].group)
-        rates = device.flops
-        total += len(devices) * (rates.get(plan.job.precision) or max(rates.values()))
+        kinds = [device_of(plan.cluster, plan.stages[stage].group)] * len(devices)
+        if plan.stages[stage].batch_shares:
+            kinds = [plan.cluster.group_of(device).device for device in devices]
+        total += sum(kind.flops.get(plan.job.precision) or max(kind.flops.values()) for kind in kinds)
     return total
 
 

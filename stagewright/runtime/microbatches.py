@@ -74,7 +74,13 @@ def _num_updates(schedule: Schedule) -> int:
 
 def samples_of(plan: Plan, schedule: Schedule) -> int:
     """Return the samples of the batch that one run of a schedule takes, over all data-parallel replicas."""
-    return division_of(plan, schedule).samples * plan.stages[0].degrees.dp
+    return samples_over_replicas(plan, division_of(plan, schedule))
+
+
+def samples_over_replicas(plan: Plan, division: Division) -> int:
+    """Return the samples of all data-parallel replicas in one run of a division."""
+    shares = plan.stages[0].batch_shares
+    return len(division.sizes) * sum(shares) if shares else division.samples * plan.stages[0].degrees.dp
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice, repeat
+from math import gcd
 
 import torch
 import torch.distributed as dist
@@ -144,7 +145,7 @@ class Session:
         return run_reference(
             chain,
             batches,
-            microbatch=self._plan.schedule.microbatch,
+            microbatch=gcd(self._samples, self._plan.schedule.microbatch),
             seed=self._job.seed,
             device=self._device,
             optimizer=CHECK_OPTIMIZER,

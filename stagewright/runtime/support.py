@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument
-from stagewright.planner.prediction import device_of, stage_microbatches
+from stagewright.planner.prediction import device_of
+from stagewright.planner.replica_shares import has_uneven_shares, samples_by_replica
 from stagewright.planner.schedules.registry import families
 from stagewright.runtime.topology import has_unequal_replicas
 
@@ -42,11 +43,8 @@ def check_supported(plan: Plan) -> None:
                 field=f"{field}.degrees.zero",
                 hint="pin zero=1, or an ep x etp that covers all devices of the stage",
             )
-        if stage.batch_shares:
-            raise InvalidArgument(
-                f"batch_shares is {list(stage.batch_shares)}, the runtime gives replicas equal shares",
-                field=f"{field}.batch_shares",
-            )
+        if has_uneven_shares(plan):
+            _check_shares(plan, index)
     if has_unequal_replicas(plan):
         _check_unequal(plan)
     if first.cp > 1 and plan.schedule.num_slices > 1:
@@ -80,7 +78,23 @@ def _check_unequal(plan: Plan) -> None:
             field="stages.degrees.dp",
             hint="plan with equal degrees for all stages",
         )
-    stage_microbatches(plan)
+    for index in range(len(plan.stages)):
+        samples_by_replica(plan, index)
+
+
+def _check_shares(plan: Plan, index: int) -> None:
+    """Replicas with shares of their own: whole sequences of equal microbatches, every expert on each of them."""
+    degrees, told = plan.stages[index].degrees, plan.schedule.parameters
+    stated = sorted({"halved", "local_steps", "slice_lengths", "updates", "pipelines"} & set(told))
+    if degrees.ep * degrees.etp > 1 or stated or plan.schedule.name == "dynapipe":
+        raise InvalidArgument(
+            f"stages[{index}].batch_shares is {list(plan.stages[index].batch_shares)} with ep {degrees.ep}, etp {degrees.etp}, "
+            f"{plan.schedule.name} and parameters {stated}; the runtime takes uneven shares without split experts and with "
+            "equal microbatches",
+            field=f"stages[{index}].batch_shares",
+            hint="pin ep=1, or plan on one kind of device",
+        )
+    samples_by_replica(plan, index)
 
 
 def _check_autocast(plan: Plan) -> None:

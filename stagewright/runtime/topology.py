@@ -13,7 +13,7 @@ from functools import cached_property
 from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.link_bytes import sharding_group
-from stagewright.planner.prediction import stage_microbatches
+from stagewright.planner.replica_shares import has_uneven_shares, samples_by_replica
 
 StageKey = tuple[int, int]  # (replica, stage)
 
@@ -164,22 +164,25 @@ class Topology:
         devices at one place exchange all they have, else each exchanges with those whose samples are its own (DAPPLE's
         split and concatenation).
         """
-        mine, theirs = self.num_samples, samples_of_stage(self.plan, stage)
-        if mine == theirs:
+        own = samples_by_replica(self.plan, self.stages[0][1])
+        theirs = samples_by_replica(self.plan, stage)
+        mine = self.num_samples
+        if own == theirs:
             return (Part(self.holder(replica, stage), 0, mine),)
         ranks = self.plan.mapping.pipeline_ranks[self.plan.schedule.placement[replica][stage]]
-        begin = self.coordinates.dp * mine
-        found = []
-        for index, rank in enumerate(ranks):
-            first, end = max(begin, index * theirs), min(begin + mine, (index + 1) * theirs)
+        begin = sum(own[: self.coordinates.dp])
+        found, start = [], 0
+        for rank, share in zip(ranks, theirs, strict=True):
+            first, end = max(begin, start), min(begin + mine, start + share)
             if first < end:
                 found.append(Part(rank, first - begin, end - first))
+            start += share
         return tuple(found)
 
     @property
     def num_samples(self) -> int:
         """Samples of a microbatch on this rank."""
-        return samples_of_stage(self.plan, self.stages[0][1])
+        return samples_by_replica(self.plan, self.stages[0][1])[self.coordinates.dp]
 
     def gradient_ranks(self, stage: int) -> tuple[int, ...]:
         """Return the global ranks that sum a stage's gradients with this one: they hold the same shard of its parameters.
@@ -229,14 +232,13 @@ def shard_size(plan: Plan, members: int) -> int:
     return size
 
 
-def samples_of_stage(plan: Plan, stage: int) -> int:
-    """Return the samples of a microbatch on one replica of a stage; `schedule.microbatch` is that of stage 0."""
-    return stage_microbatches(plan)[stage]
-
-
 def has_unequal_replicas(plan: Plan) -> bool:
-    """Whether some stages have more data-parallel replicas than others."""
-    return len({stage.degrees.dp for stage in plan.stages}) > 1
+    """Whether stages differ in how many replicas they have, or in the samples that each of them takes."""
+    if len({stage.degrees.dp for stage in plan.stages}) > 1:
+        return True
+    return has_uneven_shares(plan) and any(
+        samples_by_replica(plan, index) != samples_by_replica(plan, 0) for index in range(len(plan.stages))
+    )
 
 
 def coordinates_of(index: int, degrees: Degrees) -> Coordinates:

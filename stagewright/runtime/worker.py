@@ -31,8 +31,10 @@ from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import Recompute
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.link_bytes import gathers_by_run
+from stagewright.planner.replica_shares import has_uneven_shares
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
+from stagewright.runtime.batch_shares import replica_part, replica_weight
 from stagewright.runtime.communication import Message, PointToPoint, ShapeBook
 from stagewright.runtime.gathering import GatherWindow
 from stagewright.runtime.gradient_buffer import BUCKET_BYTES
@@ -40,7 +42,7 @@ from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput, WarmUp, warm_up_length
 from stagewright.runtime.local_steps import LocalSteps, outer_step_of
 from stagewright.runtime.mailbox import Mailbox, StageGraph
-from stagewright.runtime.microbatches import division_of, plan_iteration
+from stagewright.runtime.microbatches import division_of, plan_iteration, samples_over_replicas
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
 from stagewright.runtime.peer_swap import make_swap, swaps, traffic_of
 from stagewright.runtime.post_validation import PostValidation
@@ -287,14 +289,15 @@ class Worker:
         """Return this rank's units: its replica's microbatches, whole or in slices of their sequence."""
         if self._division is None:
             return self._dynamic(batch, step)[1]
-        division, replicas = self._division, self.topology.degrees.dp
-        first_replicas = self.plan.stages[0].degrees.dp
-        if batch_size(batch) != division.samples * first_replicas:
+        division, topology = self._division, self.topology
+        expected = samples_over_replicas(self.plan, division)
+        if batch_size(batch) != expected:
             raise InvalidArgument(
-                f"the batch has {batch_size(batch)} samples, the plan takes {len(division.sizes)} microbatches with "
-                f"{division.samples} samples x {first_replicas} replicas = {division.samples * first_replicas}",
+                f"the batch has {batch_size(batch)} samples, the plan takes {len(division.sizes)} microbatches over "
+                f"{self.plan.stages[0].degrees.dp} replicas with {expected} in all",
                 field="data",
             )
+        share = replica_weight(self.plan, topology.stages[0][1], topology.coordinates.dp)
         count = len(division.sizes)
         first = self.topology.coordinates.dp * count
         used = {action.microbatch for action in self.actions if action.kind is Kind.F}
@@ -302,7 +305,7 @@ class Worker:
         for index in sorted(used):
             part = to_device(self._part(batch, index), self.settings.device)
             seed = microbatch_seed(self.settings.seed, step, first + index)
-            weight = division.share(index) / (replicas if self._outer_step is None else 1)
+            weight = division.share(index) * (share if self._outer_step is None else 1)
             if self.topology.degrees.cp > 1:
                 mine = self._positions(self.topology.coordinates.cp)
                 piece = select_sequence(part, self.chain.model, mine, self.plan.job.sequence_length)
@@ -322,6 +325,9 @@ class Worker:
         replicas divide the microbatches of all those among them.
         """
         assert self._division is not None
+        if has_uneven_shares(self.plan):
+            stage = self.topology.stages[0][1]
+            return replica_part(batch, self.plan, stage, self.topology.coordinates.dp, microbatch)
         sizes, first, place = self._division.sizes, self.plan.stages[0].degrees.dp, self.topology.coordinates.dp
         start, size, each = sum(sizes[:microbatch]), sizes[microbatch], self._division.samples
         if first == self.topology.degrees.dp:

@@ -71,11 +71,14 @@ class Case:
     num_frozen: int = 0
     warm_up_steps: int = 0
     replicas: tuple[int, ...] = ()
+    shares: tuple[tuple[int, ...], ...] = ()  # samples of a microbatch by replica of each pipeline rank
     weight_decay: float = 0.0  # with it each block has a parameter that no forward uses
 
     @property
     def world(self) -> int:
-        return sum(self.replicas) if self.replicas else self.num_ranks * Degrees(**self.degrees).num_devices
+        inner = Degrees(**self.degrees).num_devices
+        replicas = self.replicas or tuple(len(row) for row in self.shares)
+        return (sum(replicas) if replicas else self.num_ranks) * inner
 
 
 SKIP = ((0, 1), (1, 2), (0, 2))  # edges of a skip connection over the stage in the middle
@@ -144,6 +147,7 @@ def prepare(case: Case, number: int) -> PreparedCase:
         parameters=case.parameters,
         edges=case.edges,
         replicas=case.replicas,
+        shares=case.shares,
     )
     schedule = lower(
         schedule_of(plan.schedule),

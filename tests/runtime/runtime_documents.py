@@ -94,8 +94,13 @@ def plan_of(
     parameters: dict[str, int | float | str] | None = None,
     edges: tuple[tuple[int, int], ...] = (),
     replicas: tuple[int, ...] = (),
+    shares: tuple[tuple[int, ...], ...] = (),
 ) -> Plan:
-    """Layers spread evenly over the stages, pipeline ranks of neighbouring global ranks, maybe with `replicas` of their own."""
+    """Layers spread evenly over the stages, pipeline ranks of neighbouring global ranks, maybe with `replicas` of their own.
+
+    `shares` are samples of a microbatch by replica of each pipeline rank.
+    """
+    replicas = replicas or tuple(len(row) for row in shares)
     degrees = degrees or Degrees()
     each = [degrees.model_copy(update={"dp": count}) for count in replicas] or [degrees] * num_ranks
     made = generate(
@@ -124,14 +129,19 @@ def plan_of(
         num_layers=chain.num_layers,
         cluster=device,
         job=TrainingJob(
-            global_batch=num_microbatches * microbatch * each[0].dp,
+            global_batch=num_microbatches * (sum(shares[0]) if shares else microbatch * each[0].dp),
             sequence_length=sequence_length,
             precision=precision,
             optimizer=Optimizer.standard(optimizer, precision),
         ),
         planner="test",
         stages=tuple(
-            StagePlan(layers=(first, end), degrees=each[rank], recompute=_runs(recompute, end - first))
+            StagePlan(
+                layers=(first, end),
+                degrees=each[rank],
+                recompute=_runs(recompute, end - first),
+                batch_shares=shares[rank] if shares else (),
+            )
             for (first, end), rank in zip(pairwise(bounds), made.placement[0].tolist(), strict=True)
         ),
         mapping=RankMapping(pipeline_ranks=tuple(tuple(range(first, end)) for first, end in pairwise(ends))),
@@ -139,7 +149,7 @@ def plan_of(
             name=schedule,
             num_ranks=num_ranks,
             num_microbatches=num_microbatches,
-            microbatch=microbatch,
+            microbatch=max(shares[0]) if shares else microbatch,
             num_chunks=num_chunks or made.num_chunks // made.num_replicas,
             num_slices=num_slices,
             num_waves=num_waves,

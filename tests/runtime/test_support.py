@@ -10,9 +10,18 @@ from runtime_models import TinyModel
 
 from stagewright.modeling import split
 from stagewright.planner.documents import Degrees
-from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.errors import InvalidArgument, InvalidDocument
 from stagewright.runtime.run import run_plan
 from stagewright.runtime.support import check_memory, check_supported
+
+
+def with_shares(plan, *shares):
+    """The plan whose stages take these shares, the last one for all that are left."""
+    stages = tuple(
+        stage.model_copy(update={"batch_shares": shares[min(index, len(shares) - 1)]})
+        for index, stage in enumerate(plan.stages)
+    )
+    return plan.model_copy(update={"stages": stages})
 
 
 def documents(**degrees):
@@ -42,11 +51,16 @@ def test_schedules_whose_stages_no_model_has_are_refused_with_the_reason(name):
         check_supported(plan.model_copy(update={"schedule": named}))
 
 
-def test_unequal_shares_and_divided_slices_are_refused():
+def test_uneven_shares_are_taken_without_split_experts_where_they_sum_up_to_a_microbatch():
     plan, _ = documents(dp=2)
-    shares = plan.stages[0].model_copy(update={"batch_shares": (1, 3)})
-    with pytest.raises(InvalidArgument, match="batch_shares"):
-        check_supported(plan.model_copy(update={"stages": (shares, *plan.stages[1:])}))
+    check_supported(with_shares(plan, (1, 3)))
+    with pytest.raises(InvalidDocument, match=r"batch_shares \[1, 2\] are 2 shares of 3 samples"):
+        check_supported(with_shares(plan, (1, 3), (1, 2)))
+    with pytest.raises(InvalidArgument, match=r"batch_shares is \[1, 3\] with ep 2"):
+        check_supported(with_shares(documents(dp=2, ep=2)[0], (1, 3)))
+
+
+def test_divided_slices_of_a_divided_sequence_are_refused():
     plan, _ = documents(cp=2)
     sliced = plan.schedule.model_copy(update={"num_slices": 2})
     with pytest.raises(InvalidArgument, match="divided one way only"):

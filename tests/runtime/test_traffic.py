@@ -34,12 +34,13 @@ CASES = [
     Case("chimera", 4, 4, tied=False),
     Case("seq1f1b", 2, 2, num_slices=2, degrees={"dp": 2, "zero": 2}),
     Case("1f1b", 3, 4, replicas=(2, 1, 1), tied=False),
+    Case("1f1b", 2, 4, shares=((3, 1), (2, 2)), degrees={"zero": 1}, reference_microbatch=4),
     Case("pipedream", 4, 6, parameters={"replicas": "3,1"}, tied=False),
 ]
 
 
 def case_id(case: Case) -> str:
-    return f"{case.schedule}-{case.num_ranks}-{case.degrees}-{case.tied}-{case.parameters}{case.replicas or ''}"
+    return f"{case.schedule}-{case.num_ranks}-{case.degrees}-{case.tied}-{case.parameters}{case.replicas or ''}{case.shares or ''}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)

@@ -222,8 +222,14 @@ class CostModel:
         *,
         group: str | None = None,
         num_pipeline_ranks: int = 1,
+        replicas: GroupShape | None = None,
     ) -> ReplicaTraffic:
-        """Return the data-parallel communication of a device with so many parameters before ZeRO, without overlap."""
+        """Return the data-parallel communication of a device with so many parameters before ZeRO, without overlap.
+
+        `replicas` are the devices that hold the same weights where they reach over node groups.
+        """
+        if replicas is not None:
+            return self._traffic(dense_parameters + expert_parameters, replicas, degrees)
         groups = self.rank_groups(degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
         return self._traffic(dense_parameters, groups.replicas, degrees) + self._traffic(
             expert_parameters, groups.expert_replicas, degrees
@@ -255,13 +261,31 @@ class CostModel:
         return exposed_s + (traffic.tail_s - exposed_s) * (slowdown - 1)
 
     def replica_table(
-        self, degrees: Degrees, microbatch: int, *, group: str | None = None, num_pipeline_ranks: int = 1
+        self,
+        degrees: Degrees,
+        microbatch: int,
+        *,
+        group: str | None = None,
+        num_pipeline_ranks: int = 1,
+        replicas: GroupShape | None = None,
     ) -> ReplicaTable:
-        """Return the data-parallel seconds of each layer: what ZeRO adds to each microbatch, and the tail."""
-        table = self.table(degrees, microbatch, group=group)
-        dense = self.traffic(UNIT, 0.0, degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
-        expert = self.traffic(0.0, UNIT, degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
-        latency = self.traffic(1.0, 0.0, degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
+        """Return the data-parallel seconds of each layer: what ZeRO adds to each microbatch, and the tail.
+
+        With `replicas`, which reach over node groups, whether they divide the batch is not asked.
+        """
+        table = (self.table if replicas is None else self.shape_table)(degrees, microbatch, group=group)
+
+        def traffic(dense_parameters: float, expert_parameters: float) -> ReplicaTraffic:
+            return self.traffic(
+                dense_parameters,
+                expert_parameters,
+                degrees,
+                group=group,
+                num_pipeline_ranks=num_pipeline_ranks,
+                replicas=replicas,
+            )
+
+        dense, expert, latency = traffic(UNIT, 0.0), traffic(0.0, UNIT), traffic(1.0, 0.0)
         dense_share, expert_share = table.dense_parameters / UNIT, table.expert_parameters / UNIT
         forward_s = dense_share * dense.forward_s + expert_share * expert.forward_s
         backward_s = dense_share * dense.backward_s + expert_share * expert.backward_s

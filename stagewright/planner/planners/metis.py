@@ -7,7 +7,8 @@
     cost = (B - 1) max t + sum t + messages + the slowest gradient reduction
 
 O(D L^2) for each group. Nothing is proved: the balance is optimal for the slowest stage, not for the cost, and the
-preference for replicas prunes. Recomputation is not a choice; mixed clusters are the joint search's (`search`).
+preference for replicas prunes. Recomputation is not a choice; mixed clusters are the joint search's, with uneven layers
+(`search.pool_search`) and uneven batch shares (`search.joined_costs`).
 """
 
 from __future__ import annotations

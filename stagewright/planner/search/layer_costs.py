@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.cost.cost_model import CostModel
-from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder
+from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder, GroupShape
 from stagewright.planner.cost.layer_table import LEVELS, LayerTable
 from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import ModelProfile
@@ -112,12 +112,15 @@ class LayerCosts:
         return self.tail_s + self.optimizer_s
 
 
-def layer_costs(model: CostModel, configuration: Configuration) -> LayerCosts:
-    """Return the layer costs of a configuration; `model.order` is the configuration's axis order."""
-    degrees = configuration.degrees
-    table = model.table(degrees, configuration.microbatch, group=configuration.group)
+def layer_costs(model: CostModel, configuration: Configuration, *, joined: GroupShape | None = None) -> LayerCosts:
+    """Return the layer costs of a configuration; `model.order` is the configuration's axis order.
+
+    `joined` are all replicas of the stage where they reach over node groups, and the configuration speaks of those on one.
+    """
+    degrees, group = configuration.degrees, configuration.group
+    table = (model.table if joined is None else model.shape_table)(degrees, configuration.microbatch, group=group)
     replicas = model.replica_table(
-        degrees, configuration.microbatch, group=configuration.group, num_pipeline_ranks=configuration.num_ranks
+        degrees, configuration.microbatch, group=group, num_pipeline_ranks=configuration.num_ranks, replicas=joined
     )
     dense, expert = model.states(1.0, 0.0, degrees), model.states(0.0, 1.0, degrees)
     rows = [

@@ -30,6 +30,7 @@ from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.cost.least_work import least_step_s
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.prediction import OPTIONS
+from stagewright.planner.search.joined_choice import Choices, choices_by_group
 from stagewright.planner.search.limits import Limits, Termination
 from stagewright.planner.search.order import Order, OrderKey
 from stagewright.planner.search.pools import Pool, pool_sequences, used_first
@@ -37,7 +38,6 @@ from stagewright.planner.search.pricing import Priced
 from stagewright.planner.search.problem import Partition, Problem
 from stagewright.planner.search.space import PIPELINE_OUTSIDE, FamilyRule, allows, divisors
 from stagewright.planner.search.stage_candidate import Levels, PoolChoice, StageCandidate
-from stagewright.planner.search.stage_choice import GroupChoices, choices_by_group
 from stagewright.planner.search.stage_closing import StageCloser
 from stagewright.planner.search.stage_graph import (
     MOST_RANKS,
@@ -142,11 +142,17 @@ class PoolSearch:
 
     @cached_property
     def sequences(self) -> list[tuple[Pool, ...]]:
-        return pool_sequences(self.problem.cluster, split=self.split)
+        return pool_sequences(self.problem.cluster, split=self.split, join=self.joins)
 
     @cached_property
-    def choices(self) -> dict[str, GroupChoices]:
-        """Degrees and costs by node group."""
+    def joins(self) -> bool:
+        """Whether pools of several node groups are searched: experts are not split over them."""
+        shape = self.problem.profile.architecture
+        return shape is None or not shape.num_experts
+
+    @cached_property
+    def choices(self) -> dict[str, Choices]:
+        """Degrees and costs by node group, and by joined pool."""
         return choices_by_group(self.problem, {pool for pools in self.sequences for pool in pools})
 
     @cached_property
@@ -178,7 +184,7 @@ class PoolSearch:
         """Yield every skeleton in a fixed order."""
         job, layers = self.problem.job, self.problem.profile.num_layers - len(self.problem.uncut)
         for pools in self.sequences:
-            for ranks in product(*(divisors(pool.num_devices) for pool in pools)):
+            for ranks in product(*(pool.rank_counts for pool in pools)):
                 if sum(ranks) > layers or not allows(job.space, "pp", sum(ranks)):
                     continue
                 if not allows(job.space, "chunks", 1):
@@ -208,7 +214,7 @@ class PoolSearch:
         """The families of stage graphs."""
         return graph_rules(self.problem.job.space)
 
-    def rows(self, skeleton: Skeleton) -> list[tuple[GroupChoices, Priced, Longs]]:
+    def rows(self, skeleton: Skeleton) -> list[tuple[Choices, Priced, Longs]]:
         """Return for each pool its choices and the rows of them that take the skeleton's microbatch."""
         found = []
         for pool, count in zip(skeleton.pools, skeleton.ranks, strict=True):

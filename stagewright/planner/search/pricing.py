@@ -293,14 +293,14 @@ class PriceList:
         shapes, table_of = shapes[legal], table_of[legal]
         some = next((table for table in tables if table is not None), None)
         if some is None or not len(shapes):
-            return _no_rows(len(self.at))
+            return no_rows(len(self.at))
         stacked = {
             name: np.stack([getattr(table if table is not None else some, name) for table in tables])[table_of]
             for name in ClassTable.__dataclass_fields__
         }
         dense = self._group_rows(shapes, expert=False)
         expert = self._group_rows(shapes, expert=True)
-        return _combine(shapes, stacked, dense, expert, self.model)
+        return combined_rows(shapes, stacked, dense, expert, self.model)
 
     def priced_in_time(self, shapes: Ints, stop: Callable[[], bool]) -> Bools:
         """Price tables until `stop` says so; return of which shapes the tables are known then, bool [n].
@@ -371,7 +371,7 @@ class PriceList:
                     (np.arange(count)[None, :] * inner + np.arange(outer_count)[:, None] * outer_stride).ravel(), group
                 )
             )
-            self._groups[key] = _group_costs(self.model, shape, count * outer_count, zero)
+            self._groups[key] = group_costs(self.model, shape, count * outer_count, zero)
         return self._groups[key]
 
 
@@ -391,7 +391,7 @@ def _least_bytes(table: ClassTable) -> float:
     return float((table.kept_bytes + table.workspace_bytes).min(axis=0).max())
 
 
-def _group_costs(model: CostModel, shape: GroupShape, num_replicas: int, zero: int) -> tuple[float, ...]:
+def group_costs(model: CostModel, shape: GroupShape, num_replicas: int, zero: int) -> tuple[float, ...]:
     """Return what one parameter's replicas cost: seconds for UNIT parameters, latency, bytes and divisor for one."""
     optimizer, options = model.job.optimizer, model.options
 
@@ -472,7 +472,7 @@ def _group_keys(shapes: Ints, *, expert: bool) -> Ints:
     return np.stack([stride, size, outer_stride, outer_size, shapes[:, ZERO]], axis=1)
 
 
-def _combine(shapes: Ints, table: dict[str, Floats], dense: Floats, expert: Floats, model: CostModel) -> Priced:
+def combined_rows(shapes: Ints, table: dict[str, Floats], dense: Floats, expert: Floats, model: CostModel) -> Priced:
     """Return the rows from tables [n, C] and group columns [n, 6]; the formulas of `CostModel.replica_table`."""
     dense_share, expert_share = table["dense_parameters"] / UNIT, table["expert_parameters"] / UNIT
 
@@ -513,7 +513,7 @@ def _combine(shapes: Ints, table: dict[str, Floats], dense: Floats, expert: Floa
     )
 
 
-def _no_rows(num_classes: int) -> Priced:
+def no_rows(num_classes: int) -> Priced:
     flat, tall = np.zeros((0, num_classes)), np.zeros((0, 3, num_classes))
     return Priced(
         np.zeros((0, len(SHAPE)), np.int32),

@@ -246,21 +246,28 @@ def shapes(profile: ModelProfile, job: TrainingJob, num_devices: int, per_node: 
     """
     space = job.space
     blocks: list[Ints] = []
+    for tp, cp, variants in inner_splits(profile, job, num_devices, per_node):
+        for ranks in divisors(num_devices // (tp * cp)):
+            replicas = num_devices // (tp * cp * ranks)
+            if ranks > profile.num_layers or job.global_batch % replicas:
+                continue
+            if not allows(space, "pp", ranks) or not allows(space, "dp", replicas):
+                continue
+            blocks += _block(profile, job, (tp, cp, replicas, ranks), variants, per_node)
+    return np.concatenate(blocks) if blocks else np.zeros((0, 12), dtype=np.int32)
+
+
+def inner_splits(
+    profile: ModelProfile, job: TrainingJob, num_devices: int, per_node: int
+) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Yield (tp, cp) of one replica on at most `num_devices`, with the choices of (sp, vocab_parallel) of that tp."""
     for tp in divisors(num_devices):
-        if tp > max(per_node, 8) or not allows(space, "tp", tp) or not _shape_allows_tp(profile, tp):
+        if tp > max(per_node, 8) or not allows(job.space, "tp", tp) or not _shape_allows_tp(profile, tp):
             continue
         variants = _variants(profile, job, tp)
         for cp in divisors(num_devices // tp):
-            if not allows(space, "cp", cp) or not _shape_allows_cp(profile, job, cp):
-                continue
-            for ranks in divisors(num_devices // (tp * cp)):
-                replicas = num_devices // (tp * cp * ranks)
-                if ranks > profile.num_layers or job.global_batch % replicas:
-                    continue
-                if not allows(space, "pp", ranks) or not allows(space, "dp", replicas):
-                    continue
-                blocks += _block(profile, job, (tp, cp, replicas, ranks), variants, per_node)
-    return np.concatenate(blocks) if blocks else np.zeros((0, 12), dtype=np.int32)
+            if allows(job.space, "cp", cp) and _shape_allows_cp(profile, job, cp):
+                yield tp, cp, variants
 
 
 def _block(

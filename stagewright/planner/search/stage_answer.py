@@ -15,6 +15,7 @@ from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.plan_summary import alternative_of
 from stagewright.planner.search import exact
 from stagewright.planner.search.certified import Space, Work, certified, without_plan
+from stagewright.planner.search.joined_costs import MOST_SHARES
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.pool_search import Completed, PoolSearch
 from stagewright.planner.search.problem import Problem
@@ -100,6 +101,11 @@ def pool_space(problem: Problem, search: PoolSearch) -> Space:
             "degrees": "equal on the ranks of a pool, different from pool to pool; a pool is used whole",
         }
     )
+    if any(pool.parts for row in search.sequences for pool in row):
+        words["shares"] = (
+            f"on joined groups the {MOST_SHARES} nearest to the peak rates for each microbatch; a layer counts with its "
+            "slowest replica, and its bytes with the device that they fill most"
+        )
     if problem.job.space.ties:
         words["tied"] = [" = ".join(names) for names in problem.job.space.ties]
     return words

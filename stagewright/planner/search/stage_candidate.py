@@ -11,20 +11,21 @@ import numpy.typing as npt
 
 from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.documents.plan import Degrees, Plan, RankMapping, ScheduleSpec, StagePlan
-from stagewright.planner.prediction import evaluate, links_of, stage_costs, ties_of, wire_ranks
+from stagewright.planner.prediction import evaluate, links_of, slowest_inside, stage_costs, ties_of, wire_ranks
 from stagewright.planner.schedules.schedule import Schedule
+from stagewright.planner.search.joined_choice import Choices, JoinedChoices
 from stagewright.planner.search.layer_costs import LayerCosts
 from stagewright.planner.search.order import Order
 from stagewright.planner.search.pipeline_costs import PipelineCosts, Tie, Wiring, pipeline_costs, sent_over
 from stagewright.planner.search.pools import Pool
-from stagewright.planner.search.pricing import LayerClasses, configuration_of
+from stagewright.planner.search.pricing import MICROBATCH, SHAPE, LayerClasses, configuration_of
 from stagewright.planner.search.problem import NO_PREDICTION, Partition, Problem, recompute_runs
 from stagewright.planner.search.recompute import LayerGroup, Recomputation, least_recompute
 from stagewright.planner.search.space import PIPELINE_OUTSIDE, FamilyRule
-from stagewright.planner.search.stage_choice import GroupChoices
 from stagewright.planner.search.stage_graph import graph_schedule
 from stagewright.planner.search.stage_ranges import StageTables
 from stagewright.planner.simulation.simulate import simulate
+from stagewright.planner.tightest_group import with_tightest_groups
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -37,17 +38,17 @@ class PoolChoice:
 
     Parameters
     ----------
-    shape : int32 [12], a row of `pricing.SHAPE` for one rank.
+    shape : int32 [12], a row of `pricing.SHAPE` for one rank; behind it the shares of a joined pool.
     """
 
     pool: Pool
     num_ranks: int
-    choices: GroupChoices
+    choices: Choices
     shape: Ints
 
     @cached_property
     def degrees(self) -> Degrees:
-        return configuration_of(self.shape).degrees
+        return configuration_of(self.shape[: len(SHAPE)]).degrees
 
     @cached_property
     def costs(self) -> LayerCosts:
@@ -58,12 +59,25 @@ class PoolChoice:
         return (self.choices.group, self.shape.tobytes())
 
     @property
+    def batch_shares(self) -> tuple[int, ...]:
+        """Samples of a microbatch by replica; empty where one node group holds all of them."""
+        if not isinstance(self.choices, JoinedChoices):
+            return ()
+        return tuple(part.samples for part in self.choices.parts(self.shape) for _ in range(part.num_replicas))
+
+    @cached_property
+    def link_group(self) -> str:
+        """The node group on whose links tensor-parallel groups are priced."""
+        return slowest_inside(self.choices.problem.model(PIPELINE_OUTSIDE), self.degrees, self.pool.groups)
+
+    @property
     def summary(self) -> str:
         """The choice in words."""
         degrees = self.degrees
         parts = [f"{name}={getattr(degrees, name)}" for name in ("dp", "tp", "cp", "ep") if getattr(degrees, name) > 1]
         parts += ["sp"] if degrees.sp else []
         parts += [f"zero={degrees.zero}"] if degrees.zero else []
+        parts += [f"shares={':'.join(map(str, self.shape[len(SHAPE) :].tolist()))}"] if self.pool.parts else []
         return f"{self.num_ranks} stages on {self.pool.group} ({' '.join(parts) or 'one device'})"
 
 
@@ -158,8 +172,11 @@ class StageCandidate:
                 first += group.num_devices
         found = []
         for choice in self.choices:
-            start, size = choice.pool.first + shift[choice.pool.group], choice.degrees.num_devices
-            found += [tuple(range(start + rank * size, start + (rank + 1) * size)) for rank in range(choice.num_ranks)]
+            each: list[tuple[int, ...]] = [()] * choice.num_ranks
+            for part in choice.pool.parts or (choice.pool,):
+                start, size = part.first + shift[part.group], part.num_devices // choice.num_ranks
+                each = [(*row, *range(start + at * size, start + (at + 1) * size)) for at, row in enumerate(each)]
+            found += each
         return tuple(found)
 
     @property
@@ -179,7 +196,7 @@ class StageCandidate:
     def wiring(self) -> Wiring:
         return wire_ranks(
             self.model,
-            [(choice.degrees, choice.pool.group) for choice in self.by_stage],
+            [(choice.degrees, choice.link_group) for choice in self.by_stage],
             self.devices,
             max(float(choice.costs.cut_bytes.max()) for choice in self.choices),
         )
@@ -286,7 +303,7 @@ class StageCandidate:
 
     def scored(self, partition: Partition, planner: str) -> Plan:
         """Return the plan document with the scorer's prediction."""
-        plan = self.plan(partition, planner)
+        plan = with_tightest_groups(self.plan(partition, planner), self.problem.profile)
         return plan.model_copy(update={"prediction": evaluate(plan, self.problem.profile).prediction})
 
     def plan(self, partition: Partition, planner: str) -> Plan:
@@ -297,7 +314,8 @@ class StageCandidate:
                 layers=(bounds[stage], bounds[stage + 1]),
                 degrees=choice.degrees,
                 recompute=recompute_runs(partition.levels[bounds[stage] : bounds[stage + 1]]),
-                group=choice.pool.group,
+                group=choice.pool.groups[0],
+                batch_shares=choice.batch_shares,
             )
             for stage, choice in enumerate(self.by_stage)
         )
@@ -315,7 +333,7 @@ class StageCandidate:
                 name=self.rule.name,
                 num_ranks=self.order.num_ranks,
                 num_microbatches=self.num_microbatches,
-                microbatch=self.samples // self.choices[0].degrees.dp,
+                microbatch=int(self.choices[0].shape[MICROBATCH]),
                 placement=tuple(tuple(row) for row in self.order.placement.tolist()),
                 edges=() if self.order.is_chain else self.order.edges,
                 parameters=dict(self.rule.parameters),

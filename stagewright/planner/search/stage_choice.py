@@ -18,7 +18,6 @@ from stagewright.planner.documents.cluster import Cluster
 from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts
-from stagewright.planner.search.pools import Pool
 from stagewright.planner.search.pricing import AXES, DP, MICROBATCH, PP, SP, TP, Priced, configuration_of
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import shapes
@@ -109,9 +108,3 @@ def undominated(priced: Priced, rows: Longs) -> Longs:
         if not better.any():
             kept.append(index)
     return np.sort(rows[kept])
-
-
-def choices_by_group(problem: Problem, pools: set[Pool]) -> dict[str, GroupChoices]:
-    """Return the choices of each node group that some pool uses."""
-    names = sorted({pool.group for pool in pools})
-    return {name: GroupChoices.of(problem.profile, problem.cluster, problem.job, name) for name in names}

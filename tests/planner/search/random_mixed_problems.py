@@ -10,6 +10,7 @@ import numpy as np
 
 from stagewright.planner.documents import Recompute, TrainingJob
 from stagewright.planner.documents.job import SearchSpace
+from stagewright.planner.search.joined_choice import JoinedChoices
 from stagewright.planner.search.pool_search import PoolSearch, Skeleton, windows_of
 from stagewright.planner.search.pricing import AXES, DP, MICROBATCH, PP
 from stagewright.planner.search.problem import Problem
@@ -98,6 +99,12 @@ def all_candidates(search: PoolSearch) -> Iterator[StageCandidate]:
         parts = []
         for pool, count in zip(skeleton.pools, skeleton.ranks, strict=True):
             group = search.choices[pool.group]
+            if isinstance(group, JoinedChoices):
+                rows, samples = group.shapes(pool.num_devices // count)
+                rows = rows[samples == skeleton.samples]
+                admitted = group.price(rows)[0].shape if len(rows) else rows
+                parts.append([PoolChoice(pool, count, group, np.ascontiguousarray(row)) for row in admitted])
+                continue
             rows = shapes(group.problem.profile, group.problem.job, pool.num_devices // count, group.per_node)
             rows = rows[(rows[:, PP] == 1) & (rows[:, AXES] == 0)]
             rows = rows[rows[:, DP] * rows[:, MICROBATCH] == skeleton.samples]

@@ -8,6 +8,7 @@ from stagewright.planner.documents import Cluster, Plan, TrainingJob
 from stagewright.planner.documents.job import Pins, SearchSpace
 from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.plan_check import plan_violations
 from stagewright.planner.planning import make_plan
 from stagewright.planner.prediction import evaluate, with_prediction
 from stagewright.planner.schedules.action import Kind
@@ -70,6 +71,49 @@ def test_metis_gives_the_slower_group_fewer_layers_and_beats_the_plan_for_equal_
     verify_certificate(plan, PROFILE)
 
 
+def test_replicas_of_one_stage_on_devices_of_different_speed_take_samples_in_proportion() -> None:
+    """Metis' data balance: 3 samples for a device of the first kind, 1 for one a third as fast, and no bubble."""
+    cluster = _mixed(1 / 3)
+    found = make_plan(PROFILE, cluster, _job(pins=Pins(pp=1)), gap=0.0)
+    plan = _best(found)
+    (stage,) = plan.stages
+    assert found.status == "optimal"
+    assert stage.batch_shares == (3, 3, 1, 1)
+    assert plan.schedule.num_microbatches * 8 == 32
+    steps = {
+        fast: with_prediction(_with_shares(plan, (fast, fast, 4 - fast, 4 - fast)), PROFILE).prediction.step_time_s
+        for fast in (1, 2, 3)
+    }
+    assert min(steps, key=lambda fast: steps[fast]) == 3
+    assert steps[3] == plan.prediction.step_time_s
+    assert steps[2] > 1.9 * steps[3]  # a slow device has 2 samples in place of 1, and the fast ones wait
+    layers_alone = _best(make_plan(PROFILE, cluster, _job(pins=Pins(pp=2, dp=2)), gap=0.0))
+    assert [stage.batch_shares for stage in layers_alone.stages] == [(), ()]
+    assert plan.prediction.step_time_s < layers_alone.prediction.step_time_s
+    assert plan.prediction.link_bytes.keys() <= {"all-reduce/dp", "reduce-scatter/dp", "all-gather/dp"}
+    assert plan_violations(plan, PROFILE) == []
+    verify_certificate(plan, PROFILE)
+
+
+def _with_shares(plan: Plan, shares: tuple[int, ...]) -> Plan:
+    stages = tuple(stage.model_copy(update={"batch_shares": shares}) for stage in plan.stages)
+    return plan.model_copy(update={"stages": stages, "certificate": None})
+
+
+def test_a_plan_with_shares_names_the_group_that_it_fills_most_and_no_other_group_overflows() -> None:
+    """Of two kinds with equal memory the one that takes three times the samples is the full one."""
+    cluster = _mixed(1 / 3)
+    plan = _best(make_plan(PROFILE, cluster, _job(pins=Pins(pp=1)), gap=0.0))
+    fast, slow = (group.name for group in cluster.groups)
+    assert plan.stages[0].group == fast
+    other = plan.model_copy(update={"stages": (plan.stages[0].model_copy(update={"group": slow}),)})
+    peaks = [with_prediction(each, PROFILE).prediction.peak_memory_bytes[0] for each in (plan, other)]
+    assert peaks[0] - peaks[1] == pytest.approx(2 * 12 * 4e6)  # two samples more of 12 layers' activations
+    small = mixed_cluster_factory([_cluster(1.0, memory_bytes=peaks[0]), _cluster(1 / 3)], bytes_per_s=10e9)
+    (violation,) = plan_violations(plan, PROFILE, small)
+    assert violation.code == "memory"
+
+
 def test_a_straggling_node_is_a_group_of_lower_rate_and_planning_again_moves_layers_off_it() -> None:
     healthy, straggling = _mixed(1.0), _mixed(0.6)
     before = _best(make_plan(PROFILE, healthy, _job(pins=Pins(pp=2)), gap=0.0))
@@ -93,7 +137,7 @@ def test_a_group_of_less_memory_holds_fewer_layers_and_no_rank_overflows() -> No
 
 def test_groups_take_devices_and_degrees_of_their_own_by_stage() -> None:
     cluster = mixed_cluster_factory([_cluster(1.0, devices=2), _cluster(0.8, devices=1)], bytes_per_s=10e9)
-    plan = _best(make_plan(PROFILE, cluster, _job(), gap=0.0))
+    plan = _best(make_plan(PROFILE, cluster, _job(pins=Pins(pp=2)), gap=0.0))
     sizes = {stage.group: stage.degrees.num_devices for stage in plan.stages}
     assert plan.num_devices == 3
     assert sorted(sizes.values()) in ([1, 1], [1, 2])

@@ -1,0 +1,82 @@
+"""How a microbatch lies over the replicas of each stage: equal parts, or the shares that a plan states.
+
+Replicas of one stage may stand on devices of different speed and take samples in proportion (Metis' data balance,
+Um et al., USENIX ATC 2024; Whale, Jia et al., ATC 2022). A microbatch has
+
+    M = sum of the shares of stage 0,  or  microbatch * dp where they are equal
+
+samples, and every stage shares out the same M over its own replicas, in their order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from stagewright.planner.documents.plan import Plan
+from stagewright.planner.errors import InvalidDocument
+
+
+@dataclass(frozen=True)
+class ReplicaPart:
+    """Replicas of one stage that follow each other on one node group and take equally many samples of a microbatch."""
+
+    group: str
+    num_replicas: int
+    samples: int
+
+
+def samples_of_microbatch(plan: Plan) -> int:
+    """Return the samples of a microbatch over all replicas of a stage."""
+    first = plan.stages[0]
+    return sum(first.batch_shares) if first.batch_shares else plan.schedule.microbatch * first.degrees.dp
+
+
+def has_uneven_shares(plan: Plan) -> bool:
+    """Whether some stage states shares of its own."""
+    return any(stage.batch_shares for stage in plan.stages)
+
+
+def samples_by_replica(plan: Plan, index: int) -> tuple[int, ...]:
+    """Return the samples of a microbatch that each replica of a stage takes, [dp].
+
+    Raises InvalidDocument when shares do not sum up to a microbatch, or dp does not divide it.
+    """
+    stage, whole = plan.stages[index], samples_of_microbatch(plan)
+    dp, shares = stage.degrees.dp, stage.batch_shares
+    if shares:
+        if len(shares) != dp or sum(shares) != whole or min(shares) < 1:
+            raise InvalidDocument(
+                f"stages[{index}].batch_shares {list(shares)} are {len(shares)} shares of {sum(shares)} samples, the stage "
+                f"has dp {dp} and a microbatch {whole} samples",
+                field=f"stages[{index}].batch_shares",
+                hint="give each replica at least one sample of the microbatch that stage 0 divides",
+            )
+        return shares
+    if whole % dp:
+        raise InvalidDocument(
+            f"stages[{index}].degrees.dp {dp} does not divide a microbatch of {whole} samples",
+            field=f"stages[{index}].degrees.dp",
+            hint=f"stage 0 divides {whole} samples over dp {plan.stages[0].degrees.dp}; state batch_shares, or take a divisor",
+        )
+    return (whole // dp,) * dp
+
+
+def parts_of_stage(plan: Plan, index: int) -> tuple[ReplicaPart, ...]:
+    """Return the replicas of a stage in order, those of one group and one share together."""
+    stage = plan.stages[index]
+    devices = plan.mapping.pipeline_ranks[plan.schedule.placement[0][index]]
+    inner = stage.degrees.tp * stage.degrees.cp
+    each = [
+        (plan.cluster.group_of(devices[replica * inner]).name, samples)
+        for replica, samples in enumerate(samples_by_replica(plan, index))
+    ]
+    return tuple(ReplicaPart(group, len(list(run)), samples) for (group, samples), run in groupby(each))
+
+
+def told_part(plan: Plan, index: int) -> ReplicaPart:
+    """Return the part whose memory a prediction speaks of: on the stage's group, the one with most samples."""
+    parts = parts_of_stage(plan, index)
+    name = plan.stages[index].group
+    there = [part for part in parts if part.group == name] or list(parts)
+    return max(there, key=lambda part: part.samples)

@@ -1,0 +1,228 @@
+"""What each stage may choose on several node groups joined to one pool: degrees, ZeRO stage, samples of each replica.
+
+A rank of a pool of N devices on D ranks has N_g / D devices of each group g. With tp * cp of them a replica there are
+dp = sum_g N_g / (D tp cp) replicas, whose shares of a microbatch of M samples `balanced_shares` gives. Rows are priced as
+those of one group (`pricing`) and merged by the rules of `joined_costs`. Experts are not split over such a pool, and models
+that have some are not searched on one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import gcd
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.cost.joined_replicas import joined_replicas
+from stagewright.planner.cost.roofline import peak_flops
+from stagewright.planner.documents.plan import Degrees
+from stagewright.planner.replica_shares import ReplicaPart
+from stagewright.planner.search.joined_costs import HELD, balanced_shares, joined_layer_costs
+from stagewright.planner.search.layer_costs import LayerCosts, cut_bytes
+from stagewright.planner.search.pools import Pool, used_first
+from stagewright.planner.search.pricing import (
+    DP,
+    MICROBATCH,
+    SHAPE,
+    ClassTable,
+    Priced,
+    class_table,
+    combined_rows,
+    configuration_of,
+    group_costs,
+    no_rows,
+    unique_rows,
+)
+from stagewright.planner.search.problem import Problem
+from stagewright.planner.search.space import allows, divisors, inner_splits
+from stagewright.planner.search.stage_choice import GroupChoices, undominated
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+
+NUM_DEGREES = len(SHAPE)
+
+
+@dataclass(eq=False)
+class JoinedChoices:
+    """The choices on a joined pool, by devices of a rank.
+
+    Rows are those of `pricing.SHAPE` with the largest share as the microbatch, and the share of each part behind them.
+
+    Parameters
+    ----------
+    problem : the question with the pool's groups first.
+    pool : a pool of several parts; members : the choices on each of their groups alone.
+    """
+
+    problem: Problem
+    pool: Pool
+    members: tuple[GroupChoices, ...]
+    _priced: dict[int, tuple[Priced, Longs]] = field(default_factory=dict)
+    _costs: dict[bytes, LayerCosts] = field(default_factory=dict)
+    _tables: dict[tuple[int, ...], ClassTable | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, problem: Problem, pool: Pool, members: tuple[GroupChoices, ...]) -> JoinedChoices:
+        """Return the empty list for a pool."""
+        cluster = used_first(problem.cluster, (pool,))
+        return cls(Problem(problem.profile, cluster, problem.job, cluster.num_devices), pool, members)
+
+    @property
+    def group(self) -> str:
+        return self.pool.group
+
+    @cached_property
+    def room_bytes(self) -> float:
+        """Bytes of the device with least room for what depends on the plan; rows are weighed against it."""
+        return min(self._rooms)
+
+    @cached_property
+    def _rooms(self) -> list[float]:
+        return [member.room_bytes for member in self.members]
+
+    @cached_property
+    def _rates(self) -> list[float]:
+        precision = self.problem.job.precision
+        return [peak_flops(member.problem.cluster.groups[0].device, precision) for member in self.members]
+
+    def priced(self, num_devices: int) -> tuple[Priced, Longs]:
+        """Return the undominated choices of ranks of `num_devices`, and the samples M of a microbatch of each."""
+        if num_devices not in self._priced:
+            shapes, samples = self.shapes(num_devices)
+            priced, legal = self.price(shapes)
+            samples = samples[legal]
+            keep = np.concatenate(
+                [np.zeros(0, np.int64)]
+                + [undominated(priced, np.flatnonzero(samples == value)) for value in np.unique(samples)]
+            )
+            self._priced[num_devices] = (priced.take(keep), samples[keep])
+        return self._priced[num_devices]
+
+    def costs(self, shape: Ints) -> LayerCosts:
+        """Return the layer costs of a row, bytes weighed against the least room."""
+        key = shape.tobytes()
+        if key not in self._costs:
+            model = self.problem.model(("tp", "cp", "dp", "pp"))
+            degrees = configuration_of(shape[:NUM_DEGREES]).degrees
+            self._costs[key] = joined_layer_costs(model, degrees, self.parts(shape), room_bytes=self._rooms)
+        return self._costs[key]
+
+    def parts(self, shape: Ints) -> tuple[ReplicaPart, ...]:
+        """Return the replicas of a row on each group."""
+        degrees = configuration_of(shape[:NUM_DEGREES]).degrees
+        whole = sum(part.num_devices for part in self.pool.parts)
+        return tuple(
+            ReplicaPart(part.group, degrees.dp * part.num_devices // whole, int(share))
+            for part, share in zip(self.pool.parts, shape[NUM_DEGREES:], strict=True)
+        )
+
+    def shapes(self, num_devices: int) -> tuple[Ints, Longs]:
+        """Return the rows of ranks of `num_devices`, admitted or not, and the samples of a microbatch of each."""
+        profile, job = self.problem.profile, self.problem.job
+        space, whole = job.space, self.pool.num_devices
+        sizes = [part.num_devices * num_devices // whole for part in self.pool.parts]
+        per_node = min(member.per_node for member in self.members)
+        zeros = [zero for zero in sorted(set(space.zero)) if allows(space, "zero", zero)]
+        known: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+        rows: list[tuple[int, ...]] = []
+        samples: list[int] = []
+        for tp, cp, variants in inner_splits(profile, job, gcd(*sizes), per_node):
+            counts = [size // (tp * cp) for size in sizes]
+            if not allows(space, "dp", sum(counts)):
+                continue
+            for whole_batch in divisors(job.global_batch):
+                key = (tp * cp, whole_batch)
+                if key not in known:
+                    known[key] = [
+                        shares
+                        for shares in balanced_shares(counts, self._rates, whole_batch)
+                        if max(shares) <= space.max_microbatch
+                        and all(allows(space, "microbatch", share) for share in shares)
+                    ]
+                new = [
+                    (tp, cp, sum(counts), 1, 1, 1, sp, vocabulary, zero, max(shares), 1, 0, *shares)
+                    for shares in known[key]
+                    for sp, vocabulary in variants
+                    for zero in zeros
+                ]
+                rows += new
+                samples += [whole_batch] * len(new)
+        width = NUM_DEGREES + len(sizes)
+        return np.array(rows, dtype=np.int32).reshape(-1, width), np.array(samples, dtype=np.int64)
+
+    def price(self, shapes: Ints) -> tuple[Priced, npt.NDArray[np.bool_]]:
+        """Return the rows that the cost model admits on every group, and which those are."""
+        tables = [self._class_tables(index, shapes) for index in range(len(self.members))]
+        legal = np.array([all(table is not None for table in row) for row in zip(*tables, strict=True)], dtype=bool)
+        if not legal.any():
+            empty = no_rows(len(self.problem.classes.first))
+            return empty, legal
+        admitted = shapes[legal]
+        parts = [
+            self._part(index, admitted, [table for table, good in zip(rows, legal, strict=True) if good and table])
+            for index, rows in enumerate(tables)
+        ]
+        merged = {}
+        for name in Priced.__dataclass_fields__:
+            weights = [self.room_bytes / room if name in HELD else 1.0 for room in self._rooms]
+            merged[name] = np.maximum.reduce(
+                [getattr(part, name) * weight for part, weight in zip(parts, weights, strict=True)]
+            )
+        return Priced(**{**merged, "shape": admitted}), legal
+
+    def _part(self, index: int, shapes: Ints, tables: list[ClassTable]) -> Priced:
+        """Return rows as the replicas on one group see them."""
+        member = self.members[index]
+        stacked = {
+            name: np.stack([getattr(table, name) for table in tables]) for name in ClassTable.__dataclass_fields__
+        }
+        keys, where = unique_rows(shapes[:, [0, 1, DP, 8]])
+        traffic = np.array([self._traffic(*key) for key in keys.tolist()])[where]
+        own = shapes[:, :NUM_DEGREES].copy()
+        own[:, MICROBATCH] = shapes[:, NUM_DEGREES + index]
+        return combined_rows(own, stacked, traffic, traffic, member.problem.price_list.model)
+
+    def _traffic(self, tp: int, cp: int, dp: int, zero: int) -> tuple[float, ...]:
+        """Return what one parameter's replicas cost over all groups."""
+        whole = sum(part.num_devices for part in self.pool.parts)
+        counts = {part.group: dp * part.num_devices // whole for part in self.pool.parts}
+        shape = joined_replicas(self.problem.cluster, Degrees(tp=tp, cp=cp, dp=dp), counts)
+        return group_costs(self.members[0].problem.price_list.model, shape, dp * cp, zero)
+
+    def _class_tables(self, index: int, shapes: Ints) -> list[ClassTable | None]:
+        """Return the cost table of each row on one group; None where the model refuses the degrees or the share."""
+        keys, where = unique_rows(shapes[:, [0, 1, 6, 7, NUM_DEGREES + index]])
+        found = [self._class_table(index, *key) for key in keys.tolist()]
+        return [found[place] for place in where.tolist()]
+
+    def _class_table(self, index: int, tp: int, cp: int, sp: int, vocabulary: int, share: int) -> ClassTable | None:
+        key = (index, tp, cp, sp, vocabulary, share)
+        if key not in self._tables:
+            prices = self.members[index].problem.price_list
+            degrees = Degrees(tp=tp, cp=cp, sp=bool(sp), vocab_parallel=bool(vocabulary))
+            if prices.model.split_legality(degrees, share) is not None:
+                self._tables[key] = None
+            else:
+                table = prices.model.shape_table(degrees, share)
+                sizes = cut_bytes(prices.model.profile, table.output_bytes, share)
+                self._tables[key] = class_table(table, prices.at, sizes)
+        return self._tables[key]
+
+
+Choices = GroupChoices | JoinedChoices
+
+
+def choices_by_group(problem: Problem, pools: set[Pool]) -> dict[str, Choices]:
+    """Return the choices of each node group, and of each joined pool, that is used."""
+    names = sorted({name for pool in pools for name in pool.groups})
+    found: dict[str, Choices] = {}
+    alone = {name: GroupChoices.of(problem.profile, problem.cluster, problem.job, name) for name in names}
+    found.update(alone)
+    for pool in sorted(pools, key=lambda pool: pool.group):
+        if pool.parts:
+            found[pool.group] = JoinedChoices.of(problem, pool, tuple(alone[name] for name in pool.groups))
+    return found

@@ -1,0 +1,117 @@
+"""What a stage costs whose replicas stand on several node groups and take uneven shares of each microbatch.
+
+A stage ends a microbatch when its slowest replica does, so a layer takes the longest of its replicas; its seconds once a
+step are those of one reduction over all replicas. With part g of n_g replicas and s_g samples each,
+
+    F_l = max_g F_l(g, s_g),  ...          sum_g n_g s_g = M
+
+which is exact where one part is slowest in every layer, and else above the truth: a sum of maxima over the layers is at least
+the maximum of the sums. Bytes are those of one part (`told`), or with room_g bytes free on a device of part g
+
+    b_l = max_g b_l(g, s_g) min_h room_h / room_g
+
+against min room: whoever fits so fits on every part.
+
+Shares follow Metis' data balance (Um et al., USENIX ATC 2024): in proportion to the peak rates, rounded. Of the vectors
+with each s_g at most one away from its proportion, the `MOST_SHARES` whose slowest replica has least to do are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from math import ceil, floor
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.cost.cost_model import CostModel
+from stagewright.planner.cost.joined_replicas import joined_replicas
+from stagewright.planner.documents.plan import Degrees
+from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.replica_shares import ReplicaPart
+from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
+
+Floats = npt.NDArray[np.float64]
+
+MOST_SHARES = 2
+HELD = ("kept_bytes", "late_bytes", "workspace_bytes", "split_workspace_bytes", "state_bytes")
+
+
+def balanced_shares(counts: Sequence[int], rates: Sequence[float], samples: int) -> list[tuple[int, ...]]:
+    """Return the best ways to share out a microbatch, the samples of each replica of each part; none when none is whole.
+
+    Parameters
+    ----------
+    counts : replicas of each part; rates : speed of one of them.
+    """
+    whole = sum(count * rate for count, rate in zip(counts, rates, strict=True))
+    near = [samples * rate / whole for rate in rates]
+    ranges = [range(max(1, floor(value) - 1), ceil(value) + 2) for value in near]
+    fitting = [
+        shares
+        for shares in product(*ranges)
+        if sum(count * share for count, share in zip(counts, shares, strict=True)) == samples
+    ]
+    slowest = {
+        shares: max(share / rate for share, rate in zip(shares, rates, strict=True)) for shares in sorted(fitting)
+    }
+    return sorted(fitting, key=lambda shares: (slowest[shares], shares))[:MOST_SHARES]
+
+
+def joined_layer_costs(
+    model: CostModel,
+    degrees: Degrees,
+    parts: Sequence[ReplicaPart],
+    *,
+    told: ReplicaPart | None = None,
+    room_bytes: Sequence[float] = (),
+) -> LayerCosts:
+    """Return the costs of a stage over its parts; raises InvalidArgument for degrees that the model refuses.
+
+    Parameters
+    ----------
+    told : the part that bytes are told of; without it `room_bytes`, by part, weighs them against the least room.
+    """
+    counts: dict[str, int] = {}
+    for part in parts:
+        reason = model.split_legality(degrees, part.samples)
+        if reason is not None:
+            raise InvalidArgument(reason, field="degrees")
+        counts[part.group] = counts.get(part.group, 0) + part.num_replicas
+    replicas = joined_replicas(model.cluster, degrees, counts)
+    rows = [
+        layer_costs(model, Configuration(degrees, 1, part.samples, 1, model.order, part.group), joined=replicas)
+        for part in parts
+    ]
+    at = parts.index(told) if told is not None else 0
+    weights = [min(room_bytes) / room for room in room_bytes]
+
+    def longest(name: str) -> Floats:
+        return np.asarray(np.maximum.reduce([getattr(row, name) for row in rows]))
+
+    def fullest(name: str) -> Floats:
+        if told is not None:
+            return np.asarray(getattr(rows[at], name))
+        weighed = [getattr(row, name) * weight for row, weight in zip(rows, weights, strict=True)]
+        return np.asarray(np.maximum.reduce(weighed))
+
+    return replace(
+        rows[at],
+        forward_s=longest("forward_s"),
+        input_grad_s=longest("input_grad_s"),
+        weight_grad_s=longest("weight_grad_s"),
+        split_excess_s=longest("split_excess_s"),
+        recompute_s=longest("recompute_s"),
+        cut_bytes=longest("cut_bytes"),
+        edge_bytes=longest("edge_bytes"),
+        tail_s=longest("tail_s"),
+        optimizer_s=longest("optimizer_s"),
+        stage_latency_s=max(row.stage_latency_s for row in rows),
+        kept_bytes=fullest("kept_bytes"),
+        late_bytes=fullest("late_bytes"),
+        workspace_bytes=fullest("workspace_bytes"),
+        split_workspace_bytes=fullest("split_workspace_bytes"),
+        state_bytes=fullest("state_bytes"),
+    )
