@@ -47,7 +47,6 @@ Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 FIRST_ROUNDS, ROUNDS, KNOWN_ROUNDS = 100, 16, 3  # at the root, at a node, at one whose parts are known
-MOST_CUTS = 96  # that are rows of a program; idle ones are only known above
 _SMOOTHING = 0.93
 _PROBED = 2  # numbers of each kind that are probed; at the root all up to RAISED_ON_RANKS
 _STEPS = 40
@@ -112,7 +111,7 @@ class Branching:
 
     def __post_init__(self) -> None:
         self._wholes = self.program.wholes
-        self.program.know(self.cuts)
+        self.program.add(self.cuts)
         if self.inner is not None:
             self._inner_value, cut = self.trace(self.costs, self.inner)
             self.program.add([cut])
@@ -138,7 +137,7 @@ class Branching:
             return []
         bound_s = max(node.bound_s, point.bound_s * (1 - _TOLERANCE))
         if node.split.parts:
-            self._drop_idle()
+            self._note_carrying()
             return [_Node(bound_s, node.limits + limits, split) for limits, split in node.split.parts]
         self.num_nodes += 1
         values = self.program.values_of(self._wholes)
@@ -146,7 +145,7 @@ class Branching:
         if not (away > _WHOLE).any():
             return self._completed(_Node(bound_s, node.limits, node.split), point, np.round(values))
         self._offer(self.complete(point, False))
-        self._drop_idle()
+        self._note_carrying()
         chosen, fixed = self._probed(values, away, bound_s, is_root=not node.limits)
         if fixed:
             main, *_ = node.split.into(fixed, *((_denied(limit),) for limit in fixed))
@@ -164,7 +163,7 @@ class Branching:
         """Return the optimum after some rounds of cuts; None where the node is closed."""
         before_s = -np.inf
         for turn in range(rounds):
-            point = self.program.solve_below()
+            point = self.program.solve()
             if point is None or point.bound_s * (1 - _TOLERANCE) >= self.target_s:
                 return None
             if self._is_met(point):
@@ -172,7 +171,7 @@ class Branching:
             if turn > 1 and point.bound_s - before_s < _LITTLE * self.target_s:
                 break
             before_s = point.bound_s
-        point = self.program.solve_below()
+        point = self.program.solve()
         return None if point is None or point.bound_s * (1 - _TOLERANCE) >= self.target_s else point
 
     def _is_met(self, point: Point) -> bool:
@@ -203,7 +202,8 @@ class Branching:
             self._add(found.cut)
             if is_missed:
                 return [node]
-        layers = np.isin(self._wholes.kind, (ENDS, STAGES, CELLS, RAISED)) & ~self._wholes.is_row
+        is_column = self._wholes.variable < self.program.num_columns
+        layers = np.isin(self._wholes.kind, (ENDS, STAGES, CELLS, RAISED)) & is_column
         open_places = np.flatnonzero(layers & (self._low < self._high))
         if not len(open_places):
             return []
@@ -228,10 +228,7 @@ class Branching:
                 floor = float(np.floor(values[place]))
                 low, high = self._low[place], self._high[place]
                 sides = ((low, floor), (floor + 1.0, high))
-                raised_s = self.program.probe(
-                    bool(self._wholes.is_row[place]), int(self._wholes.place[place]), sides, _STEPS
-                )
-                self._limit(place, low, high)
+                raised_s = self.program.probe(int(self._wholes.variable[place]), sides, _STEPS)
                 closed = [bool(side_s >= self.target_s) for side_s in raised_s]
                 if all(closed):
                     return place, None
@@ -258,12 +255,9 @@ class Branching:
     def _add(self, cut: Cut) -> None:
         self.program.add([cut])
 
-    def _drop_idle(self) -> None:
-        binding, cuts = self.program.carrying(), self.program.cuts
-        for place in np.flatnonzero(binding).tolist():
-            self.carrying.setdefault(id(cuts[place]), cuts[place])
-        if len(cuts) > MOST_CUTS:
-            self.program.drop(~binding)
+    def _note_carrying(self) -> None:
+        for cut in self.program.carrying():
+            self.carrying.setdefault(id(cut), cut)
 
     def _hold(self, limits: tuple[Limit, ...]) -> bool:
         """Set the program's limits to those of a node; False where they leave nothing."""
@@ -281,7 +275,7 @@ class Branching:
         return True
 
     def _limit(self, place: int, low: float, high: float) -> None:
-        self.program.limit(bool(self._wholes.is_row[place]), int(self._wholes.place[place]), float(low), float(high))
+        self.program.limit(int(self._wholes.variable[place]), low, high)
 
 
 def _denied(limit: Limit) -> Limit:

@@ -132,7 +132,7 @@ class Closer:
             return None if found is None else judge(found)
 
         shared = self.cuts.setdefault(costs.order.key, [])
-        program = CutProgram(costs, form="whole", rank_layers=rank_layers)
+        program = CutProgram(costs, form="whole", target_s=target_s, rank_layers=rank_layers)
         branching = Branching(
             costs,
             program,
@@ -197,15 +197,17 @@ class Closer:
             new.append(cut)
             if best_value < target_s:
                 return _Run(-np.inf, best, simulated)
-        program = CutProgram(costs, form=form, rank_layers=rank_layers)
+        enough_s = target_s * (1 + 2 * _TOLERANCE)
+        program = CutProgram(costs, form=form, target_s=enough_s, rank_layers=rank_layers)
         shared = self.cuts.setdefault(key, [])
-        program.know(shared)
+        program.add(shared)
         point: Point | None = None
         for turn in range(iterations):
             program.add(new)
-            point = program.solve(target_s * (1 + 2 * _TOLERANCE)) if program.cuts else _even(costs)
+            point = program.solve() if program.cuts else _even(costs)
             if point is None:
-                return _Run(np.inf, None, simulated)
+                bound = enough_s
+                break
             bound = max(bound, point.bound_s * (1 - _TOLERANCE) if np.isfinite(point.bound_s) else -np.inf)
             if bound >= target_s:
                 break
@@ -229,8 +231,8 @@ class Closer:
                 break
         if best is not None:
             self.ends[key, form] = best
-        if program.cuts and point is not None and np.isfinite(point.bound_s):
-            weights = program.duals()
+        if program.cuts and (point is None or np.isfinite(point.bound_s)):
+            weights = program.multipliers()
             carrying = [cut for cut, weight in zip(program.cuts, weights, strict=True) if weight > 1e-9]
             if form == "light" and bound >= target_s:
                 self._keep_path(costs, carrying, weights[weights > 1e-9])

@@ -6,7 +6,7 @@
          lo_r <= sum of n of the largest class over the stages of rank r <= hi_r           caps at the target
          1 <= sum_k n[s, k];  n[s, k] = 0 where run k cannot reach stage s      a column's limit where one run reaches it
          sum_l e[s, k, l] <= n[s, k]                                  layers raised above the weakest level
-         states + live vectors . bytes + workspace <= capacity        for every rank and up to 4 of its vectors
+         states + live vectors . bytes + workspace <= capacity        for every rank and each of its vectors
 
          rho_r >= lower convex hull of the least recomputation of lo_r, .., hi_r whole layers on rank r
 
@@ -16,8 +16,7 @@ and workspaces are whole. The light program has no e and no memory rows: rho_r i
 as it visits the stage of r that it visits least, over the number of replicas, each of which would count the stage again.
 F, I, W and the tails are linear in n and e; hops take the least tensor that may cross.
 
-The whole program is the one that `branching` branches on. It has all live vectors, added where they are missed, and for the
-workspace of rank r
+The whole program is the one that `branching` branches on. It has for the workspace of rank r
 
          sum_s sum_{m >= l} e[s, k, m] <= hi_r z[r, l],  z binary      for the largest class k
          workspace = w_0 + sum_l (w_l - w_{l-1})+ z[r, l]
@@ -29,10 +28,8 @@ another linear program; with all of these whole it is still a relaxation, becaus
 small classes.
 
 Kelley's method (1960): solve, simulate at the solution, add its critical path as a row, until the bound passes the
-target or the simulated point falls below it. HiGHS keeps the basis between solves.
-
-An order knows hundreds of paths, dense rows of which few bind. The program knows them all and holds the first NUM_HELD; a
-solution is tested against the others by one product, and the MOST_MISSED that it misses most become rows.
+target or the simulated point falls below it. An order knows hundreds of paths of which few bind, as few memory rows do;
+the solver (`dual_simplex`) looks at those that its solution misses, and its bounds are those of its multipliers alone.
 """
 
 from __future__ import annotations
@@ -43,24 +40,20 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-import highspy
 import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.caps import recompute_floors
+from stagewright.planner.search.linear_program import LinearProgram
 from stagewright.planner.search.order import Cut
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
-MOST_VECTORS = 4
 MOST_LISTED = 80  # layers of a rank up to which every number is tried
-_NO_LIMIT = 2**31 - 1
-_DEVEX = 1  # the exact weights of steepest edge would be made anew behind each row that is added
-_OVERFULL = 1e-7  # of the capacity
-NUM_HELD, MOST_MISSED = 48, 24  # known paths that are rows at first, and that become rows at once
-_MISSED = 1e-7  # of a bound, by which a path is longer
+_FAR = 16.0  # times the target, where theta ends
+_LONGEST = 1e7  # passes of a microbatch: no step takes as long
 
 Form = Literal["light", "full", "whole"]
 
@@ -69,7 +62,7 @@ ENDS, RANKS, SWITCHES, RAISED_ON_RANKS, STAGES, RAISED, CELLS = range(7)
 
 
 class Wholes(NamedTuple):
-    """Rows and columns that are whole in every completion, [n] each: kind, which of the two, its index, and limits.
+    """Variables that are whole in every completion, [n] each: kind, which, and limits.
 
     ENDS are layers of small classes on a stage, RANKS layers of the largest class on a rank, SWITCHES workspaces,
     RAISED_ON_RANKS raised layers of the largest class on a rank, STAGES all layers of a stage (a column where one run
@@ -77,8 +70,7 @@ class Wholes(NamedTuple):
     """
 
     kind: Longs
-    is_row: npt.NDArray[np.bool_]
-    place: Longs
+    variable: Longs
     low: Floats
     high: Floats
 
@@ -114,33 +106,24 @@ def between(first: Point, second: Point, share: float) -> Point:
 
 
 class CutProgram:
-    """The program of one candidate, open for more cuts."""
+    """The program of one candidate below a target, open for more cuts."""
 
-    def __init__(self, costs: CandidateCosts, *, form: Form, rank_layers: tuple[Longs, Longs] | None = None) -> None:
+    def __init__(
+        self, costs: CandidateCosts, *, form: Form, target_s: float, rank_layers: tuple[Longs, Longs] | None = None
+    ) -> None:
         self._costs = costs
         self._form = form
         memory = form != "light"
         self._scale = 1.0 / max(float(costs.runs.time_s @ costs.runs.length), 1e-12)
         self._base = int(np.argmax(costs.levels))
         self._raise = [level for level in range(self._base + 1, 3) if costs.levels[level]] if memory else []
-        self._solver = highspy.Highs()
-        for option, value in (
-            ("output_flag", False),
-            ("presolve", "off"),
-            ("threads", 1),
-            ("simplex_dual_edge_weight_strategy", _DEVEX),
-            ("simplex_scale_strategy", 0),  # rows and columns are near one as they are
-        ):
-            self._solver.setOptionValue(option, value)
         self._floors = None if rank_layers is None else _floor_lines(costs, rank_layers)
+        self.stop_at(target_s)
         self._columns(rank_layers)
         self._rows(rank_layers)
-        self._first_cut = self._solver.getNumRow()
-        self._cut_of_row: list[int] = []  # of the rows from `_first_cut` on; -1 where it is no path
-        self._known: list[Cut] = []
-        self._known_rows = np.zeros((0, self.num_columns))
-        self._known_constants = np.zeros(0)
-        self._is_held = np.zeros(0, dtype=np.bool_)
+        self.cuts: list[Cut] = []
+        self._first_cut = self._solver.num_rows
+        self.values = np.zeros(self.num_columns)
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -158,17 +141,19 @@ class CutProgram:
         ranks = self._costs.order.num_ranks if self._form == "whole" else 0
         self._num_floors = 0 if self._form != "light" or self._floors is None else self._costs.order.num_ranks
         count = whole + ranks * len(self._raise) + self._num_floors
-        upper = np.full(count, np.inf)
+        upper = np.ones(count)
+        upper[0] = _FAR * self._limit
         most = np.tile(self._costs.runs.length.astype(np.float64), (stages, 1))
         upper[1:whole] = np.tile(most.ravel()[self._cells], 1 + len(self._raise))
-        upper[whole : whole + ranks * len(self._raise)] = 1.0
+        if self._num_floors:
+            assert self._floors is not None
+            upper[whole:] = self._floors.most * self._scale
         lower = np.zeros(count)
         lower[1 : 1 + len(self._cells)] = ~np.isin(self._cells // runs, self._shared)
         self._first_switch = whole
         cost = np.zeros(count)
         cost[0] = 1.0
-        self._solver.addVars(count, lower, upper)
-        self._solver.changeColsCost(count, np.arange(count, dtype=np.int32), cost)
+        self._solver = LinearProgram(lower, upper, cost)
         self.num_columns = count
 
     def _index(self, stage: int, run: int) -> int:
@@ -177,13 +162,6 @@ class CutProgram:
 
     def _raised(self, position: int, stage: int, run: int) -> int:
         return self._index(stage, run) + len(self._cells) * (1 + position)
-
-    def _add(
-        self, lower: float, upper: float, index: list[int] | npt.NDArray[np.int32], value: list[float] | Floats
-    ) -> None:
-        self._solver.addRow(
-            lower, upper, len(index), np.asarray(index, dtype=np.int32), np.asarray(value, dtype=np.float64)
-        )
 
     def _rows(self, rank_layers: tuple[Longs, Longs] | None) -> None:
         costs, count = self._costs, len(self._cells)
@@ -196,7 +174,7 @@ class CutProgram:
         number = costs.runs.length.astype(np.float64)
         some = np.zeros((len(self._shared), self.num_columns))
         some[:, layers] = self._shared[:, None] == stage_of
-        blocks = [(whole, number, number), (some, np.ones(len(some)), np.full(len(some), np.inf))]
+        blocks = [(whole, number, number), (some, np.ones(len(some)), np.full(len(some), float(number.sum())))]
         if rank_layers is not None:
             of_class = costs.classes.run_class
             bulk = of_class == of_class[costs.bulk_run]
@@ -205,7 +183,7 @@ class CutProgram:
             ranks[:, layers] = held[:, stage_of] * bulk[run_of]
             blocks.append((ranks, rank_layers[0].astype(np.float64), rank_layers[1].astype(np.float64)))
             assert self._floors is not None
-            rank, slope, least = self._floors
+            rank, slope, least = self._floors.rank, self._floors.slope, self._floors.constant
             if len(rank) and (self._num_floors or self._raise):
                 floors = -slope[:, None] * self._scale * ranks[rank]
                 if self._num_floors:
@@ -221,17 +199,17 @@ class CutProgram:
             for position in range(len(self._raise)):
                 most[np.arange(count), 1 + count * (1 + position) + np.arange(count)] = 1.0
             blocks.append((most, np.full(count, -np.inf), np.zeros(count)))
-        self._add_all(*(np.concatenate(part) for part in zip(*blocks, strict=True)))
+        self._solver.add(*(np.concatenate(part) for part in zip(*blocks, strict=True)))
         if self._form == "whole":
             self._run_order_rows()
         if self._form != "light":
             self._memory_rows(rank_layers)
 
-    def _add_all(self, rows: Floats, lower: Floats, upper: Floats) -> None:
-        """Add dense rows [n, columns]."""
-        at, index = np.nonzero(rows)
-        starts = np.searchsorted(at, np.arange(len(rows))).astype(np.int32)
-        self._solver.addRows(len(rows), lower, upper, len(index), starts, index.astype(np.int32), rows[at, index])
+    def _add_at_most(self, index: list[int], value: list[float], most: float) -> None:
+        """Add a row that is at most a number; columns that are named twice count twice."""
+        row = np.zeros((1, self.num_columns))
+        np.add.at(row[0], index, value)
+        self._solver.add(row, np.array([-np.inf]), np.array([most]))
 
     def _run_order_rows(self) -> None:
         """Keep runs in the model's order: a share of run k + 1 at most up to a stage as of run k.
@@ -245,27 +223,27 @@ class CutProgram:
             for end in range(first + 1, last + 1):
                 places = [(stage, which) for which in (run, run + 1) for stage in np.flatnonzero(reach[:end, which])]
                 index = [self._index(int(stage), which) for stage, which in places]
-                value = [(1.0 if which == run else -1.0) / float(length[which]) for _, which in places]
-                self._add(0.0, np.inf, index, value)
+                value = [(-1.0 if which == run else 1.0) / float(length[which]) for _, which in places]
+                self._add_at_most(index, value, 0.0)
 
     @cached_property
     def wholes(self) -> Wholes:
         """What is whole in every completion; the sums of raised layers over ranks become rows at the first call."""
-        assert self._form == "whole" and not self._known
+        assert self._form == "whole" and not self.cuts
         costs, of_class = self._costs, self._costs.classes.run_class
         runs = costs.runs.num_runs
-        count, ranks = len(self._cells), costs.order.num_ranks
+        count, ranks, first_row = len(self._cells), costs.order.num_ranks, self.num_columns
         alike = of_class == of_class[costs.bulk_run]
-        found: list[tuple[int, bool, int]] = []
+        found: list[tuple[int, int]] = []
         bulk = np.where(np.isin(self._cells // runs, self._shared), CELLS, STAGES)
         layers = np.where(alike[self._cells % runs], bulk, ENDS).tolist()
-        found += [(kind, False, 1 + place) for place, kind in enumerate(layers)]
-        found += [(RAISED, False, 1 + place) for place in range(count, count * (1 + len(self._raise)))]
+        found += [(kind, 1 + place) for place, kind in enumerate(layers)]
+        found += [(RAISED, 1 + place) for place in range(count, count * (1 + len(self._raise)))]
         switches = range(self._first_switch, self._first_switch + ranks * len(self._raise))
-        found += [(SWITCHES, False, column) for column in switches]
-        found += [(STAGES, True, runs + place) for place in range(len(self._shared))]
+        found += [(SWITCHES, column) for column in switches]
+        found += [(STAGES, first_row + runs + place) for place in range(len(self._shared))]
         if self._has_rank_rows:
-            found += [(RANKS, True, runs + len(self._shared) + rank) for rank in range(ranks)]
+            found += [(RANKS, first_row + runs + len(self._shared) + rank) for rank in range(ranks)]
         for slots in costs.order.slots:
             for position in range(len(self._raise)):
                 cells = [
@@ -274,66 +252,30 @@ class CutProgram:
                     for run in np.flatnonzero(alike).tolist()
                     if self._index(slot.stage, run)
                 ]
-                index, value = _merged(cells, [1.0] * len(cells))
-                found.append((RAISED_ON_RANKS, True, self._first_cut))
-                self._add(-np.inf, np.inf, index, value)
-                self._first_cut += 1
-        kind, is_row, place = (np.array(column) for column in zip(*found, strict=True))
-        lp = self._solver.getLp()
-        limits = [
-            np.where(
-                is_row, np.array(of_rows)[np.where(is_row, place, 0)], np.array(of_columns)[np.where(is_row, 0, place)]
-            )
-            for of_rows, of_columns in ((lp.row_lower_, lp.col_lower_), (lp.row_upper_, lp.col_upper_))
-        ]
-        return Wholes(kind, is_row, place, limits[0], limits[1])
+                row = np.zeros((1, self.num_columns))
+                np.add.at(row[0], cells, 1.0)
+                found.append((RAISED_ON_RANKS, first_row + self._solver.num_rows))
+                self._solver.add(row, np.zeros(1), row @ np.full(self.num_columns, float(costs.num_layers)))
+        self._first_cut = self._solver.num_rows
+        kind, variable = (np.array(column) for column in zip(*found, strict=True))
+        return Wholes(kind, variable, *self._solver.limits(variable))
 
     def _memory_rows(self, rank_layers: tuple[Longs, Longs] | None) -> None:
-        """Add rows of a few live vectors of each rank; the whole program keeps the others until a solution misses one."""
+        """Add a row for each live vector of each rank."""
         costs = self._costs
         scale = 1.0 / max(costs.capacity_bytes, 1.0)
-        left: list[Floats] = []
-        rooms: list[Floats] = []
         for rank in range(costs.order.num_ranks):
             most = costs.num_layers if rank_layers is None else int(rank_layers[1][rank])
             least = self._least_workspace(rank)
             room = (costs.capacity_bytes - least) * scale
+            live = costs.order.live[rank]
             if self._form == "whole":
-                rows = self._bytes_rows(rank, costs.order.live[rank], np.zeros(3))
+                rows = self._bytes_rows(rank, live, np.zeros(3))
                 switches, rises = self._workspace_switches(rank, least, most)
                 rows[:, switches] += rises
-                first = _some(len(rows))
-                left.append(np.delete(rows, first, axis=0) * scale)
-                rooms.append(np.full(len(left[-1]), room))
-                rows = rows[first]
             else:
-                live = costs.order.live[rank]
-                rows = self._bytes_rows(rank, live[_some(len(live))], self._workspace_steps(rank, least, most))
-            self._add_all(rows * scale, np.full(len(rows), -np.inf), np.full(len(rows), room))
-        if self._form == "whole":
-            self._left, self._rooms = np.concatenate(left), np.concatenate(rooms)
-
-    def _add_missed_memory(self, values: Floats) -> bool:
-        """Add the rows of live vectors that a solution overfills most; tell whether there were any."""
-        over = self._left @ values - self._rooms
-        missed = np.argsort(-over, kind="stable")[: self._costs.order.num_ranks]
-        missed = missed[over[missed] > _OVERFULL]
-        if not len(missed):
-            return False
-        self._add_all(self._left[missed], np.full(len(missed), -np.inf), self._rooms[missed])
-        self._cut_of_row += [-1] * len(missed)
-        self._left, self._rooms = np.delete(self._left, missed, axis=0), np.delete(self._rooms, missed)
-        return True
-
-    def _add_missed_paths(self, values: Floats) -> bool:
-        """Make rows of the known paths that are longest above a solution; tell whether there were any."""
-        if self._is_held.all():
-            return False
-        short = np.where(self._is_held, 0.0, self._known_constants - self._known_rows @ values)
-        missed = np.argsort(-short, kind="stable")[:MOST_MISSED]
-        missed = missed[short[missed] > _MISSED * max(float(values[0]), 1e-300)]
-        self._hold(missed)
-        return len(missed) > 0
+                rows = self._bytes_rows(rank, live, self._workspace_steps(rank, least, most))
+            self._solver.add(rows * scale, np.full(len(rows), -np.inf), np.full(len(rows), room))
 
     def _least_workspace(self, rank: int) -> float:
         """Return what the rank's workspace is at least: on every stage stands some layer that reaches it."""
@@ -378,7 +320,7 @@ class CutProgram:
                 continue
             column = self._first_switch + rank * len(self._raise) + position
             index = [self._raised(p, stage, run) for p in range(position, len(self._raise)) for stage, run in cells]
-            self._add(-np.inf, 0.0, [*index, column], [1.0] * len(index) + [-float(max(most, 1))])
+            self._add_at_most([*index, column], [1.0] * len(index) + [-float(max(most, 1))], 0.0)
             switches.append(column)
             rises.append(rise)
             before += rise
@@ -401,32 +343,12 @@ class CutProgram:
                 rows[:, column + count * (1 + block)] += saved[:, here]
         return rows
 
-    def know(self, cuts: Sequence[Cut]) -> None:
-        """Take critical paths of the order, the first NUM_HELD as rows, the others as rows where a solution misses them."""
-        first = len(self._known)
-        self._learn(cuts)
-        self._hold(np.arange(first, min(first + NUM_HELD, len(self._known))))
-
     def add(self, cuts: Sequence[Cut]) -> None:
-        """Add critical paths of the order as rows."""
-        first = len(self._known)
-        self._learn(cuts)
-        self._hold(np.arange(first, len(self._known)))
-
-    def _learn(self, cuts: Sequence[Cut]) -> None:
+        """Add critical paths of the order."""
         if cuts:
             rows, constants = self.rows(cuts)
-            self._known += cuts
-            self._known_rows = np.concatenate((self._known_rows, rows))
-            self._known_constants = np.concatenate((self._known_constants, constants))
-            self._is_held = np.concatenate((self._is_held, np.zeros(len(cuts), dtype=np.bool_)))
-
-    def _hold(self, places: Longs) -> None:
-        """Make rows of known paths."""
-        if len(places):
-            self._add_all(self._known_rows[places], self._known_constants[places], np.full(len(places), np.inf))
-            self._cut_of_row += places.tolist()
-            self._is_held[places] = True
+            self._solver.add(rows, constants, np.full(len(cuts), np.inf))
+            self.cuts += cuts
 
     def rows(self, cuts: Sequence[Cut]) -> tuple[Floats, Floats]:
         """Return coefficients [n, columns] and constants [n], scaled, with row . columns >= constant: theta minus a path."""
@@ -460,99 +382,49 @@ class CutProgram:
             rows[:, 1 + count : 1 + count + self._num_floors] = -least_visits(costs, input_grad)
         return rows, constants * self._scale
 
-    def limit(self, is_row: bool, index: int, low: float, high: float) -> None:
-        """Set the limits of a row or a column."""
-        change = self._solver.changeRowBounds if is_row else self._solver.changeColBounds
-        change(index, low, high)
+    def limit(self, variable: int, low: float, high: float) -> None:
+        """Set the limits of a variable of `wholes`."""
+        self._solver.limit(variable, low, high)
 
     def stop_at(self, target_s: float) -> None:
-        """Let the solver stop where the optimum is sure to be above `target_s`."""
-        self._solver.setOptionValue("objective_bound", target_s * self._scale * (1 + 1e-6))
+        """Stop solving where the optimum is proved to be at least `target_s`."""
+        self._limit = min(target_s * self._scale, _LONGEST)
 
-    def solve_below(self) -> Point | None:
-        """Return the optimum; None when there is none, or where it is sure to be above the target of `stop_at`."""
-        while not self._is_closed():
-            if self._solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-                return self._give_up()
-            values = np.array(self._solver.getSolution().col_value)
-            missed_memory = self._add_missed_memory(values)
-            if not self._add_missed_paths(values) and not missed_memory:
-                return self._point(values)
-        return None
+    def solve(self) -> Point | None:
+        """Return the optimum; None when there is none, or where it is proved to be at least the target."""
+        bound = self._solver.solve(self._limit)
+        if bound >= self._limit:
+            return None
+        self.values = self._solver.columns()
+        return self._point(self.values, bound / self._scale)
 
     def values_of(self, wholes: Wholes) -> Floats:
         """Return the values of what is whole at the last solution, [n]."""
-        solution = self._solver.getSolution()
-        rows, columns = np.array(solution.row_value), np.array(solution.col_value)
-        at_row, at_column = np.where(wholes.is_row, wholes.place, 0), np.where(wholes.is_row, 0, wholes.place)
-        return np.asarray(np.where(wholes.is_row, rows[at_row], columns[at_column]))
+        is_row = wholes.variable >= self.num_columns
+        values = self.values[np.where(is_row, 0, wholes.variable)]
+        values[is_row] = self._solver.activities(wholes.variable[is_row] - self.num_columns, self.values)
+        return values
 
-    def probe(self, is_row: bool, index: int, limits: Sequence[tuple[float, float]], steps: int) -> list[float]:
-        """Return a bound under each of some limits of a row or column, after so many dual steps from the last optimum.
+    def probe(self, variable: int, limits: Sequence[tuple[float, float]], steps: int) -> list[float]:
+        """Return a bound under each of some limits of a variable, after so many dual steps from the last optimum.
 
-        Infinite where the optimum is sure to be above the target. The limits stay at the last ones, the basis does not.
+        Infinite where the optimum is proved to be at least the target.
         """
-        basis = self._solver.getBasis()
-        self._solver.setOptionValue("simplex_iteration_limit", steps)
-        bounds_s = []
-        for low, high in limits:
-            self.limit(is_row, index, low, high)
-            closed = self._is_closed()
-            bounds_s.append(np.inf if closed else float(self._solver.getInfo().objective_function_value) / self._scale)
-            self._solver.setBasis(basis)
-        self._solver.setOptionValue("simplex_iteration_limit", _NO_LIMIT)
-        return bounds_s
+        return [self._solver.probe(variable, *pair, self._limit, steps) / self._scale for pair in limits]
 
     def misses(self, cut: Cut) -> bool:
         """Tell whether the last optimum is below a path."""
         rows, constants = self.rows([cut])
-        values = np.array(self._solver.getSolution().col_value)
-        return bool(constants[0] - rows[0] @ values > 1e-6 * values[0])
+        return bool(constants[0] - rows[0] @ self.values > 1e-6 * self.values[0])
 
-    @property
-    def cuts(self) -> list[Cut]:
-        """The paths that are rows, in their order."""
-        return [self._known[place] for place in self._cut_of_row if place >= 0]
+    def carrying(self) -> list[Cut]:
+        """Return which of `cuts` bind in the last basis."""
+        binding = self._solver.binding()[self._first_cut :]
+        return [self.cuts[place] for place in np.flatnonzero(binding).tolist()]
 
-    def carrying(self) -> npt.NDArray[np.bool_]:
-        """Return which of `cuts` are binding in the last basis."""
-        status = self._solver.getBasis().row_status[self._first_cut :]
-        binding = [one != highspy.HighsBasisStatus.kBasic for one in status]
-        return np.array(binding, dtype=np.bool_)[np.array(self._cut_of_row, dtype=np.int64) >= 0]
-
-    def drop(self, chosen: npt.NDArray[np.bool_]) -> None:
-        """Remove some of `cuts`, which stay known."""
-        of_row = np.array(self._cut_of_row, dtype=np.int64)
-        places = np.flatnonzero(of_row >= 0)[chosen]
-        self._is_held[of_row[places]] = False
-        self._solver.deleteRows(len(places), (self._first_cut + places).astype(np.int32))
-        self._cut_of_row = np.delete(of_row, places).tolist()
-
-    def _is_closed(self) -> bool:
-        self._solver.run()
-        return self._solver.getModelStatus() in (
-            highspy.HighsModelStatus.kInfeasible,
-            highspy.HighsModelStatus.kObjectiveBound,
-        )
-
-    def solve(self, enough_s: float = np.inf) -> Point | None:
-        """Return the optimum, or a solution whose bound is at least `enough_s`; None when the program has no solution."""
-        while True:
-            self._solver.run()
-            status = self._solver.getModelStatus()
-            if status == highspy.HighsModelStatus.kInfeasible:
-                return None
-            if status != highspy.HighsModelStatus.kOptimal:
-                return self._give_up()
-            values = np.array(self._solver.getSolution().col_value)
-            if float(values[0]) >= enough_s * self._scale or not self._add_missed_paths(values):
-                return self._point(values)
-
-    def _point(self, values: Floats) -> Point:
+    def _point(self, values: Floats, bound_s: float) -> Point:
         layers = self._spread(values, 0)
-        return Point(
-            float(values[0]) / self._scale, layers, self._spread_raised(values), self._spread_floors(values, layers)
-        )
+        return Point(bound_s, layers, self._spread_raised(values), self._spread_floors(values, layers))
 
     def _spread_floors(self, values: Floats, layers: Floats) -> float | Floats:
         """Return each rank's recomputation spread over its stages by their layers, [S]."""
@@ -577,21 +449,9 @@ class CutProgram:
             raised[:, :, level] = self._spread(values, 1 + position)
         return raised
 
-    def _give_up(self) -> Point:
-        """Return a point without a bound, when the solver stopped for another reason."""
-        stages, runs = self._shape
-        even = np.tile(self._costs.runs.length / stages, (stages, 1))
-        return Point(-np.inf, even, np.zeros((stages, runs, 3)))
-
-    def duals(self) -> Floats:
-        """Return the multipliers of `cuts`, clipped at zero."""
-        rows = np.array(self._solver.getSolution().row_dual)[self._first_cut :]
-        return np.asarray(np.maximum(rows[np.array(self._cut_of_row, dtype=np.int64) >= 0], 0.0))
-
-
-def _some(number: int) -> Longs:
-    """Return a few of a rank's live vectors, evenly spaced: fewer rows are a relaxation, and one mostly binds."""
-    return np.unique(np.linspace(0, number - 1, min(number, MOST_VECTORS)).astype(np.int64))
+    def multipliers(self) -> Floats:
+        """Return the multipliers of `cuts`, at least zero."""
+        return np.asarray(np.maximum(self._solver.multipliers()[self._first_cut :], 0.0))
 
 
 def least_visits(costs: CandidateCosts, input_grad: Floats) -> Floats:
@@ -601,8 +461,17 @@ def least_visits(costs: CandidateCosts, input_grad: Floats) -> Floats:
     return np.asarray(visits / costs.order.num_replicas)
 
 
-def _floor_lines(costs: CandidateCosts, rank_layers: tuple[Longs, Longs]) -> tuple[Longs, Floats, Floats]:
-    """Return (rank, slope, constant) of the lines of each rank's hull: recomputation above the weakest level's, seconds.
+class _FloorLines(NamedTuple):
+    """Lines of the ranks' hulls: rank, slope and constant [n], seconds; and the most that any hull asks for, [D]."""
+
+    rank: Longs
+    slope: Floats
+    constant: Floats
+    most: Floats
+
+
+def _floor_lines(costs: CandidateCosts, rank_layers: tuple[Longs, Longs]) -> _FloorLines:
+    """Return the lines of each rank's hull of recomputation above the weakest level's.
 
     Lines that are nowhere positive are left out, and so are ranks of more than MOST_LISTED layers.
     """
@@ -610,17 +479,19 @@ def _floor_lines(costs: CandidateCosts, rank_layers: tuple[Longs, Longs]) -> tup
     base = int(np.argmax(costs.levels))
     ranks: list[int] = []
     lines: list[tuple[float, float]] = []
+    most = np.zeros(len(low))
     if int(costs.levels.sum()) > 1 and int(high.max(initial=0)) <= MOST_LISTED:
         floors = recompute_floors(costs.rank_tables, low, high)
         each = float(costs.runs.recompute_s[base, costs.bulk_run])
         for rank in range(len(low)):
             numbers = low[rank] + np.flatnonzero(np.isfinite(floors[rank]))
             values = floors[rank][numbers - low[rank]] - each * numbers
+            most[rank] = values.max(initial=0.0)
             for line in _lower_hull(numbers.tolist(), values.tolist()):
                 ranks.append(rank)
                 lines.append(line)
     columns = np.array(lines).reshape(-1, 2)
-    return np.array(ranks, dtype=np.int64), columns[:, 0], columns[:, 1]
+    return _FloorLines(np.array(ranks, dtype=np.int64), columns[:, 0], columns[:, 1], most)
 
 
 def _lower_hull(numbers: list[int], values: list[float]) -> list[tuple[float, float]]:
@@ -650,11 +521,3 @@ def reachable(costs: CandidateCosts) -> npt.NDArray[np.bool_]:
     stage = np.arange(costs.num_stages)[:, None]
     layers, stages = costs.num_layers, costs.num_stages
     return np.asarray((stage <= start[None, 1:] - 1) & (stage >= stages - layers + start[None, :-1]))
-
-
-def _merged(index: list[int], value: list[float]) -> tuple[list[int], list[float]]:
-    """Return the row with equal columns added up (a rank that holds a stage of both replicas)."""
-    total: dict[int, float] = {}
-    for column, number in zip(index, value, strict=True):
-        total[column] = total.get(column, 0.0) + number
-    return list(total), list(total.values())

@@ -11,7 +11,7 @@ The declared space is enumerated anew. For D ranks, T microbatches, n_k layers o
     serial   T x                                              one rank works at a time
 
 Candidates whose bound here reaches the certificate's are proved again. For the others the certificate rests on path cuts
-in linear programs, hence on the solver. Those are attacked: the most promising are completed with balanced
+in linear programs, whose multipliers it does not keep. Those are attacked: the most promising are completed with balanced
 stages and simulated, and one step below the bound refutes the certificate. Costs are those of the cost model, checked
 against the ones that plans are scored with on a sample of configurations.
 """

@@ -1,0 +1,459 @@
+"""The dual simplex method for small dense linear programs of which few rows bind, compiled.
+
+    min  c . x    s.t.  low <= (x, A x) <= high
+
+Every variable, a column or the activity of a row, is basic or nonbasic at one of its limits. The table holds the basic
+ones of the rows that were looked at as linear forms of the nonbasic ones, [m, n], and reduced costs are the objective
+as such a form; they keep the sign that makes it least, so the objective is a lower bound at any time. A pivot takes the
+basic variable that is furthest beyond a limit (steepest edge, whose norms the dense table gives exactly) against the
+nonbasic one whose reduced cost gets to zero first (Harris' two passes), O(m n).
+
+Rows are known first and enter the table where a solution misses them; rows that are basic say nothing and leave it. So
+programs of hundreds of known rows are solved in tables of tens. Limits may change between solves, columns whose two
+limits are finite go to the one that their reduced cost asks for, and the method goes on from where it was: this needs
+finite limits of all that changes.
+
+Nothing rests on the table's rounding: `proved` takes the multipliers alone, clips their signs, and adds up what the rows'
+limits and the columns' limits give in the numbers of the program (Neumaier and Shcherbina, Mathematical Programming 99,
+2004). A program without a solution has multipliers whose sum passes any number.
+
+Paper: Koberstein, The dual simplex method, techniques for a fast and stable implementation (2005).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Floats = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
+
+OPTIMAL, ABOVE, STOPPED = range(3)  # ABOVE: the optimum is proved to be at least the limit, or there is none
+KNOWN, HELD, PIVOTS = range(3)  # entries of Table.size
+_FEASIBLE = 1e-9
+_DUAL = 1e-10
+_PIVOT = 1e-7
+_MISSED = 1e-7
+_DRIFT = 1e-6
+_ENTER = 24  # missed rows that enter at once
+_SPARE = 48  # rows of the table beyond its columns
+_MOST_PIVOTS = 20_000
+
+
+class Table(NamedTuple):
+    """A program and its basis, overwritten in place; variables are columns 0 .. n - 1, then rows.
+
+    `rows` [M, n] with room for M rows, `low` and `high` [n + M], `cost` [n]; `table` [n + spare, n], `basic`, `value` and
+    `norm` of its rows, `nonbasic`, `reduced` and `at` of its columns; `place` [n + M] is a row of the table, -1 for a row
+    that is only known, or -2 - column of the table. `size` counts known rows, rows of the table and pivots.
+    """
+
+    rows: Floats
+    low: Floats
+    high: Floats
+    cost: Floats
+    table: Floats
+    basic: Longs
+    value: Floats
+    norm: Floats
+    nonbasic: Longs
+    reduced: Floats
+    at: Floats
+    place: Longs
+    size: Longs
+
+
+def table_of(lower: Floats, upper: Floats, cost: Floats, room: int) -> Table:
+    """Return the table of a program without rows and with room for some; the columns are at their lower limits.
+
+    Costs are at least zero, and limits of columns finite.
+    """
+    count = len(lower)
+    most = count + _SPARE
+    return Table(
+        rows=np.empty((room, count)),
+        low=np.concatenate((lower, np.empty(room))),
+        high=np.concatenate((upper, np.empty(room))),
+        cost=cost,
+        table=np.empty((most, count)),
+        basic=np.empty(most, dtype=np.int64),
+        value=np.empty(most),
+        norm=np.empty(most),
+        nonbasic=np.arange(count),
+        reduced=cost.copy(),
+        at=lower.copy(),
+        place=np.concatenate((-2 - np.arange(count), np.full(room, -1))),
+        size=np.zeros(3, dtype=np.int64),
+    )
+
+
+@njit(cache=True)
+def solve(t: Table, limit: float, most_pivots: int) -> int:
+    """Solve until the optimum of all known rows, until it is proved to be at least `limit`, or for so many pivots."""
+    last = t.size[PIVOTS] + min(most_pivots, _MOST_PIVOTS)
+    count = len(t.at)
+    fresh = False
+    ray = np.zeros(count)
+    while True:
+        _settle(t)
+        status, row = _iterate(t, limit, last)
+        if status == ABOVE:
+            if proved(t, limit, row, ray) >= limit:
+                return ABOVE
+        elif status == STOPPED:
+            return STOPPED
+        if status == ABOVE or _drift(t) > _DRIFT:
+            if fresh:
+                return STOPPED
+            _rebuild(t)
+            fresh = True
+            continue
+        if not _enter_missed(t):
+            return OPTIMAL
+        fresh = False
+
+
+@njit(cache=True)
+def probe(t: Table, variable: int, low: float, high: float, limit: float, most_pivots: int) -> float:
+    """Return a bound of the program under other limits of one variable after so many pivots, infinite from `limit` on.
+
+    The table stays as it is.
+    """
+    held = t.size[HELD]
+    known = t.size[KNOWN] + len(t.at)
+    table, basic, value, norm = (
+        t.table[:held].copy(),
+        t.basic[:held].copy(),
+        t.value[:held].copy(),
+        t.norm[:held].copy(),
+    )
+    nonbasic, reduced, at, place = t.nonbasic.copy(), t.reduced.copy(), t.at.copy(), t.place[:known].copy()
+    before = (t.low[variable], t.high[variable])
+    if t.place[variable] == -1:
+        _make_room(t)
+        _enter(t, variable - len(t.at))
+    t.low[variable], t.high[variable] = low, high
+    _settle(t)
+    status, row = _iterate(t, limit, t.size[PIVOTS] + most_pivots)
+    ray = np.zeros(len(t.at))
+    bound = proved(t, limit, row if status == ABOVE else -1, ray)
+    t.low[variable], t.high[variable] = before
+    t.table[:held], t.basic[:held], t.value[:held], t.norm[:held] = table, basic, value, norm
+    t.nonbasic[:], t.reduced[:], t.at[:], t.place[:known] = nonbasic, reduced, at, place
+    t.size[HELD] = held
+    return np.inf if bound >= limit else bound
+
+
+@njit(cache=True)
+def proved(t: Table, limit: float, row: int, left: Floats) -> float:
+    """Return the bound that the multipliers prove, by the program's own numbers; `left` [n] is overwritten.
+
+    `row` is a row of the table that shows that there is no solution, -1 for none: as much of it is added as makes the bound
+    pass `limit`.
+    """
+    count = len(t.at)
+    share = 0.0
+    if row >= 0:
+        variable = t.basic[row]
+        most = 0.0
+        sign = 1.0 if t.value[row] < t.low[variable] else -1.0
+        miss = t.low[variable] - t.value[row] if sign > 0.0 else t.value[row] - t.high[variable]
+        total = 0.0
+        for place in range(count):
+            total += t.reduced[place] * t.at[place]
+            most = max(most, abs(t.at[place]))
+        share = sign * (max(limit - total, 0.0) + 1e-6 * abs(limit) + 1e-9) / max(miss, 1e-300)
+    for place in range(count):
+        left[place] = t.cost[place]
+    bound = 0.0
+    for place in range(count + (1 if row >= 0 else 0)):
+        if place < count:
+            variable = t.nonbasic[place]
+            weight = t.reduced[place] - (share * t.table[row, place] if row >= 0 else 0.0)
+        else:
+            variable, weight = t.basic[row], share
+        if variable < count:
+            continue
+        end = t.low[variable] if weight > 0.0 else t.high[variable]
+        if weight == 0.0 or not np.isfinite(end):
+            continue
+        bound += weight * end
+        line = t.rows[variable - count]
+        for column in range(count):
+            left[column] -= weight * line[column]
+    for column in range(count):
+        bound += left[column] * (t.low[column] if left[column] > 0.0 else t.high[column])
+    return bound
+
+
+@njit(cache=True)
+def solution(t: Table, values: Floats) -> None:
+    """Fill the values of the columns, [n]."""
+    count = len(t.at)
+    for column in range(count):
+        place = t.place[column]
+        values[column] = t.value[place] if place >= 0 else t.at[-2 - place]
+
+
+@njit(cache=True)
+def multipliers(t: Table, found: Floats) -> None:
+    """Fill the multipliers of all known rows, [known]."""
+    count = len(t.at)
+    found[:] = 0.0
+    for place in range(count):
+        if t.nonbasic[place] >= count:
+            found[t.nonbasic[place] - count] = t.reduced[place]
+
+
+@njit(cache=True)
+def _settle(t: Table) -> None:
+    """Put the nonbasic variables where their reduced costs ask for, and the basic ones where that leads."""
+    count = len(t.at)
+    for place in range(count):
+        variable = t.nonbasic[place]
+        low, high = t.low[variable], t.high[variable]
+        end = low if t.reduced[place] > 0.0 else high
+        if abs(t.reduced[place]) <= _DUAL:
+            end = low if abs(t.at[place] - low) <= abs(t.at[place] - high) else high
+        if not np.isfinite(end):  # what rounding left has no cost
+            t.reduced[place] = 0.0
+            end = low if np.isfinite(low) else high
+        t.at[place] = end
+    for row in range(t.size[HELD]):
+        t.value[row] = np.dot(t.table[row], t.at)
+
+
+@njit(cache=True, fastmath={"reassoc", "contract"})
+def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
+    """Pivot until the table is optimal or its bound is at least the limit; with the row that has no solution, or -1."""
+    count = len(t.at)
+    total = 0.0
+    for place in range(count):
+        total += t.reduced[place] * t.at[place]
+    while True:
+        if total >= limit:
+            return ABOVE, -1
+        row, most = -1, 0.0
+        for place in range(t.size[HELD]):
+            variable, value = t.basic[place], t.value[place]
+            miss = max(t.low[variable] - value, value - t.high[variable])
+            if miss > _FEASIBLE * (1.0 + abs(value)) and miss * miss > most * t.norm[place]:
+                row, most = place, miss * miss / t.norm[place]
+        if row < 0:
+            return OPTIMAL, -1
+        variable, value = t.basic[row], t.value[row]
+        sign, end = (1.0, t.low[variable]) if value < t.low[variable] else (-1.0, t.high[variable])
+        column = _entering(t, t.table[row], sign)
+        if column < 0:
+            return ABOVE, row
+        if t.size[PIVOTS] >= last:
+            return STOPPED, -1
+        t.size[PIVOTS] += 1
+        step = (end - value) / t.table[row, column]
+        total += t.reduced[column] * step
+        _pivot(t, row, column, step, end)
+
+
+@njit(cache=True)
+def _entering(t: Table, line: Floats, sign: float) -> int:
+    """Return the column whose reduced cost gets to zero first when a row's value goes up (sign 1) or down; -1 for none."""
+    count = len(t.at)
+    most = np.inf
+    for place in range(count):
+        slope = sign * line[place]
+        if abs(slope) <= _PIVOT or not _may_move(t, place, slope):
+            continue
+        most = min(most, (abs(t.reduced[place]) + _DUAL) / abs(slope))
+    best, column = 0.0, -1
+    for place in range(count):
+        slope = sign * line[place]
+        if abs(slope) <= _PIVOT or not _may_move(t, place, slope):
+            continue
+        if abs(t.reduced[place]) <= most * abs(slope) and abs(slope) > best:
+            best, column = abs(slope), place
+    return column
+
+
+@njit(cache=True, inline="always")
+def _may_move(t: Table, place: int, slope: float) -> bool:
+    """Tell whether a nonbasic variable can move so that a row with that slope rises."""
+    variable = t.nonbasic[place]
+    if t.low[variable] == t.high[variable]:
+        return False
+    return bool((t.at[place] == t.low[variable]) == (slope > 0.0))
+
+
+@njit(cache=True, fastmath={"reassoc", "contract"})
+def _pivot(t: Table, row: int, column: int, step: float, end: float) -> None:
+    """Exchange a basic variable, which goes to its limit `end`, for a nonbasic one, which moves by `step`."""
+    count, held = len(t.at), t.size[HELD]
+    line = t.table[row]
+    pivot = line[column]
+    scale = -1.0 / pivot
+    for place in range(count):
+        line[place] *= scale
+    line[column] = 0.0
+    for other in range(held):
+        factor = t.table[other, column]
+        if other == row or factor == 0.0:
+            continue
+        theirs = t.table[other]
+        theirs[column] = 0.0
+        square = 1.0
+        for place in range(count):
+            theirs[place] += factor * line[place]
+            square += theirs[place] * theirs[place]
+        theirs[column] = factor / pivot
+        t.norm[other] = square + theirs[column] * theirs[column]
+        t.value[other] += factor * step
+    cost = t.reduced[column]
+    if cost != 0.0:
+        for place in range(count):
+            t.reduced[place] += cost * line[place]
+    t.reduced[column] = cost / pivot
+    line[column] = 1.0 / pivot
+    square = 1.0
+    for place in range(count):
+        square += line[place] * line[place]
+    t.norm[row] = square
+    leaving, entering = t.basic[row], t.nonbasic[column]
+    t.value[row] = t.at[column] + step
+    t.basic[row], t.nonbasic[column] = entering, leaving
+    t.place[entering], t.place[leaving] = row, -2 - column
+    t.at[column] = end
+
+
+@njit(cache=True)
+def _enter(t: Table, known: int) -> None:
+    """Write a known row as a form of the nonbasic variables, as one more row of the table."""
+    count, row = len(t.at), t.size[HELD]
+    line = t.table[row]
+    line[:] = 0.0
+    for column in range(count):
+        factor = t.rows[known, column]
+        if factor == 0.0:
+            continue
+        place = t.place[column]
+        if place >= 0:
+            theirs = t.table[place]
+            for other in range(count):
+                line[other] += factor * theirs[other]
+        else:
+            line[-2 - place] += factor
+    t.norm[row] = 1.0 + np.dot(line, line)
+    t.value[row] = np.dot(line, t.at)
+    t.basic[row] = count + known
+    t.place[count + known] = row
+    t.size[HELD] += 1
+
+
+@njit(cache=True)
+def _leave(t: Table, row: int) -> None:
+    """Take a basic row out of the table."""
+    last = t.size[HELD] - 1
+    t.place[t.basic[row]] = -1
+    if row < last:
+        t.table[row] = t.table[last]
+        t.basic[row], t.value[row], t.norm[row] = t.basic[last], t.value[last], t.norm[last]
+        t.place[t.basic[row]] = row
+    t.size[HELD] = last
+
+
+@njit(cache=True)
+def _make_room(t: Table) -> None:
+    """Take idle rows out of the table where they are many."""
+    count = len(t.at)
+    idle = 0
+    for row in range(t.size[HELD]):
+        idle += t.basic[row] >= count
+    if idle + _ENTER <= _SPARE:
+        return
+    for row in range(t.size[HELD] - 1, -1, -1):
+        if t.basic[row] >= count:
+            _leave(t, row)
+
+
+@njit(cache=True)
+def _enter_missed(t: Table) -> bool:
+    """Let the known rows that the solution misses most into the table; tell whether there are any."""
+    count = len(t.at)
+    values = np.empty(count)
+    solution(t, values)
+    found = np.full(_ENTER, -1)
+    short = np.zeros(_ENTER)
+    number = 0
+    tolerance = _MISSED * max(1.0, abs(np.dot(t.cost, values)))
+    for known in range(t.size[KNOWN]):
+        if t.place[count + known] != -1:
+            continue
+        activity = np.dot(t.rows[known], values)
+        miss = max(t.low[count + known] - activity, activity - t.high[count + known])
+        if miss <= tolerance or (number == _ENTER and miss <= short[-1]):
+            continue
+        place = min(number, _ENTER - 1)
+        while place > 0 and short[place - 1] < miss:
+            short[place], found[place] = short[place - 1], found[place - 1]
+            place -= 1
+        short[place], found[place] = miss, known
+        number = min(number + 1, _ENTER)
+    if number:
+        _make_room(t)
+    for place in range(number):
+        _enter(t, found[place])
+    return number > 0
+
+
+@njit(cache=True)
+def _drift(t: Table) -> float:
+    """Return how far the rows of the table are from what the columns make them."""
+    count = len(t.at)
+    values = np.empty(count)
+    solution(t, values)
+    most = 0.0
+    for row in range(t.size[HELD]):
+        if t.basic[row] >= count:
+            most = max(most, abs(np.dot(t.rows[t.basic[row] - count], values) - t.value[row]))
+    for place in range(count):
+        if t.nonbasic[place] >= count:
+            most = max(most, abs(np.dot(t.rows[t.nonbasic[place] - count], values) - t.at[place]))
+    return most
+
+
+@njit(cache=True)
+def _rebuild(t: Table) -> None:
+    """Make the table anew from the program's numbers, with the same basis as far as pivots allow."""
+    count = len(t.at)
+    wanted = np.zeros(count, dtype=np.bool_)
+    rows = np.empty(t.size[HELD] + count, dtype=np.int64)
+    number = 0
+    for row in range(t.size[HELD]):
+        if t.basic[row] < count:
+            wanted[t.basic[row]] = True
+    for place in range(count):
+        if t.nonbasic[place] >= count:
+            rows[number] = t.nonbasic[place] - count
+            number += 1
+    ends = np.empty(count)
+    for column in range(count):
+        place = t.place[column]
+        ends[column] = t.low[column] if place >= 0 else t.at[-2 - place]
+    row_ends = np.empty(number)
+    for place in range(number):
+        row_ends[place] = t.at[-2 - t.place[count + rows[place]]]
+    t.place[count : count + t.size[KNOWN]] = -1
+    t.size[HELD] = 0
+    for column in range(count):
+        t.nonbasic[column], t.reduced[column], t.at[column] = column, t.cost[column], ends[column]
+        t.place[column] = -2 - column
+    for place in range(number):
+        _enter(t, rows[place])
+    for row in range(number):
+        best, column = _PIVOT, -1
+        for place in range(count):
+            if t.nonbasic[place] < count and wanted[t.nonbasic[place]] and abs(t.table[row, place]) > best:
+                best, column = abs(t.table[row, place]), place
+        if column >= 0:
+            _pivot(t, row, column, 0.0, row_ends[row])

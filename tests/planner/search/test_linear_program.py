@@ -1,0 +1,102 @@
+"""The compiled dual simplex method against HiGHS, and its bounds against arithmetic."""
+
+from __future__ import annotations
+
+import highspy
+import numpy as np
+import pytest
+
+from stagewright.planner.search.linear_program import LinearProgram
+
+_LIMIT = 1e6
+
+
+def _random(seed: int):
+    """A program with finite columns, two-sided, one-sided and equal rows, often degenerate, sometimes without a solution."""
+    draw = np.random.default_rng(seed)
+    count, rows = int(draw.integers(2, 30)), int(draw.integers(1, 120))
+    lower = draw.integers(0, 2, count).astype(float)
+    upper = lower + draw.integers(0, 6, count)
+    cost = np.zeros(count)
+    cost[0] = 1.0
+    upper[0] = 1e3
+    lower[0] = 0.0
+    matrix = np.where(draw.random((rows, count)) < 0.5, draw.integers(-3, 4, (rows, count)), 0).astype(float)
+    matrix[rows // 3 :, 0] = 1.0
+    inside = matrix @ (lower + (upper - lower) * draw.random(count))
+    low = np.where(draw.random(rows) < 0.7, np.floor(inside) - draw.integers(0, 3, rows), -np.inf)
+    high = np.where(draw.random(rows) < 0.3, np.ceil(inside), np.inf)
+    high[: rows // 8] = low[: rows // 8] = np.round(inside[: rows // 8])
+    return lower, upper, cost, matrix, low, high
+
+
+def _reference(lower, upper, cost, matrix, low, high) -> float:
+    """The optimum by HiGHS; infinite for none."""
+    solver = highspy.Highs()
+    solver.setOptionValue("output_flag", False)
+    solver.addVars(len(cost), lower, upper)
+    solver.changeColsCost(len(cost), np.arange(len(cost), dtype=np.int32), cost)
+    index = np.arange(len(cost), dtype=np.int32)
+    for row, least, most in zip(matrix, low, high, strict=True):
+        solver.addRow(least, most, len(index), index, row)
+    solver.run()
+    if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+        return float("inf")
+    assert solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
+    return float(solver.getInfo().objective_function_value)
+
+
+def test_optima_are_those_of_highs_and_of_solutions_within_their_limits() -> None:
+    impossible = 0
+    for seed in range(300):
+        parts = lower, upper, cost, matrix, low, high = _random(seed)
+        program = LinearProgram(lower, upper, cost)
+        half = len(matrix) // 2
+        program.add(matrix[:half], low[:half], high[:half])
+        program.solve(_LIMIT)
+        program.add(matrix[half:], low[half:], high[half:])
+        value, reference = program.solve(_LIMIT), _reference(*parts)
+        assert value == pytest.approx(reference, abs=1e-6), seed
+        impossible += np.isinf(reference)
+        if np.isfinite(reference):
+            columns = program.columns()
+            activity = matrix @ columns
+            assert ((columns >= lower - 1e-6) & (columns <= upper + 1e-6)).all()
+            assert ((activity >= low - 1e-5) & (activity <= high + 1e-5)).all()
+            assert cost @ columns == pytest.approx(reference, abs=1e-5)
+    assert 20 <= impossible <= 280
+
+
+def test_other_limits_change_the_optimum_as_in_a_new_program_and_a_probe_changes_nothing() -> None:
+    compared = 0
+    for seed in range(300, 420):
+        lower, upper, cost, matrix, low, high = _random(seed)
+        program = LinearProgram(lower, upper, cost)
+        program.add(matrix, low, high)
+        before = program.solve(_LIMIT)
+        if not np.isfinite(before):
+            continue
+        draw = np.random.default_rng(seed)
+        for column in draw.integers(1, len(cost), 4).tolist():
+            middle = float(np.floor(0.5 * (lower[column] + upper[column])))
+            closed = upper.copy()
+            closed[column] = middle
+            reference = _reference(lower, closed, cost, matrix, low, high)
+            assert program.probe(column, lower[column], middle, _LIMIT, 5) <= reference + 1e-6
+            assert program.solve(_LIMIT) == pytest.approx(before, abs=1e-6)
+            program.limit(column, lower[column], middle)
+            assert program.solve(_LIMIT) == pytest.approx(reference, abs=1e-6), seed
+            program.limit(column, lower[column], upper[column])
+            assert program.solve(_LIMIT) == pytest.approx(before, abs=1e-6), seed
+            compared += 1
+    assert compared >= 60
+
+
+def test_a_program_stops_where_its_bound_passes_the_limit() -> None:
+    rows = np.array([[1.0, -1.0], [1.0, 1.0]])
+    program = LinearProgram(np.zeros(2), np.array([100.0, 10.0]), np.array([1.0, 0.0]))
+    program.add(rows, np.array([1.0, 5.0]), np.full(2, np.inf))
+    assert program.solve(2.9) == np.inf
+    assert program.solve(3.1) == pytest.approx(3.0)  # x = 2, as far from both rows
+    assert program.multipliers() == pytest.approx([0.5, 0.5])
+    assert program.binding().tolist() == [True, True]
