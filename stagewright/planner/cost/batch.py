@@ -207,7 +207,7 @@ def _number_keys(keys: Ints, where: Ints) -> Ints:
     return first[:count].copy()
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _slot(key: int, size: int) -> int:
     mixed = key ^ (key >> 31)
     mixed = (mixed * 0x9E3779B97F4A7C1) & 0x7FFFFFFFFFFFFFFF
@@ -356,7 +356,7 @@ def _evaluate(
         peak[row] = max(first, last) + base
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _sum_layers(
     table: Floats,
     roles: npt.NDArray[np.int8],
@@ -394,7 +394,7 @@ def _sum_layers(
         work[role] = max(work[role], cost[_WORKSPACE + level])
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _pipeline(
     before: Floats, inner: Floats, behind: Floats, family: int, d: int, count: int, v: int, hop: float
 ) -> float:
@@ -421,7 +421,7 @@ def _pipeline(
     return float(count * longest + (d - 1) * bubble + 2 * (d - 1) * hop)
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _one_forward_one_backward(a: float, m: float, b: float, total: float, d: int, count: int, c: float) -> float:
     longest = count * (total / d + 2 * c * (d - 1) / d)
     for kind in range(4):
@@ -442,7 +442,7 @@ def _one_forward_one_backward(a: float, m: float, b: float, total: float, d: int
     return longest
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _live(family: int, d: int, count: int, v: int) -> tuple[float, float]:
     if family == 0:
         return float(count), float(count)

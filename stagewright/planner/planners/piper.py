@@ -318,7 +318,7 @@ def _cheapest_cover(cost: Floats, saved: Floats, need: float) -> tuple[float, np
     return best, picked
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _fractional_bound(
     depth: int, spent: float, left: float, order: Ints, cost: Floats, saved: Floats, kind: Ints, closed: Ints
 ) -> float:
@@ -334,7 +334,7 @@ def _fractional_bound(
     return np.inf
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _recompute_s(
     stashes: int,
     degree: int,
@@ -469,7 +469,7 @@ def _cover(
     return True, bottleneck, rows[:count]
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _most_stashes(
     slack_s: float,
     limit: int,

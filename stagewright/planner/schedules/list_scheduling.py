@@ -283,7 +283,7 @@ def decode(chains: Chains, rule: Rule) -> Words:
     return Words(letters, offset)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, no_cpython_wrapper=True, inline="always")
 def _mark(rank: int, stale: Ints, num_stale: int, is_stale: npt.NDArray[np.bool_]) -> int:
     """Add a rank to those to look at again, once; return how many there are."""
     if is_stale[rank]:
@@ -293,7 +293,7 @@ def _mark(rank: int, stale: Ints, num_stale: int, is_stale: npt.NDArray[np.bool_
     return num_stale + 1
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _keeps_bankers_rule(
     position: int, room: float, low: int, high: int, member: Ints, done: Ints, freed: Ints, fan: int, held: Floats,
     units: Ints,
@@ -339,7 +339,7 @@ def measure(chains: Chains, words: Words) -> Measure:
     return measured
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def sweep(
     chains: Chains, letters: Letters, offset: Ints, done: Ints, forward_end_s: Floats, backward_end_s: Floats,
     start_s: Floats, ready_s: Floats,
@@ -416,13 +416,13 @@ def sweep(
     return Measure(free_s.max(), span_s, total_s / max(num_done, 1))
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def end_tables(chains: Chains) -> tuple[Floats, Floats]:
     most, positions = chains.units.max(), len(chains.rank)
     return np.zeros((positions, most)), np.zeros((positions, most * chains.fan))
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def word_offsets(chains: Chains) -> Ints:
     kinds = 3 if chains.is_split else 2
     offset = np.zeros(len(chains.first_member), dtype=np.int64)

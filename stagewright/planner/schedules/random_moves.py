@@ -9,7 +9,7 @@ from numba import njit
 RandomState = npt.NDArray[np.uint64]
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def uniform(state: RandomState) -> float:
     """Return a number in [0, 1) and advance the state, one uint64 (SplitMix64, Steele et al., OOPSLA 2014)."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
@@ -20,7 +20,7 @@ def uniform(state: RandomState) -> float:
     return float(mixed >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def shift(letters: npt.NDArray[np.int32], source: int, target: int) -> None:
     """Move one letter to another place, in place; those between make room."""
     letter = letters[source]

@@ -236,7 +236,7 @@ def search(problem: Problem, period_s: float, orders: int, state: RandomState, b
     return float(best[0])
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _value(
     problem: Problem, order: Ints, first: Ints, gap: Floats, spare_s: Floats, phase_s: Floats, period_s: float,
     offset_s: Floats, start_s: Floats,

@@ -81,7 +81,7 @@ def _skeleton(num_ranks: int, num_microbatches: int) -> Words:
     return Words(letters, np.arange(num_ranks + 1) * per_rank)
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _put(letters: np.ndarray, at: int, count: np.ndarray, letter: int, num_microbatches: int) -> int:
     """Append the letter unless its microbatch does not exist; return the next place."""
     count[letter] += 1

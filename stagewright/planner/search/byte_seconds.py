@@ -8,7 +8,7 @@ from numba import njit
 from stagewright.planner.search.class_prices import ClassPrices
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def pool_admits(
     target_s: float,
     num_ranks: int,

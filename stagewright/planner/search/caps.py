@@ -119,7 +119,7 @@ def recompute_floors(tables: RankTables, low: Longs, high: Longs) -> Floats:
     return floors
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _bulk_runs(tables: RankTables) -> tuple[int, int, Bools]:
     """Return a run of the class with most layers, how many layers the class has, and which runs are of it."""
     run_class = tables.run_class
@@ -144,7 +144,7 @@ def largest_class(run_class: npt.NDArray[np.int32], length: Longs) -> tuple[int,
     return best, most
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _bulk_stages(tables: RankTables, like: Bools) -> tuple[int, int]:
     """Return the range of stages that can hold nothing but the largest class, whatever the partition."""
     runs, stages = len(like), tables.placement.shape[1]
@@ -163,7 +163,7 @@ def _bulk_stages(tables: RankTables, like: Bools) -> tuple[int, int]:
     return front, stages - back
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _forced(tables: RankTables, rank: int, forced: Floats) -> None:
     """Fill how many layers of each run are sure to be on a rank: the first and the last one of the model."""
     stages = tables.placement.shape[1]
@@ -175,7 +175,7 @@ def _forced(tables: RankTables, rank: int, forced: Floats) -> None:
             forced[len(forced) - 1] += 1.0
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _cap(
     tables: RankTables, rank: int, bulk: int, like: Bools, forced: Floats, inner_low: int, inner_high: int,
     number: int, each: float, target_s: float,
@@ -217,7 +217,7 @@ def _cap(
     return low if low >= sure else -1
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _least_recompute(tables: RankTables, run: int) -> float:
     least = np.inf
     for level in range(3):
@@ -226,7 +226,7 @@ def _least_recompute(tables: RankTables, run: int) -> float:
     return least
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _way(tables: RankTables, first: int) -> tuple[float, float]:
     """Return the least seconds of a microbatch down to stage `first`, and of its gradient up again, zero when split.
 
@@ -243,7 +243,7 @@ def _way(tables: RankTables, first: int) -> tuple[float, float]:
     return down, 0.0 if tables.split else up
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _least_levels(
     tables: RankTables, rank: int, bulk: int, like: Bools, forced: Floats, inner_low: int, inner_high: int,
     number: int, states: float, spare_s: float,
@@ -330,14 +330,14 @@ def _least_levels(
     return float(best)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, no_cpython_wrapper=True, inline="always")
 def _bytes(tables: RankTables, rank: int, vector: int, place: int, level: int, run: int) -> float:
     before = tables.live[rank, vector, 0, place] * tables.kept_bytes[level, run]
     behind = tables.live[rank, vector, 1, place] * tables.late_bytes[level, run]
     return float(before + behind)
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _least_workspace(tables: RankTables, run: int) -> float:
     least = np.inf
     for level in range(3):

@@ -170,7 +170,7 @@ def path_bound(tables: CompletionTables, scratch: Scratch, paths: Ints, ends: Lo
     return most + tables.step_overhead_s
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _fit(
     replicas: int,
     slot_stage: Longs,
@@ -237,7 +237,7 @@ def _fit(
     return True
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _fill_seconds(
     by_run: Floats, by_level: Floats, overhead_s: float, split: bool, layers: Longs, counts: Longs, seconds: Floats
 ) -> None:
@@ -258,7 +258,7 @@ def _fill_seconds(
         seconds[3 * stages + stage] = weight_grad
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _fill_hops(hop_lines: Floats, cut_bytes: Floats, bounds: Longs, hop_s: Floats) -> None:
     """Fill the seconds of a message over each hop, behind the zero of `pad`."""
     boundaries = len(bounds) - 2
@@ -267,7 +267,7 @@ def _fill_hops(hop_lines: Floats, cut_bytes: Floats, bounds: Longs, hop_s: Float
         hop_s[index + 1] = hop_lines[0, index] + hop_lines[1, index] * size
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _fill_tails(
     by_run: Floats,
     placement: Ints,
@@ -303,7 +303,7 @@ def _fill_tails(
                 tail_s[b] += tie_s[tie, a, b]
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def crowding(tables: CompletionTables, scratch: Scratch, step_s: float) -> float:
     """Return a power mean of the ranks' own work over the step, in 0 to about 1: what many equally full ranks hide.
 
@@ -315,7 +315,7 @@ def crowding(tables: CompletionTables, scratch: Scratch, step_s: float) -> float
     return float(total / len(tables.slot_stage))
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def fullest(tables: CompletionTables, scratch: Scratch) -> float:
     """Return the own work of the rank that has most, seconds."""
     most = 0.0
@@ -324,7 +324,7 @@ def fullest(tables: CompletionTables, scratch: Scratch) -> float:
     return most
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _work_s(tables: CompletionTables, scratch: Scratch, rank: int) -> float:
     stages, each = tables.placement.shape[1], tables.microbatches_each
     work = scratch.tail_s[rank]

@@ -208,7 +208,7 @@ def multipliers(t: Table, found: Floats) -> None:
             found[t.nonbasic[place] - count] = t.reduced[place]
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _settle(t: Table) -> None:
     """Put the nonbasic variables where their reduced costs ask for, and the basic ones where that leads."""
     count = len(t.at)
@@ -226,7 +226,7 @@ def _settle(t: Table) -> None:
         t.value[row] = np.dot(t.table[row], t.at)
 
 
-@njit(cache=True, fastmath={"reassoc", "contract"})
+@njit(cache=True, no_cpython_wrapper=True, fastmath={"reassoc", "contract"})
 def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
     """Pivot until the table is optimal or its bound is at least the limit; with the row that has no solution, or -1."""
     count = len(t.at)
@@ -257,7 +257,7 @@ def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
         _pivot(t, row, column, step, end)
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _entering(t: Table, line: Floats, sign: float) -> int:
     """Return the column whose reduced cost gets to zero first when a row's value goes up (sign 1) or down; -1 for none."""
     count = len(t.at)
@@ -277,7 +277,7 @@ def _entering(t: Table, line: Floats, sign: float) -> int:
     return column
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, no_cpython_wrapper=True, inline="always")
 def _may_move(t: Table, place: int, slope: float) -> bool:
     """Tell whether a nonbasic variable can move so that a row with that slope rises."""
     variable = t.nonbasic[place]
@@ -286,7 +286,7 @@ def _may_move(t: Table, place: int, slope: float) -> bool:
     return bool((t.at[place] == t.low[variable]) == (slope > 0.0))
 
 
-@njit(cache=True, fastmath={"reassoc", "contract"})
+@njit(cache=True, no_cpython_wrapper=True, fastmath={"reassoc", "contract"})
 def _pivot(t: Table, row: int, column: int, step: float, end: float) -> None:
     """Exchange a basic variable, which goes to its limit `end`, for a nonbasic one, which moves by `step`."""
     count, held = len(t.at), t.size[HELD]
@@ -326,7 +326,7 @@ def _pivot(t: Table, row: int, column: int, step: float, end: float) -> None:
     t.at[column] = end
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _enter(t: Table, known: int) -> None:
     """Write a known row as a form of the nonbasic variables, as one more row of the table."""
     count, row = len(t.at), t.size[HELD]
@@ -350,7 +350,7 @@ def _enter(t: Table, known: int) -> None:
     t.size[HELD] += 1
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _leave(t: Table, row: int) -> None:
     """Take a basic row out of the table."""
     last = t.size[HELD] - 1
@@ -362,7 +362,7 @@ def _leave(t: Table, row: int) -> None:
     t.size[HELD] = last
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _make_room(t: Table) -> None:
     """Take idle rows out of the table where they are many."""
     count = len(t.at)
@@ -376,7 +376,7 @@ def _make_room(t: Table) -> None:
             _leave(t, row)
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _enter_missed(t: Table) -> bool:
     """Let the known rows that the solution misses most into the table; tell whether there are any."""
     count = len(t.at)
@@ -406,7 +406,7 @@ def _enter_missed(t: Table) -> bool:
     return number > 0
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _drift(t: Table) -> float:
     """Return how far the rows of the table are from what the columns make them."""
     count = len(t.at)
@@ -422,7 +422,7 @@ def _drift(t: Table) -> float:
     return most
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _rebuild(t: Table) -> None:
     """Make the table anew from the program's numbers, with the same basis as far as pivots allow."""
     count = len(t.at)

@@ -93,7 +93,7 @@ def descend(
     return best_s, best, best_counts, made
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _random(state: np.uint64, below: int) -> tuple[np.uint64, int]:
     """Return the next state of a linear congruential generator (Knuth's MMIX) and an integer below `below`."""
     state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
@@ -137,12 +137,12 @@ def _keep_path(tables: CompletionTables, scratch: Scratch, paths: _Paths) -> int
     return place
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _goal(tables: CompletionTables, scratch: Scratch, step_s: float) -> float:
     return float(step_s * (1.0 + _CROWDING * crowding(tables, scratch, step_s)))
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _move(bounds: Longs, giver: int, taker: int) -> None:
     """Move a layer; the stages between shift."""
     for place in range(giver + 1, taker + 1):
@@ -151,7 +151,7 @@ def _move(bounds: Longs, giver: int, taker: int) -> None:
         bounds[place] += 1
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _descend(
     tables: CompletionTables,
     scratch: Scratch,
@@ -216,7 +216,7 @@ def _descend(
     return value, bounds, counts, made, tried
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _moves(slot_stage: Longs, bounds: Longs, give: Floats, take: Floats, tries: int) -> list[tuple[int, int]]:
     """Return (giver, taker): the `tries` dearest moves that promise anything, then those between chunks of one rank.
 
@@ -241,7 +241,7 @@ def _moves(slot_stage: Longs, bounds: Longs, give: Floats, take: Floats, tries: 
     return moves
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _largest(values: Floats, sign: float, count: int) -> Longs:
     """Return the places of the `count` largest sign * value, the largest first; of equal ones the first."""
     count = min(count, len(values))
@@ -256,7 +256,7 @@ def _largest(values: Floats, sign: float, count: int) -> Longs:
     return chosen
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _prices(
     by_run: Floats,
     by_level: Floats,

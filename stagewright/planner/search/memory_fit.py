@@ -23,7 +23,7 @@ Longs = npt.NDArray[np.int64]
 _EPSILON = 1e-9
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def fit_rank(
     layers: Longs,
     recompute_s: Floats,
@@ -86,7 +86,7 @@ def fit_rank(
     return True
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def fit_replicas(
     layers: Longs,
     recompute_s: Floats,
@@ -158,7 +158,7 @@ def fit_replicas(
     return False
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _fill(
     counts: Longs,
     kept_bytes: Floats,
@@ -186,7 +186,7 @@ def _fill(
     return float(budget - most - used.max())
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _all_strongest(
     layers: Longs,
     kept_bytes: Floats,
@@ -212,7 +212,7 @@ def _all_strongest(
     return False
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _undo(
     counts: Longs,
     recompute_s: Floats,
@@ -251,7 +251,7 @@ def _undo(
         counts[best_slot, best_run, best_to] += 1
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def least_seconds(
     layers: Floats,
     recompute_s: Floats,

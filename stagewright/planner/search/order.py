@@ -386,7 +386,7 @@ def _not_between(vectors: Ints, stays: npt.NDArray[np.bool_]) -> npt.NDArray[np.
     return keep
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, no_cpython_wrapper=True, inline="always")
 def _mixture_covers(first: Ints, second: Ints, less: Ints, width: int) -> bool:
     """Tell whether x first + (1 - x) second is at least `less` everywhere for some x in [0, 1]."""
     low, high = 0.0, 1.0
@@ -401,7 +401,7 @@ def _mixture_covers(first: Ints, second: Ints, less: Ints, width: int) -> bool:
     return low <= high
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, no_cpython_wrapper=True, inline="always")
 def _covers(more: Ints, less: Ints, width: int) -> bool:
     for cell in range(width):  # noqa: SIM110 (compiled)
         if more[cell] < less[cell]:
@@ -464,7 +464,7 @@ def trace(
     return value, trace_back(before, across, hop, code, last, hop_s, tail_s, end, num_stages, counts)
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def trace_back(
     before: Ints,
     across: Ints,

@@ -110,13 +110,13 @@ def reaches(
     return layers_left == 0
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, no_cpython_wrapper=True, inline="always")
 def _seconds(kinds: int, prices: ClassPrices) -> float:
     """Return the seconds of one layer's microbatch without recomputation."""
     return float(prices.forward_s[kinds] + prices.input_grad_s[kinds] + prices.weight_grad_s[kinds])
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, no_cpython_wrapper=True, inline="always")
 def _next_try(low: int, high: int, guess: int, tries: int) -> int:
     """Return the number in low + 1 .. high to try next: the guess and its neighbour, then the middle."""
     if tries == 0:
@@ -126,7 +126,7 @@ def _next_try(low: int, high: int, guess: int, tries: int) -> int:
     return (low + high + 1) // 2
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _admits(
     number: int,
     added: int,
@@ -186,7 +186,7 @@ def _admits(
     return True
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _reaches_with_chunks(
     target_s: float,
     num_ranks: int,
@@ -254,7 +254,7 @@ def _reaches_with_chunks(
     return True
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _chunk_cap(
     target_s: float,
     bulk: int,

@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float64]
 _MOST_ENUMERATED = 24
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def least_extra(
     number: int, added: int, states: float, taken: Floats, live: float, late: float, prices: ClassPrices
 ) -> float:
@@ -65,7 +65,7 @@ def least_extra(
     return float(_least_relaxed(number, added, states, taken, floor, live, late, prices))
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _least_relaxed(
     number: int, added: int, states: float, taken: Floats, floor: float, live: float, late: float, prices: ClassPrices
 ) -> float:
@@ -92,7 +92,7 @@ def _least_relaxed(
         ceiling = higher
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _least_integer(
     number: int, kinds: int, fixed: float, floor: float, live: float, late: float, prices: ClassPrices
 ) -> float:
@@ -125,12 +125,12 @@ def _least_integer(
     return best
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, no_cpython_wrapper=True, inline="always")
 def _bytes(level: int, kinds: int, live: float, late: float, prices: ClassPrices) -> float:
     return float(live * prices.kept_bytes[level, kinds] + late * prices.late_bytes[level, kinds])
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _has_choice(kinds: int, prices: ClassPrices) -> bool:
     """Tell whether the allowed levels of a class differ in anything."""
     first = -1
@@ -148,7 +148,7 @@ def _has_choice(kinds: int, prices: ClassPrices) -> bool:
     return False
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _alike(first: int, second: int, prices: ClassPrices) -> bool:
     """Tell whether two classes cost the same at every level."""
     for level in range(3):

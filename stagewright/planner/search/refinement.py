@@ -94,7 +94,7 @@ def _refined(low_s: Floats, high_s: float, steps: int, outlines: Outlines, shape
     return result
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _live(code: int, rank: int, num_ranks: int, num_microbatches: int) -> float:
     """Return the least microbatches every chunk of a rank holds at once, by the code of LIVE."""
     left = num_ranks - rank

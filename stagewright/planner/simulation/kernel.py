@@ -461,7 +461,7 @@ def _sort(program: Program, capacity: int) -> tuple[int, Ints, Ints, Ints, Bytes
     return count, position, before, across, hop, code, rank_of, last
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _group_end(rows: Ints, first: int, stop: int) -> int:
     after = first + 1
     while rows[after - 1, FUSED] == 1 and after < stop:
@@ -469,13 +469,13 @@ def _group_end(rows: Ints, first: int, stop: int) -> int:
     return after
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, no_cpython_wrapper=True, inline="always")
 def _key(program: Program, replica: int, stage: int, microbatch: int) -> int:
     num_stages = program.placement.shape[1]
     return int(((replica * num_stages + stage) * program.num_microbatches + microbatch) * program.num_slices)
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _first_missing(program: Program, first: int, after: int, forward: Ints, gradient: Ints) -> int:
     """Return 2 * key + (1 for a gradient) of the first dependency that is not done, or -1."""
     rows, slices = program.rows, program.num_slices
@@ -508,7 +508,7 @@ def _first_missing(program: Program, first: int, after: int, forward: Ints, grad
     return -1
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _cross_nodes(program: Program, index: int, rank: int, forward: Ints, gradient: Ints, found: Ints) -> int:
     """Write the nodes on other ranks that row `index` waits for into `found`; return how many."""
     rows, slices = program.rows, program.num_slices
@@ -535,7 +535,7 @@ def _cross_nodes(program: Program, index: int, rank: int, forward: Ints, gradien
     return count
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _add_group(
     program: Program,
     first: int,
@@ -582,7 +582,7 @@ def _add_group(
     return count
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _finish(
     program: Program,
     index: int,

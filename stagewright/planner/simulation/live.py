@@ -59,7 +59,7 @@ def _peaks(order: Ints, column: Ints, num_columns: int, num_slices: int) -> Ints
     return kept[:count].copy()
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _keep(kept: Ints, count: int, vector: Ints) -> int:
     """Add `vector` to the antichain unless dominated, drop what it dominates; return the new size."""
     for index in range(count):

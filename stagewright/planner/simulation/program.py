@@ -102,7 +102,7 @@ def _scan(rows: Ints, num_kinds: int) -> tuple[Ints, Ints, npt.NDArray[np.int64]
     return lowest, highest, kind_counts
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _names_microbatch(kind: int) -> bool:
     return kind < _UNSHARD or _OPT < kind < _FILL
 

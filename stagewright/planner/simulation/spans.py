@@ -120,7 +120,7 @@ def _fill(
     return last, place
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _sort_by_start(
     start_s: Floats, end_s: Floats, words: npt.NDArray[np.int64], place: Ints, first: int, stop: int
 ) -> None:

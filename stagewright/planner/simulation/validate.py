@@ -96,7 +96,7 @@ def _replica_of(program: Program, assignment: Ints | None) -> Ints:
     return given
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _found(problem: int, row: int, other: int) -> npt.NDArray[np.int64]:
     return np.array([problem, row, other], dtype=np.int64)
 
@@ -152,7 +152,7 @@ def _check_rows(
     return _found(_GOOD, -1, -1), replica_of, done
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _problem(kind: int, had: int) -> int:
     """Return what is wrong with a compute action on a key that has had those."""
     if kind == _F:

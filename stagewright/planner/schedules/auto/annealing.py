@@ -160,7 +160,7 @@ def anneal_words(
     return best_s, moves
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _mirrored_delay(tables: Tables) -> Floats:
     """Return, by letter, the latency to its successor."""
     delay_s = np.zeros(len(tables.rank))
@@ -181,7 +181,7 @@ def _index(tables: Tables, words: Ints, place: Ints, live: Floats) -> None:
             live[rank, at] = total
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _rests(tables: Tables, words: Ints, place: Ints, mirrored_delay_s: Floats, end_s: Floats, rest_s: Floats) -> None:
     """Fill the longest paths to the end, in order of falling end time: every successor ends later."""
     microbatches = tables.num_microbatches
@@ -195,7 +195,7 @@ def _rests(tables: Tables, words: Ints, place: Ints, mirrored_delay_s: Floats, e
         rest_s[action] = after_s + tables.duration_s[letter]
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _draw_action(
     tables: Tables, words: Ints, end_s: Floats, rest_s: Floats, critical_s: float, state: State
 ) -> tuple[int, int]:
@@ -211,7 +211,7 @@ def _draw_action(
     return rank, at
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _must_follow(tables: Tables, first: int, second: int) -> bool:
     """Return whether `second`, of the same rank, depends directly on `first`: same letter, or neighbours on the chain."""
     microbatches = tables.num_microbatches
@@ -223,7 +223,7 @@ def _must_follow(tables: Tables, first: int, second: int) -> bool:
     )
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _reach(tables: Tables, word: Ints, live: Floats, cap: float, rank: int, source: int, target: int) -> int:
     """Return how far towards `target` the action at `source` can be inserted."""
     microbatches = tables.num_microbatches
@@ -248,7 +248,7 @@ def _reach(tables: Tables, word: Ints, live: Floats, cap: float, rank: int, sour
     return at
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _can_swap(tables: Tables, word: Ints, live: Floats, cap: float, rank: int, low: int, high: int) -> bool:
     """Return whether the actions at `low` and `high` may change places."""
     if low < 0 or high >= tables.lengths[rank]:
@@ -323,7 +323,7 @@ def _undo_flips(tables: Tables, words: Ints, place: Ints, live: Floats, flips: I
         _update_live(tables, words[rank], live[rank], min(begin, end), max(begin, end))
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _update_live(tables: Tables, word: Ints, live: Floats, low: int, high: int) -> None:
     total = live[low - 1] if low > 0 else 0.0
     for at in range(low, high + 1):
@@ -331,7 +331,7 @@ def _update_live(tables: Tables, word: Ints, live: Floats, low: int, high: int) 
         live[at] = total
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _move(word: Ints, place: Ints, source: int, target: int, swaps: bool) -> None:
     """Insert or swap in place; calling it again with source and target exchanged undoes it."""
     action = word[source]
@@ -350,7 +350,7 @@ def _move(word: Ints, place: Ints, source: int, target: int, swaps: bool) -> Non
     place[action] = target
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _propagate(
     tables: Tables, words: Ints, place: Ints, step: int, feeder: Ints, fed: Ints, feeder_delay_s: Floats, fed_delay_s: Floats,
     value_s: Floats, other_s: Floats, limit_s: float, moved_rank: int, first: int, last: int, window_s: float,

@@ -120,14 +120,14 @@ def climb_blocks(
     return best
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _draw_slack(mean_s: float, density: float, state: State) -> float:
     if uniform(state) >= density:
         return 0.0
     return float(3.0 * mean_s * uniform(state) ** 2 if uniform(state) < 0.8 else 10.0 * mean_s * uniform(state))
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _place(tables: Tables, stages: Ints, slack_s: Floats, period_s: float, start_s: Floats) -> bool:
     """Return whether every letter found a place; `start_s` [num_letters] is overwritten."""
     num_letters = len(tables.rank)
@@ -173,7 +173,7 @@ def _place(tables: Tables, stages: Ints, slack_s: Floats, period_s: float, start
     return True
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _excess(tables: Tables, activation: Floats, freed: Floats, stages: Ints, period_s: float, start_s: Floats) -> float:
     """Return by how much the steady state's peak is over the caps, summed over ranks, in shares of a cap."""
     total = 0.0
@@ -201,7 +201,7 @@ def _excess(tables: Tables, activation: Floats, freed: Floats, stages: Ints, per
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _lifetime(tables: Tables, start_s: Floats) -> float:
     total = 0.0
     for letter in range(0, len(start_s), 3):
@@ -209,7 +209,7 @@ def _lifetime(tables: Tables, start_s: Floats) -> float:
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _unroll(tables: Tables, stages: Ints, period_s: float, start_s: Floats, words: Ints) -> None:
     """Write the order of all microbatches: a rank's letters by phase, one period after the other."""
     microbatches = tables.num_microbatches

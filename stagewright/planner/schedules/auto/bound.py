@@ -217,7 +217,7 @@ def _heads(graph: Graph, stages: Ints, rounds: int, longest: int) -> Floats:
     return head_s
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _relax(graph: Graph, by_target: npt.NDArray[np.int64], first_arc: npt.NDArray[np.int64], head_s: Floats) -> None:
     for microbatch in range(graph.num_microbatches):
         for letter in graph.order:
@@ -228,7 +228,7 @@ def _relax(graph: Graph, by_target: npt.NDArray[np.int64], first_arc: npt.NDArra
                     head_s[letter, microbatch] = max(head_s[letter, microbatch], start_s)
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _raise_by_sets(graph: Graph, stages: Ints, rank: int, longest: int, head_s: Floats) -> None:
     """Raise the heads of one rank by the set bound."""
     microbatches = graph.num_microbatches

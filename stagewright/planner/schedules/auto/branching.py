@@ -130,7 +130,7 @@ def _branch(
     return best_s, is_complete, used
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _most_critical_pair(tables: Tables, layout: Layout, node: Node) -> tuple[int, int]:
     """Return first and second of the open pair whose better choice ends latest; -1 when nothing is open."""
     best_first, best_second = -1, -1
@@ -158,7 +158,7 @@ def _most_critical_pair(tables: Tables, layout: Layout, node: Node) -> tuple[int
     return best_first, best_second
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _write_order(tables: Tables, layout: Layout, node: Node, words: Ints) -> float:
     """Write the order of a node in which nothing is open; return its makespan, which its heads already are."""
     makespan_s = 0.0

@@ -65,7 +65,7 @@ def climb(tables: Tables, activation: Floats, stages: Ints, evaluations: int, st
     return best_s
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _start(tables: Tables, start: int, busiest_s: float) -> tuple[Floats, Floats, float]:
     """Return offsets, patience and period of one shape of the grid."""
     num_letters = len(tables.rank)

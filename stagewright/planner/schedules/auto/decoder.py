@@ -127,7 +127,7 @@ def decode(
     return makespan
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _choose(
     rank: int,
     tables: Tables,
@@ -196,7 +196,7 @@ def _choose(
     return best, best_s
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _admits(
     rank: int,
     stage: int,

@@ -22,7 +22,7 @@ def seeded(seed: int) -> State:
     return np.frombuffer(digest[:8], dtype="<u8").astype(np.uint64)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, no_cpython_wrapper=True, inline="always")
 def uniform(state: State) -> float:
     """Return a draw from [0, 1)."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
@@ -33,19 +33,19 @@ def uniform(state: State) -> float:
     return float(word >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def below(state: State, count: int) -> int:
     """Return a draw from 0 .. count - 1."""
     return int(uniform(state) * count)
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def exponential(state: State) -> float:
     """Return a draw with mean 1."""
     return -math.log(1.0 - uniform(state))
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def normal(state: State) -> float:
     """Return a draw with mean 0 and variance 1 (Box and Muller)."""
     radius = math.sqrt(2.0 * exponential(state))

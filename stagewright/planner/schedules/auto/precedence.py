@@ -195,7 +195,7 @@ def close(tables: Tables, layout: Layout, node: Node, rank: int) -> bool:
     return True
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _raise_along_chains(tables: Tables, node: Node, direction: int, is_new: np.ndarray) -> None:
     """Raise heads (EARLY) or tails (LATE) along the chains, and mark the ranks where one rose."""
     microbatches = tables.num_microbatches
@@ -215,7 +215,7 @@ def _raise_along_chains(tables: Tables, node: Node, direction: int, is_new: np.n
                 is_new[tables.rank[target]] = True
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _letter_in_chain(step: int, num_stages: int) -> int:
     """Return the letter of this place in F_0 .. F_{S-1}, I_{S-1} .. I_0, W."""
     if step < num_stages:
@@ -225,7 +225,7 @@ def _letter_in_chain(step: int, num_stages: int) -> int:
     return 3 * (step - 2 * num_stages) + 2
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _by_value(tables: Tables, layout: Layout, rank: int, values_s: Floats, actions: Ints, keys_s: Floats) -> int:
     """Write a rank's actions and their values, largest value first; return how many there are."""
     microbatches = tables.num_microbatches
@@ -243,7 +243,7 @@ def _by_value(tables: Tables, layout: Layout, rank: int, values_s: Floats, actio
     return count
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _raise_by_work(
     tables: Tables,
     layout: Layout,
@@ -331,7 +331,7 @@ def _raise_by_work(
     return moved
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _fix_pairs(tables: Tables, layout: Layout, node: Node, rank: int, limit_s: float) -> int:
     """Return how many counts the limit raised."""
     microbatches, letters = tables.num_microbatches, layout.letters[rank]
@@ -355,7 +355,7 @@ def _fix_pairs(tables: Tables, layout: Layout, node: Node, rank: int, limit_s: f
     return fixed
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _fix_memory(tables: Tables, layout: Layout, node: Node, rank: int) -> int:
     """Return how many counts the cap raised, -1 when some F cannot fit."""
     cap = tables.cap[rank]
@@ -414,7 +414,7 @@ def _fix_memory(tables: Tables, layout: Layout, node: Node, rank: int) -> int:
     return fixed
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _fix_sets(
     tables: Tables,
     layout: Layout,
@@ -453,7 +453,7 @@ def _fix_sets(
     return fixed
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _fix_around(
     tables: Tables,
     layout: Layout,
