@@ -42,6 +42,9 @@ def plan(
         Path | None, typer.Option(help="A TrainingJob document; the other job options then override it.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp64, fp32, bf16, fp16 or fp8.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw, adam, sgd, sgd-momentum, muon or shampoo, with their usual bytes.")
+    ] = None,
     planner: Annotated[str, typer.Option(help="Planner: exact, or a named one of the literature.")] = "exact",
     objective: Annotated[
         str | None, typer.Option(help="step-time, tokens-per-dollar, fewest-devices, min-max-memory, frontier.")
@@ -97,6 +100,7 @@ def plan(
                 "global_batch": global_batch,
                 "sequence_length": sequence_length,
                 "precision": precision,
+                "optimizer": optimizer,
                 "objective": objective,
                 "step_deadline_s": step_deadline,
             },
@@ -210,7 +214,7 @@ def _job(
     per_stage_degrees: bool,
 ) -> TrainingJob:
     from stagewright.cli.inputs import parse_forbids, parse_pins, parse_ties
-    from stagewright.planner.documents import TrainingJob
+    from stagewright.planner.documents import Optimizer, TrainingJob
 
     space = dict(base.get("space") or {})  # type: ignore[call-overload]
     if pin:
@@ -223,9 +227,11 @@ def _job(
         space["per_stage_degrees"] = True
     if target is not None:
         space["target"] = target
-    return TrainingJob.from_object(
-        base | {key: value for key, value in changes.items() if value is not None} | {"space": space}
-    )
+    told = base | {key: value for key, value in changes.items() if value is not None} | {"space": space}
+    if changes["optimizer"] is not None:
+        precision = str(told.get("precision", "bf16"))
+        told["optimizer"] = Optimizer.standard(changes["optimizer"], precision).model_dump(mode="json")  # type: ignore[arg-type]
+    return TrainingJob.from_object(told)
 
 
 def _priced(machines: Cluster, price_per_hour: float | None) -> Cluster:

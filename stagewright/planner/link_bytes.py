@@ -198,6 +198,7 @@ def _gradients(
         each = (owners - 1) * _padded(experts, owners) * copies_of_experts
         _add(total, "reduce-scatter/edp", each * optimizer.gradient_bytes)
         _add(total, "all-gather/edp", each * optimizer.parameter_bytes)
+        _add(total, "all-gather/update", each * optimizer.gathered_bytes)
     if degrees.zero == 0:
         size = sum(dense) * optimizer.gradient_bytes
         stashes = schedule.weight_policy is WeightPolicy.STASH
@@ -214,6 +215,7 @@ def _gradients(
     if members > 1:
         _add(total, "reduce-scatter/dp", scatters * copies * optimizer.gradient_bytes)
         _add(total, "all-gather/dp", gathers * copies * optimizer.parameter_bytes)
+        _add(total, "all-gather/update", replicas * copies * optimizer.gathered_bytes)
     # What a shard sums is as wide as its master weights.
     shard_bytes = max(4.0, optimizer.gradient_bytes) if optimizer.parameter_bytes < 4 else optimizer.gradient_bytes
     _add(total, "all-reduce/dp", 2 * (groups * replicas - 1) * padded * shard_bytes * degrees.tp)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.prediction import device_of
@@ -55,6 +56,12 @@ def check_supported(plan: Plan) -> None:
     if plan.job.precision not in PRECISIONS:
         raise InvalidArgument(
             f"the runtime does not train in {plan.job.precision}", field="job.precision", hint=", ".join(PRECISIONS)
+        )
+    if plan.job.optimizer.name in MATRIX_OPTIMIZERS:
+        raise InvalidArgument(
+            f"optimizer {plan.job.optimizer.name} is planned and priced, and not run",
+            field="job.optimizer.name",
+            hint="plan with --optimizer adamw, adam, sgd or sgd-momentum",
         )
     _check_autocast(plan)
 

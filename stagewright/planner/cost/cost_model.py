@@ -26,6 +26,7 @@ from stagewright.planner.cost.layer_cost import (
     operator_cost,
 )
 from stagewright.planner.cost.layer_table import Floats, LayerTable
+from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS, matrix_step_s
 from stagewright.planner.cost.measured_cost import measured_cost, on_other_device, worst_source
 from stagewright.planner.cost.memory import MASTER_BYTES, StateBytes, device_state_bytes, state_divisors
 from stagewright.planner.cost.operator_cost import Setting
@@ -326,6 +327,7 @@ class CostModel:
             shard_size=options.sharding_group,
             accumulate=options.accumulate_sharded,
             gather_once=options.gather_once,
+            update_bytes=parameters * optimizer.gathered_bytes,
         )
 
     @cached_property
@@ -365,7 +367,11 @@ class CostModel:
             name: self._class_cost(name, layer, setting, roofline, groups)
             for name, layer in self.profile.classes.items()
         }
-        return self._assemble(costs, roofline)
+        whole_s = {
+            name: matrix_step_s(self.job.optimizer.name, layer, groups, roofline)
+            for name, layer in self.profile.classes.items()
+        }
+        return self._assemble(costs, whole_s, roofline)
 
     def _class_cost(
         self, name: str, layer: LayerClass, setting: Setting, roofline: Roofline, groups: RankGroups
@@ -398,8 +404,8 @@ class CostModel:
             found = self._operator_costs[key] = operator_cost(operator, setting, roofline, self.options)
         return found
 
-    def _assemble(self, costs: dict[str, LayerCost], roofline: Roofline) -> LayerTable:
-        """Return the table of all layers from the costs of their classes."""
+    def _assemble(self, costs: dict[str, LayerCost], whole_s: dict[str, float], roofline: Roofline) -> LayerTable:
+        """Return the table of all layers from the costs of their classes; `whole_s` is what steps on whole matrices add."""
         names = list(costs)
         index = np.array([names.index(name) for name in self.profile.layer_classes], dtype=np.intp)
         values = list(costs.values())
@@ -434,7 +440,8 @@ class CostModel:
             dense_parameters=dense,
             expert_parameters=expert,
             frozen_parameters=column([cost.frozen_parameters for cost in values]),
-            optimizer_s=self._optimizer_s(values, index, dense + expert, roofline),
+            optimizer_s=self._optimizer_s(values, index, dense + expert, roofline)
+            + column([whole_s[name] for name in names]),
             logits_bytes=none * column([float(self.profile.classes[name].kind == "loss") for name in names]),
             model_flops=column([cost.model_flops for cost in values]),
             link_bytes={
@@ -475,7 +482,7 @@ class CostModel:
         seconds = parameters * moved / rate
         for layer, position in enumerate(index):
             measured = values[position].optimizer_s
-            if measured is not None:
+            if measured is not None and self.job.optimizer.name not in MATRIX_OPTIMIZERS:
                 seconds[layer] = measured
         return seconds
 

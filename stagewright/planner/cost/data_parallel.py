@@ -78,8 +78,12 @@ def replica_traffic(
     shard_size: int | None = None,
     accumulate: bool = True,
     gather_once: bool = False,
+    update_bytes: float = 0.0,
 ) -> ReplicaTraffic:
-    """Return the communication of gradients and weights of those sizes over the devices that share them."""
+    """Return the communication of gradients and weights of those sizes over the devices that share them.
+
+    `update_bytes` are those of updates that shards gather once an iteration because they need whole matrices (Muon).
+    """
     if group.size == 1:
         return NO_TRAFFIC
     if zero == 0:
@@ -96,6 +100,7 @@ def replica_traffic(
     across_s = collective_s("all-reduce", gradient_bytes / inner.size, outer)
     scatter_bytes = sent_bytes("reduce-scatter", gradient_bytes, inner.size)
     gather_bytes = sent_bytes("all-gather", weight_bytes, inner.size)
+    update_s = collective_s("all-gather", update_bytes, inner)
     across_bytes = sent_bytes("all-reduce", gradient_bytes / inner.size, outer.size)
     gathers_each = zero == 3 and not gather_once
     scatters_each = zero >= 2 and not accumulate
@@ -103,9 +108,13 @@ def replica_traffic(
     return ReplicaTraffic(
         forward_s=gather_s if gathers_each else 0.0,
         backward_s=(gather_s if gathers_each else 0.0) + (scatter_s if scatters_each else 0.0),
-        tail_s=across_s + (0.0 if scatters_each else scatter_s) + (0.0 if gathers_each else gathers * gather_s),
+        tail_s=across_s
+        + update_s
+        + (0.0 if scatters_each else scatter_s)
+        + (0.0 if gathers_each else gathers * gather_s),
         microbatch_bytes=(2 * gather_bytes if gathers_each else 0.0) + (scatter_bytes if scatters_each else 0.0),
         iteration_bytes=across_bytes
+        + sent_bytes("all-gather", update_bytes, inner.size)
         + (0.0 if scatters_each else scatter_bytes)
         + (0.0 if gathers_each else gathers * gather_bytes),
     )

@@ -9,10 +9,15 @@ from pydantic import Field, model_validator
 
 from stagewright.planner.documents.document import Bytes, Count, Document, Name, Part, Seconds
 from stagewright.planner.documents.profile import Recompute
+from stagewright.planner.errors import InvalidArgument
 
 Precision = Literal["fp64", "fp32", "bf16", "fp16", "fp8"]
 Objective = Literal["step-time", "tokens-per-dollar", "fewest-devices", "min-max-memory", "frontier"]
 
+OptimizerName = Literal["adamw", "adam", "sgd", "sgd-momentum", "muon", "shampoo", "custom"]
+
+# Numbers of state for each parameter beside its master weight; Shampoo's L, R and their roots are four (`cost.matrix_optimizer`).
+_MOMENTS: Mapping[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, "muon": 1, "shampoo": 6}
 _ELEMENT_BYTES: Mapping[str, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
@@ -24,19 +29,31 @@ def element_bytes(precision: str) -> int:
 class Optimizer(Part):
     """Bytes that each trainable parameter needs, by class; `state` holds master weights and moments."""
 
-    name: Literal["adamw", "adam", "sgd", "sgd-momentum", "custom"] = "adamw"
+    name: OptimizerName = "adamw"
     parameter_bytes: Bytes
     gradient_bytes: Bytes
     state_bytes: Bytes
 
     @classmethod
-    def standard(cls, name: Literal["adamw", "adam", "sgd", "sgd-momentum"], precision: str) -> Optimizer:
-        """Return the usual bytes: in mixed precision, fp32 master weights and moments beside 2-byte weights and gradients."""
+    def standard(cls, name: OptimizerName, precision: str) -> Optimizer:
+        """Return the usual bytes: in mixed precision, fp32 master weights and moments beside 2-byte weights and gradients.
+
+        Raises InvalidArgument for `custom`, whose bytes are the user's.
+        """
         element = element_bytes(precision)
-        moments = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1}[name]
+        if name not in _MOMENTS:
+            raise InvalidArgument(
+                f"optimizer {name!r} has no usual bytes", field="optimizer", hint="known: " + ", ".join(_MOMENTS)
+            )
+        moments = _MOMENTS[name]
         if element >= 4:
             return cls(name=name, parameter_bytes=element, gradient_bytes=element, state_bytes=moments * element)
         return cls(name=name, parameter_bytes=2, gradient_bytes=2, state_bytes=4 + 4 * moments)
+
+    @property
+    def gathered_bytes(self) -> float:
+        """Bytes of each parameter's update that replicas gather beside its weight where ZeRO cuts matrices."""
+        return 2.0 if self.name == "muon" else 0.0
 
 
 class Pins(Part):

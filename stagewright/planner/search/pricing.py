@@ -404,6 +404,7 @@ def group_costs(model: CostModel, shape: GroupShape, num_replicas: int, zero: in
             shard_size=options.sharding_group,
             accumulate=options.accumulate_sharded,
             gather_once=options.gather_once,
+            update_bytes=parameters * optimizer.gathered_bytes,
         )
 
     whole = traffic(UNIT)

@@ -1,0 +1,102 @@
+"""A step of optimizers that work on whole matrices: Muon and Shampoo, beside what their states move through memory.
+
+Muon (Jordan et al. 2024; Liu et al., Muon is Scalable for LLM Training, 2025) orthogonalises the momentum of every m x n
+matrix, m <= n, by N = 5 Newton-Schulz iterations A = X X^T, B = b A + c A A, X = a X + B X in bf16:
+
+    FLOP = N (4 m^2 n + 2 m^3)
+
+Matrices that tensor parallelism cuts are gathered first, 2 m n bytes over the tensor group, and orthogonalised on each of
+its devices. Under ZeRO a device owns 1 / n_dp of the matrices, so its share of the FLOP is divided like any step; a matrix cut by
+shard boundaries is gathered over the replicas. Liu et al. bound that by all of them, 2 bytes a parameter
+(`Optimizer.gathered_bytes`): with 4-byte gradients scattered and 4-byte weights gathered, (4 + 4 + 2) / (4 + 4) = 1.25 of
+AdamW's traffic. States: one moment where AdamW has two.
+
+Shampoo (Gupta et al., ICML 2018; Shi et al., A Distributed Data-Parallel PyTorch Implementation of the Distributed Shampoo
+Optimizer, 2023) preconditions blocks of at most b x b, b = 1,024, with G <- L^(-1/4) G R^(-1/4). A block of p x q costs
+
+    statistics     2 p^2 q + 2 p q^2      L += G G^T,  R += G^T G
+    direction      2 p^2 q + 2 p q^2
+    roots          25 (p^3 + q^3) / 100   an eigendecomposition of both, once in 100 steps
+
+and holds L, R and their roots, 2 (p^2 + q^2) numbers of 4 bytes: 16 bytes a parameter of full square blocks, with grafting's
+second moment and the momentum 24. Blocks lie inside the tensor shards and have one owner each, so nothing is gathered that
+the weights' own all-gather does not carry.
+
+Only matrices of blocks count; embeddings, heads, norms and biases are stepped elementwise, as all three papers do. Not
+modelled: their second moment beside Muon's one (states are counted as if all parameters were the matrices'), layers that
+were measured without operators (their bytes alone count).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+
+from stagewright.planner.cost.communication import collective_s
+from stagewright.planner.cost.rank_groups import RankGroups
+from stagewright.planner.cost.roofline import Roofline
+from stagewright.planner.documents.operator import Operator
+from stagewright.planner.documents.profile import LayerClass
+
+MATRIX_OPTIMIZERS = ("muon", "shampoo")
+NEWTON_SCHULZ_STEPS = 5
+GATHERED_BYTES = 2.0  # Newton-Schulz runs in bf16
+BLOCK = 1024
+ROOT_FLOPS = 25.0
+STEPS_BETWEEN_ROOTS = 100
+
+
+def newton_schulz_flops(rows: int, columns: int) -> float:
+    """Return the FLOP of orthogonalising one matrix."""
+    m, n = sorted((float(rows), float(columns)))
+    return NEWTON_SCHULZ_STEPS * (4 * m**2 * n + 2 * m**3)
+
+
+def shampoo_flops(rows: int, columns: int) -> float:
+    """Return the FLOP of one step on a matrix in blocks, an average one where roots are taken now and then."""
+    return sum(
+        count * (2 * (2 * p**2 * q + 2 * p * q**2) + ROOT_FLOPS * (p**3 + q**3) / STEPS_BETWEEN_ROOTS)
+        for p, q, count in _blocks(rows, columns)
+    )
+
+
+def shampoo_state_bytes(rows: int, columns: int) -> float:
+    """Return the bytes of statistics and roots of one matrix."""
+    return sum(count * 2 * (p**2 + q**2) * 4.0 for p, q, count in _blocks(rows, columns))
+
+
+def matrix_step_s(name: str, layer: LayerClass, groups: RankGroups, roofline: Roofline) -> float:
+    """Return what an optimizer's matrices add to one layer's step on one device, before ZeRO divides it; 0 for others."""
+    if name not in MATRIX_OPTIMIZERS or layer.kind != "block" or layer.backward != "full":
+        return 0.0
+    return sum(_operator_s(name, operator, groups, roofline) for operator in layer.operators if _is_matrix(operator))
+
+
+def _is_matrix(operator: Operator) -> bool:
+    return operator.parameters > 0 and operator.output_features > 0 and operator.inner_features > 0
+
+
+def _operator_s(name: str, operator: Operator, groups: RankGroups, roofline: Roofline) -> float:
+    rows, columns = operator.output_features, operator.inner_features
+    degrees = groups.degrees
+    count = operator.num_groups / (degrees.ep if "ep" in operator.split else 1)
+    inside = groups.etp if "etp" in operator.split else groups.tp
+    is_cut = bool({"tp", "kv", "vocab", "etp"} & set(operator.split)) and inside.size > 1
+    if name == "muon":
+        each_s = roofline.seconds("matmul", newton_schulz_flops(rows, columns), 0.0)
+        gather_s = collective_s("all-gather", GATHERED_BYTES * rows * columns, inside) if is_cut else 0.0
+        return count * (each_s + gather_s)
+    share = inside.size if is_cut else 1
+    return count * roofline.seconds("matmul", shampoo_flops(rows, ceil(columns / share)), 0.0)
+
+
+def _blocks(rows: int, columns: int) -> Iterator[tuple[float, float, int]]:
+    """Yield height, width and number of the blocks of each size."""
+    for p, down in _pieces(rows):
+        for q, across in _pieces(columns):
+            yield float(p), float(q), down * across
+
+
+def _pieces(size: int) -> list[tuple[int, int]]:
+    whole, rest = divmod(size, BLOCK)
+    return [(piece, count) for piece, count in ((BLOCK, whole), (rest, 1)) if piece and count]
