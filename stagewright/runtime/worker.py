@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,43 +17,31 @@ from torch import Tensor, nn
 
 from stagewright.modeling.batch import Batch, batch_size, select_samples, slice_batch, to_device
 from stagewright.modeling.chain import LayerChain
-from stagewright.modeling.context_attention import ContextAttention, ContextGroups, positions_of
-from stagewright.modeling.expert_parallel import ExpertGroups, divide_experts
-from stagewright.modeling.keep import keep_layers, move_to
-from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.seeding import microbatch_seed
 from stagewright.modeling.slicing import divide_sequence, equal_lengths, select_sequence, sequence_length
-from stagewright.modeling.tensor_collectives import TensorGroup
-from stagewright.modeling.tensor_parallel import TensorShards, key_value_copies, parallelize
-from stagewright.modeling.unfilled import fill_layers
-from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
 from stagewright.planner.documents.plan import Plan
-from stagewright.planner.documents.profile import Recompute
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
-from stagewright.planner.link_bytes import gathers_by_run
 from stagewright.planner.replica_shares import has_uneven_shares
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
 from stagewright.runtime.batch_shares import replica_part, replica_weight
+from stagewright.runtime.bucket_maker import BucketMaker
 from stagewright.runtime.communication import Message, PointToPoint, ShapeBook
-from stagewright.runtime.gathering import GatherWindow
-from stagewright.runtime.gradient_buffer import BUCKET_BYTES
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput, WarmUp, warm_up_length
 from stagewright.runtime.local_steps import LocalSteps, outer_step_of
 from stagewright.runtime.mailbox import Mailbox, StageGraph
 from stagewright.runtime.microbatches import division_of, plan_iteration, samples_over_replicas
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
-from stagewright.runtime.peer_swap import make_swap, swaps, traffic_of
+from stagewright.runtime.peer_swap import make_swap, traffic_of
 from stagewright.runtime.post_validation import PostValidation
-from stagewright.runtime.predicted_weights import predictor_of
+from stagewright.runtime.rank_layers import RankLayers
 from stagewright.runtime.recorder import Recorder, now_s
-from stagewright.runtime.reduction import Bucket, BucketSet, Purpose, ReplicatedBucket
-from stagewright.runtime.sharding import ShardedBucket
-from stagewright.runtime.stage import Stage, Unit
+from stagewright.runtime.reduction import Bucket, BucketSet
+from stagewright.runtime.stage import Unit
 from stagewright.runtime.step_rule import StepRule, whole_squared_norm
 from stagewright.runtime.topology import StageKey, Topology, has_unequal_replicas, stage_edges
-from stagewright.runtime.weight_versions import DELAYED, VersionedBucket, VersionRule
+from stagewright.runtime.weight_versions import VersionedBucket
 
 
 @dataclass(frozen=True)
@@ -122,25 +110,29 @@ class Worker:
         self._optimizers: dict[StageKey, torch.optim.Optimizer] = {}
         self._updates: dict[StageKey, int] = {}  # finished, since the optimizers are in use
         self._updating = threading.Lock()
-        held = frozenset(i for _, s in self.topology.stages for i in plan.stages[s].layer_indices)
-        keep_layers(chain, held)
-        fill_layers(chain, held, settings.device)
-        move_to(chain.model, settings.device)
         self._traffic: dict[str, float] = {}
-        self._sink = WeightGradientSink()
-        self._shards = self._split_tensors(held)
-        self._experts = self._divide_experts(held)
-        if any(action.kind is Kind.I for action in self.actions):
-            defer_weight_gradients(chain.model, self._sink)
-        recompute_layers(chain, self._recompute_levels())
-        self.stages = self._make_stages()
+        splits_backward = any(action.kind is Kind.I for action in self.actions)
+        self._layers = RankLayers(
+            plan, self.topology, chain, self.groups, settings.device, self._traffic, splits_backward=splits_backward
+        )
+        self.stages = self._layers.stages(self.actions)
         self._outer_step = outer_step_of(plan)
         self._local_steps: LocalSteps | None = None
         views = [Topology(plan, rank) for rank in range(dist.get_world_size())]
         self._outer_group = self.groups.make_all("outer", {view.replica_ranks for view in views})
-        self._windowed: dict[StageKey, dict[int, ShardedBucket]] = {}  # by stage: bucket of each layer
-        buckets = self._make_buckets()
-        self.windows = {key: self._window(layers) for key, layers in self._windowed.items()}
+        maker = BucketMaker(
+            plan,
+            schedule,
+            self.topology,
+            chain,
+            layers=self._layers,
+            stages=self.stages,
+            parameters=self.parameters(),
+            groups=self.groups,
+            traffic=self._traffic,
+        )
+        buckets = maker.make()
+        self.windows = maker.windows()
         self.buckets = BucketSet(buckets, self.windows)
         self.transport = PointToPoint(self.groups, settings.device, len(plan.stages))
         self._mailbox = Mailbox(self._graph(), self.topology.rank, self.transport, ShapeBook(store), self.recorder)
@@ -307,7 +299,7 @@ class Worker:
             seed = microbatch_seed(self.settings.seed, step, first + index)
             weight = division.share(index) * (share if self._outer_step is None else 1)
             if self.topology.degrees.cp > 1:
-                mine = self._positions(self.topology.coordinates.cp)
+                mine = self._layers.positions(self.topology.coordinates.cp)
                 piece = select_sequence(part, self.chain.model, mine, self.plan.job.sequence_length)
                 units[index, -1] = UnitInput(piece.batch, piece.loss_weight * weight, seed)
                 continue
@@ -498,94 +490,6 @@ class Worker:
             )
         return PostValidation(self._rule, self.topology, group, beside, self.settings.device)
 
-    def _make_stages(self) -> dict[StageKey, Stage]:
-        loss_context: Callable[[], AbstractContextManager[object]] = nullcontext
-        if self._shards.group and self.topology.degrees.vocab_parallel:
-            from torch.distributed.tensor.parallel import loss_parallel  # DTensor takes a second to import
-
-            loss_context = loss_parallel
-        context = self._context_attention()
-        return {
-            (replica, stage): Stage(
-                self.chain.segment_of(self.plan.stages[stage].layer_indices),
-                stage,
-                replica,
-                self._sink,
-                loss_context=loss_context,
-                context=context,
-                keeps_storages=bool(swaps(self.actions)),
-            )
-            for replica, stage in self.topology.stages
-        }
-
-    def _divide_experts(self, held: frozenset[int]) -> set[int]:
-        """Divide this rank's experts, where the plan does; returns the ids of their parameters."""
-        views = [Topology(self.plan, rank) for rank in range(dist.get_world_size())]
-        experts = self.groups.make_all("experts", {view.expert_ranks for view in views})
-        tensors = self.groups.make_all("expert tensors", {view.expert_tensor_ranks for view in views})
-        if experts is None and tensors is None:
-            return set()
-        groups = ExpertGroups(
-            None if experts is None else TensorGroup(experts, self._traffic, "ep"),
-            None if tensors is None else TensorGroup(tensors, self._traffic, "etp"),
-            None if self.topology.degrees.sp else self._shards.group,
-        )
-        return divide_experts(self.chain, sorted(held), groups, self._shards)
-
-    def _context_attention(self) -> Callable[[], ContextAttention] | None:
-        """Return what makes the attention over this rank's context-parallel group, where it has one."""
-        views = [Topology(self.plan, rank) for rank in range(dist.get_world_size())]
-        heads = self.groups.make_all("heads", {view.ulysses_ranks for view in views})
-        ring = self.groups.make_all("ring", {view.ring_ranks for view in views})
-        degrees = self.topology.degrees
-        if degrees.cp == 1:
-            return None
-        groups = ContextGroups(heads, ring, self._traffic)
-        parts = [self._positions(index) for index in range(degrees.cp)]
-        size = degrees.ulysses
-        positions = [torch.cat(parts[first : first + size]) for first in range(0, degrees.cp, size)]
-        return lambda: ContextAttention(groups, positions)
-
-    def _positions(self, index: int) -> Tensor:
-        """Return the positions of one context-parallel part; the layout is the plan's `context_layout`."""
-        layout = str(self.plan.schedule.parameters.get("context_layout", "contiguous"))
-        if layout not in ("contiguous", "striped", "zigzag"):
-            raise InvalidArgument(
-                f"there is no context layout {layout!r}",
-                field="schedule.parameters.context_layout",
-                hint="contiguous, striped or zigzag",
-            )
-        return positions_of(index, self.topology.degrees.cp, self.plan.job.sequence_length, layout)
-
-    def _split_tensors(self, held: frozenset[int]) -> TensorShards:
-        """Split this rank's layers over its tensor-parallel group, where it has one."""
-        sets = {Topology(self.plan, rank).tensor_ranks for rank in range(dist.get_world_size())}
-        group = self.groups.make_all("tensor", sets)
-        if group is None:
-            return TensorShards()
-        degrees = self.topology.degrees
-        copies = key_value_copies(self.chain.model, degrees.tp)
-        views = [Topology(self.plan, rank) for rank in range(dist.get_world_size())]
-        sharing = self.groups.make_all("key-value heads", {view.key_value_ranks(copies) for view in views})
-        return parallelize(
-            self.chain,
-            sorted(held),
-            TensorGroup(group, self._traffic),
-            self._sink,
-            sharing=None if sharing is None else TensorGroup(sharing, self._traffic),
-            sequence_parallel=degrees.sp,
-            vocabulary_parallel=degrees.vocab_parallel,
-        )
-
-    def _recompute_levels(self) -> dict[int, Recompute]:
-        return {
-            layer: level
-            for index in sorted({stage for _, stage in self.topology.stages})
-            for layer, level in zip(
-                self.plan.stages[index].layer_indices, self.plan.stages[index].recompute_levels(), strict=True
-            )
-        }
-
     def _graph(self) -> StageGraph:
         placement = self.plan.schedule.placement
         peers = {
@@ -594,220 +498,6 @@ class Worker:
             for stage in range(len(placement[replica]))
         }
         return StageGraph(stage_edges(self.plan, self.chain.edges), peers, has_unequal_replicas(self.plan))
-
-    def _make_buckets(self) -> list[Bucket]:
-        """One bucket a stage, and one for each set of stages that share parameters; all ranks make the same groups."""
-        users: dict[str, frozenset[int]] = {}
-        stage_of = {layer: index for index, stage in enumerate(self.plan.stages) for layer in stage.layer_indices}
-        position = {name: index for index, name in enumerate(self.chain.layer_names)}
-        for tie in self.chain.ties:
-            users.update(dict.fromkeys(tie.names, frozenset(stage_of[position[layer]] for layer in tie.layers)))
-        sets = {frozenset((stage,)) for stage in range(len(self.plan.stages))} | set(users.values())
-        buckets: list[Bucket] = []
-        for shared in sorted(sets, key=sorted):
-            group = self._gradient_group(shared)
-            if len(shared) == 1:
-                self._sharding_groups(min(shared))
-            holders = frozenset(key for key in self.topology.stages if key[1] in shared)
-            parameters = {
-                name: value
-                for name, value in self.parameters().items()
-                if any(name in self.stages[key].segment.named_parameters() for key in holders)
-                and (shared == users[name] if name in users else len(shared) == 1)
-            }
-            experts = {name: value for name, value in parameters.items() if id(value) in self._experts}
-            for name in experts:
-                del parameters[name]
-            if any(value.requires_grad for value in parameters.values()):
-                buckets += self._buckets_of(parameters, group, holders, shared)
-            owners = self._expert_gradient_group(min(shared))
-            if experts:
-                zero = min(self.plan.stages[min(shared)].degrees.zero, 1)
-                buckets.append(self._synchronous_bucket("edp", experts, owners, holders, zero, (owners, None)))
-        return buckets
-
-    def _expert_gradient_group(self, stage: int) -> dist.ProcessGroup | None:
-        """Make the groups of ranks that own the same experts of a stage; returns this rank's."""
-        if self.topology.degrees.ep * self.topology.degrees.etp == 1:
-            return None
-        sets = []
-        for rank in range(dist.get_world_size()):
-            view = Topology(self.plan, rank)
-            if any(other == stage for _, other in view.stages):
-                sets.append(view.expert_gradient_ranks(stage))
-        return self.groups.make_all(f"experts {stage}", sets)
-
-    def _buckets_of(
-        self,
-        parameters: dict[str, nn.Parameter],
-        group: dist.ProcessGroup | None,
-        holders: frozenset[StageKey],
-        shared: frozenset[int],
-    ) -> list[Bucket]:
-        """Return a stage's buckets: one, or under ZeRO-2 and 3 one for each layer and each weight that layers share."""
-        if self._policy is WeightPolicy.ELASTIC:
-            return self._elastic_buckets(parameters, group, holders, shared)
-        zero = self.plan.stages[min(shared)].degrees.zero
-        if zero < 2 or group is None or len(shared) > 1 or self._policy is not WeightPolicy.FLUSH:
-            return [self._make_bucket(parameters, group, holders, shared)]
-        layer_of = {
-            name: index
-            for index in reversed(self.plan.stages[min(shared)].layer_indices)
-            for name in self.chain.layers[index].parameters
-        }
-        tied = [name for tie in self.chain.ties for name in tie.names if name in parameters]
-        layers: dict[int, dict[str, nn.Parameter]] = {}
-        for name, value in parameters.items():
-            if value.requires_grad:
-                layers.setdefault(-1 - tied.index(name) if name in tied else layer_of[name], {})[name] = value
-        made: dict[int, Bucket] = {
-            index: self._make_bucket(values, group, holders, shared) for index, values in sorted(layers.items())
-        }
-        if zero == 3 and not gathers_by_run(self.plan):
-            for key in holders:
-                self._windowed[key] = {i: bucket for i, bucket in made.items() if isinstance(bucket, ShardedBucket)}
-        return list(made.values())
-
-    def _window(self, layers: dict[int, ShardedBucket]) -> GatherWindow:
-        """Return what gathers a stage layer by layer."""
-        found: list[tuple[ShardedBucket, list[nn.Module]]] = []
-        for index, bucket in layers.items():
-            paths = self.chain.layers[index].modules if index >= 0 else ()
-            modules = [self.chain.model.get_submodule(path) for path in paths]
-            inside = {id(value) for module in modules for value in module.parameters()}
-            covered = all(id(value) in inside for value in bucket.parameters)
-            found.append((bucket, modules if covered else []))
-        return GatherWindow(found)
-
-    def _elastic_buckets(
-        self,
-        parameters: dict[str, nn.Parameter],
-        group: dist.ProcessGroup | None,
-        holders: frozenset[StageKey],
-        shared: frozenset[int],
-    ) -> list[Bucket]:
-        """Return one bucket for each pipeline: each has weights of its own."""
-        made = [self._make_bucket(parameters, group, frozenset((key,)), shared) for key in sorted(holders)]
-        together = tuple(bucket for bucket in made if isinstance(bucket, VersionedBucket))
-        for bucket in together:
-            bucket.siblings = together
-        return made
-
-    def _version_rule(self, stage: int) -> VersionRule:
-        schedule = self._schedule
-        every = int(schedule.parameters.get("update_every", 1))
-        first_group = self._policy is WeightPolicy.DOUBLE_BUFFER or stage < schedule.num_stages // 2
-        return VersionRule(
-            self._policy,
-            update_every=schedule.num_microbatches if self._policy is WeightPolicy.ELASTIC else every,
-            delay=1 if first_group and self._policy in DELAYED else 0,
-            predictor=predictor_of(schedule, stage) if self._policy is WeightPolicy.PREDICT else None,
-            elastic_rate=float(schedule.parameters.get("elastic_rate", 0.1)),
-        )
-
-    def _make_bucket(
-        self,
-        parameters: dict[str, nn.Parameter],
-        group: dist.ProcessGroup | None,
-        holders: frozenset[StageKey],
-        shared: frozenset[int],
-    ) -> Bucket:
-        if self._policy is not WeightPolicy.FLUSH:
-            degrees = self.plan.stages[min(shared)].degrees
-            takes_group = self._policy is WeightPolicy.STASH and degrees.dp * degrees.cp == 1
-            if (group is not None and not takes_group) or len(shared) > 1:
-                raise InvalidArgument(
-                    f"{self.plan.schedule.name} has no replicas and no weights that stages share",
-                    field="schedule.name",
-                    hint="take dp = 1 and an untied head, or a synchronous schedule; pipedream takes `replicas` by stage",
-                )
-            rule = self._version_rule(min(shared))
-            return VersionedBucket(self.chain.model, parameters, holders, rule, group=group, traffic=self._traffic)
-        zero = self.plan.stages[min(shared)].degrees.zero
-        if len(shared) > 1:
-            # The ranks of different stages come by at different times, so they can meet only once an iteration.
-            return self._synchronous_bucket("tied", parameters, group, holders, min(zero, 1), (group, None))
-        return self._synchronous_bucket("dp", parameters, group, holders, zero, self._sharding_groups(min(shared)))
-
-    def _synchronous_bucket(
-        self,
-        purpose: Purpose,
-        parameters: dict[str, nn.Parameter],
-        group: dist.ProcessGroup | None,
-        holders: frozenset[StageKey],
-        zero: int,
-        sharding: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
-    ) -> Bucket:
-        """Return the bucket of parameters that the ranks of `group` hold.
-
-        Where ZeRO divides their states, `sharding` has the ranks over which, and those that own the same share elsewhere.
-        Weights below 32 bits have masters in fp32, divided or not.
-        """
-        narrow = any(value.element_size() < 4 for value in parameters.values())
-        if (zero == 0 or group is None) and not narrow:
-            return self._replicated(purpose, parameters, group, holders)
-        inside, across = sharding if zero else (None, group)
-        return ShardedBucket(
-            parameters,
-            inside,
-            across,
-            holders,
-            zero,
-            self._traffic,
-            purpose=purpose,
-            everyone=group,
-            shards=self._shards,
-            by_layer=not gathers_by_run(self.plan),
-        )
-
-    def _replicated(
-        self,
-        purpose: Purpose,
-        parameters: dict[str, nn.Parameter],
-        group: dist.ProcessGroup | None,
-        holders: frozenset[StageKey],
-    ) -> ReplicatedBucket:
-        """Return an all-reduced bucket; the plan's `all_reduce` is `library` or `ring`, `bucket_bytes` its buckets' size."""
-        told = self.plan.schedule.parameters
-        algorithm = str(told.get("all_reduce", "library"))
-        if algorithm not in ("library", "ring"):
-            raise InvalidArgument(
-                f"there is no all-reduce {algorithm!r}", field="schedule.parameters.all_reduce", hint="library or ring"
-            )
-        return ReplicatedBucket(
-            f"all-reduce/{purpose}",
-            parameters,
-            group,
-            holders,
-            self._traffic,
-            self._shards,
-            always=purpose == "edp",
-            overlaps=purpose != "tied" and self.plan.schedule.num_replicas == 1,
-            bucket_bytes=int(told.get("bucket_bytes", BUCKET_BYTES)),
-            algorithm="ring" if algorithm == "ring" else "library",
-        )
-
-    def _gradient_group(self, stages: frozenset[int]) -> dist.ProcessGroup | None:
-        """Make the groups of all tensor-parallel coordinates; returns this rank's."""
-        sets = []
-        for rank in range(dist.get_world_size()):
-            view = Topology(self.plan, rank)
-            if any(stage in stages for _, stage in view.stages):
-                sets.append(tuple(sorted({other for stage in stages for other in view.gradient_ranks(stage)})))
-        return self.groups.make_all(f"gradients {sorted(stages)}", sets)
-
-    def _sharding_groups(self, stage: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-        """Return the ranks that divide a stage's states, and those that own the same share in other groups.
-
-        The plan's `shard_size` limits the first (HSDP, MiCS): neighbouring data- and context-parallel ranks.
-        """
-        inside, across = set(), set()
-        for rank in range(dist.get_world_size()):
-            view = Topology(self.plan, rank)
-            if any(other == stage for _, other in view.stages):
-                inside.add(view.shard_ranks(stage))
-                across.add(view.shard_owners(stage))
-        return self.groups.make_all(f"shards {stage}", inside), self.groups.make_all(f"replicas {stage}", across)
 
     def _check_reductions(self) -> None:
         reduced = [(a.replica, a.stage) for a in self.actions if a.kind is Kind.REDUCE_GRAD]

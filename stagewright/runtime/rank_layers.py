@@ -1,0 +1,161 @@
+"""The layers that one rank holds, divided as its degrees say: tensors, experts, attention over parts of the sequence.
+
+What the rank does not hold is dropped from the model; weight gradients wait in a sink where the schedule splits backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.context_attention import ContextAttention, ContextGroups, positions_of
+from stagewright.modeling.expert_parallel import ExpertGroups, divide_experts
+from stagewright.modeling.keep import keep_layers, move_to
+from stagewright.modeling.recomputation import recompute_layers
+from stagewright.modeling.tensor_collectives import TensorGroup
+from stagewright.modeling.tensor_parallel import TensorShards, key_value_copies, parallelize
+from stagewright.modeling.unfilled import fill_layers
+from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
+from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.profile import Recompute
+from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.schedules.action import Action
+from stagewright.runtime.groups import Groups
+from stagewright.runtime.peer_swap import swaps
+from stagewright.runtime.stage import Stage
+from stagewright.runtime.topology import StageKey, Topology
+
+
+class RankLayers:
+    """Cuts a model to one rank's layers and divides them.
+
+    Parameters
+    ----------
+    chain : the whole model; what this rank does not hold is dropped from it.
+    groups : process groups to use and add to.
+    traffic : bytes sent, by collective and axis; the layers' collectives add to it.
+    splits_backward : whether input and weight gradients are apart.
+
+    Attributes
+    ----------
+    shards : how tensors are split over the tensor-parallel group.
+    experts : ids of the parameters of divided experts.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        topology: Topology,
+        chain: LayerChain,
+        groups: Groups,
+        device: torch.device,
+        traffic: dict[str, float],
+        *,
+        splits_backward: bool,
+    ) -> None:
+        self._plan = plan
+        self._topology = topology
+        self._chain = chain
+        self._groups = groups
+        self._traffic = traffic
+        self._views = [Topology(plan, rank) for rank in range(dist.get_world_size())]
+        held = frozenset(i for _, s in topology.stages for i in plan.stages[s].layer_indices)
+        keep_layers(chain, held)
+        fill_layers(chain, held, device)
+        move_to(chain.model, device)
+        self._sink = WeightGradientSink()
+        self.shards = self._split_tensors(held)
+        self.experts = self._divide_experts(held)
+        if splits_backward:
+            defer_weight_gradients(chain.model, self._sink)
+        recompute_layers(chain, self._recompute_levels())
+
+    def stages(self, actions: Sequence[Action]) -> dict[StageKey, Stage]:
+        """Return this rank's stages by replica and stage, for these actions."""
+        loss_context: Callable[[], AbstractContextManager[object]] = nullcontext
+        if self.shards.group and self._topology.degrees.vocab_parallel:
+            from torch.distributed.tensor.parallel import loss_parallel  # DTensor takes a second to import
+
+            loss_context = loss_parallel
+        context = self._context_attention()
+        return {
+            (replica, stage): Stage(
+                self._chain.segment_of(self._plan.stages[stage].layer_indices),
+                stage,
+                replica,
+                self._sink,
+                loss_context=loss_context,
+                context=context,
+                keeps_storages=bool(swaps(actions)),
+            )
+            for replica, stage in self._topology.stages
+        }
+
+    def positions(self, index: int) -> Tensor:
+        """Return the positions of one context-parallel part; the layout is the plan's `context_layout`."""
+        layout = str(self._plan.schedule.parameters.get("context_layout", "contiguous"))
+        if layout not in ("contiguous", "striped", "zigzag"):
+            raise InvalidArgument(
+                f"there is no context layout {layout!r}",
+                field="schedule.parameters.context_layout",
+                hint="contiguous, striped or zigzag",
+            )
+        return positions_of(index, self._topology.degrees.cp, self._plan.job.sequence_length, layout)
+
+    def _divide_experts(self, held: frozenset[int]) -> set[int]:
+        """Divide this rank's experts, where the plan does; returns the ids of their parameters."""
+        experts = self._groups.make_all("experts", {view.expert_ranks for view in self._views})
+        tensors = self._groups.make_all("expert tensors", {view.expert_tensor_ranks for view in self._views})
+        if experts is None and tensors is None:
+            return set()
+        groups = ExpertGroups(
+            None if experts is None else TensorGroup(experts, self._traffic, "ep"),
+            None if tensors is None else TensorGroup(tensors, self._traffic, "etp"),
+            None if self._topology.degrees.sp else self.shards.group,
+        )
+        return divide_experts(self._chain, sorted(held), groups, self.shards)
+
+    def _context_attention(self) -> Callable[[], ContextAttention] | None:
+        """Return what makes the attention over this rank's context-parallel group, where it has one."""
+        heads = self._groups.make_all("heads", {view.ulysses_ranks for view in self._views})
+        ring = self._groups.make_all("ring", {view.ring_ranks for view in self._views})
+        degrees = self._topology.degrees
+        if degrees.cp == 1:
+            return None
+        groups = ContextGroups(heads, ring, self._traffic)
+        parts = [self.positions(index) for index in range(degrees.cp)]
+        size = degrees.ulysses
+        positions = [torch.cat(parts[first : first + size]) for first in range(0, degrees.cp, size)]
+        return lambda: ContextAttention(groups, positions)
+
+    def _split_tensors(self, held: frozenset[int]) -> TensorShards:
+        """Split this rank's layers over its tensor-parallel group, where it has one."""
+        group = self._groups.make_all("tensor", {view.tensor_ranks for view in self._views})
+        if group is None:
+            return TensorShards()
+        degrees = self._topology.degrees
+        copies = key_value_copies(self._chain.model, degrees.tp)
+        sharing = self._groups.make_all("key-value heads", {view.key_value_ranks(copies) for view in self._views})
+        return parallelize(
+            self._chain,
+            sorted(held),
+            TensorGroup(group, self._traffic),
+            self._sink,
+            sharing=None if sharing is None else TensorGroup(sharing, self._traffic),
+            sequence_parallel=degrees.sp,
+            vocabulary_parallel=degrees.vocab_parallel,
+        )
+
+    def _recompute_levels(self) -> dict[int, Recompute]:
+        return {
+            layer: level
+            for index in sorted({stage for _, stage in self._topology.stages})
+            for layer, level in zip(
+                self._plan.stages[index].layer_indices, self._plan.stages[index].recompute_levels(), strict=True
+            )
+        }
