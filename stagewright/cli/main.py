@@ -45,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "templates": Command("templates", "Plan a pipeline for every node count, ready for every loss of nodes."),
     "rent": Command("rent", "Choose how many nodes of each zone to rent, for most tokens a dollar."),
     "phases": Command("phases", "Plan the phases of a round together, changes of layout included."),
+    "sequences": Command("sequences", "Group devices for sequences of different length."),
     "hetpipe": Command("hetpipe", "Cut a model over virtual workers of mixed GPUs."),
     "simulate": Command("simulate", "Simulate a plan again."),
     "validate": Command("validate", "Check a plan against a cluster."),

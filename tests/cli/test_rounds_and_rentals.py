@@ -97,3 +97,17 @@ def test_virtual_workers_of_one_gpu_of_each_node_are_alike(files, capsys):
         layers = [b - a for a, b in zip(worker["layers"], worker["layers"][1:], strict=False)]
         assert layers[slow] == 2  # a third of the rate, a third of the layers
     assert run([*asked, "--policy", "pairs"]) == 2
+
+
+def test_sequences_of_different_length_are_grouped_and_bad_lengths_are_named(files, capsys):
+    asked = ["sequences", "gpt2", "--cluster", "a100-sxm-80g:4x1", "--json", "--lengths"]
+    assert run([*asked, "1024x2,256x9"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    held = [(int(length), count) for group in found["groups"] for length, count in group["counts"].items()]
+    assert sum(count for length, count in held if length == 1024) == 2
+    assert sum(count for length, count in held if length == 256) == 9
+    assert found["bound_s"] <= found["step_s"] * (1 + 1e-9) <= min(found["uniform_step_s"].values()) * (1 + 2e-9)
+    assert found["blocks_bytes"] <= found["ring_bytes"]
+    assert sum(found["block_loads"]) == pytest.approx(11 * 0.5)
+    assert run([*asked, "1024y2"]) == 2
+    assert "1024y2" in json.loads(capsys.readouterr().out)["error"]["message"]

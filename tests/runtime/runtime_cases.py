@@ -421,3 +421,43 @@ def live_move(argument: tuple[PreparedCase, PreparedCase]) -> tuple[float, float
     names = canonical_names(worker)
     changes = {name: value - start[names[name]] for name, value in worker.weights().items()}
     return compare(worker, changes, expected, shapes).max_relative_error, received
+
+
+def switched_groups(argument: tuple[PreparedCase, PreparedCase]) -> tuple[float, tuple[int, ...]]:
+    """Run two batches one after the other, each with its own plan's groups, and compare the sum of their gradients.
+
+    Returns the largest relative error against one process, and the context-parallel ranks of this one in each plan.
+    """
+    model = make_model(argument[0].case, 2)
+    total: dict[str, torch.Tensor] = {}
+    other = split(copy.deepcopy(model))
+    tokens, groups = 0, []
+    for prepared in argument:
+        batch = _tokens(prepared)
+        chain = split(copy.deepcopy(model))
+        store = dist.PrefixStore(f"case/{prepared.number}", default_store())
+        worker = Worker(
+            prepared.plan, prepared.schedule, chain, WorkerSettings(CPU, seed=1), store=store, groups=GROUPS
+        )
+        worker.run(batch, 0)
+        count = batch[0].numel()
+        for name, value in worker.gradients().items():
+            total[name] = total.get(name, torch.zeros_like(value)) + count * value
+        (loss,) = other.segment(0, other.num_layers).run(batch, seed=0)
+        (count * loss).backward()
+        groups.append(worker.topology.context_ranks)
+        tokens += count
+        worker.close()
+    expected = dict(other.model.named_parameters())
+    scale = max(float(value.norm()) for value in total.values())
+    errors = [
+        float((value - expected[name].grad).norm()) / max(float(value.norm()), 1e-6 * scale)
+        for name, value in total.items()
+    ]
+    return max(errors), tuple(len(group) for group in groups)
+
+
+def _tokens(prepared: PreparedCase) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(prepared.plan.job.sequence_length)
+    size = (samples_of(prepared.plan, prepared.schedule), prepared.plan.job.sequence_length)
+    return tuple(torch.randint(VOCABULARY, size, generator=generator) for _ in range(2))
