@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ from stagewright.planner.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from stagewright.cli.output import ReportsProgress
-    from stagewright.planner.documents import Cluster, ModelProfile, Plan, TrainingJob
+    from stagewright.planner.documents import Cluster, ModelProfile, Plan, StagePlan, TrainingJob
     from stagewright.planner.documents.migration import Migration
     from stagewright.planner.documents.outcome import Diagnosis, FrontierPoint, PlanOutcome, Progress
     from stagewright.planner.search.reproof import Reproof
@@ -339,7 +340,8 @@ def print_plan(found: Plan) -> None:
         f"step {seconds_text(prediction.step_time_s)}, {prediction.tokens_per_s:,.0f} tokens/s{mfu}, "
         f"bubble {prediction.bubble_over_total:.1%} ({prediction.source})"
     )
-    table = Table("rank", "layers", "dp", "tp", "cp", "ep", "zero", "recompute", "peak memory", box=None)
+    own = [name for name, shown in _OWN_COLUMNS.items() if any(map(shown, found.stages))]
+    table = Table("rank", "layers", "dp", "tp", "cp", "ep", "zero", "recompute", *own, "peak memory", box=None)
     for rank in range(spec.num_ranks):
         held = [stage for stage, where in zip(found.stages, spec.placement[0], strict=True) if where == rank]
         if not held:
@@ -352,9 +354,22 @@ def print_plan(found: Plan) -> None:
             " + ".join(str(stage.num_layers) for stage in held),
             *(str(getattr(degrees, name)) for name in ("dp", "tp", "cp", "ep", "zero")),
             counts,
+            *(_OWN_COLUMNS[name](held[0]) for name in own),
             bytes_text(prediction.peak_memory_bytes[rank]),
         )
     screen.print(table)
+
+
+def _offload_text(stage: StagePlan) -> str:
+    return f"{stage.optimizer_offload:.0%} of the optimizer" if stage.optimizer_offload else ""
+
+
+def _shares_text(stage: StagePlan) -> str:
+    return ", ".join(f"{len(list(run))} x {share}" for share, run in groupby(stage.batch_shares))
+
+
+# Columns that only plans with something in them have.
+_OWN_COLUMNS: dict[str, Callable[[StagePlan], str]] = {"on the host": _offload_text, "shares": _shares_text}
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:

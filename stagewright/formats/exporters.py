@@ -16,7 +16,7 @@ from stagewright.formats.torch_csv import torch_csv
 from stagewright.formats.torchtitan import torchtitan
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
-from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.errors import InvalidArgument, NotExpressible
 from stagewright.planner.prediction import evaluate, schedule_of
 
 Export = Callable[[Plan, ModelProfile], Exported]
@@ -55,10 +55,27 @@ def _html(plan: Plan, profile: ModelProfile) -> Exported:
     return Exported({"timeline.html": page}, (Loss("schedule", "exact"),))
 
 
+def _configuration(export: Export) -> Export:
+    """Return the exporter of a framework's configuration, which has no words for stages whose devices have unlike parts."""
+
+    def checked(plan: Plan, profile: ModelProfile) -> Exported:
+        for index, stage in enumerate(plan.stages):
+            for name, value in (("batch_shares", stage.batch_shares), ("optimizer_offload", stage.optimizer_offload)):
+                if value:
+                    raise NotExpressible(
+                        f"stages[{index}].{name} is {value}, the format gives all devices of a stage equal parts",
+                        field=f"stages[{index}].{name}",
+                        hint="plan for one kind of device, without --per-stage-degrees",
+                    )
+        return export(plan, profile)
+
+    return checked
+
+
 EXPORTERS: dict[str, Export] = {
-    "megatron-args": megatron_args,
-    "deepspeed": deepspeed,
-    "torchtitan": torchtitan,
+    "megatron-args": _configuration(megatron_args),
+    "deepspeed": _configuration(deepspeed),
+    "torchtitan": _configuration(torchtitan),
     "torch-csv": _torch_csv,
     "chrome-trace": _chrome_trace,
     "svg": _svg,

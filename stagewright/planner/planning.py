@@ -132,7 +132,7 @@ def _refuse_unsearched(cluster: Cluster, job: TrainingJob, planner: str, executo
         "ties": space.ties or None if planner != "exact" else None,
         "target": space.target if differ or planner != "exact" else None,
         "equal": space.equal or None if differ or planner != "exact" else None,
-        "per_stage_degrees": "on" if space.per_stage_degrees and planner != "exact" else None,
+        "per_stage_degrees": "on" if space.per_stage_degrees and not named_planner(planner).by_stage else None,
     }
     for field, value in refused.items():
         if value is not None:

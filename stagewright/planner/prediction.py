@@ -26,6 +26,7 @@ from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.cost.groups import GroupShape
 from stagewright.planner.cost.layer_table import LEVELS
 from stagewright.planner.cost.measured_cost import worst_source
+from stagewright.planner.cost.memory_actions import streamed_states_s
 from stagewright.planner.cost.options import CostOptions
 from stagewright.planner.cost.trust import expected_error
 from stagewright.planner.documents.cluster import Cluster, Device
@@ -107,6 +108,7 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
     version_bytes = _version_bytes(schedule, bounds, layers)
     pipeline = replace(pipeline, static_bytes=static, version_bytes=version_bytes)
     pipeline = _with_local_steps(pipeline, layout, local_steps(plan))
+    pipeline = _with_offload(pipeline, layout, plan, bounds, layers)
     costs = stage_costs(pipeline, bounds, levels, layers)
     links = links_of(layout, bounds, layers, wiring)
     timeline = _timed(schedule, costs, links, layout, pipeline.tail_s, pipeline.optimizer_s)
@@ -204,6 +206,36 @@ def _with_local_steps(pipeline: PipelineCosts, layout: Layout, every: int | None
     saved = pipeline.reduction_s * (1.0 - 1.0 / every)
     return replace(
         pipeline, reduction_s=pipeline.reduction_s - saved, tail_s=pipeline.tail_s - _rank_sum(layout, saved)
+    )
+
+
+def _with_offload(
+    pipeline: PipelineCosts, layout: Layout, plan: Plan, bounds: Sequence[int], layers: Sequence[LayerCosts]
+) -> PipelineCosts:
+    """Return the costs where stages keep a share of their optimizer states on the host and stream it in for the step."""
+    if not any(stage.optimizer_offload for stage in plan.stages):
+        return pipeline
+    away = np.zeros(layout.num_stages)
+    seconds = np.zeros(layout.num_stages)
+    for index, (stage, row) in enumerate(zip(plan.stages, layers, strict=True)):
+        if not stage.optimizer_offload:
+            continue
+        device = device_of(plan.cluster, stage.group)
+        if device.host_bytes_per_s is None:
+            raise InvalidDocument(
+                f"stages[{index}].optimizer_offload is {stage.optimizer_offload}, {device.name} states no bandwidth to a host",
+                field=f"stages[{index}].optimizer_offload",
+                hint="set host_bytes_per_s of the device, or keep the states on it",
+            )
+        away[index] = stage.optimizer_offload * row.state_bytes[2, bounds[index] : bounds[index + 1]].sum()
+        seconds[index] = streamed_states_s(away[index], device.host_bytes_per_s)
+    static = pipeline.static_bytes.copy()
+    static[2] -= _rank_sum(layout, away)
+    return replace(
+        pipeline,
+        static_bytes=static,
+        optimizer_s=pipeline.optimizer_s + seconds,
+        tail_s=pipeline.tail_s + _rank_sum(layout, seconds),
     )
 
 

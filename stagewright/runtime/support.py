@@ -44,6 +44,12 @@ def check_supported(plan: Plan) -> None:
                 field=f"{field}.degrees.zero",
                 hint="pin zero=1, or an ep x etp that covers all devices of the stage",
             )
+        if stage.optimizer_offload:
+            raise InvalidArgument(
+                f"{field}.optimizer_offload is {stage.optimizer_offload}, the runtime keeps optimizer states on the device",
+                field=f"{field}.optimizer_offload",
+                hint="plan without --per-stage-degrees, or with the exact planner",
+            )
         if has_uneven_shares(plan):
             _check_shares(plan, index)
     if has_unequal_replicas(plan):

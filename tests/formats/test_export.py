@@ -204,3 +204,13 @@ def test_what_torchtitan_cannot_say_is_listed_or_refused():
     plan, profile = plan_of("gpt3-175b", Degrees(tp=8), 4, family="chimera")
     with pytest.raises(NotExpressible, match="replicas of a stage"):
         torchtitan(plan, profile)
+
+
+@pytest.mark.parametrize("name", ["megatron-args", "deepspeed", "torchtitan"])
+@pytest.mark.parametrize(("field", "value"), [("batch_shares", (3, 1)), ("optimizer_offload", 0.5)])
+def test_unlike_parts_of_a_stages_devices_are_refused_and_not_left_out(name, field, value):
+    plan, profile = plan_of("llama2-7b", Degrees(dp=2, zero=1), 1)
+    (stage,) = plan.stages
+    unlike = plan.model_copy(update={"stages": (stage.model_copy(update={field: value}),)})
+    with pytest.raises(NotExpressible, match=rf"stages\[0\].{field} is "):
+        EXPORTERS[name](unlike, profile)

@@ -199,6 +199,15 @@ def offload_timeline_s(
     return now, now - sum(forward_s) - sum(backward_s)
 
 
+def streamed_states_s(state_bytes: float, host_bytes_per_s: float) -> float:
+    """Return what a step waits for optimizer states that live on the host and are updated on the device (Mist, Zhu et al. 2025).
+
+    Each layer's states come in and go out again, full duplex and one layer behind the other, so the way in is what shows:
+    bytes over bandwidth, in addition to the update itself.
+    """
+    return state_bytes / host_bytes_per_s
+
+
 def optimizer_offload_s(
     num_parameters: float, *, host_bytes_per_s: float, gradient_bytes: float, parameter_bytes: float, host_step_s: float
 ) -> float:

@@ -42,4 +42,6 @@ def _refuse_graph_of_chain(problem: Problem, branches: bool) -> None:
         )
 
 
-PLANNER = NamedPlanner("exact", "Stagewright: joint search over cuts from simulated critical paths", solve)
+PLANNER = NamedPlanner(
+    "exact", "Stagewright: joint search over cuts from simulated critical paths", solve, by_stage=True
+)

@@ -29,6 +29,7 @@ class NamedPlanner:
     paper : authors, title, venue.
     solve : from a problem and its limits to an outcome.
     objective : what the planner itself minimises, in words.
+    by_stage : whether it answers jobs whose stages may differ in their degrees.
     """
 
     name: str
@@ -36,6 +37,7 @@ class NamedPlanner:
     solve: Solve
     objective: str = "simulated step time"
     aliases: tuple[str, ...] = ()
+    by_stage: bool = False
 
 
 MODULES = (

@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.cost.memory_actions import streamed_states_s
 from stagewright.planner.planners.range_cuts import least_bottleneck
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts
 from stagewright.planner.search.problem import Candidate, Partition, Problem
@@ -28,10 +29,16 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(eq=False)
 class StageTable:
-    """Costs of every layer range of a candidate's configuration."""
+    """Costs of every layer range of a candidate's configuration.
+
+    Parameters
+    ----------
+    offloaded : share of the optimizer's states on the host, streamed in for the step.
+    """
 
     problem: Problem
     candidate: Candidate
+    offloaded: float = 0.0
     _least: dict[tuple[object, ...], Recomputation | None] = field(default_factory=dict)
 
     @property
@@ -101,13 +108,18 @@ class StageTable:
 
     @cached_property
     def step_s(self) -> Floats:
-        """Once a step: gradients summed, optimizer run."""
-        return self.reduction_s + ranges_of(self.costs.optimizer_s)
+        """Once a step: gradients summed, optimizer run, its states streamed in."""
+        plain = self.reduction_s + ranges_of(self.costs.optimizer_s)
+        if not self.offloaded:
+            return plain
+        rate = self.problem.cluster.groups[0].device.host_bytes_per_s
+        assert rate is not None
+        return plain + streamed_states_s(1.0, rate) * ranges_of(self.offloaded * self.costs.state_bytes[2])
 
     @cached_property
     def static_bytes(self) -> Floats:
         """Parameters, gradients, optimizer."""
-        return ranges_of(self.costs.static_bytes)
+        return ranges_of(self.costs.static_bytes - self.offloaded * self.costs.state_bytes[2])
 
     @cached_property
     def parameter_bytes(self) -> Floats:
