@@ -31,12 +31,13 @@ def simulate(
     from stagewright.cli.plan import print_plan
     from stagewright.planner.documents import ModelProfile, Plan
     from stagewright.planner.documents.document import write_text
+    from stagewright.planner.expectation import with_expectation
     from stagewright.planner.prediction import evaluate
 
     document = Plan.load(plan)
     model = ModelProfile.load(profile) if profile is not None else find_profile(document, plan)
     document.check_profile(layer_digest=model.layer_digest, num_layers=model.num_layers)
-    evaluation = evaluate(document, model)
+    evaluation = with_expectation(evaluate(document, model), document, model)
     if trace is not None:
         from stagewright.formats.chrome_trace import chrome_trace
 

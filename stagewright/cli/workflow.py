@@ -114,7 +114,7 @@ def save_run(out: Path, plan: Plan, report: RunReport) -> None:
             f"{plan.num_devices // plan.schedule.num_ranks} replicas, {plan.schedule.num_microbatches} microbatches of "
             f"{plan.schedule.microbatch}",
             "cluster": f"{plan.num_devices} x {plan.cluster.groups[0].device.name}",
-            "step time": f"predicted {seconds_text(plan.prediction.step_time_s)}, measured {_measured_step(report)}",
+            "step time": f"predicted {seconds_text(float(str(report.predicted['step_time_s'])))}, measured {_measured_step(report)}",
         },
         memory_limit_bytes=memory if memory < 4 * peak else None,
     )

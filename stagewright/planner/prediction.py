@@ -9,6 +9,8 @@ Messages take latency + bytes / bandwidth of the slowest link between two ranks;
 message at a time. Peak memory of a rank is its states, the most live activations of its layout, the largest workspace of
 its layers and what the framework holds.
 
+Everything takes its median there; `expectation` adds what a run takes beyond.
+
 MFU is model FLOPs (forward once, backward twice, no recomputation) over the dense peak of the job's dtype; HFU counts
 what is run again. Not modelled: contention between different pairs of ranks, stragglers, input pipelines.
 """
@@ -16,7 +18,7 @@ what is run again. Not modelled: contention between different pairs of ranks, st
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,7 +58,8 @@ from stagewright.planner.search.pipeline_costs import (
     boundary_bytes,
     pipeline_costs,
 )
-from stagewright.planner.simulation.network import Collectives, Links
+from stagewright.planner.simulation.implied_shares import implied_shares
+from stagewright.planner.simulation.network import Collectives, Links, Shares
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.planner.simulation.versions import versions_beside_the_master
@@ -135,21 +138,58 @@ def step_time_at(evaluation: Evaluation, slowness: Floats) -> float:
     optimizer_s = evaluation.pipeline.optimizer_s * stage
     timeline = _timed(evaluation.schedule, costs, evaluation.links, layout, tail_s, optimizer_s)
     overhead_s = evaluation.prediction.step_time_s - evaluation.timeline.makespan_s
+    expected = evaluation.prediction.expectation
+    if expected is not None:
+        overhead_s += expected.message_s + expected.jitter_s
     return timeline.makespan_s + overhead_s * float(slowness.max())
 
 
+def makespan_with(evaluation: Evaluation, layout: Layout, shares_of: Callable[[Schedule], Shares]) -> float:
+    """Return the makespan where the actions of the schedule that is timed take other shares of their stages' seconds.
+
+    `layout` is that of the evaluation's schedule.
+    """
+    pipeline = evaluation.pipeline
+    return _timed(
+        evaluation.schedule,
+        evaluation.costs,
+        evaluation.links,
+        layout,
+        pipeline.tail_s,
+        pipeline.optimizer_s,
+        shares_of=shares_of,
+        trace=False,
+    ).makespan_s
+
+
 def _timed(
-    schedule: Schedule, costs: StageCosts, links: Links, layout: Layout, tail_s: Floats, optimizer_s: Floats
+    schedule: Schedule,
+    costs: StageCosts,
+    links: Links,
+    layout: Layout,
+    tail_s: Floats,
+    optimizer_s: Floats,
+    *,
+    shares_of: Callable[[Schedule], Shares] = implied_shares,
+    trace: bool = True,
 ) -> Timeline:
     """Return the simulated timeline; optimizer steps stand where they run.
 
     That is in the tails, or where weights change under microbatches behind the last backward of each update.
     """
     if not update_period(schedule):
-        return simulate(schedule, costs, links=links, tail_s=tail_s)
+        return simulate(schedule, costs, links=links, tail_s=tail_s, shares=shares_of(schedule), trace=trace)
     stepped = replace(schedule, orders=with_optimizer_steps(schedule))
     tail_s = np.maximum(tail_s - _rank_sum(layout, optimizer_s), 0.0)
-    return simulate(stepped, costs, links=links, collectives=Collectives(optimizer_s=optimizer_s), tail_s=tail_s)
+    return simulate(
+        stepped,
+        costs,
+        links=links,
+        collectives=Collectives(optimizer_s=optimizer_s),
+        tail_s=tail_s,
+        shares=shares_of(stepped),
+        trace=trace,
+    )
 
 
 def _other_pipelines_bytes(

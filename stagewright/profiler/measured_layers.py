@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.documents import Recompute
+from stagewright.planner.documents import Jitter, Recompute
+from stagewright.profiler.jitter import jitter_of
 
 Floats = npt.NDArray[np.float64]
 Numbers = dict[str, Any]
@@ -66,6 +67,7 @@ class ConfigurationNumbers:
     drift: float
     speed_range: float
     busy_shares: tuple[float, ...]
+    jitter: Jitter | None = None
 
 
 def reference_probe_seconds(samples: Iterable[Numbers]) -> float | None:
@@ -82,6 +84,7 @@ def configuration_numbers(
     `probe_s` is what a probe takes at the speed that all are brought to; None leaves them as they were measured.
     """
     speed_range = _speed_range([item for items in samples.values() for item in items])
+    jitter = jitter_of(_rows(samples["step"], "forward_s"), _rows(samples["step"], "backward_s"))
     samples = {kind: [_at_speed(item, probe_s) for item in items] for kind, items in samples.items()}
     steps, splits, memory = samples["step"], samples.get("split", ()), samples["memory"][0]
     hook_s = _hook_seconds(steps)
@@ -132,6 +135,7 @@ def configuration_numbers(
         drift=_drift(totals),
         speed_range=speed_range,
         busy_shares=tuple(_number(item, "busy_share") for item in steps),
+        jitter=jitter,
     )
 
 

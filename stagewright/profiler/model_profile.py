@@ -246,7 +246,7 @@ def _add(
 def _overheads(numbers: ConfigurationNumbers, sizes: Mapping[str, int], unused: Mapping[str, int]) -> Overheads:
     """A microbatch is two actions; what one takes beside its layers, and what a step takes beside its microbatches."""
     action_s = (numbers.outside_s + numbers.entrance_s) / 2
-    return Overheads(action_s, numbers.entrance_s, numbers.empty_step_s, sizes, unused)
+    return Overheads(action_s, numbers.entrance_s, numbers.empty_step_s, sizes, unused, numbers.jitter)
 
 
 def _sources(settings: ProfileSettings) -> dict[str, Source]:
@@ -329,6 +329,7 @@ def _document(
         step_overhead_s=statistics.median(item.step_s for item in overheads),
         action_overhead_s=statistics.median(item.action_s for item in overheads),
         entrance_s=statistics.median(item.entrance_s for item in overheads),
+        jitter=min((item.jitter for item in overheads if item.jitter), key=lambda each: each.piece_s, default=None),
         pedigree=pedigree,
     )
 

@@ -5,6 +5,10 @@ is that of the full tensor, for all-to-all one rank's send buffer, for send-rece
 rank's. Bus bandwidth is bytes / seconds times 2 (n - 1) / n for all-reduce, (n - 1) / n for all-gather,
 reduce-scatter and all-to-all, and 1 for send-receive.
 
+Where processors carry messages themselves, what one takes of each of its ends is measured in pairs: the same products with
+and without a message to and from the neighbour, one after the other on all ranks at once. Half the median difference is one
+end's, and a line through the sizes gives its two numbers.
+
 The overlap slowdown is the factor by which a matrix product takes longer while this rank's link carries an all-reduce,
 and the reverse factor for the all-reduce.
 """
@@ -16,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -27,6 +32,8 @@ from stagewright.profiler.ranks import RankContext, ReportsProgress, run_ranks
 OPERATIONS = ("send-receive", "all-reduce", "all-gather", "reduce-scatter", "all-to-all")
 SIZES_BYTES = tuple(2**power for power in range(10, 31))
 _ROUNDS = 3
+_PROCESSOR_BYTES = (2**10, 2**18, 2**20)
+_PROCESSOR_PAIRS, _PROCESSOR_PRODUCTS, _PROCESSOR_WIDTH = 25, 8, 256  # about 5 ms of products each
 QUICK_SIZES_BYTES = tuple(2**power for power in (10, 13, 16, 18, 20, 22, 24))
 
 
@@ -55,6 +62,8 @@ class NetworkProfile:
     fits: Mapping[str, AlphaBetaFit]
     compute_slowdown: float = 1.0
     communication_slowdown: float = 1.0
+    processor_latency_s: float = 0.0
+    processor_bytes_per_s: float | None = None
 
     def level(self, name: str, num_devices: int) -> LinkLevel:
         """Return the link level of a cluster that these numbers describe."""
@@ -67,6 +76,8 @@ class NetworkProfile:
             segments=sending,
             collectives={name: fit.segments for name, fit in self.fits.items() if name != "send-receive"},
             overlap_slowdown=self.compute_slowdown,
+            processor_latency_s=self.processor_latency_s,
+            processor_bytes_per_s=self.processor_bytes_per_s,
             source=Source.MEASURED,
         )
 
@@ -132,13 +143,29 @@ def network_profile_of(results: Sequence[object], num_ranks: int) -> NetworkProf
     }
     if "send-receive" not in fits:
         raise RunFailed("the network sweep measured no send-receive", hint="the backend must support send and recv")
+    latency_s, rate = _processor_line([point for row in rows for point in row.get("processor", ())])
     return NetworkProfile(
         num_ranks=num_ranks,
         points=points,
         fits=fits,
         compute_slowdown=max([1.0, *(float(row["compute_slowdown"]) for row in rows)]),
         communication_slowdown=max([1.0, *(float(row["communication_slowdown"]) for row in rows)]),
+        processor_latency_s=latency_s,
+        processor_bytes_per_s=rate,
     )
+
+
+def _processor_line(points: Sequence[tuple[int, float]]) -> tuple[float, float | None]:
+    """Return the line through what an end of a message took, (bytes, seconds) each: latency, and bytes a second.
+
+    Least squares; None where larger messages take no longer.
+    """
+    if not points:
+        return 0.0, None
+    sizes, seconds = np.array(points, dtype=np.float64).T
+    slope = max(float(np.polyfit(sizes, seconds, 1)[0]), 0.0) if len(set(sizes.tolist())) > 1 else 0.0
+    latency_s = max(float((seconds - slope * sizes).mean()), 0.0)
+    return latency_s, 1.0 / slope if slope > 0 else None
 
 
 def _fit(points: Sequence[NetworkPoint]) -> AlphaBetaFit:
@@ -201,7 +228,13 @@ def sweep(
         for key, values in samples.items()
     ]
     compute, communication = _overlap(device, group) if overlap and num_ranks > 1 else (1.0, 1.0)
-    return {"points": points, "compute_slowdown": compute, "communication_slowdown": communication}
+    processor = _processor_points(device, group) if overlap and device.type == "cpu" and num_ranks > 1 else []
+    return {
+        "points": points,
+        "compute_slowdown": compute,
+        "communication_slowdown": communication,
+        "processor": processor,
+    }
 
 
 def _rank_device(backend: str, rank: int) -> torch.device:
@@ -320,6 +353,35 @@ def _overlap(device: torch.device, group: dist.ProcessGroup | None) -> tuple[flo
     compute_factor = statistics.median(compute_busy or [0.0]) / statistics.median(compute_alone)
     communication_factor = statistics.median(communication_busy) / statistics.median(communication_alone)
     return max(1.0, compute_factor), max(1.0, communication_factor)
+
+
+def _processor_points(device: torch.device, group: dist.ProcessGroup | None) -> list[tuple[int, float]]:
+    """Return by size what a message takes of the processor at one of its ends, seconds; nothing of a rank without neighbour."""
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    other = rank ^ 1
+    peer = other if group is None or other >= num_ranks else dist.get_global_rank(group, other)
+    left = torch.ones(_PROCESSOR_WIDTH, _PROCESSOR_WIDTH, device=device)
+    found = []
+    for size in _PROCESSOR_BYTES:
+        sent, received = torch.zeros(size // 4, device=device), torch.empty(size // 4, device=device)
+        differences = []
+        for _ in range(_PROCESSOR_PAIRS):
+            seconds = []
+            for with_message in (False, True):
+                dist.barrier(group=group)
+                begin = time.perf_counter()
+                works: list[dist.Work | None] = []
+                if with_message and other < num_ranks:
+                    works = [dist.irecv(received, peer, group=group), dist.isend(sent, peer, group=group)]
+                for _ in range(_PROCESSOR_PRODUCTS):
+                    torch.mm(left, left)
+                for work in works:
+                    assert work is not None
+                    work.wait()
+                seconds.append(time.perf_counter() - begin)
+            differences.append(seconds[1] - seconds[0])
+        found.append((size, max(statistics.median(differences), 0.0) / 2))
+    return found if other < num_ranks else []
 
 
 def _synchronize(device: torch.device) -> None:

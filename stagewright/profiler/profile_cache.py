@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stagewright.modeling import LayerChain
-from stagewright.planner.documents import ConfigurationCost
+from stagewright.planner.documents import ConfigurationCost, Jitter
 from stagewright.profiler.journal import EntryCache, Journal
 from stagewright.profiler.model_bench import Configuration
 from stagewright.profiler.settings import ProfileSettings
 from stagewright.profiler.surroundings import device_name, versions
 
 _MEANING = 4  # of the numbers; entries and journals of another are not read
+
+
+_SECONDS = ("action_s", "entrance_s", "step_s")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Overheads:
     step_s : for each step.
     parameters : of a shard, by class.
     unused : how many of these no forward uses.
+    jitter : how single pieces of a microbatch differ from their medians; None where too few were measured.
     """
 
     action_s: float
@@ -34,6 +38,7 @@ class Overheads:
     step_s: float
     parameters: Mapping[str, int]
     unused: Mapping[str, int]
+    jitter: Jitter | None = None
 
 
 @dataclass
@@ -113,8 +118,9 @@ class ProfileCache:
                     found[name] = _scaled_cost(ConfigurationCost.model_validate(entry["cost"]), factor(entry))
             entry = self._entries.get(self._model_key(item))
             if entry is not None:
-                seconds = [float(str(entry[name])) for name in ("action_s", "entrance_s", "step_s")]
-                overheads = Overheads(*seconds, _counts(entry["parameters"]), _counts(entry["unused"]))
+                seconds = [float(str(entry[name])) for name in _SECONDS]
+                jitter = None if entry.get("jitter") is None else Jitter.model_validate(entry["jitter"])
+                overheads = Overheads(*seconds, _counts(entry["parameters"]), _counts(entry["unused"]), jitter)
                 costs.overheads[item] = _scaled_overheads(overheads, factor(entry))
         return costs
 
@@ -125,8 +131,14 @@ class ProfileCache:
                 content = {"cost": cost.model_dump(mode="json"), "probe_s": costs.probe_s}
                 self._entries.put(self._class_key(name, item), content)
             value = costs.overheads[item]
-            counts = {"parameters": dict(value.parameters), "unused": dict(value.unused)}
-            self._entries.put(self._model_key(item), {**asdict(value), **counts, "probe_s": costs.probe_s})
+            entry = {
+                **{name: getattr(value, name) for name in _SECONDS},
+                "parameters": dict(value.parameters),
+                "unused": dict(value.unused),
+                "jitter": None if value.jitter is None else value.jitter.model_dump(mode="json"),
+                "probe_s": costs.probe_s,
+            }
+            self._entries.put(self._model_key(item), entry)
 
     def _class_key(self, name: str, item: Configuration) -> dict[str, object]:
         return {**self._common, "layer": self._structures[name], "shape": _shape(item)}
@@ -152,8 +164,13 @@ def _scaled_cost(cost: ConfigurationCost, factor: float) -> ConfigurationCost:
 
 
 def _scaled_overheads(value: Overheads, factor: float) -> Overheads:
+    jitter = value.jitter
     return replace(
-        value, action_s=value.action_s * factor, entrance_s=value.entrance_s * factor, step_s=value.step_s * factor
+        value,
+        action_s=value.action_s * factor,
+        entrance_s=value.entrance_s * factor,
+        step_s=value.step_s * factor,
+        jitter=None if jitter is None else jitter.model_copy(update={"piece_s": jitter.piece_s * factor}),
     )
 
 

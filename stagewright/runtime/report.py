@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.plan import Plan, Prediction
 from stagewright.planner.link_bytes import LENT
 from stagewright.planner.prediction import Evaluation, Floats, step_time_at
 from stagewright.planner.schedules.action import Action, Kind
@@ -34,8 +34,8 @@ class RunReport:
 
     Parameters
     ----------
-    predicted, measured, error : step time and peak memory of each global rank, and their relative errors; where profile and
-        run hold speed probes, also the step time predicted for the speed of the run, and its error, step by step.
+    predicted, measured, error : step time and peak memory of each global rank, and their relative errors; `step_time_s` is the
+        expected one, with `simulated_step_time_s` and what messages and jitter add to it beside it; where profile and run hold speed probes, also the step time predicted for the speed of the run, and its error, step by step.
     checks : by name; each has `passed` and its numbers.
     timeline : the step with the median time; predicted_timeline : the simulated one, of pipeline ranks.
     first_step : number of the step that the first loss belongs to.
@@ -96,7 +96,8 @@ def make_report(
     held = _by_device(plan, [item.framework for item in prediction.memory])
     measured_memory = [a + b for a, b in zip(measurement.peak_memory_bytes, held, strict=False)]
     timeline = measurement.timeline(plan.num_devices)
-    step_error = None if median is None else prediction.step_time_s / median - 1.0
+    expected_s = _expected_step(prediction)["step_time_s"]
+    step_error = None if median is None else expected_s / median - 1.0
     memory_errors = [p / m - 1.0 for p, m in zip(predicted_memory, measured_memory, strict=False) if m > 0]
     memory_error = max(memory_errors, key=abs, default=None)
     found: dict[str, dict[str, object]] = {}
@@ -116,7 +117,7 @@ def make_report(
     at_speed = [step_time_at(evaluation, row) for row in slowness]
     return RunReport(
         predicted={
-            "step_time_s": prediction.step_time_s,
+            **_expected_step(prediction),
             **({"step_time_at_speed_s": statistics.median(at_speed)} if at_speed else {}),
             "peak_memory_bytes": predicted_memory,
         },
@@ -137,6 +138,19 @@ def make_report(
         versions=measurement.versions,
         first_step=measurement.first_step,
     )
+
+
+def _expected_step(prediction: Prediction) -> dict[str, float]:
+    """Return the step time that a run should take, and what it was made of where that is more than the simulation."""
+    expected = prediction.expectation
+    if expected is None:
+        return {"step_time_s": prediction.step_time_s}
+    return {
+        "step_time_s": expected.step_time_s,
+        "simulated_step_time_s": prediction.step_time_s,
+        "message_s": expected.message_s,
+        "jitter_s": expected.jitter_s,
+    }
 
 
 def _slowness(plan: Plan, measurement: Measurement, probe_s: float) -> list[Floats]:

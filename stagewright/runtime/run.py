@@ -14,6 +14,7 @@ from typing import TypedDict
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.expectation import with_expectation
 from stagewright.runtime.failure import LOST
 from stagewright.runtime.job import RunJob
 from stagewright.runtime.launch import Progress, launch
@@ -98,7 +99,8 @@ def run_plan(
     check_world(plan, torchrun_arguments)
     replayed = None if replay is None else replayed_ranks(plan, replay)
     schedule, evaluation = program_of(plan, profile)
-    if not emulate:
+    if not emulate:  # emulated actions take just their medians
+        evaluation = with_expectation(evaluation, plan, profile)
         check_memory(plan, evaluation.prediction.peak_memory_bytes)
     if (
         "local_steps" in plan.schedule.parameters

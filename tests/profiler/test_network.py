@@ -49,3 +49,23 @@ def test_two_local_ranks_measure_every_operation():
     assert level.source is Source.MEASURED
     assert set(level.collectives) == set(OPERATIONS) - {"send-receive"}
     assert level.overlap_slowdown >= 1.0
+    assert 0.0 <= level.processor_latency_s < 0.1
+    assert level.processor_bytes_per_s is None or level.processor_bytes_per_s > 1e6
+
+
+def test_the_ends_of_messages_lie_on_a_line():
+    ranks = [
+        {**raw([["send-receive", 1024, 1e-5, 9], ["send-receive", 2048, 2e-5, 9]]), "processor": points}
+        for points in ([(1000, 1.1e-4), (1_000_000, 3.1e-4)], [(1000, 0.9e-4), (1_000_000, 2.9e-4)])
+    ]
+    level = network_profile_of(ranks, 2).level("loopback", 2)
+    assert level.processor_bytes_per_s == pytest.approx(999_000 / 2e-4)
+    assert level.processor_latency_s == pytest.approx(1e-4, rel=0.01)
+
+
+def test_larger_messages_that_seem_cheaper_take_what_all_do():
+    ranks = [
+        {**raw([["send-receive", 1024, 1e-5, 9], ["send-receive", 2048, 2e-5, 9]]), "processor": [(1, 3e-4), (9, 1e-4)]}
+    ]
+    level = network_profile_of(ranks, 2).level("loopback", 2)
+    assert (level.processor_latency_s, level.processor_bytes_per_s) == (pytest.approx(2e-4), None)

@@ -75,6 +75,8 @@ class LinkLevel(Part):
     achieved_share : share of `bytes_per_s` that large messages reach; 1 where the number was measured.
     overlap_slowdown : factor on compute while this level is busy, 1 when none.
     reduces_in_network : switches add up an all-reduce, so each device sends its tensor once.
+    processor_latency_s, processor_bytes_per_s : what a message takes of the time of the device at each of its ends, where the
+        devices carry their messages themselves, as processors do; without a rate it takes the same whatever its size.
     """
 
     name: Name
@@ -86,6 +88,8 @@ class LinkLevel(Part):
     achieved_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     overlap_slowdown: Annotated[float, Field(ge=1)] = 1.0
     reduces_in_network: bool = False
+    processor_latency_s: Seconds = 0.0
+    processor_bytes_per_s: Rate | None = None
     source: Source = Source.ANALYTIC
 
 

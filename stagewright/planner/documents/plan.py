@@ -177,6 +177,23 @@ class MemoryItems(Part):
         return float(sum(getattr(self, name) for name in type(self).model_fields))
 
 
+class Expectation(Part):
+    """What a run of the plan is expected to take beyond its simulation, in which everything takes its median.
+
+    Parameters
+    ----------
+    step_time_s : the simulated step and the two parts below.
+    message_s : what the step is longer because devices carry their own messages.
+    jitter_s : what it is longer because no action takes just its median, and ranks wait for each other's longer ones.
+    num_draws : simulations that the mean was taken over.
+    """
+
+    step_time_s: Seconds
+    message_s: Seconds
+    jitter_s: float
+    num_draws: Index
+
+
 class Prediction(Part):
     """What the common simulator says of the plan.
 
@@ -189,6 +206,8 @@ class Prediction(Part):
     link_bytes : bytes sent in one iteration by link class and collective, over all devices.
     source : the worst provenance among the numbers used.
     expected_error : relative error to expect of the step time, when known.
+    expectation : what a run should take, where the profile knows its jitter or the links what messages take of their ends;
+        made for a run and by `stagewright simulate`. `step_time_s` is what a search minimises and proves.
     """
 
     step_time_s: Seconds
@@ -206,6 +225,7 @@ class Prediction(Part):
     tokens_per_dollar: float | None = None
     source: Source
     expected_error: float | None = None
+    expectation: Expectation | None = None
 
 
 class Certificate(Part):

@@ -47,6 +47,27 @@ class Recompute(StrEnum):
     FULL = "full"
 
 
+class Jitter(Part):
+    """How unsteadily a device computes: the seconds of pieces of work, over the median of the same piece.
+
+    Slow changes of speed are not in them, only what differs from one piece to the next.
+
+    Parameters
+    ----------
+    piece_s : how long such a piece takes; longer work is several pieces one after the other.
+    ratios : ascending, each of as many pieces as the others, so that their mean is the mean of all pieces.
+    """
+
+    piece_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    ratios: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if list(self.ratios) != sorted(self.ratios):
+            raise ValueError("ratios must ascend")
+        return self
+
+
 class Collective(Part):
     """One collective that a layer issues for each microbatch.
 
@@ -231,7 +252,8 @@ class ModelProfile(Document):
 
     `action_overhead_s` is spent at each forward and each backward of a stage beside its layers, `step_overhead_s` once a
     step. `entrance_s` is the part of one forward's and one backward's overheads that a stage which begins with the
-    model's first layer is spared: finding the way to the first layer it holds.
+    model's first layer is spared: finding the way to the first layer it holds. All seconds are medians; `jitter` says how
+    single ones differ from them, None where nobody looked.
     """
 
     document_name: ClassVar[str] = "profile"
@@ -248,6 +270,7 @@ class ModelProfile(Document):
     step_overhead_s: Seconds = 0.0
     action_overhead_s: Seconds = 0.0
     entrance_s: Seconds = 0.0
+    jitter: Jitter | None = None
     pedigree: Pedigree = Pedigree()
 
     @model_validator(mode="after")

@@ -116,6 +116,8 @@ class Shares:
     overlap_s : seconds of a fused pair, [num_stages, num_stages], by (stage of its F, stage of its backward); the sum
         of the two when None.
     fill_s : seconds of FILL actions, [num_items], by their microbatch column.
+    row_factor, row_extra_s : what the seconds of each compute action are multiplied with, and what is added to them then,
+        [num_rows] over all ranks behind each other.
     """
 
     slice_time: Floats | None = None
@@ -124,6 +126,13 @@ class Shares:
     microbatch_activation: Floats | None = None
     overlap_s: Floats | None = None
     fill_s: Floats | None = None
+    row_factor: Floats | None = None
+    row_extra_s: Floats | None = None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether single actions have seconds of their own."""
+        return self.row_factor is not None or self.row_extra_s is not None
 
     def __post_init__(self) -> None:
         for name in (
@@ -133,6 +142,8 @@ class Shares:
             "microbatch_activation",
             "overlap_s",
             "fill_s",
+            "row_factor",
+            "row_extra_s",
         ):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), positive=False)

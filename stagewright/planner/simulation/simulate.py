@@ -149,7 +149,7 @@ def _time(
     program = flatten(schedule)
     work = _work(schedule, program, costs, collectives, shares)
     hops = _hops(schedule, links)
-    if links.overlap and is_chain(program):
+    if links.overlap and is_chain(program) and not shares.has_rows:
         nodes = number_nodes(program, hops, tails > 0.0)
         swept = sweep_chain(
             program,
@@ -255,6 +255,10 @@ def _row_seconds(program: Program, work: _Work, shares: Shares) -> Floats:
     row_s = work.seconds[kind, stage]
     compute = kind <= Kind.R
     row_s = np.where(compute, row_s * _row_shares(program, work.time_share, work.time_factor), row_s)
+    if shares.row_factor is not None:
+        row_s = np.where(compute, row_s * spread("row_factor", shares.row_factor, row_s.shape), row_s)
+    if shares.row_extra_s is not None:
+        row_s = np.where(compute, row_s + spread("row_extra_s", shares.row_extra_s, row_s.shape), row_s)
     fills = np.flatnonzero(kind == Kind.FILL)
     if len(fills):
         items = program.rows[fills, MICROBATCH]

@@ -376,3 +376,26 @@ def test_the_same_input_gives_the_same_bytes():
 def test_wrong_numbers_are_refused_with_the_number(make, words):
     with pytest.raises(InvalidArgument, match=words):
         make()
+
+
+def test_single_actions_take_seconds_of_their_own():
+    """One microbatch down and up two ranks, F 1 and B 2: rank 1's F three times as long, half a second more on rank 0's B."""
+    schedule = one_f_one_b(2, 1)
+    rows = [(rank, row.kind) for rank in range(2) for step in schedule.actions(rank) for row in step]
+    factor = np.array([3.0 if row == (1, Kind.F) else 1.0 for row in rows])
+    extra_s = np.array([0.5 if row == (0, Kind.B) else 0.0 for row in rows])
+    plain = simulate(schedule, StageCosts.uniform(2))
+    changed = simulate(schedule, StageCosts.uniform(2), shares=Shares(row_factor=factor, row_extra_s=extra_s))
+    assert (plain.makespan_s, changed.makespan_s) == (6.0, 6.0 + 2.0 + 0.5)
+    with pytest.raises(InvalidArgument, match="row_factor has shape"):
+        simulate(schedule, StageCosts.uniform(2), shares=Shares(row_factor=np.ones(3)))
+
+
+@given(schedules())
+@settings(max_examples=20)
+def test_rows_of_their_own_that_change_nothing_change_nothing(case):
+    schedule, costs, _ = case
+    same = Shares(row_factor=np.ones(sum(len(order) for order in schedule.orders)))
+    links = Links(latency_s=0.25)
+    plain = simulate(schedule, costs, links=links)
+    assert simulate(schedule, costs, links=links, shares=same).makespan_s == pytest.approx(plain.makespan_s, rel=1e-12)
