@@ -7,7 +7,8 @@ real       2 ranks, 20 plans of the example GPT and a Hugging Face Llama: step-t
            5 %), peak memory (3 %), bytes sent (exact). A run whose steps differ by more than 8 % (80th over 20th percentile)
            was disturbed by other programs: it is made again, `--runs` times in all; the row says how often. So is a schedule's
            profile with its runs while which other programs took more than 3 % of the processors; the row holds their share.
-           Beside the error of the step stands the one at the speed that the ranks' probes saw, which a host that gives more
+           `step_error` is that of the expected step, `simulated_step_error` that of the simulation of medians, without what
+           messages take of the processors and jitter adds. Beside them stands the one at the speed that the ranks' probes saw, which a host that gives more
            or less of its processors does not change, and what that host took.
 
 Usage: python benchmarks/runtime_fidelity.py [emulated|real ...] [--pairs 20] [--action-ms 20] [--steps 10]
@@ -91,7 +92,7 @@ def main() -> int:
     parser.add_argument("--schedules", default="", help="some of them")
     parser.add_argument("--models", default=",".join(MODELS), help="some of them")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--budget", type=float, default=15.0)
+    parser.add_argument("--budget", type=float, default=10.0)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     parts = arguments.parts or ["emulated", "real"]
@@ -134,8 +135,12 @@ def _of_real(rows: Sequence[Row]) -> Row:
     def told(row: Row) -> bool:
         return "step_error_at_speed" in row  # rows of earlier runs may lack it
 
+    def new(row: Row) -> bool:
+        return "simulated_step_error" in row
+
     return {
         "median_absolute_step_error": statistics.median(abs(row["step_error"]) for row in rows),
+        "median_absolute_simulated_step_error": _median([abs(row["simulated_step_error"]) for row in rows if new(row)]),
         "median_step_error": statistics.median(row["step_error"] for row in rows),
         "median_absolute_step_error_at_speed": _median([abs(row["step_error_at_speed"]) for row in rows if told(row)]),
         "median_step_error_at_speed": _median([row["step_error_at_speed"] for row in rows if told(row)]),
@@ -362,6 +367,11 @@ def _unsteadiness(report: RunReport) -> float:
     return times["p80"] / times["p20"] - 1.0
 
 
+def _number(values: object, name: str) -> float:
+    assert isinstance(values, dict)
+    return float(values[name])
+
+
 def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: float, most_runs: int) -> list[Row]:
     """Return errors of predicted step time and peak memory, and whether traffic was exact, by plan."""
     from stagewright.profiler.discover import discover_local
@@ -377,13 +387,13 @@ def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: 
             )
 
     def measured(model: str, name: str) -> list[Row]:
-        # A machine's speed drifts over minutes, so each schedule is profiled right before it runs.
-        profile = profile_model(
-            model, microbatches=(1, 2), sequence_length=128, num_busy_ranks=2, optimizer="sgd-momentum",
-            budget_s=budget_s,
-        )  # fmt: skip
         found: list[Row] = []
         for microbatch, recompute in ((1, Recompute.NONE), (2, Recompute.FULL)):
+            # A machine's speed drifts over minutes, so each plan is profiled right before it runs.
+            profile = profile_model(
+                model, microbatches=(microbatch,), sequence_length=128, num_busy_ranks=2, optimizer="sgd-momentum",
+                budget_s=budget_s,
+            )  # fmt: skip
             chunks = 2 if name in TWO_CHUNKS else 1
             choice = Choice(Degrees(), 2, chunks, microbatch, name, recompute)
             plan = with_prediction(even_plan(profile, cluster, _job(8 * microbatch, 128), choice), profile)
@@ -400,6 +410,11 @@ def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: 
                 "num_runs": len(reports),
                 "step_time_s": report.measured["step_time_s"],
                 "step_error": report.error["step_time"],
+                "simulated_step_error": _number(report.predicted, "simulated_step_time_s")
+                / _number(report.measured["step_time_s"], "median")
+                - 1.0,
+                "message_s": report.predicted["message_s"],
+                "jitter_s": report.predicted["jitter_s"],
                 "step_error_at_speed": report.error["step_time_at_speed"],
                 "slowness": report.measured["slowness"],
                 "peak_error": report.error["peak_memory_max"],

@@ -340,6 +340,12 @@ def print_plan(found: Plan) -> None:
         f"step {seconds_text(prediction.step_time_s)}, {prediction.tokens_per_s:,.0f} tokens/s{mfu}, "
         f"bubble {prediction.bubble_over_total:.1%} ({prediction.source})"
     )
+    expected = prediction.expectation
+    if expected is not None and expected.step_time_s != prediction.step_time_s:
+        screen.print(
+            f"a run should take {seconds_text(expected.step_time_s)} a step: messages take {seconds_text(expected.message_s)} "
+            f"of it from the processors, jitter {seconds_text(expected.jitter_s)}"
+        )
     own = [name for name, shown in _OWN_COLUMNS.items() if any(map(shown, found.stages))]
     table = Table("rank", "layers", "dp", "tp", "cp", "ep", "zero", "recompute", *own, "peak memory", box=None)
     for rank in range(spec.num_ranks):

@@ -10,7 +10,7 @@ t seconds takes
 and the step is the mean of simulations of the order with such draws. Draws are independent between actions: what changes
 slowly, for many actions or for all ranks at once, is another speed and not jitter. Where devices carry their messages
 themselves (processors: `LinkLevel.processor_latency_s`), an action takes longer by what those cost at this end that it
-receives and sends.
+receives and sends. Peaks are those of `simulation.peak`.
 
 The draws come from one seed, so the same plan and profile give the same expectation. O(draws * actions).
 """
@@ -33,6 +33,7 @@ from stagewright.planner.search.order import Layout, layout_of
 from stagewright.planner.search.pipeline_costs import slowest_link
 from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.network import Shares
+from stagewright.planner.simulation.peak import peak_activations
 
 _SEED = 0
 _MOST_DRAWS, _FEWEST_DRAWS = 32, 4
@@ -43,11 +44,9 @@ _BACKWARDS = (int(Kind.B), int(Kind.I))
 
 
 def with_expectation(evaluation: Evaluation, plan: Plan, profile: ModelProfile) -> Evaluation:
-    """Return the evaluation with the expectation in its prediction, where anything is known that asks for one."""
+    """Return the evaluation with the expectation in its prediction."""
     layout = layout_of(evaluation.schedule)
     ends = message_ends(plan, layout)
-    if profile.jitter is None and not ends[0].any() and not ends[1].any():
-        return evaluation
     prediction = evaluation.prediction
 
     def shares_of(schedule: Schedule) -> Shares:
@@ -68,8 +67,18 @@ def with_expectation(evaluation: Evaluation, plan: Plan, profile: ModelProfile) 
         message_s=max(message_s, 0.0),
         jitter_s=jitter_s,
         num_draws=len(draws),
+        peak_memory_bytes=tuple(peak_bytes(evaluation).tolist()),
     )
     return replace(evaluation, prediction=prediction.model_copy(update={"expectation": expectation}))
+
+
+def peak_bytes(evaluation: Evaluation) -> Floats:
+    """Return the peak of one device of each pipeline rank, [D], action by action where the schedule is synchronous."""
+    pipeline, schedule = evaluation.pipeline, evaluation.schedule
+    held = peak_activations(schedule, evaluation.stage_bytes) if schedule.is_synchronous else None
+    if held is None:
+        return pipeline.peak_bytes
+    return np.asarray(pipeline.static_bytes.sum(axis=0) + pipeline.version_bytes + held + pipeline.base_bytes)
 
 
 def message_ends(plan: Plan, layout: Layout) -> tuple[Floats, Floats]:

@@ -60,6 +60,7 @@ from stagewright.planner.search.pipeline_costs import (
 )
 from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.network import Collectives, Links, Shares
+from stagewright.planner.simulation.peak import StageBytes
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.planner.simulation.versions import versions_beside_the_master
@@ -82,6 +83,7 @@ class Evaluation:
     costs: StageCosts
     pipeline: PipelineCosts
     links: Links
+    stage_bytes: tuple[StageBytes, ...]
 
 
 def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
@@ -116,7 +118,20 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
     links = links_of(layout, bounds, layers, wiring)
     timeline = _timed(schedule, costs, links, layout, pipeline.tail_s, pipeline.optimizer_s)
     prediction = _prediction(plan, profile, schedule, layout, pipeline, timeline, layers, levels, bounds, costs)
-    return Evaluation(prediction, timeline, schedule, costs, pipeline, links)
+    stages = _stage_bytes(bounds, levels, layers)
+    return Evaluation(prediction, timeline, schedule, costs, pipeline, links, stages)
+
+
+def _stage_bytes(bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]) -> tuple[StageBytes, ...]:
+    level = np.asarray(levels, dtype=np.int64)
+    found = []
+    for stage, row in enumerate(layers):
+        chosen = np.arange(bounds[stage], bounds[stage + 1])
+        at = (level[chosen], chosen)
+        found.append(
+            StageBytes(row.kept_bytes[at], row.late_bytes[at], row.workspace_bytes[at], row.split_workspace_bytes[at])
+        )
+    return tuple(found)
 
 
 def step_time_at(evaluation: Evaluation, slowness: Floats) -> float:

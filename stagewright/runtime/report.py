@@ -92,7 +92,7 @@ def make_report(
     slowness = _slowness(plan, measurement, probe_s)
     times = sorted(measurement.step_times_s)
     median = statistics.median(times) if times else None
-    predicted_memory = _by_device(plan, prediction.peak_memory_bytes)
+    predicted_memory = _by_device(plan, _expected_peaks(prediction))
     held = _by_device(plan, [item.framework for item in prediction.memory])
     measured_memory = [a + b for a, b in zip(measurement.peak_memory_bytes, held, strict=False)]
     timeline = measurement.timeline(plan.num_devices)
@@ -153,6 +153,11 @@ def _expected_step(prediction: Prediction) -> dict[str, float]:
     }
 
 
+def _expected_peaks(prediction: Prediction) -> tuple[float, ...]:
+    expected = prediction.expectation
+    return prediction.peak_memory_bytes if expected is None else expected.peak_memory_bytes
+
+
 def _slowness(plan: Plan, measurement: Measurement, probe_s: float) -> list[Floats]:
     """Return of each timed step how many times as long as at profiling a computation takes on each pipeline rank, [D].
 
@@ -191,7 +196,7 @@ def _median_error(predicted_s: Sequence[float], measured_s: Sequence[float]) -> 
 
 def make_replay_report(plan: Plan, evaluation: Evaluation, composed: ComposedStep) -> RunReport:
     """Return the report of a replay: the composed step in place of a measured one."""
-    predicted_memory = _by_device(plan, evaluation.prediction.peak_memory_bytes)
+    predicted_memory = _by_device(plan, _expected_peaks(evaluation.prediction))
     pairs = zip(predicted_memory, composed.peak_memory_bytes, strict=True)
     memory_errors = [predicted / measured - 1.0 for predicted, measured in pairs if measured]
     step_s = composed.step_time_s

@@ -46,7 +46,9 @@ def expected(
 
 
 def test_nothing_known_is_nothing_added():
-    assert expected(None, cluster_with())[1] is None
+    step_s, found = expected(None, cluster_with())
+    assert found is not None
+    assert (found.step_time_s, found.message_s, found.jitter_s) == (pytest.approx(step_s, rel=1e-12), 0.0, 0.0)
 
 
 def test_steady_actions_take_their_medians():

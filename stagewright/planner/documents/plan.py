@@ -186,12 +186,15 @@ class Expectation(Part):
     message_s : what the step is longer because devices carry their own messages.
     jitter_s : what it is longer because no action takes just its median, and ranks wait for each other's longer ones.
     num_draws : simulations that the mean was taken over.
+    peak_memory_bytes : of the fullest device of each pipeline rank, action by action: what lives beside an action and what the
+        action needs. `Prediction.peak_memory_bytes` adds the most that lives and the largest workspace, which need not meet.
     """
 
     step_time_s: Seconds
-    message_s: Seconds
-    jitter_s: float
-    num_draws: Index
+    message_s: Seconds = 0.0
+    jitter_s: float = 0.0
+    num_draws: Index = 0
+    peak_memory_bytes: tuple[Bytes, ...]
 
 
 class Prediction(Part):
@@ -206,8 +209,8 @@ class Prediction(Part):
     link_bytes : bytes sent in one iteration by link class and collective, over all devices.
     source : the worst provenance among the numbers used.
     expected_error : relative error to expect of the step time, when known.
-    expectation : what a run should take, where the profile knows its jitter or the links what messages take of their ends;
-        made for a run and by `stagewright simulate`. `step_time_s` is what a search minimises and proves.
+    expectation : what a run should take; made for a run and by `stagewright simulate`. `step_time_s` is what a search
+        minimises and proves, `peak_memory_bytes` what it holds against the devices.
     """
 
     step_time_s: Seconds

@@ -27,6 +27,8 @@ from stagewright.planner.documents.document import (
 )
 from stagewright.planner.documents.operator import Architecture, Operator
 
+MOST_LAYERS = 100_000
+
 FreedShare = Annotated[float, Field(le=1, allow_inf_nan=False)]
 
 
@@ -279,6 +281,9 @@ class ModelProfile(Document):
             if run.layer_class not in self.classes:
                 known = ", ".join(sorted(self.classes))
                 raise ValueError(f"layers[{index}].layer_class {run.layer_class!r} is not in classes ({known})")
+        total = sum(run.count for run in self.layers)
+        if total > MOST_LAYERS:
+            raise ValueError(f"layers: the runs stand for {total} layers, a profile holds {MOST_LAYERS} at most")
         names = self.layer_names
         if len(set(names)) != len(names):
             twice = next(name for index, name in enumerate(names) if name in names[:index])

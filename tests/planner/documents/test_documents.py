@@ -211,3 +211,11 @@ def test_a_mutated_document_is_read_or_refused_with_a_message(kind, data):
     except InvalidDocument as error:
         assert error.field
         assert len(error.message) > 20
+
+
+def test_a_run_of_more_layers_than_memory_holds_is_refused_before_it_is_written_out():
+    """Found by a mutated document: a count of 2^60 was expanded to that many names."""
+    value = copy.deepcopy(DOCUMENTS[ModelProfile])
+    value["layers"][0] |= {"name": "layer.{}", "count": 2**60}
+    with pytest.raises(InvalidDocument, match="layers, a profile holds 100000 at most"):
+        ModelProfile.from_object(value)

@@ -1,0 +1,80 @@
+"""A rank's peak, action by action, on instances a hand can add up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from stagewright.planner.schedules.family import ScheduleRequest
+from stagewright.planner.schedules.registry import generate
+from stagewright.planner.simulation.peak import StageBytes, peak_activations
+
+
+def stage(kept, workspace, late=None, split_workspace=None):
+    """Return the bytes of a stage's layers."""
+    late = np.zeros(len(kept)) if late is None else np.array(late, dtype=float)
+    split = workspace if split_workspace is None else split_workspace
+    return StageBytes(np.array(kept, dtype=float), late, np.array(workspace, dtype=float), np.array(split, dtype=float))
+
+
+def peaks(name, stages, *, ranks=2, microbatches=4, chunks=1):
+    """Return the peaks of a schedule."""
+    return peak_activations(generate(name, ScheduleRequest(ranks, microbatches, num_chunks=chunks)), stages)
+
+
+def test_a_workspace_counts_above_what_the_layers_before_it_keep():
+    """One microbatch at a time: 10 + 1 with the second layer's 5 is 16; the first layer's 20 comes before it, 30."""
+    assert peaks("1f1b", [stage([10, 1], [20, 5])], ranks=1).tolist() == [30]
+    assert peaks("1f1b", [stage([1, 10], [5, 20])], ranks=1).tolist() == [31]
+
+
+def test_microbatches_in_flight_count_beside_the_action():
+    """1F1B on two ranks holds two microbatches on the first and one on the last; GPipe holds all four."""
+    stages = [stage([10], [3]), stage([10], [3])]
+    assert peaks("1f1b", stages).tolist() == [2 * 10 + 3, 10 + 3]
+    assert peaks("gpipe", stages).tolist() == [4 * 10 + 3, 4 * 10 + 3]
+
+
+def test_the_largest_workspace_need_not_meet_the_most_that_lives():
+    """Interleaved: rank 1 holds stages 1 and 3; stage 3's workspace of 100 meets what stage 1 keeps, never all of rank 0's."""
+    stages = [stage([10], [0]), stage([10], [0]), stage([10], [100]), stage([10], [0])]
+    schedule = generate("interleaved", ScheduleRequest(2, 4, num_chunks=2))
+    found = peak_activations(schedule, stages)
+    live, least, most = 0.0, 0.0, 0.0
+    for step in schedule.actions(0):
+        for action in step:
+            if action.kind.name == "F":
+                live += 10
+            most = max(most, live)
+            if action.stage == 2:
+                least = max(least, live + 100)
+            if action.kind.name == "B":
+                live -= 10
+    assert found[0] == max(least, most)
+
+
+def test_an_input_gradient_leaves_what_waits_behind_it():
+    """ZB-H1, one rank, one microbatch, two layers that keep 1 and wait with 8: I holds 1 + 8 + workspace, then 16; W none more."""
+    stages = [stage([1, 1], [8, 8], late=[8, 8], split_workspace=[3, 0])]
+    # second layer: 1 + max(1, 8) + 0; first layer: max(1, 8) + 3 + 8 behind it; forwards: 1 + 1 + 8
+    assert peaks("zb-h1", stages, ranks=1, microbatches=1).tolist() == [19]
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v", "chimera", "seq1f1b"])
+def test_no_peak_is_above_the_sum_of_both_maxima(name):
+    """With one layer a stage, the peak lies between the most that lives and that plus the largest workspace."""
+    chunks = 2 if name in ("interleaved", "zb-v", "dualpipe-v") else 1
+    slices = 2 if name == "seq1f1b" else 1
+    schedule = generate(name, ScheduleRequest(2, 8, num_chunks=chunks, num_slices=slices))
+    generator = np.random.default_rng(7)
+    kept = generator.integers(1, 20, schedule.num_stages).astype(float)
+    workspace = generator.integers(1, 20, schedule.num_stages).astype(float)
+    bare = peak_activations(schedule, [stage([k], [0], late=[k / 2]) for k in kept])
+    full = peak_activations(schedule, [stage([k], [w], late=[k / 2]) for k, w in zip(kept, workspace, strict=True)])
+    assert bare is not None and full is not None
+    assert (bare <= full).all() and (full <= bare + workspace.max()).all()
+
+
+def test_other_actions_are_left_to_the_ledger():
+    schedule = generate("bpipe", ScheduleRequest(4, 8))
+    assert peak_activations(schedule, [stage([1], [1])] * schedule.num_stages) is None
