@@ -60,7 +60,8 @@ def _configuration(export: Export) -> Export:
 
     def checked(plan: Plan, profile: ModelProfile) -> Exported:
         for index, stage in enumerate(plan.stages):
-            for name, value in (("batch_shares", stage.batch_shares), ("optimizer_offload", stage.optimizer_offload)):
+            for name in ("batch_shares", "state_shares", "optimizer_offload"):
+                value = getattr(stage, name)
                 if value:
                     raise NotExpressible(
                         f"stages[{index}].{name} is {value}, the format gives all devices of a stage equal parts",

@@ -211,6 +211,8 @@ def _gradients(
     scatters = units if degrees.zero >= 2 else replicas
     gathers = replicas if degrees.zero < 3 else _gathers(plan, schedule, stage, units)
     groups = members // shards
+    uneven = plan.stages[stage].state_shares
+    padded *= max(uneven) * degrees.dp if uneven else 1  # every shard is as long as the largest
     copies = groups * (shards - 1) * padded * degrees.tp
     if members > 1:
         _add(total, "reduce-scatter/dp", scatters * copies * optimizer.gradient_bytes)

@@ -449,7 +449,7 @@ def slowest_inside(model: CostModel, degrees: Degrees, groups: Sequence[str]) ->
 def _link_group(plan: Plan, index: int, model: CostModel) -> str | None:
     """Return the node group on whose links a stage's tensor-parallel groups are priced."""
     stage = plan.stages[index]
-    if not stage.batch_shares:
+    if not stage.batch_shares and not stage.state_shares:
         return stage.group
     groups = dict.fromkeys(part.group for part in parts_of_stage(plan, index))
     return slowest_inside(model, stage.degrees, list(groups))
@@ -491,11 +491,11 @@ def links_of(layout: Layout, bounds: Sequence[int], layers: Sequence[LayerCosts]
 
 
 def _layers_by_stage(plan: Plan, profile: ModelProfile) -> list[LayerCosts]:
-    known: dict[tuple[Degrees, str | None, tuple[int, ...]], LayerCosts] = {}
+    known: dict[tuple[Degrees, str | None, tuple[int, ...], tuple[float, ...]], LayerCosts] = {}
     model = CostModel(profile, plan.cluster, plan.job, options_of(plan), plan.mapping.axis_order)
     for index, stage in enumerate(plan.stages):
-        key = (stage.degrees, stage.group, stage.batch_shares)
-        if key not in known and stage.batch_shares:
+        key = (stage.degrees, stage.group, stage.batch_shares, stage.state_shares)
+        if key not in known and (stage.batch_shares or stage.state_shares):
             parts = parts_of_stage(plan, index)
             known[key] = joined_layer_costs(model, stage.degrees, parts, told=told_part(plan, index))
         elif key not in known:
@@ -510,7 +510,7 @@ def _layers_by_stage(plan: Plan, profile: ModelProfile) -> list[LayerCosts]:
                     stage.group,
                 ),
             )
-    return [known[stage.degrees, stage.group, stage.batch_shares] for stage in plan.stages]
+    return [known[stage.degrees, stage.group, stage.batch_shares, stage.state_shares] for stage in plan.stages]
 
 
 def stage_costs(
@@ -641,7 +641,7 @@ def _peak_flops(plan: Plan) -> float:
     for rank, devices in enumerate(plan.mapping.pipeline_ranks):
         stage = plan.schedule.placement[0].index(rank) if rank in plan.schedule.placement[0] else 0
         kinds = [device_of(plan.cluster, plan.stages[stage].group)] * len(devices)
-        if plan.stages[stage].batch_shares:
+        if plan.stages[stage].batch_shares or plan.stages[stage].state_shares:
             kinds = [plan.cluster.group_of(device).device for device in devices]
         total += sum(kind.flops.get(plan.job.precision) or max(kind.flops.values()) for kind in kinds)
     return total

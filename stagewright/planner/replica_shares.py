@@ -1,6 +1,7 @@
 """How a microbatch lies over the replicas of each stage: equal parts, or the shares that a plan states.
 
-Replicas of one stage may stand on devices of different speed and take samples in proportion (Metis' data balance,
+Where ZeRO divides states, replicas may also hold unlike shares of them, in proportion to their memory and whatever their
+samples are (Cephalo, Guo et al. 2024; Poplar, Zhang et al. 2024). Replicas of one stage may stand on devices of different speed and take samples in proportion (Metis' data balance,
 Um et al., USENIX ATC 2024; Whale, Jia et al., ATC 2022). A microbatch has
 
     M = sum of the shares of stage 0,  or  microbatch * dp where they are equal
@@ -19,11 +20,17 @@ from stagewright.planner.errors import InvalidDocument
 
 @dataclass(frozen=True)
 class ReplicaPart:
-    """Replicas of one stage that follow each other on one node group and take equally many samples of a microbatch."""
+    """Replicas of one stage that follow each other on one node group and take equally many samples of a microbatch.
+
+    Parameters
+    ----------
+    state_share : what each of them holds of the states that ZeRO divides; None where all replicas hold as much.
+    """
 
     group: str
     num_replicas: int
     samples: int
+    state_share: float | None = None
 
 
 def samples_of_microbatch(plan: Plan) -> int:
@@ -34,7 +41,7 @@ def samples_of_microbatch(plan: Plan) -> int:
 
 def has_uneven_shares(plan: Plan) -> bool:
     """Whether some stage states shares of its own."""
-    return any(stage.batch_shares for stage in plan.stages)
+    return any(stage.batch_shares or stage.state_shares for stage in plan.stages)
 
 
 def samples_by_replica(plan: Plan, index: int) -> tuple[int, ...]:
@@ -65,13 +72,28 @@ def samples_by_replica(plan: Plan, index: int) -> tuple[int, ...]:
 def parts_of_stage(plan: Plan, index: int) -> tuple[ReplicaPart, ...]:
     """Return the replicas of a stage in order, those of one group and one share together."""
     stage = plan.stages[index]
+    held: tuple[float | None, ...] = _state_shares(plan, index) or (None,) * stage.degrees.dp
     devices = plan.mapping.pipeline_ranks[plan.schedule.placement[0][index]]
     inner = stage.degrees.tp * stage.degrees.cp
     each = [
-        (plan.cluster.group_of(devices[replica * inner]).name, samples)
+        (plan.cluster.group_of(devices[replica * inner]).name, samples, held[replica])
         for replica, samples in enumerate(samples_by_replica(plan, index))
     ]
-    return tuple(ReplicaPart(group, len(list(run)), samples) for (group, samples), run in groupby(each))
+    return tuple(ReplicaPart(group, len(list(run)), samples, share) for (group, samples, share), run in groupby(each))
+
+
+def _state_shares(plan: Plan, index: int) -> tuple[float, ...]:
+    """Return the stated shares of a stage's states; raises InvalidDocument unless they divide all of what ZeRO divides."""
+    stage = plan.stages[index]
+    shares = stage.state_shares
+    if shares and (len(shares) != stage.degrees.dp or abs(sum(shares) - 1.0) > 1e-6 or not stage.degrees.zero):
+        raise InvalidDocument(
+            f"stages[{index}].state_shares are {len(shares)} shares of {sum(shares):.6g} together, the stage has dp "
+            f"{stage.degrees.dp} and zero {stage.degrees.zero}",
+            field=f"stages[{index}].state_shares",
+            hint="give each replica a share, 1 together, with zero at least 1",
+        )
+    return shares
 
 
 def told_part(plan: Plan, index: int) -> ReplicaPart:

@@ -31,6 +31,7 @@ import pulp
 
 from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.cost.groups import strided_group
+from stagewright.planner.cost.joined_replicas import JoinedReplicas
 from stagewright.planner.documents.cluster import Cluster
 from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.plan import Degrees
@@ -113,7 +114,9 @@ def _one(
     degrees = Degrees(dp=devices // degree, cp=degree, zero=zero)
     if model.split_legality(degrees, 1) is not None or length < 2 * degree:
         return float("inf"), 0.0
-    row = layer_costs(model, Configuration(degrees, 1, 1, 1), joined=strided_group(devices, 1, group))
+    row = layer_costs(
+        model, Configuration(degrees, 1, 1, 1), joined=JoinedReplicas(strided_group(devices, 1, group), devices)
+    )
     room = group.device.memory_bytes * (1.0 - job.space.memory_headroom) - base_bytes(profile, group.device)
     need = row.static_bytes.sum() + row.kept_bytes.sum(axis=1) + row.workspace_bytes.max(axis=1)
     again = row.recompute_s.sum(axis=1)

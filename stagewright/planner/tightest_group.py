@@ -17,7 +17,9 @@ def by_told_group(plan: Plan) -> list[Plan]:
     if not has_uneven_shares(plan):
         return [plan]
     names = [
-        list(dict.fromkeys(part.group for part in parts_of_stage(plan, index))) if stage.batch_shares else [stage.group]
+        list(dict.fromkeys(part.group for part in parts_of_stage(plan, index)))
+        if stage.batch_shares or stage.state_shares
+        else [stage.group]
         for index, stage in enumerate(plan.stages)
     ]
     return [

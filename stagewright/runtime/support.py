@@ -50,6 +50,12 @@ def check_supported(plan: Plan) -> None:
                 field=f"{field}.optimizer_offload",
                 hint="plan without --per-stage-degrees, or with the exact planner",
             )
+        if stage.state_shares:
+            raise InvalidArgument(
+                f"{field}.state_shares is {list(stage.state_shares)}, the runtime shards states evenly",
+                field=f"{field}.state_shares",
+                hint="plan with zero pinned to 0, or leave the shares out where the device with least memory has room",
+            )
         if has_uneven_shares(plan):
             _check_shares(plan, index)
     if has_unequal_replicas(plan):

@@ -60,6 +60,14 @@ def test_uneven_shares_are_taken_without_split_experts_where_they_sum_up_to_a_mi
         check_supported(with_shares(documents(dp=2, ep=2)[0], (1, 3)))
 
 
+@pytest.mark.parametrize(("field", "value"), [("state_shares", (0.75, 0.25)), ("optimizer_offload", 0.5)])
+def test_states_in_unlike_places_are_planned_and_refused_by_the_runtime(field, value):
+    plan, _ = documents(dp=2, zero=1)
+    stages = tuple(stage.model_copy(update={field: value}) for stage in plan.stages)
+    with pytest.raises(InvalidArgument, match=rf"stages\[0\].{field} is"):
+        check_supported(plan.model_copy(update={"stages": stages}))
+
+
 def test_divided_slices_of_a_divided_sequence_are_refused():
     plan, _ = documents(cp=2)
     sliced = plan.schedule.model_copy(update={"num_slices": 2})

@@ -17,6 +17,7 @@ from stagewright.planner.cost import legality as rules
 from stagewright.planner.cost.communication import collective_s
 from stagewright.planner.cost.data_parallel import ReplicaTraffic, replica_traffic
 from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder, GroupShape, Tier, widest_link
+from stagewright.planner.cost.joined_replicas import JoinedReplicas
 from stagewright.planner.cost.layer_cost import (
     LayerCost,
     OperatorCost,
@@ -28,7 +29,14 @@ from stagewright.planner.cost.layer_cost import (
 from stagewright.planner.cost.layer_table import Floats, LayerTable
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS, matrix_step_s
 from stagewright.planner.cost.measured_cost import measured_cost, on_other_device, worst_source
-from stagewright.planner.cost.memory import MASTER_BYTES, StateBytes, device_state_bytes, state_divisors
+from stagewright.planner.cost.memory import (
+    MASTER_BYTES,
+    ParameterBytes,
+    StateBytes,
+    device_state_bytes,
+    state_bytes,
+    state_divisors,
+)
 from stagewright.planner.cost.operator_cost import Setting
 from stagewright.planner.cost.options import DEFAULT_OPTIONS, CostOptions
 from stagewright.planner.cost.rank_groups import RankGroups
@@ -174,14 +182,25 @@ class CostModel:
         """Return the communication groups of one pipeline rank."""
         return RankGroups(degrees, self.node_group(group), self.order, num_pipeline_ranks)
 
-    def states(self, dense_parameters: float, expert_parameters: float, degrees: Degrees) -> StateBytes:
+    def states(
+        self,
+        dense_parameters: float,
+        expert_parameters: float,
+        degrees: Degrees,
+        replicas: JoinedReplicas | None = None,
+    ) -> StateBytes:
         """Return parameters, gradients and optimizer of a device that holds so many parameters before ZeRO."""
+        if replicas is not None:
+            parameters, sizes = dense_parameters + expert_parameters, ParameterBytes.of(self.job.optimizer)
+            return state_bytes(parameters, zero=degrees.zero, num_shards=replicas.num_shards, sizes=sizes)
         return device_state_bytes(
             dense_parameters, expert_parameters, degrees, self.job.optimizer, shard_size=self.options.sharding_group
         )
 
-    def state_divisors(self, degrees: Degrees) -> tuple[int, int]:
+    def state_divisors(self, degrees: Degrees, replicas: JoinedReplicas | None = None) -> tuple[float, float]:
         """Return what ZeRO divides the optimizer step of (dense, expert) parameters by."""
+        if replicas is not None:
+            return (replicas.num_shards if degrees.zero else 1.0,) * 2
         return state_divisors(degrees, self.options.sharding_group)
 
     @cached_property
@@ -223,14 +242,15 @@ class CostModel:
         *,
         group: str | None = None,
         num_pipeline_ranks: int = 1,
-        replicas: GroupShape | None = None,
+        replicas: JoinedReplicas | None = None,
     ) -> ReplicaTraffic:
         """Return the data-parallel communication of a device with so many parameters before ZeRO, without overlap.
 
         `replicas` are the devices that hold the same weights where they reach over node groups.
         """
         if replicas is not None:
-            return self._traffic(dense_parameters + expert_parameters, replicas, degrees)
+            padding = replicas.padding if degrees.zero else 1.0
+            return self._traffic((dense_parameters + expert_parameters) * padding, replicas.shape, degrees)
         groups = self.rank_groups(degrees, group=group, num_pipeline_ranks=num_pipeline_ranks)
         return self._traffic(dense_parameters, groups.replicas, degrees) + self._traffic(
             expert_parameters, groups.expert_replicas, degrees
@@ -268,7 +288,7 @@ class CostModel:
         *,
         group: str | None = None,
         num_pipeline_ranks: int = 1,
-        replicas: GroupShape | None = None,
+        replicas: JoinedReplicas | None = None,
     ) -> ReplicaTable:
         """Return the data-parallel seconds of each layer: what ZeRO adds to each microbatch, and the tail.
 
@@ -293,7 +313,7 @@ class CostModel:
         if self.options.prefetch:
             forward_s = np.maximum(0.0, forward_s - table.forward_s)
             backward_s = np.maximum(0.0, backward_s - table.input_grad_s - table.weight_grad_s)
-        dense_divisor, expert_divisor = self.state_divisors(degrees)
+        dense_divisor, expert_divisor = self.state_divisors(degrees, replicas)
         total = np.maximum(table.dense_parameters + table.expert_parameters, 1.0)
         share = (table.dense_parameters / dense_divisor + table.expert_parameters / expert_divisor) / total
         return ReplicaTable(

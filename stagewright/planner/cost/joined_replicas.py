@@ -8,6 +8,7 @@ for all of them, with one more tier of as many units as there are groups.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from stagewright.planner.cost.communication import collective_s
 from stagewright.planner.cost.groups import GroupShape, Tier, strided_group
@@ -15,6 +16,22 @@ from stagewright.planner.documents.cluster import Cluster
 from stagewright.planner.documents.plan import Degrees
 
 REFERENCE_BYTES = 2.0**30
+
+
+@dataclass(frozen=True)
+class JoinedReplicas:
+    """All replicas of a stage as one of them sees them.
+
+    Parameters
+    ----------
+    shape : the devices that hold the same weights.
+    num_shards : over how many devices ZeRO would divide states evenly for as small a shard as this one holds.
+    padding : the largest shard over the mean one: collectives of uneven shards take as long as those of the largest.
+    """
+
+    shape: GroupShape
+    num_shards: float
+    padding: float = 1.0
 
 
 def joined_replicas(cluster: Cluster, degrees: Degrees, replicas: Mapping[str, int]) -> GroupShape:

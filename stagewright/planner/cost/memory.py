@@ -60,7 +60,7 @@ class StateBytes:
         )
 
 
-def state_bytes(num_parameters: float, *, zero: int, num_shards: int, sizes: ParameterBytes) -> StateBytes:
+def state_bytes(num_parameters: float, *, zero: int, num_shards: float, sizes: ParameterBytes) -> StateBytes:
     """Return the states of `num_parameters` on one device under a ZeRO stage with `num_shards` members."""
     n = num_shards
     return StateBytes(

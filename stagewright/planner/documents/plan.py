@@ -65,6 +65,7 @@ class StagePlan(Part):
     recompute : level by layer, run-length coded; none when empty.
     group : the cluster's node group that holds it.
     batch_shares : samples of a microbatch that each data-parallel replica takes, where they differ.
+    state_shares : share of what ZeRO divides that each data-parallel replica holds, where they differ.
     optimizer_offload : share of the optimizer's states that lie in host memory between steps.
     """
 
@@ -74,6 +75,7 @@ class StagePlan(Part):
     recompute: tuple[RecomputeRun, ...] = ()
     group: Name | None = None
     batch_shares: tuple[Index, ...] = ()
+    state_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     optimizer_offload: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     @model_validator(mode="after")

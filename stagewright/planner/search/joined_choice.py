@@ -1,5 +1,6 @@
 """What each stage may choose on several node groups joined to one pool: degrees, ZeRO stage, samples of each replica.
 
+States that ZeRO divides lie in equal shares, or in proportion to what devices have room for.
 A rank of a pool of N devices on D ranks has N_g / D devices of each group g. With tp * cp of them a replica there are
 dp = sum_g N_g / (D tp cp) replicas, whose shares of a microbatch of M samples `balanced_shares` gives. Rows are priced as
 those of one group (`pricing`) and merged by the rules of `joined_costs`. Experts are not split over such a pool, and models
@@ -8,6 +9,7 @@ that have some are not searched on one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import gcd
@@ -19,7 +21,7 @@ from stagewright.planner.cost.joined_replicas import joined_replicas
 from stagewright.planner.cost.roofline import peak_flops
 from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.replica_shares import ReplicaPart
-from stagewright.planner.search.joined_costs import HELD, balanced_shares, joined_layer_costs
+from stagewright.planner.search.joined_costs import HELD, balanced_shares, joined_layer_costs, shards_of
 from stagewright.planner.search.layer_costs import LayerCosts, cut_bytes
 from stagewright.planner.search.pools import Pool, used_first
 from stagewright.planner.search.pricing import (
@@ -50,7 +52,8 @@ NUM_DEGREES = len(SHAPE)
 class JoinedChoices:
     """The choices on a joined pool, by devices of a rank.
 
-    Rows are those of `pricing.SHAPE` with the largest share as the microbatch, and the share of each part behind them.
+    Rows are those of `pricing.SHAPE` with the largest share as the microbatch, behind them the samples of a replica of each
+    part, and whether states are held in proportion to memory.
 
     Parameters
     ----------
@@ -85,6 +88,11 @@ class JoinedChoices:
         return [member.room_bytes for member in self.members]
 
     @cached_property
+    def _differ(self) -> bool:
+        """Whether devices differ in room by more than a hundredth."""
+        return max(self._rooms) > 1.01 * min(self._rooms)
+
+    @cached_property
     def _rates(self) -> list[float]:
         precision = self.problem.job.precision
         return [peak_flops(member.problem.cluster.groups[0].device, precision) for member in self.members]
@@ -113,11 +121,15 @@ class JoinedChoices:
 
     def parts(self, shape: Ints) -> tuple[ReplicaPart, ...]:
         """Return the replicas of a row on each group."""
-        degrees = configuration_of(shape[:NUM_DEGREES]).degrees
-        whole = sum(part.num_devices for part in self.pool.parts)
+        return self._parts(int(shape[DP]), [int(share) for share in shape[NUM_DEGREES:-1]], bool(shape[-1]))
+
+    def _parts(self, dp: int, samples: Sequence[int], by_memory: bool) -> tuple[ReplicaPart, ...]:
+        whole = self.pool.num_devices
+        counts = [dp * part.num_devices // whole for part in self.pool.parts]
+        room = sum(count * each for count, each in zip(counts, self._rooms, strict=True))
         return tuple(
-            ReplicaPart(part.group, degrees.dp * part.num_devices // whole, int(share))
-            for part, share in zip(self.pool.parts, shape[NUM_DEGREES:], strict=True)
+            ReplicaPart(part.group, count, own, each / room if by_memory else None)
+            for part, count, own, each in zip(self.pool.parts, counts, samples, self._rooms, strict=True)
         )
 
     def shapes(self, num_devices: int) -> tuple[Ints, Longs]:
@@ -144,14 +156,15 @@ class JoinedChoices:
                         and all(allows(space, "microbatch", share) for share in shares)
                     ]
                 new = [
-                    (tp, cp, sum(counts), 1, 1, 1, sp, vocabulary, zero, max(shares), 1, 0, *shares)
+                    (tp, cp, sum(counts), 1, 1, 1, sp, vocabulary, zero, max(shares), 1, 0, *shares, by_memory)
                     for shares in known[key]
                     for sp, vocabulary in variants
                     for zero in zeros
+                    for by_memory in ((0, 1) if zero and self._differ else (0,))
                 ]
                 rows += new
                 samples += [whole_batch] * len(new)
-        width = NUM_DEGREES + len(sizes)
+        width = NUM_DEGREES + len(sizes) + 1
         return np.array(rows, dtype=np.int32).reshape(-1, width), np.array(samples, dtype=np.int64)
 
     def price(self, shapes: Ints) -> tuple[Priced, npt.NDArray[np.bool_]]:
@@ -180,18 +193,19 @@ class JoinedChoices:
         stacked = {
             name: np.stack([getattr(table, name) for table in tables]) for name in ClassTable.__dataclass_fields__
         }
-        keys, where = unique_rows(shapes[:, [0, 1, DP, 8]])
-        traffic = np.array([self._traffic(*key) for key in keys.tolist()])[where]
+        keys, where = unique_rows(shapes[:, [0, 1, DP, 8, shapes.shape[1] - 1]])
+        traffic = np.array([self._traffic(index, *key) for key in keys.tolist()])[where]
         own = shapes[:, :NUM_DEGREES].copy()
         own[:, MICROBATCH] = shapes[:, NUM_DEGREES + index]
         return combined_rows(own, stacked, traffic, traffic, member.problem.price_list.model)
 
-    def _traffic(self, tp: int, cp: int, dp: int, zero: int) -> tuple[float, ...]:
-        """Return what one parameter's replicas cost over all groups."""
-        whole = sum(part.num_devices for part in self.pool.parts)
-        counts = {part.group: dp * part.num_devices // whole for part in self.pool.parts}
-        shape = joined_replicas(self.problem.cluster, Degrees(tp=tp, cp=cp, dp=dp), counts)
-        return group_costs(self.members[0].problem.price_list.model, shape, dp * cp, zero)
+    def _traffic(self, index: int, tp: int, cp: int, dp: int, zero: int, by_memory: int) -> tuple[float, ...]:
+        """Return what one parameter's replicas over all groups cost one on group `index`."""
+        degrees = Degrees(tp=tp, cp=cp, dp=dp)
+        parts = self._parts(dp, [1] * len(self.members), bool(by_memory))
+        shape = joined_replicas(self.problem.cluster, degrees, {part.group: part.num_replicas for part in parts})
+        shards, padding = shards_of(parts, degrees)[index]
+        return group_costs(self.members[0].problem.price_list.model, shape, shards, zero, padding=padding)
 
     def _class_tables(self, index: int, shapes: Ints) -> list[ClassTable | None]:
         """Return the cost table of each row on one group; None where the model refuses the degrees or the share."""

@@ -12,7 +12,8 @@ the maximum of the sums. Bytes are those of one part (`told`), or with room_g by
 
 against min room: whoever fits so fits on every part.
 
-Shares follow Metis' data balance (Um et al., USENIX ATC 2024): in proportion to the peak rates, rounded. Of the vectors
+States that ZeRO divides are held in equal shares, or in proportion to the room of the devices; what is gathered and scattered
+then takes as long as shards of the largest size would. Shares follow Metis' data balance (Um et al., USENIX ATC 2024): in proportion to the peak rates, rounded. Of the vectors
 with each s_g at most one away from its proportion, the `MOST_SHARES` whose slowest replica has least to do are taken.
 """
 
@@ -27,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.cost.cost_model import CostModel
-from stagewright.planner.cost.joined_replicas import joined_replicas
+from stagewright.planner.cost.joined_replicas import JoinedReplicas, joined_replicas
 from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.replica_shares import ReplicaPart
@@ -60,6 +61,15 @@ def balanced_shares(counts: Sequence[int], rates: Sequence[float], samples: int)
     return sorted(fitting, key=lambda shares: (slowest[shares], shares))[:MOST_SHARES]
 
 
+def shards_of(parts: Sequence[ReplicaPart], degrees: Degrees) -> list[tuple[float, float]]:
+    """Return for each part its `num_shards` and `padding` (`JoinedReplicas`).
+
+    A device of a part whose replicas hold the share q has q / cp of the states, as much as one of cp / q equal shards.
+    """
+    shares = [1.0 / degrees.dp if part.state_share is None else part.state_share for part in parts]
+    return [(degrees.cp / share, max(shares) * degrees.dp) for share in shares]
+
+
 def joined_layer_costs(
     model: CostModel,
     degrees: Degrees,
@@ -80,10 +90,11 @@ def joined_layer_costs(
         if reason is not None:
             raise InvalidArgument(reason, field="degrees")
         counts[part.group] = counts.get(part.group, 0) + part.num_replicas
-    replicas = joined_replicas(model.cluster, degrees, counts)
+    shape = joined_replicas(model.cluster, degrees, counts)
+    seen = [JoinedReplicas(shape, shards, padding) for shards, padding in shards_of(parts, degrees)]
     rows = [
         layer_costs(model, Configuration(degrees, 1, part.samples, 1, model.order, part.group), joined=replicas)
-        for part in parts
+        for part, replicas in zip(parts, seen, strict=True)
     ]
     at = parts.index(told) if told is not None else 0
     weights = [min(room_bytes) / room for room in room_bytes]

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.cost.cost_model import CostModel
-from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder, GroupShape
+from stagewright.planner.cost.groups import DEFAULT_ORDER, AxisOrder
+from stagewright.planner.cost.joined_replicas import JoinedReplicas
 from stagewright.planner.cost.layer_table import LEVELS, LayerTable
 from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import ModelProfile
@@ -112,7 +113,7 @@ class LayerCosts:
         return self.tail_s + self.optimizer_s
 
 
-def layer_costs(model: CostModel, configuration: Configuration, *, joined: GroupShape | None = None) -> LayerCosts:
+def layer_costs(model: CostModel, configuration: Configuration, *, joined: JoinedReplicas | None = None) -> LayerCosts:
     """Return the layer costs of a configuration; `model.order` is the configuration's axis order.
 
     `joined` are all replicas of the stage where they reach over node groups, and the configuration speaks of those on one.
@@ -122,7 +123,7 @@ def layer_costs(model: CostModel, configuration: Configuration, *, joined: Group
     replicas = model.replica_table(
         degrees, configuration.microbatch, group=group, num_pipeline_ranks=configuration.num_ranks, replicas=joined
     )
-    dense, expert = model.states(1.0, 0.0, degrees), model.states(0.0, 1.0, degrees)
+    dense, expert = model.states(1.0, 0.0, degrees, joined), model.states(0.0, 1.0, degrees, joined)
     rows = [
         (dense.parameters, expert.parameters),
         (dense.gradients, expert.gradients),

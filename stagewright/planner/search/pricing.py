@@ -391,11 +391,17 @@ def _least_bytes(table: ClassTable) -> float:
     return float((table.kept_bytes + table.workspace_bytes).min(axis=0).max())
 
 
-def group_costs(model: CostModel, shape: GroupShape, num_replicas: int, zero: int) -> tuple[float, ...]:
-    """Return what one parameter's replicas cost: seconds for UNIT parameters, latency, bytes and divisor for one."""
+def group_costs(
+    model: CostModel, shape: GroupShape, num_replicas: float, zero: int, *, padding: float = 1.0
+) -> tuple[float, ...]:
+    """Return what one parameter's replicas cost: seconds for UNIT parameters, latency, bytes and divisor for one.
+
+    `padding` is the largest shard over the mean one.
+    """
     optimizer, options = model.job.optimizer, model.options
 
-    def traffic(parameters: float) -> ReplicaTraffic:
+    def traffic(one: float) -> ReplicaTraffic:
+        parameters = one * (padding if zero else 1.0)
         return replica_traffic(
             parameters * optimizer.gradient_bytes,
             parameters * optimizer.parameter_bytes,

@@ -103,7 +103,8 @@ def pool_space(problem: Problem, search: PoolSearch) -> Space:
     )
     if any(pool.parts for row in search.sequences for pool in row):
         words["shares"] = (
-            f"on joined groups the {MOST_SHARES} nearest to the peak rates for each microbatch; a layer counts with its "
+            f"on joined groups the {MOST_SHARES} nearest to the peak rates for each microbatch, states under ZeRO in equal "
+            "shares or by memory; a layer counts with its "
             "slowest replica, and its bytes with the device that they fill most"
         )
     if problem.job.space.ties:

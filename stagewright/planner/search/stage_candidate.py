@@ -65,6 +65,16 @@ class PoolChoice:
             return ()
         return tuple(part.samples for part in self.choices.parts(self.shape) for _ in range(part.num_replicas))
 
+    @property
+    def state_shares(self) -> tuple[float, ...]:
+        """What each replica holds of the states that ZeRO divides; empty where all hold as much."""
+        if not isinstance(self.choices, JoinedChoices):
+            return ()
+        parts = self.choices.parts(self.shape)
+        return tuple(
+            part.state_share for part in parts for _ in range(part.num_replicas) if part.state_share is not None
+        )
+
     @cached_property
     def link_group(self) -> str:
         """The node group on whose links tensor-parallel groups are priced."""
@@ -77,7 +87,8 @@ class PoolChoice:
         parts = [f"{name}={getattr(degrees, name)}" for name in ("dp", "tp", "cp", "ep") if getattr(degrees, name) > 1]
         parts += ["sp"] if degrees.sp else []
         parts += [f"zero={degrees.zero}"] if degrees.zero else []
-        parts += [f"shares={':'.join(map(str, self.shape[len(SHAPE) :].tolist()))}"] if self.pool.parts else []
+        parts += [f"shares={':'.join(map(str, self.shape[len(SHAPE) : -1].tolist()))}"] if self.pool.parts else []
+        parts += ["states by memory"] if self.state_shares else []
         return f"{self.num_ranks} stages on {self.pool.group} ({' '.join(parts) or 'one device'})"
 
 
@@ -316,6 +327,7 @@ class StageCandidate:
                 recompute=recompute_runs(partition.levels[bounds[stage] : bounds[stage + 1]]),
                 group=choice.pool.groups[0],
                 batch_shares=choice.batch_shares,
+                state_shares=choice.state_shares,
             )
             for stage, choice in enumerate(self.by_stage)
         )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from stagewright.planner.documents import Cluster, Plan, TrainingJob
+from stagewright.planner.documents import Cluster, Plan, Recompute, TrainingJob
 from stagewright.planner.documents.job import Pins, SearchSpace
 from stagewright.planner.documents.outcome import PlanOutcome
-from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.errors import InvalidArgument, InvalidDocument
 from stagewright.planner.plan_check import plan_violations
 from stagewright.planner.planning import make_plan
 from stagewright.planner.prediction import evaluate, with_prediction
@@ -112,6 +112,43 @@ def test_a_plan_with_shares_names_the_group_that_it_fills_most_and_no_other_grou
     small = mixed_cluster_factory([_cluster(1.0, memory_bytes=peaks[0]), _cluster(1 / 3)], bytes_per_s=10e9)
     (violation,) = plan_violations(plan, PROFILE, small)
     assert violation.code == "memory"
+
+
+def test_states_lie_where_memory_is_and_samples_where_speed_is() -> None:
+    """Cephalo's split of the two: equal shards overfill the small devices, shards by memory let all four compute."""
+    cluster = mixed_cluster_factory(
+        [_cluster(1.0, memory_bytes=4e9), _cluster(1.0, memory_bytes=1e9)], bytes_per_s=10e9
+    )
+    found = make_plan(PROFILE, cluster, _job(pins=Pins(pp=1), recompute=(Recompute.NONE,)), gap=0.0)
+    plan = _best(found)
+    (stage,) = plan.stages
+    assert found.status == "optimal"
+    assert len(set(stage.batch_shares)) == 1
+    assert stage.state_shares[0] > 3 * stage.state_shares[-1]
+    assert sum(stage.state_shares) == pytest.approx(1.0)
+    equal = plan.model_copy(update={"stages": (stage.model_copy(update={"state_shares": ()}),), "certificate": None})
+    assert plan_violations(plan, PROFILE) == []
+    assert [violation.code for violation in plan_violations(equal, PROFILE)] == ["memory"]
+    # What equal shards leave is the two large devices alone.
+    alone = _best(make_plan(PROFILE, _cluster(1.0, memory_bytes=4e9), _job(recompute=(Recompute.NONE,)), gap=0.0))
+    assert plan.prediction.step_time_s < 0.7 * alone.prediction.step_time_s
+    # Uneven shards are gathered and scattered as long as shards of the largest size.
+    sent = [with_prediction(each, PROFILE).prediction.link_bytes["all-gather/dp"] for each in (plan, equal)]
+    assert sent[0] / sent[1] == pytest.approx(4 * max(stage.state_shares))
+    verify_certificate(plan, PROFILE)
+
+
+def test_state_shares_that_leave_something_over_or_have_nothing_to_divide_are_refused() -> None:
+    plan = _best(make_plan(PROFILE, _mixed(1 / 3), _job(pins=Pins(pp=1), zero=(1,)), gap=0.0))
+    (stage,) = plan.stages
+    for update in ({"state_shares": (0.5, 0.3, 0.1, 0.05)}, {"state_shares": (0.5, 0.5)}):
+        with pytest.raises(InvalidDocument, match="state_shares are"):
+            with_prediction(plan.model_copy(update={"stages": (stage.model_copy(update=update),)}), PROFILE)
+    whole = stage.model_copy(
+        update={"state_shares": (0.25,) * 4, "degrees": stage.degrees.model_copy(update={"zero": 0})}
+    )
+    with pytest.raises(InvalidDocument, match="dp 4 and zero 0"):
+        with_prediction(plan.model_copy(update={"stages": (whole,)}), PROFILE)
 
 
 def test_a_straggling_node_is_a_group_of_lower_rate_and_planning_again_moves_layers_off_it() -> None:
