@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -151,6 +151,10 @@ def experts(
     degree: Annotated[int, typer.Option(help="Expert-parallel degree.")] = 8,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sample, for attention.")] = 4096,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks through which chunks flow, attention included.")] = 4,
+    skew: Annotated[
+        float, typer.Option(min=0, help="Popularity of the k-th expert falls as k^-skew; hot ones move (FEPLB).")
+    ] = 0.0,
+    dynamic: Annotated[int, typer.Option(min=0, help="Experts of a device that may move in their node.")] = 2,
     json: Json = False,
 ) -> None:
     """Price one expert layer: exchange, chunks, what moves (tokens or experts); and blocks with attention in one flow.
@@ -162,6 +166,7 @@ def experts(
     from stagewright.planner.cost.block_pipeline import ExpertBlock, best_flow_chunks, flow_bound_s, flow_s
     from stagewright.planner.cost.communication import flat_all_to_all_s, two_level_all_to_all_s
     from stagewright.planner.cost.expert_pipeline import ExpertLayer, Line, best_chunks
+    from stagewright.planner.cost.expert_rebalance import CopyRates, rebalanced
     from stagewright.planner.cost.groups import strided_group
     from stagewright.planner.cost.roofline import Roofline
 
@@ -205,11 +210,38 @@ def experts(
             ffn_size=1.5 * ffn,
         ),
     }
+    if skew:
+        rates = CopyRates(
+            token_s=compute_s / copies,
+            token_bytes=4.0 * hidden,
+            expert_bytes=6.0 * hidden * ffn,
+            copy_bytes_per_s=shape.ring_bytes_per_s,
+        )
+        popularity = [(expert + 1.0) ** -skew for expert in range(num_experts)]
+        loads = [tokens * top_k * degree * each / sum(popularity) for each in _dealt(popularity, degree)]
+        home = moe.home_placement(num_experts, degree)
+        before, after = (
+            rebalanced(loads, home, rates, devices_per_node=group.devices_per_node, dynamic=count)
+            for count in (0, dynamic)
+        )
+        document |= {
+            "straggler_tokens": before.straggler_tokens,
+            "rebalanced_straggler": after.straggler_tokens,
+            "moved_experts": len(after.moved),
+            "busiest_device_s": float(before.loads.max()) * rates.token_s,
+            "rebalanced_device_s": float(after.loads.max()) * rates.token_s,
+            "longest_copy_s": float(after.copy_s.max()),
+        }
     if json:
         print_document(document)
         return
     for name, value in document.items():
         console().print(f"{name:<24} {value:.6g}" if isinstance(value, float) else f"{name:<24} {value}", markup=False)
+
+
+def _dealt(values: Sequence[float], hands: int) -> list[float]:
+    """Return values so that neighbours in rank lie on different devices of `hands`: device d gets those of rank d modulo hands."""
+    return [value for hand in range(hands) for value in values[hand::hands]]
 
 
 @app.command()

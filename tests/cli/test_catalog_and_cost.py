@@ -110,3 +110,12 @@ def test_fit_reports_in_sample_and_cross_validated_errors_and_writes_the_cluster
 def test_bad_runs_are_refused_by_field(capsys, runs, content, field):
     runs.write_text(content)
     assert answer(capsys, "cost", "fit", str(runs), code=2)["error"]["field"] == field
+
+
+def test_hot_experts_that_move_make_the_busiest_device_shorter_than_their_copies(capsys):
+    skewed = answer(capsys, "cost", "experts", "--num-experts", "64", "--top-k", "4", "--skew", "0.8", "--dynamic", "4")
+    assert skewed["moved_experts"] > 0
+    assert skewed["rebalanced_straggler"] < 0.8 * skewed["straggler_tokens"]
+    assert skewed["longest_copy_s"] < skewed["rebalanced_device_s"] < skewed["busiest_device_s"]
+    still = answer(capsys, "cost", "experts", "--num-experts", "64", "--top-k", "4", "--skew", "0.8", "--dynamic", "0")
+    assert still["rebalanced_straggler"] == still["straggler_tokens"] == skewed["straggler_tokens"]
