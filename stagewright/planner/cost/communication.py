@@ -19,33 +19,58 @@ puts on the wire. Not modelled: congestion between different groups that share a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol, overload
+
+import numpy as np
 
 from stagewright.planner.cost.groups import GroupShape, Tier
+from stagewright.planner.cost.number import Floats, N, Number, is_positive, larger, smaller
 from stagewright.planner.documents.cluster import LinkLevel, LinkSegment
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "send-receive"]
 Algorithm = Literal["best", "ring", "tree", "two-level", "flat"]
 
 
-def collective_s(operation: Operation, size_bytes: float, group: GroupShape, algorithm: Algorithm = "best") -> float:
+class _Model(Protocol):
+    """Seconds of one algorithm; see `collective_s`."""
+
+    def __call__(self, size_bytes: N, group: GroupShape) -> N: ...
+
+
+@overload
+def collective_s(
+    operation: Operation, size_bytes: float, group: GroupShape, algorithm: Algorithm = "best"
+) -> float: ...
+@overload
+def collective_s(
+    operation: Operation, size_bytes: Floats, group: GroupShape, algorithm: Algorithm = "best"
+) -> Number: ...
+def collective_s(operation: Operation, size_bytes: Number, group: GroupShape, algorithm: Algorithm = "best") -> Number:
     """Return the seconds of one collective of `size_bytes` over `group`; 0 for a group of one or an empty tensor."""
-    if group.size == 1 or size_bytes <= 0:
+    if group.size == 1:
         return 0.0
-    if algorithm == "best":
-        measured = _measured_s(operation, size_bytes, group)
-        if measured is not None:
-            return measured
-        return min(model(size_bytes, group) for model in _MODELS[operation].values())
-    try:
-        return _MODELS[operation][algorithm](size_bytes, group)
-    except KeyError:
-        known = ", ".join(_MODELS[operation])
-        raise ValueError(f"{operation} has no algorithm {algorithm!r}; known: {known}") from None
+    models = _MODELS[operation]
+    if algorithm not in ("best", *models):
+        raise ValueError(f"{operation} has no algorithm {algorithm!r}; known: {', '.join(models)}")
+    chosen = models.values() if algorithm == "best" else [models[algorithm]]
+    if isinstance(size_bytes, np.ndarray):
+        if _is_measured(operation, group):  # sizes may lie on different lines
+            return np.array([collective_s(operation, size, group, algorithm) for size in size_bytes.tolist()])
+        if not is_positive(size_bytes):
+            return 0.0
+        return np.asarray(np.minimum.reduce([model(size_bytes, group) for model in chosen]))
+    if size_bytes <= 0:
+        return 0.0
+    measured = _measured_s(operation, size_bytes, group) if algorithm == "best" else None
+    return min(model(size_bytes, group) for model in chosen) if measured is None else measured
 
 
-def sent_bytes(operation: Operation, size_bytes: float, num_members: int) -> float:
+@overload
+def sent_bytes(operation: Operation, size_bytes: float, num_members: int) -> float: ...
+@overload
+def sent_bytes(operation: Operation, size_bytes: Floats, num_members: int) -> Number: ...
+def sent_bytes(operation: Operation, size_bytes: Number, num_members: int) -> Number:
     """Return the bytes one device sends in the bandwidth-optimal form of a collective."""
     n = num_members
     if n <= 1:
@@ -85,25 +110,25 @@ def compressed_bytes(size_bytes: float, *, bits: float, full_bits: float = 32.0)
     return size_bytes * bits / full_bits
 
 
-def ring_all_reduce_s(size_bytes: float, group: GroupShape) -> float:
+def ring_all_reduce_s(size_bytes: N, group: GroupShape) -> N:
     """Return 2(n-1) alpha + 2(n-1)/n S/B; B is the slowest bandwidth one device sees on the ring."""
     n = group.size
     return 2 * group.ring_latency_s + 2 * (n - 1) / n * size_bytes / group.ring_bytes_per_s
 
 
-def ring_gather_s(size_bytes: float, group: GroupShape) -> float:
+def ring_gather_s(size_bytes: N, group: GroupShape) -> N:
     """Return (n-1) alpha + (n-1)/n S/B, the time of an all-gather or a reduce-scatter."""
     n = group.size
     return group.ring_latency_s + (n - 1) / n * size_bytes / group.ring_bytes_per_s
 
 
-def tree_all_reduce_s(size_bytes: float, group: GroupShape) -> float:
+def tree_all_reduce_s(size_bytes: N, group: GroupShape) -> N:
     """Return the time of a pipelined double binary tree: logarithmic latency, 2 S/B."""
     depth_s = sum(math.ceil(math.log2(tier.fan_out)) * tier.latency_s for tier in group.tiers)
     return 2 * depth_s + 2 * size_bytes / group.ring_bytes_per_s
 
 
-def two_level_all_reduce_s(size_bytes: float, group: GroupShape) -> float:
+def two_level_all_reduce_s(size_bytes: N, group: GroupShape) -> N:
     """Return the time of reduce-scatter inside, all-reduce of the shards outside, all-gather inside, at every tier."""
     inner, *outer = group.tiers
     if not outer:
@@ -114,7 +139,7 @@ def two_level_all_reduce_s(size_bytes: float, group: GroupShape) -> float:
     )
 
 
-def two_level_gather_s(size_bytes: float, group: GroupShape) -> float:
+def two_level_gather_s(size_bytes: N, group: GroupShape) -> N:
     """Return the time of gathering shards outside first, then the units' parts inside."""
     inner, *outer = group.tiers
     if not outer:
@@ -123,45 +148,46 @@ def two_level_gather_s(size_bytes: float, group: GroupShape) -> float:
     return ring_gather_s(size_bytes, one) + two_level_gather_s(size_bytes / inner.fan_out, GroupShape(tuple(outer)))
 
 
-def flat_all_to_all_s(size_bytes: float, group: GroupShape) -> float:
+def flat_all_to_all_s(size_bytes: N, group: GroupShape) -> N:
     """Return the time of n-1 direct messages of S/n each; different tiers work side by side."""
-    latency_s, slowest_s = 0.0, 0.0
+    latency_s, slowest_s = 0.0, 0.0 * size_bytes
     below = 1
     for tier in group.tiers:
         peers = below * (tier.fan_out - 1)
         latency_s += peers * tier.latency_s
-        slowest_s = max(slowest_s, peers * size_bytes / group.size / tier.bytes_per_s)
+        slowest_s = larger(slowest_s, peers * size_bytes / group.size / tier.bytes_per_s)
         below *= tier.fan_out
     return latency_s + slowest_s
 
 
-def two_level_all_to_all_s(size_bytes: float, group: GroupShape) -> float:
+def two_level_all_to_all_s(size_bytes: N, group: GroupShape) -> N:
     """Return the time of one all-to-all a tier on aggregated messages (2DH of Tutel)."""
-    return sum(
-        (tier.fan_out - 1) * tier.latency_s + (tier.fan_out - 1) / tier.fan_out * size_bytes / tier.bytes_per_s
-        for tier in group.tiers
-    )
+    latency_s = sum((tier.fan_out - 1) * tier.latency_s for tier in group.tiers)
+    return latency_s + size_bytes * sum((tier.fan_out - 1) / tier.fan_out / tier.bytes_per_s for tier in group.tiers)
 
 
-def broadcast_s(size_bytes: float, group: GroupShape) -> float:
+def broadcast_s(size_bytes: N, group: GroupShape) -> N:
     """Return the time of a pipelined broadcast: logarithmic latency, S/B."""
     depth_s = sum(math.ceil(math.log2(tier.fan_out)) * tier.latency_s for tier in group.tiers)
     return depth_s + size_bytes / group.ring_bytes_per_s
 
 
-def neighbour_s(size_bytes: float, group: GroupShape) -> float:
+def neighbour_s(size_bytes: N, group: GroupShape) -> N:
     """Return the time of one ring shift: every member sends `size_bytes` to the next, the slowest link decides."""
-    return max(tier.latency_s + size_bytes / tier.bytes_per_s for tier in group.tiers)
+    slowest_s = 0.0 * size_bytes
+    for tier in group.tiers:
+        slowest_s = larger(slowest_s, tier.latency_s + size_bytes / tier.bytes_per_s)
+    return slowest_s
 
 
-def _flat_all_reduce_s(size_bytes: float, tier: Tier) -> float:
+def _flat_all_reduce_s(size_bytes: N, tier: Tier) -> N:
     one = GroupShape((tier,))
     if tier.link.reduces_in_network:
         return 2 * tier.latency_s + size_bytes / tier.bytes_per_s
-    return min(ring_all_reduce_s(size_bytes, one), tree_all_reduce_s(size_bytes, one))
+    return smaller(ring_all_reduce_s(size_bytes, one), tree_all_reduce_s(size_bytes, one))
 
 
-_MODELS: dict[Operation, dict[str, Callable[[float, GroupShape], float]]] = {
+_MODELS: Mapping[Operation, Mapping[str, _Model]] = {
     "all-reduce": {"ring": ring_all_reduce_s, "tree": tree_all_reduce_s, "two-level": two_level_all_reduce_s},
     "all-gather": {"ring": ring_gather_s, "two-level": two_level_gather_s},
     "reduce-scatter": {"ring": ring_gather_s, "two-level": two_level_gather_s},
@@ -169,6 +195,10 @@ _MODELS: dict[Operation, dict[str, Callable[[float, GroupShape], float]]] = {
     "broadcast": {"tree": broadcast_s},
     "send-receive": {"ring": neighbour_s},
 }
+
+
+def _is_measured(operation: Operation, group: GroupShape) -> bool:
+    return len(group.tiers) == 1 and bool(group.tiers[0].link.collectives.get(operation))
 
 
 def _measured_s(operation: Operation, size_bytes: float, group: GroupShape) -> float | None:

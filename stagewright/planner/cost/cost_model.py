@@ -7,6 +7,7 @@ entry of the exact configuration, an interpolation between measured ones, the op
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -37,6 +38,7 @@ from stagewright.planner.cost.memory import (
     state_bytes,
     state_divisors,
 )
+from stagewright.planner.cost.number import Number
 from stagewright.planner.cost.operator_cost import Setting
 from stagewright.planner.cost.options import DEFAULT_OPTIONS, CostOptions
 from stagewright.planner.cost.rank_groups import RankGroups
@@ -148,8 +150,16 @@ class CostModel:
         )
         found = self._tables.get(key)
         if found is None:
-            found = self._tables[key] = self._make_table(degrees, microbatch, node_group)
+            found = self._tables[key] = self._make_table(self.setting(degrees, microbatch), node_group)
         return found
+
+    def size_table(self, degrees: Degrees, microbatches: Sequence[int]) -> LayerTable:
+        """Return the tables of several microbatch sizes at once, sizes before layers: [M, L] and [3, M, L].
+
+        On the first node group, without asking what `legality` does, and for a model without measured layers.
+        """
+        setting = self.setting(degrees, np.array(microbatches, dtype=np.float64))
+        return self._make_table(setting, self.node_group(None))
 
     def node_group(self, name: str | None) -> NodeGroup:
         """Return a node group by name, the first one for None; raises InvalidArgument for an unknown name."""
@@ -354,8 +364,8 @@ class CostModel:
     def _architecture(self) -> Architecture:
         return self.profile.architecture or Architecture()
 
-    def setting(self, degrees: Degrees, microbatch: int) -> Setting:
-        """Return what operators see of degrees and a microbatch."""
+    def setting(self, degrees: Degrees, microbatch: int | Floats) -> Setting:
+        """Return what operators see of degrees and a microbatch, or of several sizes of it."""
         return Setting(
             degrees=degrees,
             microbatch=microbatch,
@@ -376,8 +386,8 @@ class CostModel:
             found |= {id(operator): Sight.of((operator,)) for operator in layer.operators}
         return found
 
-    def _make_table(self, degrees: Degrees, microbatch: int, group: NodeGroup) -> LayerTable:
-        setting = self.setting(degrees, microbatch)
+    def _make_table(self, setting: Setting, group: NodeGroup) -> LayerTable:
+        degrees = setting.degrees
         key = (degrees.tp, degrees.cp, degrees.dp, degrees.ulysses, degrees.ep, degrees.etp, group.name)
         if key not in self._groups:
             self._groups[key] = RankGroups(degrees, group, self.order)
@@ -391,14 +401,14 @@ class CostModel:
             name: matrix_step_s(self.job.optimizer.name, layer, groups, roofline)
             for name, layer in self.profile.classes.items()
         }
-        return self._assemble(costs, whole_s, roofline)
+        return self._assemble(costs, whole_s, roofline, np.shape(setting.microbatch))
 
     def _class_cost(
         self, name: str, layer: LayerClass, setting: Setting, roofline: Roofline, groups: RankGroups
     ) -> LayerCost:
         """Return the cost of a class, computed once for all degrees that its operators do not see."""
         seen = (setting.degrees,) if layer.costs else self._sights[name].seen(setting.degrees)
-        key = (name, setting.microbatch, groups.group.name, *seen)
+        key = (name, setting.size_key, groups.group.name, *seen)
         found = self._class_costs.get(key)
         if found is None:
             found = self._class_costs[key] = self._layer_cost(layer, setting, roofline, groups)
@@ -418,20 +428,28 @@ class CostModel:
     ) -> OperatorCost:
         """Return the cost of an operator, computed once for all degrees that it does not see."""
         place = id(operator)  # the profile keeps its operators, so ids stay
-        key = (place, setting.microbatch, groups.group.name, *self._sights[place].seen(setting.degrees))
+        key = (place, setting.size_key, groups.group.name, *self._sights[place].seen(setting.degrees))
         found = self._operator_costs.get(key)
         if found is None:
             found = self._operator_costs[key] = operator_cost(operator, setting, roofline, self.options)
         return found
 
-    def _assemble(self, costs: dict[str, LayerCost], whole_s: dict[str, float], roofline: Roofline) -> LayerTable:
-        """Return the table of all layers from the costs of their classes; `whole_s` is what steps on whole matrices add."""
+    def _assemble(
+        self, costs: dict[str, LayerCost], whole_s: dict[str, float], roofline: Roofline, sizes: tuple[int, ...]
+    ) -> LayerTable:
+        """Return the table of all layers from the costs of their classes; `whole_s` is what steps on whole matrices add.
+
+        `sizes` (M,) stand before the layers.
+        """
         names = list(costs)
         index = np.array([names.index(name) for name in self.profile.layer_classes], dtype=np.intp)
         values = list(costs.values())
 
-        def column(numbers: list[float]) -> Floats:
-            return np.array(numbers, dtype=np.float64)[index]
+        def column(numbers: Sequence[Number]) -> Floats:
+            of_class = np.empty((*sizes, len(numbers)))
+            for place, number in enumerate(numbers):
+                of_class[..., place] = number
+            return np.asarray(of_class[..., index])
 
         none = column([cost.kept_bytes[0] for cost in values])
         selective = np.minimum(none, column([cost.kept_bytes[1] for cost in values]))
@@ -479,14 +497,14 @@ class CostModel:
         self, values: list[LayerCost], index: np.ndarray[tuple[int], np.dtype[np.intp]], output: Floats, weaker: Floats
     ) -> Floats:
         """Return the bytes of each layer's input, all that full recomputation keeps."""
-        inputs = np.zeros(len(index))
+        inputs = np.zeros(output.shape)
         for source, target in self.profile.edge_indices:
-            inputs[target] += output[source]
+            inputs[..., target] += output[..., source]
         kept = np.minimum(weaker, inputs)
         for layer, position in enumerate(index):
             measured = values[position].full_kept_bytes
             if measured is not None:
-                kept[layer] = min(measured, weaker[layer])
+                kept[..., layer] = np.minimum(measured, weaker[..., layer])
         return kept
 
     def _optimizer_s(
@@ -503,7 +521,7 @@ class CostModel:
         for layer, position in enumerate(index):
             measured = values[position].optimizer_s
             if measured is not None and self.job.optimizer.name not in MATRIX_OPTIMIZERS:
-                seconds[layer] = measured
+                seconds[..., layer] = measured
         return seconds
 
 

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 from stagewright.planner.cost.communication import Operation, collective_s, sent_bytes
 from stagewright.planner.cost.groups import GroupShape
+from stagewright.planner.cost.number import Number, is_positive, larger, smaller
 from stagewright.planner.cost.operator_cost import PhaseSeconds, Setting, Work, phase_seconds, work
 from stagewright.planner.cost.options import CostOptions
 from stagewright.planner.cost.rank_groups import RankGroups
@@ -38,9 +39,9 @@ class Exchange(NamedTuple):
     forward: bool
     operation: Operation
     group_name: str
-    payload_bytes: float
+    payload_bytes: Number
     times: int = 1
-    hidden_under_s: float = 0.0
+    hidden_under_s: Number = 0.0
     times_again: int = 0
 
 
@@ -52,24 +53,24 @@ class LayerCost:
     `split_excess_s` is what the backward takes longer in two pieces. `input_bytes` is not known here: the activation of level
     full is set where the layer's predecessors are. A level whose `freed_at_input_grad` is None holds what level none holds
     after the input gradient. `frozen_parameters` stay whole under every ZeRO stage and have neither gradient nor optimizer
-    state.
+    state. For several microbatch sizes at once, numbers that grow with the microbatch are arrays.
     """
 
-    forward_s: float
-    input_grad_s: float
-    weight_grad_s: float
-    recompute_s: tuple[float, float, float]
-    kept_bytes: tuple[float, float]
-    workspace_bytes: float
-    output_bytes: float
+    forward_s: Number
+    input_grad_s: Number
+    weight_grad_s: Number
+    recompute_s: tuple[Number, Number, Number]
+    kept_bytes: tuple[Number, Number]
+    workspace_bytes: Number
+    output_bytes: Number
     dense_parameters: float
     expert_parameters: float
-    model_flops: float
-    exposed_forward_s: float = 0.0
-    exposed_backward_s: float = 0.0
-    link_bytes: dict[str, float] = field(default_factory=dict)
-    forward_link_bytes: dict[str, float] = field(default_factory=dict)
-    again_link_bytes: dict[str, float] = field(default_factory=dict)
+    model_flops: Number
+    exposed_forward_s: Number = 0.0
+    exposed_backward_s: Number = 0.0
+    link_bytes: dict[str, Number] = field(default_factory=dict)
+    forward_link_bytes: dict[str, Number] = field(default_factory=dict)
+    again_link_bytes: dict[str, Number] = field(default_factory=dict)
     freed_at_input_grad: tuple[float, float | None, float | None] = (0.0, None, None)
     optimizer_s: float | None = None
     split_excess_s: float = 0.0
@@ -85,10 +86,10 @@ class OperatorCost:
     operator: Operator
     size: Work
     seconds: PhaseSeconds
-    output_bytes: float
+    output_bytes: Number
     dense_parameters: float
     expert_parameters: float
-    model_flops: float
+    model_flops: Number
     exchanges: Sequence[Exchange]
 
 
@@ -140,11 +141,12 @@ def analytic_cost(
     operators: Sequence[OperatorCost], setting: Setting, groups: RankGroups, options: CostOptions
 ) -> LayerCost:
     """Return the cost of a layer from its operators' costs."""
-    forward_s = input_s = weight_s = selective_s = 0.0
-    kept_none = kept_selective = workspace = 0.0
-    output_bytes = dense = expert = flops = 0.0
-    routed_forward_s = routed_backward_s = 0.0
-    last_kept = max((index for index, cost in enumerate(operators) if cost.size.kept_bytes > 0), default=-1)
+    nothing: Number = 0.0
+    forward_s = input_s = weight_s = selective_s = nothing
+    kept_none = kept_selective = workspace = output_bytes = flops = nothing
+    routed_forward_s = routed_backward_s = nothing
+    dense = expert = 0.0
+    last_kept = max((index for index, cost in enumerate(operators) if is_positive(cost.size.kept_bytes)), default=-1)
     for cost in operators:
         operator, size, seconds = cost.operator, cost.size, cost.seconds
         if "ep" in operator.split and operator.kind != "dispatch":
@@ -154,7 +156,7 @@ def analytic_cost(
         input_s += seconds.input_grad
         weight_s += seconds.weight_grad
         kept_none += size.kept_bytes
-        workspace = max(workspace, size.output_bytes)
+        workspace = larger(workspace, size.output_bytes)
         if operator.recomputed_by == "selective":
             selective_s += seconds.forward
         else:
@@ -238,7 +240,7 @@ def device_parameters(operator: Operator, setting: Setting) -> tuple[float, floa
     return operator.parameters / setting.divisor([axis for axis in operator.split if axis != "sp"]), 0.0
 
 
-def whole_flops(operator: Operator, setting: Setting) -> float:
+def whole_flops(operator: Operator, setting: Setting) -> Number:
     """Return the forward FLOP of the matrix products of a microbatch over all devices, attention counted in full."""
     if operator.kind not in ("matmul", "attention", "convolution", "router"):
         return 0.0
@@ -249,7 +251,7 @@ def whole_flops(operator: Operator, setting: Setting) -> float:
 
 
 def operator_exchanges(
-    operator: Operator, setting: Setting, options: CostOptions, forward_s: float, input_grad_s: float
+    operator: Operator, setting: Setting, options: CostOptions, forward_s: Number, input_grad_s: Number
 ) -> list[Exchange]:
     """Return the collectives an operator issues, and the compute each may hide under."""
     found = _tensor_exchanges(operator, setting, options, forward_s, input_grad_s)
@@ -267,11 +269,11 @@ class Traffic:
     `again_bytes` is what full recomputation sends beside `link_bytes`, of which `forward_bytes` is the forward's part.
     """
 
-    forward_s: float
-    backward_s: float
-    link_bytes: dict[str, float]
-    forward_bytes: dict[str, float]
-    again_bytes: dict[str, float]
+    forward_s: Number
+    backward_s: Number
+    link_bytes: dict[str, Number]
+    forward_bytes: dict[str, Number]
+    again_bytes: dict[str, Number]
 
 
 def price(exchanges: Sequence[Exchange], groups: RankGroups) -> Traffic:
@@ -279,18 +281,18 @@ def price(exchanges: Sequence[Exchange], groups: RankGroups) -> Traffic:
 
     What hides under compute slows it down by the link's `overlap_slowdown`, and that counts as exposed.
     """
-    exposed = [0.0, 0.0]
-    sent: dict[str, float] = {}
-    sent_forward: dict[str, float] = {}
-    sent_again: dict[str, float] = {}
+    exposed: list[Number] = [0.0, 0.0]
+    sent: dict[str, Number] = {}
+    sent_forward: dict[str, Number] = {}
+    sent_again: dict[str, Number] = {}
     for exchange in exchanges:
         shape = _SHAPES[exchange.group_name](groups)
         if shape.size == 1:
             continue
         seconds = exchange.times * collective_s(exchange.operation, exchange.payload_bytes, shape)
         slowdown = max(tier.link.overlap_slowdown for tier in shape.tiers)
-        slowed_s = min(seconds, exchange.hidden_under_s) * (slowdown - 1)
-        exposed[0 if exchange.forward else 1] += max(0.0, seconds - exchange.hidden_under_s) + slowed_s
+        slowed_s = smaller(seconds, exchange.hidden_under_s) * (slowdown - 1)
+        exposed[0 if exchange.forward else 1] += larger(0.0, seconds - exchange.hidden_under_s) + slowed_s
         name = f"{exchange.operation}/{_LINK_NAMES.get(exchange.group_name, exchange.group_name)}"
         once = sent_bytes(exchange.operation, exchange.payload_bytes, shape.size)
         sent[name] = sent.get(name, 0.0) + exchange.times * once
@@ -314,7 +316,7 @@ _LINK_NAMES = {"ulysses": "cp", "ring": "cp"}
 
 
 def _tensor_exchanges(
-    operator: Operator, setting: Setting, options: CostOptions, forward_s: float, input_grad_s: float
+    operator: Operator, setting: Setting, options: CostOptions, forward_s: Number, input_grad_s: Number
 ) -> list[Exchange]:
     """Return the conjugate pair of a split region: nothing forward and a sum backward where it begins, the reverse at
     its end; a gather and a scatter instead under sequence parallelism (Korthikanti et al., figure 5)."""
@@ -343,7 +345,7 @@ def _tensor_exchanges(
 
 
 def _context_exchanges(
-    operator: Operator, setting: Setting, options: CostOptions, forward_s: float, input_grad_s: float
+    operator: Operator, setting: Setting, options: CostOptions, forward_s: Number, input_grad_s: Number
 ) -> list[Exchange]:
     """Return head exchange inside groups of u and the ring of keys and values over the r = cp / u groups (USP)."""
     degrees = setting.degrees
@@ -377,7 +379,7 @@ def _expert_exchanges(operator: Operator, setting: Setting, options: CostOptions
     return found
 
 
-def routed_bytes(operator: Operator, setting: Setting, options: CostOptions) -> float:
+def routed_bytes(operator: Operator, setting: Setting, options: CostOptions) -> Number:
     """Return the bytes that one device sends to experts: k copies of each of its tokens, or cf k with a capacity."""
     tokens = setting.tokens(operator) / setting.degrees.tp
     copies = max(setting.architecture.experts_per_token, 1) * (options.expert_capacity or setting.expert_imbalance)

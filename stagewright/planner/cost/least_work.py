@@ -32,4 +32,4 @@ def _work_s(model: CostModel, roofline: Roofline) -> float:
         )
         for name, layer in model.profile.classes.items()
     }
-    return model.job.global_batch * sum(of_class[name] for name in model.profile.layer_classes)
+    return model.job.global_batch * float(sum(of_class[name] for name in model.profile.layer_classes))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stagewright.planner.cost.layer_cost import Exchange, LayerCost, price
+from stagewright.planner.cost.number import Number
 from stagewright.planner.cost.operator_cost import Setting
 from stagewright.planner.cost.rank_groups import RankGroups
 from stagewright.planner.documents.profile import Collective, ConfigurationCost, LayerClass, Recompute, Source
@@ -58,8 +59,12 @@ def blend(layer: LayerClass, microbatch: int, sequence_length: int, tensor_degre
 
 
 def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> LayerCost | None:
-    """Return the cost of a layer from its measured entries; None where the configuration lies outside them."""
+    """Return the cost of a layer from its measured entries; None where the configuration lies outside them.
+
+    Entries are of one microbatch size, so the setting has to be.
+    """
     degrees = setting.degrees
+    assert isinstance(setting.microbatch, int)
     split_vocabulary = degrees.vocab_parallel or layer.kind not in ("embedding", "head", "loss")
     tensor_degree = degrees.tp if split_vocabulary else 1
     found = blend(layer, setting.microbatch, setting.sequence_length, tensor_degree)
@@ -145,10 +150,10 @@ def _level(found: Blend, level: Recompute) -> float:
     return _mean(found, [entry.activation_bytes[level] for entry, _ in found.entries])
 
 
-def _recompute(found: Blend, tokens: float, forward_s: float) -> tuple[float, float, float]:
+def _recompute(found: Blend, tokens: float, forward_s: Number) -> tuple[Number, Number, Number]:
     """Return the seconds of each level; full repeats the forward where it was not measured, an absent level costs 0."""
 
-    def seconds(level: Recompute, otherwise: float) -> float:
+    def seconds(level: Recompute, otherwise: Number) -> Number:
         if not _has(found, level):
             return 0.0
         if not all(level in entry.recompute_s for entry, _ in found.entries):

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
+from stagewright.planner.cost.number import Floats, Number
 from stagewright.planner.cost.roofline import Engine, Roofline
 from stagewright.planner.documents.operator import Architecture, Axis, Operator
 from stagewright.planner.documents.plan import Degrees
@@ -35,6 +37,7 @@ class Setting:
 
     Parameters
     ----------
+    microbatch : samples, or several sizes at once; all that grows with it is then an array.
     sequence_length : of the job; an operator with its own `tokens_per_sample` ignores it.
     element_bytes : bytes of an activation.
     profile_element_bytes : bytes of an activation in the operators' own byte counts.
@@ -43,13 +46,18 @@ class Setting:
     """
 
     degrees: Degrees
-    microbatch: int
+    microbatch: int | Floats
     sequence_length: int
     element_bytes: float
     architecture: Architecture
     expert_imbalance: float = 1.0
     profile_element_bytes: float = 2.0
     operand_bytes: float | None = None
+
+    @cached_property
+    def size_key(self) -> int | tuple[float, ...]:
+        """The microbatch, or its sizes, as a key."""
+        return self.microbatch if isinstance(self.microbatch, int) else tuple(self.microbatch.tolist())
 
     @property
     def product_bytes(self) -> float:
@@ -85,7 +93,7 @@ class Setting:
         """Return the tokens of one sample at this operator."""
         return operator.tokens_per_sample or self.sequence_length
 
-    def tokens(self, operator: Operator) -> float:
+    def tokens(self, operator: Operator) -> Number:
         """Return the tokens of one microbatch on one device before any axis but cp divides them."""
         return self.microbatch * self.length(operator) / self.degrees.cp
 
@@ -93,19 +101,19 @@ class Setting:
 class Work(NamedTuple):
     """One operator on one device: the size of its forward, what it keeps and writes."""
 
-    flops: float
-    moved_bytes: float
-    kept_bytes: float
-    output_bytes: float
+    flops: Number
+    moved_bytes: Number
+    kept_bytes: Number
+    output_bytes: Number
     num_groups: int
 
 
 class PhaseSeconds(NamedTuple):
     """Seconds of the forward, the input gradient and the weight gradient."""
 
-    forward: float
-    input_grad: float
-    weight_grad: float
+    forward: Number
+    input_grad: Number
+    weight_grad: Number
 
 
 def positions(operator: Operator, length: float) -> float:
@@ -145,7 +153,7 @@ def phase_seconds(operator: Operator, size: Work, roofline: Roofline) -> PhaseSe
     engine = _engine(operator)
     input_factor, weight_factor = gradient_factors(operator)
 
-    def seconds(factor: float) -> float:
+    def seconds(factor: float) -> Number:
         if factor <= 0:
             return 0.0
         return roofline.seconds(engine, size.flops * factor, size.moved_bytes * factor, num_groups=size.num_groups)
@@ -153,7 +161,7 @@ def phase_seconds(operator: Operator, size: Work, roofline: Roofline) -> PhaseSe
     return PhaseSeconds(seconds(1.0), seconds(input_factor), seconds(weight_factor))
 
 
-def peak_seconds(operator: Operator, flops: float, roofline: Roofline) -> float:
+def peak_seconds(operator: Operator, flops: Number, roofline: Roofline) -> Number:
     """Return the seconds of `flops` of an operator at the peak of its engine: no kernel is faster."""
     return flops / roofline.peak(_engine(operator))
 
@@ -176,12 +184,12 @@ def gradient_factors(operator: Operator) -> tuple[float, float]:
 
 
 class _Product(NamedTuple):
-    moved: float
-    written: float
+    moved: Number
+    written: Number
     num_groups: int
 
 
-def _product_bytes(operator: Operator, setting: Setting, tokens: float, imbalance: float) -> _Product:
+def _product_bytes(operator: Operator, setting: Setting, tokens: Number, imbalance: float) -> _Product:
     """Return the operand traffic of a product: a column-split one reads a whole input, a row-split one writes a whole
     output (`exits`)."""
     degrees, architecture = setting.degrees, setting.architecture

@@ -13,8 +13,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
+import numpy as np
+
+from stagewright.planner.cost.number import Floats, Number, is_positive, larger
 from stagewright.planner.documents.cluster import Device, DType, EfficiencyPoint
 from stagewright.planner.errors import InvalidArgument
 
@@ -39,8 +42,14 @@ class Curve:
             return cls((0.0,), (_DEFAULT_SHARE,))
         return cls(tuple(math.log(point.size) for point in points), tuple(point.share for point in points))
 
-    def __call__(self, size: float) -> float:
+    @overload
+    def __call__(self, size: float) -> float: ...
+    @overload
+    def __call__(self, size: Floats) -> Floats: ...
+    def __call__(self, size: Number) -> Number:
         """Return the share at `size`, which is above 0."""
+        if isinstance(size, np.ndarray):
+            return np.asarray(np.interp(np.log(size), self.log_size, self.share))
         position = math.log(size)
         logs = self.log_size
         if position <= logs[0]:
@@ -87,15 +96,18 @@ class Roofline:
             memory=Curve.of(device.memory_efficiency),
         )
 
-    def seconds(self, engine: Engine, flops: float, moved_bytes: float, *, num_groups: int = 1) -> float:
+    @overload
+    def seconds(self, engine: Engine, flops: float, moved_bytes: float, *, num_groups: int = 1) -> float: ...
+    @overload
+    def seconds(self, engine: Engine, flops: Number, moved_bytes: Number, *, num_groups: int = 1) -> Number: ...
+    def seconds(self, engine: Engine, flops: Number, moved_bytes: Number, *, num_groups: int = 1) -> Number:
         """Return the seconds of `flops` and `moved_bytes` in one kernel; a grouped one is as efficient as one group."""
-        if flops <= 0 and moved_bytes <= 0:
+        computes, moves = is_positive(flops), is_positive(moved_bytes)
+        if not computes and not moves:
             return 0.0
-        compute_s = 0.0
-        if flops > 0:
-            compute_s = flops / self._rate(engine, flops / num_groups)
-        memory_s = moved_bytes / (self.bytes_per_s * self.memory(moved_bytes)) if moved_bytes > 0 else 0.0
-        return self.launch_s + max(compute_s, memory_s)
+        compute_s = flops / self._rate(engine, flops / num_groups) if computes else 0.0
+        memory_s = moved_bytes / (self.bytes_per_s * self.memory(moved_bytes)) if moves else 0.0
+        return self.launch_s + larger(compute_s, memory_s)
 
     def peak(self, engine: Engine) -> float:
         """Return the FLOP per second that no kernel of an engine exceeds."""
@@ -103,7 +115,7 @@ class Roofline:
             return self.vector_flops
         return self.matmul_flops if engine == "matmul" else self.attention_flops
 
-    def _rate(self, engine: Engine, flops: float) -> float:
+    def _rate(self, engine: Engine, flops: Number) -> Number:
         if engine == "vector":
             return self.vector_flops
         if engine == "attention":

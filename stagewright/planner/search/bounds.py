@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from stagewright.planner.search.pricing import NUM_MICROBATCHES, PP, LayerClasses, Priced
 
@@ -80,24 +81,45 @@ def family_bounds(
     step_overhead_s: float,
 ) -> Floats:
     """Return a bound for each (configuration row, kind of family), at least the configuration's work bound."""
-    ranks_of = priced.shape[:, PP].astype(np.float64)
-    count_of = priced.shape[:, NUM_MICROBATCHES].astype(np.float64)
+    ranks = priced.shape[:, PP].astype(np.float64)
+    count = priced.shape[:, NUM_MICROBATCHES].astype(np.float64)
     numbers = classes.counts.astype(np.float64)
     times = priced.time_s
-    forward_of = priced.forward_s @ numbers + ranks_of * overhead_s
-    each_of = times @ numbers + 2.0 * ranks_of * overhead_s
-    layer_of = (count_of[:, None] * times + priced.step_s).max(axis=1) + 2.0 * count_of * overhead_s + step_overhead_s
-    ranks, count, forward, each, layer = (
-        column[rows] for column in (ranks_of, count_of, forward_of, each_of, layer_of)
+    forward_s = priced.forward_s @ numbers + ranks * overhead_s
+    each_s = times @ numbers + 2.0 * ranks * overhead_s
+    layer_s = (count[:, None] * times + priced.step_s).max(axis=1) + 2.0 * count * overhead_s
+    bounds: Floats = _family_bounds(
+        rows, kinds, ranks, count, forward_s, each_s, layer_s, work_s - step_overhead_s, step_overhead_s
     )
-    bound = np.where(kinds == BOTH_WAYS, work_s[rows], np.maximum(work_s[rows], layer))
-    uniform = (kinds == GPIPE) | ((kinds == UNIFORM) & (count > ranks))
-    bound = np.where(uniform, np.maximum(bound, each * (count + ranks - 1) / ranks + step_overhead_s), bound)
-    serial = each * count + step_overhead_s
-    bound = np.where(kinds == SERIAL, np.maximum(bound, serial), bound)
-    fused = (kinds == FUSED) | ((kinds == UNIFORM) & ~uniform)
-    rank_bound = each / (1.0 - (1.0 - 1.0 / count) ** ranks)
-    bound = np.where(fused, np.maximum(bound, rank_bound + step_overhead_s), bound)
-    share = forward / each
-    split_bound = each * share / (1.0 - (1.0 - share / count) ** ranks)
-    return np.where(kinds == SPLIT, np.maximum(bound, split_bound + step_overhead_s), bound)
+    return bounds
+
+
+@njit(cache=True, error_model="numpy")
+def _family_bounds(
+    rows: Longs,
+    kinds: Longs,
+    ranks: Floats,
+    count: Floats,
+    forward_s: Floats,
+    each_s: Floats,
+    layer_s: Floats,
+    work_s: Floats,
+    step_overhead_s: float,
+) -> Floats:
+    bounds = np.empty(len(rows))
+    for index in range(len(rows)):
+        row, kind = rows[index], kinds[index]
+        bound, each, number, depth = work_s[row], each_s[row], count[row], ranks[row]
+        if kind != BOTH_WAYS:
+            bound = max(bound, layer_s[row])
+        if kind == GPIPE or (kind == UNIFORM and number > depth):
+            bound = max(bound, each * (number + depth - 1.0) / depth)
+        elif kind in (FUSED, UNIFORM):
+            bound = max(bound, each / (1.0 - (1.0 - 1.0 / number) ** depth))
+        elif kind == SERIAL:
+            bound = max(bound, each * number)
+        elif kind == SPLIT:
+            share = forward_s[row] / each
+            bound = max(bound, each * share / (1.0 - (1.0 - share / number) ** depth))
+        bounds[index] = bound + step_overhead_s
+    return bounds

@@ -72,6 +72,16 @@ class RankSlots:
             live[rank, : len(order.live[rank]), :, : len(slots)] = order.live[rank]
         return cls(stage, live)
 
+    def on_ranks(self, by_stage: Floats) -> Floats:
+        """Return what stages have [S] as their ranks hold it, [D, V], zero where a rank has no more slots."""
+        return np.where(self.stage >= 0, by_stage[..., self.stage], 0.0)
+
+    def part(self, ranks: Sequence[int], stages: Sequence[int]) -> RankSlots:
+        """Return the slots of some ranks, which hold none but some stages; the stages are numbered as they come there."""
+        place = np.full(int(self.stage.max()) + 2, -1, dtype=np.int64)  # the last entry stands for no slot
+        place[list(stages)] = np.arange(len(stages))
+        return RankSlots(place[self.stage[list(ranks)]], self.live[list(ranks)])
+
     @cached_property
     def held(self) -> Floats:
         """How often each stage stands on each rank, [D, S]."""
@@ -222,14 +232,10 @@ class CandidateCosts:
         by_stage = layers @ self.runs.step_s + np.where(layers.sum(axis=-1) > 0, self.stage_latency_s, 0.0)
         if len(self.replica_s):
             by_stage = by_stage + layers @ self.replica_s + self.replica_latency_s
-        tail = self.constant_tail_s + self._on_ranks(by_stage).sum(axis=-1)
+        tail = self.constant_tail_s + self.slots.on_ranks(by_stage).sum(axis=-1)
         for first, second, seconds in self.ties:
             tail = tail + self._tie(first, second, seconds, bounds)
         return np.asarray(tail)
-
-    def _on_ranks(self, by_stage: Floats) -> Floats:
-        """Return what stages have [S] as their ranks hold it, [D, V], zero where a rank has no more slots."""
-        return np.where(self.slots.stage >= 0, by_stage[..., self.slots.stage], 0.0)
 
     def _tie(self, first: int, second: int, seconds: Floats, bounds: Sequence[int] | Longs) -> Floats:
         ends = np.asarray(bounds, dtype=np.int64)[..., 1:]
@@ -240,16 +246,20 @@ class CandidateCosts:
             tail += np.where((a != b) & ((ranks == a) | (ranks == b)), seconds[a, b], 0.0)
         return tail
 
-    def peak_bytes(self, counts: Longs) -> Floats:
-        """Return the bytes of each rank above what is there before the first tensor, [D]."""
-        runs, live = self.runs, self.slots.live
-        kept = self._on_ranks(np.einsum("...skl,lk->...s", counts, runs.kept_bytes))
-        late = self._on_ranks(np.einsum("...skl,lk->...s", counts, runs.late_bytes))
+    def peak_bytes(self, counts: Longs, slots: RankSlots | None = None) -> Floats:
+        """Return the bytes of each rank above what is there before the first tensor, [D].
+
+        `slots` are those of some ranks, where `counts` are of their stages only.
+        """
+        runs, slots = self.runs, self.slots if slots is None else slots
+        live, on_ranks = slots.live, slots.on_ranks
+        kept = on_ranks(np.einsum("...skl,lk->...s", counts, runs.kept_bytes))
+        late = on_ranks(np.einsum("...skl,lk->...s", counts, runs.late_bytes))
         workspace = np.where(counts > 0, runs.workspace_bytes.T, 0.0).max(axis=(-2, -1))
         states = counts.sum(axis=-1) @ runs.state_bytes
         active = np.einsum("dnv,...dv->...dn", live[:, :, 0], kept) + np.einsum("dnv,...dv->...dn", live[:, :, 1], late)
-        fixed = self._on_ranks(states).sum(axis=-1)
-        return np.asarray(fixed + active.max(axis=-1) + self._on_ranks(workspace).max(axis=-1))
+        fixed = on_ranks(states).sum(axis=-1)
+        return np.asarray(fixed + active.max(axis=-1) + on_ranks(workspace).max(axis=-1))
 
     def fits(self, counts: Longs) -> bool:
         """Tell whether every rank fits its device."""

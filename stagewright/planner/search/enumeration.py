@@ -13,7 +13,7 @@ binds and the assignments of levels are many, it gives up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from math import comb, prod
@@ -21,7 +21,7 @@ from math import comb, prod
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.search.candidate_costs import CandidateCosts
+from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots
 from stagewright.planner.search.incumbent import Completion
 
 Floats = npt.NDArray[np.float64]
@@ -53,6 +53,7 @@ class Enumeration:
 
     costs: CandidateCosts
     _num_levels: int = 0  # assignments looked at so far
+    _slots: dict[tuple[int, ...], RankSlots] = field(default_factory=dict)
 
     @property
     def is_small(self) -> bool:
@@ -205,9 +206,9 @@ class Enumeration:
 
     def _fit(self, ranks: tuple[int, ...], stages: tuple[int, ...], counts: Longs) -> npt.NDArray[np.bool_]:
         """Return which assignments [n, stages, K, 3] fit all ranks of a component, [n]."""
-        whole = np.zeros((len(counts), self.costs.num_stages, *counts.shape[2:]), dtype=np.int64)
-        whole[:, list(stages)] = counts
-        peaks = self.costs.peak_bytes(whole)[:, list(ranks)]
+        if ranks not in self._slots:
+            self._slots[ranks] = self.costs.slots.part(ranks, stages)
+        peaks = self.costs.peak_bytes(counts, self._slots[ranks])
         return np.asarray((peaks <= self.costs.capacity_bytes * (1 + 1e-12)).all(axis=1))
 
 

@@ -27,7 +27,7 @@ from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import LayerRun, ModelProfile
 from stagewright.planner.search.layer_costs import Configuration, cut_bytes
 from stagewright.planner.search.order import Layout
-from stagewright.planner.search.space import PIPELINE_INSIDE, PIPELINE_OUTSIDE
+from stagewright.planner.search.space import PIPELINE_INSIDE, PIPELINE_OUTSIDE, divisors
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -146,22 +146,29 @@ class ClassTable:
 
 
 def class_table(table: LayerTable, at: Ints, cut: Floats) -> ClassTable:
-    """Return the columns of the layers `at`, one of each class."""
+    """Return the columns of the layers `at`, one of each class; `cut` [L + 1] is before each layer and behind the last.
+
+    Where the table holds several microbatch sizes, they come first.
+    """
+
+    def by_level(rows: Floats) -> Floats:
+        return np.asarray(np.moveaxis(rows[..., at], 0, -2))
+
     return ClassTable(
-        table.forward_s[at],
-        table.input_grad_s[at],
-        table.weight_grad_s[at],
-        table.split_excess_s[at],
-        table.recompute_s[:, at],
-        table.activation_bytes[:, at],
-        table.late_bytes[:, at],
-        table.workspace_bytes[:, at],
-        table.split_workspace_bytes[:, at],
-        cut[:-1][at],
-        table.dense_parameters[at],
-        table.expert_parameters[at],
-        table.frozen_parameters[at],
-        table.optimizer_s[at],
+        table.forward_s[..., at],
+        table.input_grad_s[..., at],
+        table.weight_grad_s[..., at],
+        table.split_excess_s[..., at],
+        by_level(table.recompute_s),
+        by_level(table.activation_bytes),
+        by_level(table.late_bytes),
+        by_level(table.workspace_bytes),
+        by_level(table.split_workspace_bytes),
+        cut[..., :-1][..., at],
+        table.dense_parameters[..., at],
+        table.expert_parameters[..., at],
+        table.frozen_parameters[..., at],
+        table.optimizer_s[..., at],
     )
 
 
@@ -251,6 +258,19 @@ def configuration_of(row: Sequence[int] | Ints) -> Configuration:
     return Configuration(degrees, pp, microbatch, count, AXIS_ORDERS[axes])
 
 
+@dataclass(frozen=True, eq=False)
+class SizeTables:
+    """The cost tables of one combination of degrees at M microbatch sizes, arrays [M, C] or [M, 3, C]; which are legal, [M]."""
+
+    table: ClassTable
+    legal: Bools
+
+    @cached_property
+    def least_bytes(self) -> Floats:
+        """What the largest layer needs for one microbatch at its best level, [M]."""
+        return np.asarray((self.table.kept_bytes + self.table.workspace_bytes).min(axis=1).max(axis=1))
+
+
 @dataclass(eq=False)
 class PriceList:
     """What configurations are made of, computed once: tables by inner shape, traffic and states by replica group.
@@ -259,13 +279,13 @@ class PriceList:
     ----------
     model : cost model of the profile that `one_of_each` returns.
     at : the layer of each class there, [C].
-    most_bytes : a shape where one layer alone needs more is left out, and so are larger microbatches of it.
+    most_bytes : a microbatch of a shape where one layer alone needs more is left out.
     """
 
     model: CostModel
     at: Ints
     most_bytes: float
-    _tables: dict[tuple[int, ...], ClassTable | None] = field(default_factory=dict)
+    _tables: dict[tuple[int, ...], SizeTables | None] = field(default_factory=dict)
     _groups: dict[tuple[int, ...], tuple[float, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -285,17 +305,31 @@ class PriceList:
         """Return the list with the shapes that one layer overfills."""
         return self.limited(float("inf"))
 
+    @cached_property
+    def sizes(self) -> Ints:
+        """Every microbatch of the space, ascending, [M]."""
+        job = self.model.job
+        return np.array([size for size in divisors(job.global_batch) if size <= job.space.max_microbatch], np.int32)
+
     def price(self, shapes: Ints) -> Priced:
         """Return the rows of all shapes that the cost model admits."""
         keys, table_of = unique_rows(_table_keys(shapes))
-        tables = self._all_tables(keys.tolist())
-        legal = np.array([table is not None for table in tables], dtype=bool)[table_of]
-        shapes, table_of = shapes[legal], table_of[legal]
-        some = next((table for table in tables if table is not None), None)
-        if some is None or not len(shapes):
+        tables = [self._size_tables(tuple(key)) for key in keys.tolist()]
+        some = next((tables_of for tables_of in tables if tables_of is not None), None)
+        if some is None:
+            return no_rows(len(self.at))
+        none = np.zeros(len(self.sizes), dtype=np.bool_)
+        admitted = np.stack(
+            [none if one is None else one.legal & (one.least_bytes <= self.most_bytes) for one in tables]
+        )
+        assert np.isin(shapes[:, MICROBATCH], self.sizes).all()
+        size_of = np.searchsorted(self.sizes, shapes[:, MICROBATCH])
+        legal = admitted[table_of, size_of]
+        shapes, table_of, size_of = shapes[legal], table_of[legal], size_of[legal]
+        if not len(shapes):
             return no_rows(len(self.at))
         stacked = {
-            name: np.stack([getattr(table if table is not None else some, name) for table in tables])[table_of]
+            name: np.stack([getattr((one or some).table, name) for one in tables])[table_of, size_of]
             for name in ClassTable.__dataclass_fields__
         }
         dense = self._group_rows(shapes, expert=False)
@@ -305,53 +339,53 @@ class PriceList:
     def priced_in_time(self, shapes: Ints, stop: Callable[[], bool]) -> Bools:
         """Price tables until `stop` says so; return of which shapes the tables are known then, bool [n].
 
-        Those with fewest devices beside the tensor ranks come first, then small microbatches, then many tensor ranks.
+        Those with fewest devices beside the tensor ranks come first, then many tensor ranks.
         """
         keys, table_of = unique_rows(_table_keys(shapes))
         tp, cp, least, ep, etp = keys[:, :5].T
         known = np.zeros(len(keys), dtype=np.bool_)
-        full: set[tuple[int, ...]] = set()
-        for place in np.lexsort((-tp, keys[:, -1], least * cp * ep * etp)).tolist():
+        for place in np.lexsort((-tp, least * cp * ep * etp)).tolist():
             key = tuple(keys[place].tolist())
-            if key[:-1] not in full and key not in self._tables:
-                if len(self._tables) >= _LEAST_PRICED and stop():
-                    break
-                self._tables[key] = self._make_table(key)
+            if key not in self._tables and len(self._tables) >= _LEAST_PRICED and stop():
+                break
+            self._size_tables(key)
             known[place] = True
-            table = self._tables.get(key)
-            if self._grows and table is not None and _least_bytes(table) > self.most_bytes:
-                full.add(key[:-1])
         return np.asarray(known[table_of])
 
-    def _all_tables(self, keys: Sequence[Sequence[int]]) -> list[ClassTable | None]:
-        """Return the tables of keys in ascending order of microbatch; None when refused, or when one layer never fits.
+    def _size_tables(self, key: tuple[int, ...]) -> SizeTables | None:
+        """Return the tables of a combination of degrees; None when no size is legal."""
+        if key not in self._tables:
+            self._tables[key] = self._make_tables(key)
+        return self._tables[key]
 
-        Without measured tables a larger microbatch never needs less, so the ones behind are not priced.
-        """
-        full: tuple[int, ...] | None = None
-        found: list[ClassTable | None] = []
-        for key in map(tuple, keys):
-            if self._grows and key[:-1] == full:
-                found.append(None)
-                continue
-            if key not in self._tables:
-                self._tables[key] = self._make_table(key)
-            table = self._tables[key]
-            if table is not None and _least_bytes(table) > self.most_bytes:
-                table, full = None, key[:-1]
-            found.append(table)
-        return found
-
-    @cached_property
-    def _grows(self) -> bool:
-        """Whether a larger microbatch never needs less: where no table was measured."""
-        return not any(layer.costs for layer in self.model.profile.classes.values())
-
-    def _make_table(self, key: tuple[int, ...]) -> ClassTable | None:
-        tp, cp, dp, ep, etp, sp, vocabulary, microbatch = key
+    def _make_tables(self, key: tuple[int, ...]) -> SizeTables | None:
+        tp, cp, dp, ep, etp, sp, vocabulary = key
         degrees = Degrees(dp=dp, tp=tp, cp=cp, ep=ep, etp=etp, sp=bool(sp), vocab_parallel=bool(vocabulary))
-        if self.model.legality(degrees, microbatch) is not None:
+        model, sizes = self.model, self.sizes.tolist()
+        if any(layer.costs for layer in model.profile.classes.values()):
+            legal = np.array([model.legality(degrees, size) is None for size in sizes])
+            if not legal.any():
+                return None
+            first = sizes[int(np.argmax(legal))]
+            of_size = [
+                self._class_table(degrees, size if is_legal else first)
+                for size, is_legal in zip(sizes, legal, strict=True)
+            ]
+            columns = {
+                name: np.stack([getattr(table, name) for table in of_size]) for name in ClassTable.__dataclass_fields__
+            }
+            return SizeTables(ClassTable(**columns), legal)
+        # Beside the batch, whatever makes a size illegal makes all of them.
+        legal = model.job.global_batch % (dp * self.sizes) == 0
+        if not legal.any() or model.legality(degrees, sizes[int(np.argmax(legal))]) is not None:
             return None
+        table = model.size_table(degrees, sizes)
+        cut = np.stack(
+            [cut_bytes(model.profile, output, size) for output, size in zip(table.output_bytes, sizes, strict=True)]
+        )
+        return SizeTables(class_table(table, self.at, cut), legal)
+
+    def _class_table(self, degrees: Degrees, microbatch: int) -> ClassTable:
         table = self.model.table(degrees, microbatch)
         return class_table(table, self.at, cut_bytes(self.model.profile, table.output_bytes, microbatch))
 
@@ -384,11 +418,6 @@ def unique_rows(rows: Ints) -> tuple[Ints, npt.NDArray[np.int64]]:
         packed = of_row * (column.max(initial=0) - low + 1) + column - low
         _, first, of_row = np.unique(packed, return_index=True, return_inverse=True)
     return rows[first], of_row
-
-
-def _least_bytes(table: ClassTable) -> float:
-    """Return what the largest layer needs for one microbatch at its best level."""
-    return float((table.kept_bytes + table.workspace_bytes).min(axis=0).max())
 
 
 def group_costs(
@@ -451,12 +480,12 @@ def shape_of(devices: npt.NDArray[np.int64], group: NodeGroup) -> GroupShape:
 
 
 def _table_keys(shapes: Ints) -> Ints:
-    """Return the columns a table depends on; dp is the least that the expert groups need."""
+    """Return the columns a table depends on beside the microbatch; dp is the least that the expert groups need."""
     inner = shapes[:, TP] * shapes[:, CP]
     experts = shapes[:, EP] * shapes[:, ETP]
     least = np.minimum(shapes[:, DP], np.maximum(1, experts // np.gcd(experts, inner)))
     columns = [shapes[:, TP], shapes[:, CP], least]
-    columns += [shapes[:, column] for column in (EP, ETP, SP, VOCAB, MICROBATCH)]
+    columns += [shapes[:, column] for column in (EP, ETP, SP, VOCAB)]
     return np.stack(columns, axis=1)
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,6 +113,20 @@ def test_a_measured_line_replaces_the_model_and_scales_to_smaller_groups():
     assert comm.collective_s("all-reduce", 1e9, GroupShape((Tier(8, measured),))) == pytest.approx(10e-6 + 1e9 / 50e9)
     four = comm.collective_s("all-reduce", 1e9, GroupShape((Tier(4, measured),)))
     assert four == pytest.approx(10e-6 * 3 / 7 + 1e9 / 50e9 * (3 / 4) / (7 / 8))
+
+
+@pytest.mark.parametrize(
+    "operation", ["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "send-receive"]
+)
+def test_several_sizes_at_once_take_what_each_takes_alone(operation):
+    lines = tuple(
+        LinkSegment(from_bytes=at, latency_s=1e-5 / rate, bytes_per_s=rate * 1e9) for at, rate in ((0, 1), (1e7, 9))
+    )
+    measured = GroupShape((Tier(4, level(8, collectives={operation: lines})),))
+    sizes = np.array([1e3, 1e6, 1e7, 1e10])
+    for group in (flat(8), two_tiers(), measured, GroupShape(())):
+        alone = [comm.collective_s(operation, size, group) for size in sizes.tolist()]
+        np.testing.assert_allclose(comm.collective_s(operation, sizes, group) + np.zeros(4), alone, rtol=1e-14)
 
 
 def test_a_message_takes_the_segment_of_its_size():
