@@ -25,7 +25,6 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.cost.cost_model import CostModel
-from stagewright.planner.cost.groups import GroupShape
 from stagewright.planner.cost.layer_table import LEVELS
 from stagewright.planner.cost.measured_cost import worst_source
 from stagewright.planner.cost.memory_actions import streamed_states_s
@@ -473,9 +472,7 @@ def wire(
     model: CostModel, degrees: Degrees, device: npt.NDArray[np.int64], reference_bytes: float, group: str | None
 ) -> Wiring:
     """Return the wiring of ranks on `device` [D, devices of a rank]."""
-    splits = degrees.tp > 1 and not degrees.sp and model.options.scatter_gather
-    ranks = len(device)
-    inside = model.rank_groups(degrees, group=group, num_pipeline_ranks=ranks).tp if splits else GroupShape(())
+    inside = model.scattering_group(degrees, group=group, num_pipeline_ranks=len(device))
     return Wiring(model.cluster, device, reference_bytes, inside)
 
 

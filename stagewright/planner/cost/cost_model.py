@@ -192,6 +192,14 @@ class CostModel:
         """Return the communication groups of one pipeline rank."""
         return RankGroups(degrees, self.node_group(group), self.order, num_pipeline_ranks)
 
+    def scattering_group(
+        self, degrees: Degrees, *, group: str | None = None, num_pipeline_ranks: int = 1
+    ) -> GroupShape:
+        """Return the devices that hold one boundary tensor and may each send a part of it; a group of one if none do."""
+        if degrees.tp == 1 or degrees.sp or not self.options.scatter_gather:
+            return GroupShape(())
+        return self.rank_groups(degrees, group=group, num_pipeline_ranks=num_pipeline_ranks).tp
+
     def states(
         self,
         dense_parameters: float,

@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from stagewright.planner.search.rank_reach import next_try
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -30,7 +32,8 @@ Bools = npt.NDArray[np.bool_]
 class RankTables(NamedTuple):
     """What caps depend on: who holds what and how much lives at once, and the costs of one layer of each run.
 
-    `slot_stage` is [D, V] with -1 for no slot, `live` [D, vectors, 2, V]; the rest as in `CandidateCosts`.
+    `slot_stage` is [D, V] with -1 for no slot, `live` [D, vectors, 2, V], `stage_latency_s` [1]; the rest as in
+    `CandidateCosts`. For `caps_reach` costs of runs and `stage_latency_s` are of n configurations, which come first.
     """
 
     placement: Ints
@@ -48,7 +51,7 @@ class RankTables(NamedTuple):
     state_bytes: Floats
     step_s: Floats
     levels: Bools
-    stage_latency_s: float
+    stage_latency_s: Floats
     overhead_s: float
     split: bool
     constant_tail_s: Floats
@@ -69,7 +72,10 @@ def order_caps(tables: RankTables, num_microbatches: int, target_s: float) -> tu
     inner_low, inner_high = _bulk_stages(tables, like)
     for rank in range(ranks):
         _forced(tables, rank, forced)
-        caps[rank] = _cap(tables, rank, bulk, like, forced, inner_low, inner_high, number, each, target_s)
+        guess = (
+            caps[rank - 1] if rank > 0 else replicas * number // ranks + 1
+        )  # ranks mostly hold what their neighbour does
+        caps[rank] = _cap(tables, rank, bulk, like, forced, inner_low, inner_high, number, each, target_s, guess)
         if caps[rank] < 0:
             return False, caps
     total = caps.sum()
@@ -83,7 +89,8 @@ def order_caps(tables: RankTables, num_microbatches: int, target_s: float) -> tu
             _forced(tables, rank, forced)
             if forced[run] == 0.0:
                 forced[run] = 1.0
-                beside = _cap(tables, rank, bulk, like, forced, inner_low, inner_high, number, each, target_s)
+                guess = caps[rank]
+                beside = _cap(tables, rank, bulk, like, forced, inner_low, inner_high, number, each, target_s, guess)
             else:
                 beside = caps[rank]
             if beside >= 0:
@@ -93,6 +100,42 @@ def order_caps(tables: RankTables, num_microbatches: int, target_s: float) -> tu
         if most < replicas * number:
             return False, caps
     return True, caps
+
+
+@njit(cache=True, nogil=True)
+def caps_reach(tables: RankTables, num_microbatches: Longs, target_s: float) -> Bools:
+    """Tell of n configurations under one layout whether a completion of at most `target_s` is left, [n]."""
+    reached = np.empty(len(num_microbatches), dtype=np.bool_)
+    for place in range(len(num_microbatches)):
+        reached[place] = order_caps(_one_of(tables, place), num_microbatches[place], target_s)[0]
+    return reached
+
+
+@njit(cache=True, no_cpython_wrapper=True)
+def _one_of(tables: RankTables, place: int) -> RankTables:
+    return RankTables(
+        tables.placement,
+        tables.slot_stage,
+        tables.live,
+        tables.run_start,
+        tables.run_class,
+        tables.forward_s[place],
+        tables.input_grad_s[place],
+        tables.weight_grad_s[place],
+        tables.recompute_s[place],
+        tables.kept_bytes[place],
+        tables.late_bytes[place],
+        tables.workspace_bytes[place],
+        tables.state_bytes[place],
+        tables.step_s[place],
+        tables.levels,
+        tables.stage_latency_s[place : place + 1],
+        tables.overhead_s,
+        tables.split,
+        tables.constant_tail_s,
+        tables.capacity_bytes,
+        tables.step_overhead_s,
+    )
 
 
 @njit(cache=True)
@@ -178,9 +221,12 @@ def _forced(tables: RankTables, rank: int, forced: Floats) -> None:
 @njit(cache=True, no_cpython_wrapper=True)
 def _cap(
     tables: RankTables, rank: int, bulk: int, like: Bools, forced: Floats, inner_low: int, inner_high: int,
-    number: int, each: float, target_s: float,
+    number: int, each: float, target_s: float, guess: int,
 ) -> int:  # fmt: skip
-    """Return the most layers of the largest class on a rank beside `forced` ones; -1 when not even none."""
+    """Return the most layers of the largest class on a rank beside `forced` ones; -1 when not even none.
+
+    `guess` is a number to try first.
+    """
     width, runs = tables.slot_stage.shape[1], len(forced)
     slots, first = 0, tables.placement.shape[1]
     for place in range(width):
@@ -188,7 +234,12 @@ def _cap(
             slots += 1
             first = min(first, tables.slot_stage[rank, place])
     pair_s = (3.0 if tables.split else 2.0) * tables.overhead_s
-    step, states, seconds, sure = slots * tables.stage_latency_s + tables.constant_tail_s[rank], 0.0, slots * pair_s, 0
+    step, states, seconds, sure = (
+        slots * tables.stage_latency_s[0] + tables.constant_tail_s[rank],
+        0.0,
+        slots * pair_s,
+        0,
+    )
     for run in range(runs):
         if forced[run] > 0.0:
             if like[run]:
@@ -204,9 +255,10 @@ def _cap(
     if min(limit - step, limit - back) < 0.0:
         return -1
     unit = each * time + tables.step_s[bulk]
-    low, high = -1, number * len(tables.placement)
+    low, high, tries = -1, number * len(tables.placement), 0
     while low < high:
-        middle = (low + high + 1) // 2
+        middle = next_try(low, high, guess, tries)
+        tries += 1
         spare = min(limit - step - middle * unit, limit - back - middle * each * time) / each
         if spare >= -1e-15 and np.isfinite(
             _least_levels(tables, rank, bulk, like, forced, inner_low, inner_high, middle, states, spare)

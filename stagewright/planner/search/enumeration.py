@@ -54,6 +54,7 @@ class Enumeration:
     costs: CandidateCosts
     _num_levels: int = 0  # assignments looked at so far
     _slots: dict[tuple[int, ...], RankSlots] = field(default_factory=dict)
+    _known: dict[tuple[tuple[int, ...], bytes], list[Choice]] = field(default_factory=dict)
 
     @property
     def is_small(self) -> bool:
@@ -101,11 +102,14 @@ class Enumeration:
         costs = self.costs
         layers, stages = costs.num_layers, costs.num_stages
         bounds = [(0, *inner, layers) for inner in combinations(range(1, layers), stages - 1)]
+        weakest = _at_level(np.eye(costs.runs.num_runs, dtype=np.int64), int(np.argmax(costs.levels)))
+        nothing = costs.stage_costs(np.zeros_like(weakest[:1]))
+        each = costs.stage_costs(weakest) - nothing  # of a layer of each run, [3, K]
         values = []
         for first in range(0, len(bounds), _CHUNK):
             some = np.array(bounds[first : first + _CHUNK], dtype=np.int64)
             on_stage = costs.layers_of(some)
-            times = costs.stage_costs(_at_level(on_stage, int(np.argmax(costs.levels))))
+            times = np.moveaxis(on_stage @ each.T + nothing[:, 0], -1, -2)
             values.append(costs.order.makespans(times, costs.hop_seconds(some), costs.tails(on_stage, some)))
         return bounds, np.concatenate(values) + costs.step_overhead_s
 
@@ -121,21 +125,20 @@ class Enumeration:
             choices.append(found)
         hops, tails = costs.hop_seconds(bounds), costs.tails(layers, bounds)
         base = costs.stage_costs(_at_level(layers, 0))
-        least = [np.min([choice.seconds for choice in found], axis=0) for found in choices]
+        parts = [list(stages) for _, stages in self.components]
+        least = np.zeros(costs.num_stages)
+        for part, found in zip(parts, choices, strict=True):
+            least[part] = np.min([choice.seconds for choice in found], axis=0)
         open_places = [place for place, found in enumerate(choices) if len(found) > 1]
         best: Completion | None = None
         tries = 0
 
-        def simulated(seconds: list[Floats]) -> float:
-            times = base.copy()
-            for (_, stages), extra in zip(self.components, seconds, strict=True):
-                times[1, list(stages)] += extra
-            return costs.order.makespan(times, hops, tails) + costs.step_overhead_s
-
-        def descend(depth: int, seconds: list[Floats], picked: list[int]) -> None:
+        def descend(depth: int, seconds: Floats, picked: list[int]) -> None:
             nonlocal best, tries
             tries += 1
-            value = simulated(seconds)
+            times = base.copy()
+            times[1] += seconds
+            value = costs.order.makespan(times, hops, tails) + costs.step_overhead_s
             if value >= (below_s if best is None else best.step_s):
                 return
             if depth == len(open_places):
@@ -146,7 +149,9 @@ class Enumeration:
             place = open_places[depth]
             for index, choice in enumerate(choices[place]):
                 picked[place] = index
-                descend(depth + 1, [*seconds[:place], choice.seconds, *seconds[place + 1 :]], picked)
+                chosen = seconds.copy()
+                chosen[parts[place]] = choice.seconds
+                descend(depth + 1, chosen, picked)
             picked[place] = 0
 
         descend(0, least, [0] * len(choices))
@@ -161,7 +166,16 @@ class Enumeration:
         return Completion(value, bounds, counts, cut)
 
     def _choices(self, ranks: tuple[int, ...], stages: tuple[int, ...], layers: Longs) -> list[Choice]:
-        """Return the level choices of a component that fit and that no other one beats on every stage."""
+        """Return the level choices of a component that fit and that no other one beats on every stage.
+
+        Partitions share most of their stages, so choices are kept by what the component's stages hold.
+        """
+        key = (ranks, layers[list(stages)].tobytes())
+        if key not in self._known:
+            self._known[key] = self._make_choices(ranks, stages, layers)
+        return self._known[key]
+
+    def _make_choices(self, ranks: tuple[int, ...], stages: tuple[int, ...], layers: Longs) -> list[Choice]:
         base = int(np.argmax(self.costs.levels))
         weakest = _at_level(layers[list(stages)], base)
         if self._fit(ranks, stages, weakest[None])[0]:

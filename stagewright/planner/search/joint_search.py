@@ -26,10 +26,9 @@ from stagewright.planner.cost.least_work import least_step_s
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.search.bounds import KINDS, family_bounds, memory_possible, work_bounds
 from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots, RunCosts, rank_tables
-from stagewright.planner.search.caps import largest_class, order_caps
+from stagewright.planner.search.caps import RankTables, caps_reach, largest_class, order_caps
 from stagewright.planner.search.class_prices import ClassPrices, class_prices, prices_of
 from stagewright.planner.search.closing import Closer
-from stagewright.planner.search.dominance import leaders_of
 from stagewright.planner.search.exact_levels import with_exact_levels
 from stagewright.planner.search.incumbent import MOST_STEPS, TRIES, Completion, improve, start
 from stagewright.planner.search.limits import Limits, Termination
@@ -42,8 +41,6 @@ from stagewright.planner.search.pricing import (
     PP,
     SP,
     TP,
-    UNIT,
-    VOCAB,
     Priced,
     configuration_of,
     unique_rows,
@@ -51,6 +48,7 @@ from stagewright.planner.search.pricing import (
 from stagewright.planner.search.problem import Candidate, Partition, Problem, pipeline_ranks
 from stagewright.planner.search.rank_reach import reaches
 from stagewright.planner.search.refinement import LIVE, Outlines, refined, taken
+from stagewright.planner.search.row_leaders import RowLeaders
 from stagewright.planner.search.space import PIPELINE_OUTSIDE, FamilyRule, schedule_sizes
 
 Floats = npt.NDArray[np.float64]
@@ -58,6 +56,7 @@ Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
 NUM_REFINED = 600
+_AHEAD = 512  # candidates whose caps are looked at together
 _CHUNK = 64  # candidates refined between two looks at the clock
 _PRICING = 0.3  # share of a deadline that pricing may take
 _EVALUATED_S = 1e-8  # for each action of an order, of one evaluation by local search
@@ -93,8 +92,8 @@ class JointSearch:
     _costs: dict[int, CandidateCosts] = field(default_factory=dict)
     _slots: dict[OrderKey, RankSlots] = field(default_factory=dict)
     _rank_slots: dict[int, tuple[Layout, RankSlots]] = field(default_factory=dict)
-    _ring: dict[tuple[object, ...], Floats] = field(default_factory=dict)
-    _leading: dict[int, int] = field(default_factory=dict)
+    _looked_at: set[int] = field(default_factory=set)
+    _out_of_reach: set[int] = field(default_factory=set)
     _lines: dict[tuple[object, ...], tuple[Floats, Floats]] = field(default_factory=dict)
 
     # ---- the space -------------------------------------------------------------------------------------------------
@@ -154,6 +153,10 @@ class JointSearch:
             for defers in (False, True)
         )
         return whole, split
+
+    @cached_property
+    def _row_leaders(self) -> RowLeaders:
+        return RowLeaders(self.problem, self.priced)
 
     @cached_property
     def work_s(self) -> Floats:
@@ -280,15 +283,15 @@ class JointSearch:
             step_overhead_s=profile.step_overhead_s,
         )
 
-    def _run_costs(self, row: int, layout: Layout) -> RunCosts:
-        """Return what the layers of each run cost under a configuration, on any order with the layout's backwards."""
+    def _run_costs(self, row: int | Longs, layout: Layout) -> RunCosts:
+        """Return what the layers of each run cost under a configuration, or several, on any order with the layout's backwards."""
         priced, classes = self.priced, self.problem.classes
         of_run = classes.run_class
         return RunCosts(
             length=classes.run_length.astype(np.int64),
             forward_s=priced.forward_s[row].take(of_run, axis=-1),
             input_grad_s=priced.input_grad_s[row].take(of_run, axis=-1),
-            weight_grad_s=priced.weight_grad_of(row, layout).take(of_run),
+            weight_grad_s=priced.weight_grad_of(row, layout).take(of_run, axis=-1),
             recompute_s=priced.recompute_s[row].take(of_run, axis=-1),
             kept_bytes=priced.kept_bytes[row].take(of_run, axis=-1),
             late_bytes=priced.late_bytes[row].take(of_run, axis=-1),
@@ -580,6 +583,8 @@ class JointSearch:
                 self.count("left open", num_left)
                 self.count("open", sum(left_s < self.target_s for left_s in opened.values()))
                 return min([bound_s, self.incumbent_s, *opened.values()]), stopped or "time_limit"
+            if index not in self._looked_at and self.limits.deadline_s is None:
+                self._look_ahead([index, *(other for _, other in heapq.nsmallest(_AHEAD, heap))])
             bound_s = self._close(index, closer)
             done += 1
             num_left -= 1
@@ -665,81 +670,29 @@ class JointSearch:
         so a bound of the one is a bound of the other. A leader that is not among the chosen has a bound of at least the
         target; then so has the follower, which is in neither result.
         """
+        if not len(chosen):
+            return [], {}
         rows, rules, chunks = (column[chosen] for column in self.crossed)
-        of_row = self._row_leaders(np.unique(rows))
-        leading_rows = np.array([of_row[row] for row in rows.tolist()], dtype=np.int64)
-        schedules = rules * 1024 + chunks
-        places = dict(zip(zip(rows.tolist(), schedules.tolist(), strict=True), chosen.tolist(), strict=True))
+        different, of_row = np.unique(rows, return_inverse=True)
+        leading_rows = self._row_leaders.of(different)[of_row]
         leads = leading_rows == rows
+        led = np.flatnonzero(~leads)
+        # Where the leading row meets the same schedule among the chosen, if it does.
+        schedules = (rules * 1024 + chunks) << 32
+        key, wanted = schedules + rows, (schedules + leading_rows)[led]
+        by_key = np.argsort(key)
+        place = by_key[np.minimum(np.searchsorted(key, wanted, sorter=by_key), len(key) - 1)]
+        meets = key[place] == wanted
         followers: dict[int, list[int]] = {}
-        for index, row, schedule in zip(
-            chosen[~leads].tolist(), leading_rows[~leads].tolist(), schedules[~leads].tolist(), strict=True
-        ):
-            first = places.get((row, schedule))
-            if first is not None:
-                followers.setdefault(first, []).append(index)
+        for index, first in zip(chosen[led[meets]].tolist(), chosen[place[meets]].tolist(), strict=True):
+            followers.setdefault(first, []).append(index)
         return chosen[leads].tolist(), followers
-
-    def _row_leaders(self, rows: Longs) -> dict[int, int]:
-        """Return the leading row of each row, among rows with equal ranks and microbatches that were asked for first."""
-        if self._leading.keys() >= set(rows.tolist()):
-            return self._leading
-        self._leading = {}
-        shape = self.priced.shape[rows]
-        _, group = unique_rows(shape[:, [PP, NUM_MICROBATCHES]])
-        for place in range(int(group.max(initial=-1)) + 1):
-            members = rows[group == place]
-            leaders = leaders_of(self._features(members)) if len(members) > 1 else np.zeros(1, dtype=np.int64)
-            self._leading |= dict(zip(members.tolist(), members[leaders].tolist(), strict=True))
-        return self._leading
-
-    def _features(self, rows: Longs) -> Floats:
-        """Return all that completions on rows of equal ranks and microbatches cost and keep under any family, [n, F].
-
-        Families send messages between neighbours on the ring of ranks only, and two replicas of a stage meet on ranks 0
-        and D - 1 as far from each other as anywhere.
-        """
-        priced = self.priced
-        flat = [
-            priced.forward_s[rows],
-            priced.input_grad_s[rows],
-            priced.weight_grad_s[rows],
-            priced.split_excess_s[rows],
-            priced.state_bytes[rows],
-            priced.step_s[rows],
-            priced.cut_bytes[rows],
-            priced.gradient_bytes[rows],
-            priced.latency_s[rows][:, None],
-        ]
-        tall = (
-            priced.recompute_s,
-            priced.kept_bytes,
-            priced.late_bytes,
-            priced.workspace_bytes,
-            priced.split_workspace_bytes,
-        )
-        flat += [values[rows].reshape(len(rows), -1) for values in tall]
-        flat.append(np.array([self._ring_terms(row) for row in rows.tolist()]))
-        return np.concatenate(flat, axis=1)
-
-    def _ring_terms(self, row: int) -> Floats:
-        """Return the lines between neighbouring ranks, the line of a sum over the first and last, and tied sums."""
-        shape = self.priced.shape[row]
-        reference_bytes = float(self.priced.cut_bytes[row].max())
-        key = (*shape[[TP, SP, AXES, CP, DP, PP, VOCAB]].tolist(), reference_bytes)
-        if key not in self._ring:
-            ranks, configuration = int(shape[PP]), configuration_of(shape)
-            wiring = self.problem.wiring_for(configuration, reference_bytes)
-            here = np.arange(ranks if ranks > 1 else 0)
-            lines = wiring.lines(np.stack((here, (here + 1) % ranks), axis=1))
-            latency = 2.0 * wiring.sum_s(0, ranks - 1, UNIT) - wiring.sum_s(0, ranks - 1, 2.0 * UNIT)
-            around = [*lines[0], *lines[1], max(latency, 0.0), wiring.sum_s(0, ranks - 1, UNIT) - latency]
-            ties = self.problem.tie_seconds(configuration)
-            self._ring[key] = np.concatenate((around, *(seconds.ravel() for _, _, seconds in ties)))
-        return self._ring[key]
 
     def _close(self, index: int, closer: Closer) -> float:
         """Return a bound of the candidate that is at least the target, or the best that was proved."""
+        if index in self._out_of_reach:
+            self.count("caps")
+            return self.target_s
         reach, rank_layers = self._order_caps(index)
         if not reach:
             self.count("caps")
@@ -776,35 +729,57 @@ class JointSearch:
         return self._layout_caps(index, layout)
 
     def _layout_caps(self, index: int, layout: Layout) -> tuple[bool, tuple[Longs, Longs] | None]:
-        row = int(self.crossed[0][index])
-        if id(layout) not in self._rank_slots:  # layouts are kept beside their slots, so ids stay
-            self._rank_slots[id(layout)] = layout, RankSlots.of(layout)
-        slots = self._rank_slots[id(layout)][1]
-        priced, classes, profile = self.priced, self.problem.classes, self.problem.profile
-        runs = self._run_costs(row, layout)
-        tables = rank_tables(
-            layout,
-            slots,
-            classes,
-            runs,
-            levels=self.levels,
-            stage_latency_s=float(priced.latency_s[row]),
-            overhead_s=profile.action_overhead_s,
-            constant_tail_s=np.zeros(layout.num_ranks),
-            capacity_bytes=self.room_bytes,
-            step_overhead_s=profile.step_overhead_s,
-        )
-        count = int(priced.shape[row, NUM_MICROBATCHES])
+        row, classes = int(self.crossed[0][index]), self.problem.classes
+        count = int(self.priced.shape[row, NUM_MICROBATCHES])
+        tables = self._rank_tables(row, self.priced.latency_s[row : row + 1], layout)
         reach, caps = order_caps(tables, count, self.target_s)
         if not reach:
             return False, None
-        number = layout.num_replicas * largest_class(classes.run_class, runs.length)[1]
+        number = layout.num_replicas * largest_class(classes.run_class, tables.run_start[1:] - tables.run_start[:-1])[1]
         return True, (np.maximum(number - (caps.sum() - caps), 0), caps)
+
+    def _rank_tables(self, row: int | Longs, latency_s: Floats, layout: Layout) -> RankTables:
+        """Return a configuration, or several, on the slots of a layout as the caps see it."""
+        if id(layout) not in self._rank_slots:  # layouts are kept beside their slots, so ids stay
+            self._rank_slots[id(layout)] = layout, RankSlots.of(layout)
+        return rank_tables(
+            layout,
+            self._rank_slots[id(layout)][1],
+            self.problem.classes,
+            self._run_costs(row, layout),
+            levels=self.levels,
+            stage_latency_s=latency_s,
+            overhead_s=self.problem.profile.action_overhead_s,
+            constant_tail_s=np.zeros(layout.num_ranks),
+            capacity_bytes=self.room_bytes,
+            step_overhead_s=self.problem.profile.step_overhead_s,
+        )
+
+    def _look_ahead(self, indices: Sequence[int]) -> None:
+        """Note which candidates the caps of their orders close at the target, all of one layout at once."""
+        of_layout: dict[int, tuple[Layout, list[int]]] = {}
+        for index in indices:
+            if index in self._looked_at:
+                continue
+            self._looked_at.add(index)
+            try:
+                layout = self.problem.outline_of(self.key(index), self.rule(index)) or self._layout(index)
+            except (InvalidArgument, InvalidSchedule):
+                continue
+            of_layout.setdefault(id(layout), (layout, []))[1].append(index)
+        for layout, together in of_layout.values():
+            rows = self.crossed[0][together]
+            tables = self._rank_tables(rows, self.priced.latency_s[rows], layout)
+            counts = self.priced.shape[rows, NUM_MICROBATCHES].astype(np.int64)
+            reached = caps_reach(tables, counts, self.target_s)
+            self._out_of_reach.update(
+                index for index, reach in zip(together, reached.tolist(), strict=True) if not reach
+            )
 
     def _caps_reach(self, index: int, order: Order) -> bool:
         row, rule = int(self.crossed[0][index]), self.rule(index)
         ranks, count = (int(size) for size in self.priced.shape[row, [PP, NUM_MICROBATCHES]])
-        live, late = _least_live(order)
+        live, late = _least_live(self._slots[order.key])
         prices: ClassPrices = prices_of(self._class_prices[order.defers], row)
         return bool(
             reaches(
@@ -838,16 +813,13 @@ _IDLE = {
 }
 
 
-def _least_live(order: Order) -> tuple[Floats, Floats]:
+def _least_live(slots: RankSlots) -> tuple[Floats, Floats]:
     """Return the pair of multiplicities that every slot of a rank has at one time, the heaviest such pair, [D], [D]."""
-    live, late = np.ones(order.num_ranks), np.zeros(order.num_ranks)
-    for rank, vectors in enumerate(order.live):
-        if not vectors.size:
-            continue
-        first, second = vectors[:, 0].min(axis=1), vectors[:, 1].min(axis=1)
-        best = int(np.argmax(first + second))
-        live[rank], late[rank] = max(float(first[best]), 0.0), float(second[best])
-    return live, late
+    held = slots.stage[:, None, :] >= 0
+    first, second = (np.where(held, slots.live[:, :, part], np.inf).min(axis=2) for part in (0, 1))
+    best = np.argmax(first + second, axis=1)[:, None]
+    live, late = (np.take_along_axis(values, best, axis=1)[:, 0] for values in (first, second))
+    return np.maximum(live, 0.0), late
 
 
 def ranks_of(candidate: Candidate) -> Sequence[Sequence[int]]:

@@ -116,7 +116,7 @@ class Wiring:
         if key not in self._lines:
             link = self.link(*key)
             groups = [self.insides[rank] for rank in key] if self.insides else [self.inside]
-            lines = [self._line(link, group) for group in groups]
+            lines = [line_between(link, group, self.reference_bytes) for group in groups]
             self._lines[key] = max(lines, key=lambda line: line.seconds(self.reference_bytes))
         return self._lines[key]
 
@@ -124,18 +124,15 @@ class Wiring:
         """Return latency and seconds a byte of the lines between pairs of ranks [n, 2], [n], [n]."""
         if len(self.cluster.groups) > 1 or self.insides:
             each = [self.line(first, second) for first, second in pairs.tolist()]
-        else:
-            level = self._levels(pairs[:, 0], pairs[:, 1])
-            links = self.cluster.groups[0].links
-            of_level = {index: self._line(links[index], self.inside) for index in np.unique(level).tolist()}
-            same = pairs[:, 0] == pairs[:, 1]
-            each = [
-                SAME_DEVICE if here else of_level[index]
-                for here, index in zip(same.tolist(), level.tolist(), strict=True)
-            ]
-        return np.array([line.latency_s for line in each]), np.array([1.0 / line.bytes_per_s for line in each])
+            return np.array([line.latency_s for line in each]), np.array([1.0 / line.bytes_per_s for line in each])
+        links = self.cluster.groups[0].links
+        of_level = [*(line_between(link, self.inside, self.reference_bytes) for link in links), SAME_DEVICE]
+        level = self.levels(pairs[:, 0], pairs[:, 1])
+        level[pairs[:, 0] == pairs[:, 1]] = len(links)
+        latency_s, s_per_byte = np.array([(line.latency_s, 1.0 / line.bytes_per_s) for line in of_level]).T
+        return latency_s[level], s_per_byte[level]
 
-    def _levels(self, first: npt.NDArray[np.integer], second: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    def levels(self, first: npt.NDArray[np.integer], second: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """Return the innermost link level that joins the counterparts of two ranks, elementwise, where one group is all."""
         links = self.cluster.groups[0].links
         level = np.full(np.broadcast_shapes(first.shape, second.shape), len(links) - 1)
@@ -148,19 +145,6 @@ class Wiring:
         """Return the slowest link between the counterparts of two ranks."""
         return slowest_link(self.device[first], self.device[second], self.cluster)
 
-    def _line(self, link: LinkLevel | None, inside: GroupShape) -> Boundary:
-        size = self.reference_bytes
-        direct = line_at(link, size)
-        members = inside.size
-        if members == 1 or link is None or size <= 0:
-            return direct
-        shared = line_at(link, size / members)
-        gather = inside.ring_bytes_per_s * members / (members - 1)
-        scattered = Boundary(
-            shared.latency_s + inside.ring_latency_s, 1.0 / (1.0 / (shared.bytes_per_s * members) + 1.0 / gather)
-        )
-        return min(direct, scattered, key=lambda line: line.seconds(size))
-
     def sums_s(self, size_bytes: float) -> Floats:
         """Return the seconds of summing `size_bytes` over any two ranks, [D, D]: one sum for each kind of link."""
         ranks = len(self.device)
@@ -168,8 +152,8 @@ class Wiring:
             pairs = [[self.sum_s(a, b, size_bytes) for b in range(ranks)] for a in range(ranks)]
             return np.array(pairs).reshape(ranks, ranks)
         links = self.cluster.groups[0].links
-        level = self._levels(np.arange(ranks)[:, None], np.arange(ranks)[None, :])
-        seconds = np.array([collective_s("all-reduce", size_bytes, GroupShape((Tier(2, link),))) for link in links])
+        level = self.levels(np.arange(ranks)[:, None], np.arange(ranks)[None, :])
+        seconds = np.array([pair_sum_s(link, size_bytes) for link in links])
         found = seconds[level] if size_bytes > 0 else np.zeros((ranks, ranks))
         found[np.arange(ranks), np.arange(ranks)] = 0.0
         return np.asarray(found)
@@ -179,7 +163,26 @@ class Wiring:
         if first == second or size_bytes <= 0:
             return 0.0
         link = self.link(first, second)
-        return 0.0 if link is None else collective_s("all-reduce", size_bytes, GroupShape((Tier(2, link),)))
+        return 0.0 if link is None else pair_sum_s(link, size_bytes)
+
+
+def line_between(link: LinkLevel | None, inside: GroupShape, size_bytes: float) -> Boundary:
+    """Return the line of boundary tensors of this size over a link: whole, or scattered over the group `inside`."""
+    direct = line_at(link, size_bytes)
+    members = inside.size
+    if members == 1 or link is None or size_bytes <= 0:
+        return direct
+    shared = line_at(link, size_bytes / members)
+    gather = inside.ring_bytes_per_s * members / (members - 1)
+    scattered = Boundary(
+        shared.latency_s + inside.ring_latency_s, 1.0 / (1.0 / (shared.bytes_per_s * members) + 1.0 / gather)
+    )
+    return min(direct, scattered, key=lambda line: line.seconds(size_bytes))
+
+
+def pair_sum_s(link: LinkLevel, size_bytes: float) -> float:
+    """Return the seconds of summing `size_bytes` over two devices that a link joins."""
+    return collective_s("all-reduce", size_bytes, GroupShape((Tier(2, link),)))
 
 
 def line_at(link: LinkLevel | None, size_bytes: float) -> Boundary:

@@ -214,8 +214,8 @@ class Priced:
         columns = (getattr(self, name)[rows] for name in self.__dataclass_fields__)
         return Priced(*(np.ascontiguousarray(column) for column in columns))
 
-    def weight_grad_of(self, row: int, layout: Layout) -> Floats:
-        """Return the seconds of one layer's weight gradient in one configuration under a schedule, [C]."""
+    def weight_grad_of(self, row: int | npt.NDArray[np.int64], layout: Layout) -> Floats:
+        """Return the seconds of one layer's weight gradient under a schedule, [C], of several configurations [n, C]."""
         return np.asarray(self.weight_grad_s[row] + layout.split_share * self.split_excess_s[row])
 
     def workspace_of(self, *, defers: bool) -> Floats:

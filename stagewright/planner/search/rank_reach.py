@@ -60,7 +60,7 @@ def reaches(
             want = min(run_length[run] - taken, most - stage_layers)
             low, high, tries = 0, want, 0
             while low < high:
-                middle = _next_try(low, high, guess, tries)
+                middle = next_try(low, high, guess, tries)
                 tries += 1
                 if _admits(
                     middle,
@@ -117,7 +117,7 @@ def _seconds(kinds: int, prices: ClassPrices) -> float:
 
 
 @njit(cache=True, no_cpython_wrapper=True, inline="always")
-def _next_try(low: int, high: int, guess: int, tries: int) -> int:
+def next_try(low: int, high: int, guess: int, tries: int) -> int:
     """Return the number in low + 1 .. high to try next: the guess and its neighbour, then the middle."""
     if tries == 0:
         return min(max(guess, low + 1), high)
@@ -282,7 +282,7 @@ def _chunk_cap(
         in_time = (limit - step - num_microbatches * fixed) / (num_microbatches * each + prices.step_s[bulk])
         high = max(min(high, int(in_time + 1e-9)), -1)
     while low < high:
-        middle = _next_try(low, high, guess, tries)
+        middle = next_try(low, high, guess, tries)
         tries += 1
         extra = least_extra(middle, bulk, states + middle * prices.state_bytes[bulk], beside, live, late, prices)
         own = num_microbatches * (fixed + middle * each + extra) + step + middle * prices.step_s[bulk]
