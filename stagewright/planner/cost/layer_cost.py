@@ -140,7 +140,7 @@ class Sight:
 def analytic_cost(
     operators: Sequence[OperatorCost], setting: Setting, groups: RankGroups, options: CostOptions
 ) -> LayerCost:
-    """Return the cost of a layer from its operators' costs."""
+    """Return the cost of a layer from its operators' costs; without bytes on links for several microbatch sizes."""
     nothing: Number = 0.0
     forward_s = input_s = weight_s = selective_s = nothing
     kept_none = kept_selective = workspace = output_bytes = flops = nothing
@@ -178,7 +178,7 @@ def analytic_cost(
             exchanges.append(
                 Exchange(item.forward, item.operation, item.group_name, item.payload_bytes, item.times, under_s, again)
             )
-    traffic = price(exchanges, groups)
+    traffic = price(exchanges, groups, counts_bytes=isinstance(setting.microbatch, int))
     forward_s += traffic.forward_s
     return LayerCost(
         forward_s=forward_s,
@@ -276,8 +276,8 @@ class Traffic:
     again_bytes: dict[str, Number]
 
 
-def price(exchanges: Sequence[Exchange], groups: RankGroups) -> Traffic:
-    """Return what a layer's exchanges cost.
+def price(exchanges: Sequence[Exchange], groups: RankGroups, *, counts_bytes: bool = True) -> Traffic:
+    """Return what a layer's exchanges cost; their bytes are left out where they do not count.
 
     What hides under compute slows it down by the link's `overlap_slowdown`, and that counts as exposed.
     """
@@ -293,6 +293,8 @@ def price(exchanges: Sequence[Exchange], groups: RankGroups) -> Traffic:
         slowdown = max(tier.link.overlap_slowdown for tier in shape.tiers)
         slowed_s = smaller(seconds, exchange.hidden_under_s) * (slowdown - 1)
         exposed[0 if exchange.forward else 1] += larger(0.0, seconds - exchange.hidden_under_s) + slowed_s
+        if not counts_bytes:
+            continue
         name = f"{exchange.operation}/{_LINK_NAMES.get(exchange.group_name, exchange.group_name)}"
         once = sent_bytes(exchange.operation, exchange.payload_bytes, shape.size)
         sent[name] = sent.get(name, 0.0) + exchange.times * once

@@ -55,7 +55,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
-NUM_REFINED = 600
+NUM_REFINED = 240
 _AHEAD = 512  # candidates whose caps are looked at together
 _CHUNK = 64  # candidates refined between two looks at the clock
 _PRICING = 0.3  # share of a deadline that pricing may take
@@ -459,8 +459,10 @@ class JointSearch:
         if stopped is not None:
             return stopped
         high_s = self.incumbent_s if self.best is not None else 16.0 * float(self.bound_s.min())
-        left = np.flatnonzero(self.bound_s < self.target_s)
-        self._refine(left, high_s / (1.0 + self.limits.gap) if self.best is not None else high_s, 0)
+        # The bound of a row that leads others is theirs; their own is raised only where that leaves them open.
+        leading, followers, leaders = self._leaders(np.flatnonzero(self.bound_s < self.target_s))
+        self._refine(leading, high_s / (1.0 + self.limits.gap) if self.best is not None else high_s, 0)
+        self.bound_s[followers] = np.maximum(self.bound_s[followers], self.bound_s[leaders])
         left = np.flatnonzero(self.bound_s < self.target_s)
         return self._begin(self._promising(left), NUM_STARTS)
 
@@ -469,7 +471,7 @@ class JointSearch:
 
         Some of each pipeline depth and schedule are started; rows that another row undercuts and pairs of replicas are not.
         """
-        leading = np.array(self._leaders(chosen)[0], dtype=np.int64)
+        leading = self._leaders(chosen)[0]
         leading = leading[np.argsort(self.estimate(leading), kind="stable")].tolist()
         tried: dict[OrderKey, int] = {}
         found: list[tuple[float, int]] = []
@@ -566,11 +568,14 @@ class JointSearch:
         closer = Closer(self.limits)
         left = np.flatnonzero(self.bound_s < self.target_s)
         self.count("bound", self.num_candidates - len(left))
-        leading, waiting = self._leaders(left)
+        leading, followers, leaders = self._leaders(left)
+        waiting: dict[int, list[int]] = {}
+        for follower, leader in zip(followers.tolist(), leaders.tolist(), strict=True):
+            waiting.setdefault(leader, []).append(follower)
         opened: dict[int, float] = {}
-        heap = [(float(self.bound_s[index]), index) for index in leading]
+        heap = list(zip(self.bound_s[leading].tolist(), leading.tolist(), strict=True))
         heapq.heapify(heap)
-        num_left = len(leading) + sum(len(followers) for followers in waiting.values())
+        num_left = len(leading) + len(followers)
         self.count("dominated", len(left) - num_left)
         done = 0
         while heap:
@@ -589,14 +594,15 @@ class JointSearch:
             done += 1
             num_left -= 1
             self.bound_s[index] = max(self.bound_s[index], bound_s)
-            followers = waiting.pop(index, [])
+            behind = waiting.pop(index, [])
             if bound_s < self.target_s:
                 opened[index] = bound_s
-                for other in followers:
+                self._refine(np.array(behind, dtype=np.int64), self.target_s, 0)
+                for other in behind:
                     heapq.heappush(heap, (float(max(self.bound_s[other], bound_s)), other))
             else:
-                self.count("dominated", len(followers))
-                num_left -= len(followers)
+                self.count("dominated", len(behind))
+                num_left -= len(behind)
             if done % 64 == 0:
                 least = min([self.target_s, *(pair[0] for pair in heap[:1]), *opened.values()])
                 self.limits.report("closing", done, done + len(heap), self._known(), least)
@@ -663,15 +669,15 @@ class JointSearch:
             self.keep(index, closed.completion)
         return closed.reason, max(bound_s, closed.bound_s)
 
-    def _leaders(self, chosen: Longs) -> tuple[list[int], dict[int, list[int]]]:
-        """Return which of some candidates lead, and the followers of each: equal schedule on a row that another row leads.
+    def _leaders(self, chosen: Longs) -> tuple[Longs, Longs, Longs]:
+        """Return which of some candidates lead, which follow, and whom: the equal schedule on the row that leads theirs.
 
         A follower's every completion takes at least as long as the same completion of its leader while links never wait,
         so a bound of the one is a bound of the other. A leader that is not among the chosen has a bound of at least the
         target; then so has the follower, which is in neither result.
         """
         if not len(chosen):
-            return [], {}
+            return chosen, chosen, chosen
         rows, rules, chunks = (column[chosen] for column in self.crossed)
         different, of_row = np.unique(rows, return_inverse=True)
         leading_rows = self._row_leaders.of(different)[of_row]
@@ -683,10 +689,7 @@ class JointSearch:
         by_key = np.argsort(key)
         place = by_key[np.minimum(np.searchsorted(key, wanted, sorter=by_key), len(key) - 1)]
         meets = key[place] == wanted
-        followers: dict[int, list[int]] = {}
-        for index, first in zip(chosen[led[meets]].tolist(), chosen[place[meets]].tolist(), strict=True):
-            followers.setdefault(first, []).append(index)
-        return chosen[leads].tolist(), followers
+        return chosen[leads], chosen[led[meets]], chosen[place[meets]]
 
     def _close(self, index: int, closer: Closer) -> float:
         """Return a bound of the candidate that is at least the target, or the best that was proved."""
