@@ -349,20 +349,19 @@ def print_plan(found: Plan) -> None:
     own = [name for name, shown in _OWN_COLUMNS.items() if any(map(shown, found.stages))]
     table = Table("rank", "layers", "dp", "tp", "cp", "ep", "zero", "recompute", *own, "peak memory", box=None)
     for rank in range(spec.num_ranks):
-        held = [stage for stage, where in zip(found.stages, spec.placement[0], strict=True) if where == rank]
-        if not held:
-            continue
-        degrees = held[0].degrees
-        levels = [level for stage in held for level in stage.recompute_levels()]
-        counts = ", ".join(f"{levels.count(level)} {level.value}" for level in sorted(set(levels)))
-        table.add_row(
-            str(rank),
-            " + ".join(str(stage.num_layers) for stage in held),
-            *(str(getattr(degrees, name)) for name in ("dp", "tp", "cp", "ep", "zero")),
-            counts,
-            *(_OWN_COLUMNS[name](held[0]) for name in own),
-            bytes_text(prediction.peak_memory_bytes[rank]),
-        )
+        every = [stage for stage, where in zip(found.stages, spec.placement[0], strict=True) if where == rank]
+        for place, (degrees, alike) in enumerate(groupby(every, key=lambda stage: stage.degrees)):
+            held = list(alike)
+            levels = [level for stage in held for level in stage.recompute_levels()]
+            counts = ", ".join(f"{levels.count(level)} {level.value}" for level in sorted(set(levels)))
+            table.add_row(
+                "" if place else str(rank),
+                " + ".join(str(stage.num_layers) for stage in held),
+                *(str(getattr(degrees, name)) for name in ("dp", "tp", "cp", "ep", "zero")),
+                counts,
+                *(_OWN_COLUMNS[name](held[0]) for name in own),
+                "" if place else bytes_text(prediction.peak_memory_bytes[rank]),
+            )
     screen.print(table)
 
 

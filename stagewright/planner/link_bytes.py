@@ -26,6 +26,7 @@ import numpy as np
 from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile, Recompute
+from stagewright.planner.layerwise import changes_of, fewer_replicas
 from stagewright.planner.replica_shares import samples_by_replica, told_part
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.lowering.parameters import with_parameter_gathers
@@ -66,6 +67,10 @@ def link_bytes(
                 for stage in edge
             )
             _add(total, "send-receive/pp", sent * plan.schedule.num_microbatches / layout.num_replicas)
+    for change in changes_of(plan):
+        size = float(layers[fewer_replicas(plan, change)].cut_bytes[bounds[change.stage + 1]])
+        devices = plan.stages[change.stage].degrees.num_devices
+        _add(total, "all-gather/reshard", change.sent(size) * devices * plan.schedule.num_microbatches)
     ties = shared_weights(plan, profile)
     for stage, row in enumerate(layers):
         _gradients(total, plan, schedule, stage, row, bounds, ties)

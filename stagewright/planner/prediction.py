@@ -30,11 +30,12 @@ from stagewright.planner.cost.measured_cost import worst_source
 from stagewright.planner.cost.memory_actions import streamed_states_s
 from stagewright.planner.cost.options import CostOptions
 from stagewright.planner.cost.trust import expected_error
-from stagewright.planner.documents.cluster import Cluster, Device
+from stagewright.planner.documents.cluster import Cluster, Device, NodeGroup
 from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.plan import Degrees, MemoryItems, Plan, Prediction, ScheduleSpec, StagePlan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
+from stagewright.planner.layerwise import changes_of, fewer_replicas
 from stagewright.planner.link_bytes import gathers_by_run, link_bytes, local_steps, sharding_group, shared_weights
 from stagewright.planner.replica_shares import parts_of_stage, samples_by_replica, told_part
 from stagewright.planner.schedules.action import Action, parse_action
@@ -113,6 +114,7 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
     pipeline = replace(pipeline, static_bytes=static, version_bytes=version_bytes)
     pipeline = _with_local_steps(pipeline, layout, local_steps(plan))
     pipeline = _with_offload(pipeline, layout, plan, bounds, layers)
+    pipeline = _with_changes(pipeline, plan, bounds, layers)
     costs = stage_costs(pipeline, bounds, levels, layers)
     links = links_of(layout, bounds, layers, wiring)
     timeline = _timed(schedule, costs, links, layout, pipeline.tail_s, pipeline.optimizer_s)
@@ -293,6 +295,21 @@ def _with_offload(
     )
 
 
+def _with_changes(
+    pipeline: PipelineCosts, plan: Plan, bounds: Sequence[int], layers: Sequence[LayerCosts]
+) -> PipelineCosts:
+    """Return the costs where stages of one rank differ in degrees and samples are gathered between them."""
+    changes = changes_of(plan)
+    if not changes:
+        return pipeline
+    costs = pipeline.costs.copy()
+    for change in changes:
+        size = float(layers[fewer_replicas(plan, change)].cut_bytes[bounds[change.stage + 1]])
+        group = group_of(plan.cluster, plan.stages[change.stage].group)
+        costs[1 if change.grows else 0, change.stage + 1] += change.seconds(size, group)
+    return replace(pipeline, costs=costs)
+
+
 def _shared_state_bytes(plan: Plan, profile: ModelProfile, layout: Layout, layers: Sequence[LayerCosts]) -> Floats:
     """Return the bytes [3, D] of parameters, gradients and optimizer that layers of one rank share and each counts."""
     shared = np.zeros((3, layout.num_ranks))
@@ -383,12 +400,14 @@ def recompute_indices(stages: Sequence[StagePlan]) -> list[int]:
     return [LEVELS.index(level) for stage in stages for level in stage.recompute_levels()]
 
 
+def group_of(cluster: Cluster, name: str | None) -> NodeGroup:
+    """Return a node group by name, the first one for None."""
+    return next((group for group in cluster.groups if group.name == name), cluster.groups[0])
+
+
 def device_of(cluster: Cluster, group: str | None) -> Device:
     """Return the device of a node group, the first one for None."""
-    for candidate in cluster.groups:
-        if candidate.name == group:
-            return candidate.device
-    return cluster.groups[0].device
+    return group_of(cluster, group).device
 
 
 def rank_devices(plan: Plan) -> list[Device]:

@@ -29,6 +29,7 @@ from stagewright.runtime.checkpoint import canonical_names, load_checkpoint, sav
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.handover import continue_from, held_state
+from stagewright.runtime.layerwise import LayerwiseWorker
 from stagewright.runtime.memory import measure_memory
 from stagewright.runtime.microbatches import IGNORED, samples_of
 from stagewright.runtime.optimizers import OptimizerChoice
@@ -461,3 +462,26 @@ def _tokens(prepared: PreparedCase) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(prepared.plan.job.sequence_length)
     size = (samples_of(prepared.plan, prepared.schedule), prepared.plan.job.sequence_length)
     return tuple(torch.randint(VOCABULARY, size, generator=generator) for _ in range(2))
+
+
+def layerwise_gradients(argument: tuple[PreparedCase, Plan]) -> tuple[float, float, float, dict[str, float]]:
+    """Run layers with degrees of their own; returns the largest error, this rank's loss, the reference's and the bytes sent."""
+    prepared, plan = argument
+    model = make_model(prepared.case, 2)
+    generator = torch.Generator().manual_seed(3)
+    size = (plan.job.global_batch, LENGTH)
+    batch = tuple(torch.randint(VOCABULARY, size, generator=generator) for _ in range(2))
+    whole = split(copy.deepcopy(model))
+    (loss,) = whole.segment(0, whole.num_layers).run(batch, seed=0)
+    loss.backward()
+    expected = dict(whole.model.named_parameters())
+    worker = LayerwiseWorker(plan, split(model), GROUPS, seed=1)
+    own = worker.run(batch)
+    found = worker.gradients()
+    scale = max(float(value.norm()) for value in found.values())
+    assert set(found) == set(expected)
+    error = max(
+        float((value - expected[name].grad).norm()) / max(float(value.norm()), 1e-6 * scale)
+        for name, value in found.items()
+    )
+    return error, own, float(loss.detach()), worker.traffic

@@ -8,22 +8,30 @@ depths and over two partitions of each, balanced by time and balanced by memory 
 joined by sum t + (B - 1) max t, which can fall below the time of any real schedule.
 
 On the common Problem a strategy of a layer is its recomputation level (CKPT); DP, SDP (ZeRO-3) and TP are the
-configuration's, equal for all layers, so R is zero.
+configuration's, equal for all layers, so R is zero. With `per_stage_degrees` layers of one pipeline rank also choose DP and TP,
+with R between them (`galvatron_layers`); those plans and the ones of equal degrees are ranked by the common simulator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.documents.outcome import PlanOutcome
+from stagewright.planner.documents.plan import Plan
+from stagewright.planner.planners.galvatron_layers import layerwise_plan
 from stagewright.planner.planners.range_cuts import least_bottleneck
 from stagewright.planner.planners.reach import Reach
+from stagewright.planner.planners.scoring import with_plans
 from stagewright.planner.planners.stage_table import StageTable
 from stagewright.planner.planners.table_planner import table_planner
-from stagewright.planner.search.problem import Partition
+from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.problem import Partition, Problem
+from stagewright.planner.search.space import allows, divisors
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -39,14 +47,15 @@ def layer_strategies(
     Parameters
     ----------
     seconds, units : [L, S], of each layer under each strategy; units of memory are whole.
-    change_s : [S, S], between a layer's strategy (row) and the next one's (column).
+    change_s : [S, S], between a layer's strategy (row) and the next one's (column); [L - 1, S, S] where layers differ.
     """
     layers, strategies = seconds.shape
+    between = np.broadcast_to(change_s, (max(layers - 1, 0), strategies, strategies))
     value = np.full((strategies, budget + 1), np.inf)
     choices = np.zeros((layers, strategies, budget + 1), dtype=np.int64)
     for layer in range(layers):
         if layer:
-            through = value[:, None, :] + change_s[:, :, None]
+            through = value[:, None, :] + between[layer - 1][:, :, None]
             choices[layer] = np.argmin(through, axis=0)
             before = through.min(axis=0)
         else:
@@ -99,7 +108,23 @@ def _solve_one(table: StageTable) -> Iterator[tuple[float, Partition]]:
         yield value, Partition(bounds, tuple(level for _, levels in chosen for level in levels))
 
 
-PLANNER = table_planner(
+def solve(problem: Problem, limits: Limits) -> PlanOutcome:
+    """Return the best plan of equal degrees and, where stages may differ, of degrees by layer."""
+    uniform = _EQUAL.solve(problem, limits)
+    space = problem.job.space
+    if not space.per_stage_degrees or problem.profile.trained_ties or not allows(space, "pp", 1):
+        return uniform
+    plans: list[tuple[float, Plan]] = []
+    for samples in divisors(problem.job.global_batch):
+        if limits.reached() is not None:
+            break
+        found = layerwise_plan(problem, samples, layer_strategies, _EQUAL.name)
+        if found is not None and len(found[1].stages) > 1:
+            plans.append(found)
+    return with_plans(problem, limits, uniform, plans)
+
+
+_EQUAL = table_planner(
     "galvatron",
     "Miao et al., Galvatron: Efficient Transformer Training over Multiple GPUs Using Automatic Parallelism, VLDB 2022",
     _solve_one,
@@ -108,3 +133,5 @@ PLANNER = table_planner(
     objective="sum t + (B - 1) max t, seconds",
     aliases=("galvatron-bmw",),
 )
+
+PLANNER = replace(_EQUAL, solve=solve, by_stage=True)

@@ -32,13 +32,11 @@ import pulp
 
 from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.documents.plan import Plan
-from stagewright.planner.plan_summary import alternative_of
 from stagewright.planner.planners.range_cuts import least_bottleneck
 from stagewright.planner.planners.reach import Reach
 from stagewright.planner.planners.registry import NamedPlanner
-from stagewright.planner.planners.scoring import Choice, choices_outcome, choices_over
+from stagewright.planner.planners.scoring import Choice, choices_outcome, choices_over, with_plans
 from stagewright.planner.planners.stage_table import StageTable
-from stagewright.planner.prediction import evaluate
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Candidate, Partition, Problem
 from stagewright.planner.search.space import allows
@@ -131,37 +129,15 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
     """Return the plan of least simulated step among those of the NUM_PROGRAMS most promising configurations."""
     rough = choices_over(problem, limits, _REACH, _balanced)
     by_stage = problem.job.space.per_stage_degrees
-    plans: list[Plan] = []
-    values: dict[str, float] = {}
+    plans: list[tuple[float, Plan]] = []
     for candidate in _promising(problem, limits, rough, by_stage=by_stage):
         if limits.reached() is not None:
             break
         found = _solve_one(_options(problem, candidate, by_stage=by_stage))
-        if found is None:
-            continue
-        options, choice = found
-        plan = _plan(problem, candidate, options, choice)
-        prediction = evaluate(plan, problem.profile).prediction
-        if max(prediction.peak_memory_bytes) <= problem.capacity_bytes * (1 + 1e-12):
-            plans.append(plan.model_copy(update={"prediction": prediction}))
-            values[plans[-1].digest] = choice.value
-    uniform = choices_outcome(problem, limits, rough, PLANNER.name)
-    known = [] if uniform.plan is None else [uniform.plan]
-    ranked = sorted([*plans, *known], key=lambda plan: plan.prediction.step_time_s)
-    if not ranked:
-        return uniform
-    best = ranked[0]
-    return uniform.model_copy(
-        update={
-            "status": "feasible",
-            "plan": best,
-            "objective_s": best.prediction.step_time_s,
-            "own_objective": values.get(best.digest, uniform.own_objective),
-            "evaluated": uniform.evaluated + len(plans),
-            "simulated": uniform.simulated + len(plans),
-            "alternatives": tuple(alternative_of(plan) for plan in ranked[1 : limits.top + 1]),
-        }
-    )
+        if found is not None:
+            options, choice = found
+            plans.append((choice.value, _plan(problem, candidate, options, choice)))
+    return with_plans(problem, limits, choices_outcome(problem, limits, rough, PLANNER.name), plans)
 
 
 def _promising(problem: Problem, limits: Limits, rough: Sequence[Choice], *, by_stage: bool) -> list[Candidate]:

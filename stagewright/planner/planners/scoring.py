@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from stagewright.planner.documents.outcome import Alternative, PlanOutcome
 from stagewright.planner.documents.plan import Plan
+from stagewright.planner.plan_summary import alternative_of
 from stagewright.planner.planners.reach import Reach, configurations, rule_of
 from stagewright.planner.planners.stage_table import StageTable
 from stagewright.planner.prediction import evaluate
@@ -93,6 +94,37 @@ def choices_outcome(
         simulated=len(plans),
         wall_s=0.0,
         alternatives=tuple(alternative(choice.candidate, plan) for choice, plan in plans[1:]),
+    )
+
+
+def with_plans(
+    problem: Problem, limits: Limits, outcome: PlanOutcome, found: Sequence[tuple[float, Plan]]
+) -> PlanOutcome:
+    """Return an outcome of uniform plans with others beside them, those that fit, all ranked by the common simulator.
+
+    `found` are plans without a prediction and the planner's own value of each.
+    """
+    plans, values = [], {}
+    for value, plan in found:
+        prediction = evaluate(plan, problem.profile).prediction
+        if max(prediction.peak_memory_bytes) <= problem.capacity_bytes * (1 + 1e-12):
+            plans.append(plan.model_copy(update={"prediction": prediction}))
+            values[plans[-1].digest] = value
+    known = [] if outcome.plan is None else [outcome.plan]
+    ranked = sorted([*plans, *known], key=lambda plan: plan.prediction.step_time_s)
+    if not ranked:
+        return outcome
+    best = ranked[0]
+    return outcome.model_copy(
+        update={
+            "status": "feasible",
+            "plan": best,
+            "objective_s": best.prediction.step_time_s,
+            "own_objective": values.get(best.digest, outcome.own_objective),
+            "evaluated": outcome.evaluated + len(found),
+            "simulated": outcome.simulated + len(found),
+            "alternatives": tuple(alternative_of(plan) for plan in ranked[1 : limits.top + 1]),
+        }
     )
 
 
