@@ -58,7 +58,9 @@ def test_layers_with_degrees_of_their_own_have_the_gradients_of_one_process(rank
     results = pool.run("layerwise_gradients", (prepared, plan))
     for error, _, _, _ in results:
         assert error <= 1e-10
-    profile = profile_of(split(make_model(CASE, 2)), output_bytes=BOUNDARY_BYTES, tensor_degrees=(1, 2, 4))
+    profile = profile_of(
+        split(make_model(CASE, 2)), microbatches=(1, 2, 4, 8), output_bytes=BOUNDARY_BYTES, tensor_degrees=(1, 2, 4)
+    )
     predicted = evaluate(plan.model_copy(update={"profile_digest": profile.digest}), profile).prediction.link_bytes
     sent = sum(traffic["all-gather/reshard"] for _, _, _, traffic in results)
     assert sent == predicted["all-gather/reshard"]
