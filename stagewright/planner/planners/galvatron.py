@@ -112,7 +112,10 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
     """Return the best plan of equal degrees and, where stages may differ, of degrees by layer."""
     uniform = _EQUAL.solve(problem, limits)
     space = problem.job.space
-    if not space.per_stage_degrees or problem.profile.trained_ties or not allows(space, "pp", 1):
+    plain = (("pp", 1), ("cp", 1), ("ep", 1), ("sp", "off"), ("vocab_parallel", "off"), ("zero", 0))
+    if not space.per_stage_degrees or problem.profile.trained_ties:
+        return uniform
+    if not all(allows(space, name, value) for name, value in plain) or 0 not in space.zero:
         return uniform
     plans: list[tuple[float, Plan]] = []
     for samples in divisors(problem.job.global_batch):

@@ -52,6 +52,8 @@ def strategies_of(problem: Problem, samples: int) -> list[Strategy]:
         degrees = Degrees(tp=tp, dp=dp)
         if samples % dp or not (allows(space, "tp", tp) and allows(space, "dp", dp)):
             continue
+        if not allows(space, "microbatch", samples // dp) or samples // dp > space.max_microbatch:
+            continue
         if model.legality(degrees, samples // dp) is None:
             configuration = Configuration(degrees, 1, samples // dp, problem.job.global_batch // samples)
             found += [Strategy(degrees, level, problem.costs(configuration)) for level in problem.levels]
