@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+COMPILE = @echo "Compiling the planner, once ..." && $(BIN)/python -m stagewright.planner.compiling
 PYTEST := $(BIN)/python -m pytest
 export OMP_NUM_THREADS ?= 1
 
@@ -45,11 +46,13 @@ $(VENV)/bin/python:
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "Installing Stagewright with torch into $(VENV) ..."
 	$(PIP) --editable '.[torch]'
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "Installing Stagewright with what its tests need into $(VENV) ..."
 	$(PIP) --editable '.[test]'
+	$(COMPILE)
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.lint: $(VENV)/.test

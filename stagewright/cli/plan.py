@@ -91,7 +91,10 @@ def plan(
         raise InvalidArgument(
             f"{output.parent} is not a folder", field="output", hint="give a path in a folder that exists"
         )
-    with compiled_by_two(), progress_bar(quiet=json) as report:
+    with (
+        progress_bar(quiet=json) as report,
+        compiled_by_two(lambda done: report("compiling, once in an installation", done, 1)),
+    ):
         profile = load_model(model)
         previous = None if from_plan is None else _load_plan(from_plan)
         machines = _priced(_machines(cluster, previous, report), price_per_hour)

@@ -1,6 +1,7 @@
-"""Compilation of what the search calls, in two processes at once on the very first run of an installation.
+"""Compilation of what the search calls, at installation or in two processes at once on the very first run.
 
-Compiled functions are cached on disk, so this matters once. While this process prices and bounds candidates, a helper
+Compiled functions are cached on disk, so this matters once: `python -m stagewright.planner.compiling` does it now, which
+`make` and the image do, and whoever has not done it waits for it in their first search. While this process prices and bounds candidates, a helper
 process plans a tiny model from the other end: it completes a candidate, scores it, then makes an order of every
 schedule, which compiles the same functions, in another order, into the same cache.
 
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FunctionType
 from typing import Protocol, cast
@@ -59,16 +60,18 @@ class CompiledFunction(Protocol):
 class Helper:
     """The other process: started at the first function that the cache lacks, ended with this one's work.
 
-    `locks` is the descriptor of the file whose bytes are the locks.
+    `locks` is the descriptor of the file whose bytes are the locks; `report` is told 0 at the start and 1 at the end.
     """
 
-    def __init__(self, locks: int) -> None:
+    def __init__(self, locks: int, report: Callable[[int], None]) -> None:
         self._locks = locks
+        self._report = report
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the process, once."""
         if self._process is None:
+            self._report(0)
             command = [sys.executable, "-m", "stagewright.planner.compiling", str(self._locks)]
             self._process = subprocess.Popen(
                 command,
@@ -83,6 +86,7 @@ class Helper:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            self._report(1)
 
 
 class SharedCache:
@@ -134,13 +138,16 @@ class SharedCache:
 
 
 @contextmanager
-def compiled_by_two() -> Iterator[None]:
-    """Let a helper process compile beside this one, should anything have to be compiled; on one core do nothing."""
+def compiled_by_two(report: Callable[[int], None] = lambda done: None) -> Iterator[None]:
+    """Let a helper process compile beside this one, should anything have to be compiled; on one core do nothing.
+
+    `report` is told 0 when compilation begins and 1 when the work of this process is done, if it did.
+    """
     if num_cores() < 2:
         yield
         return
     with tempfile.TemporaryFile() as locks:
-        helper = Helper(locks.fileno())
+        helper = Helper(locks.fileno(), report)
         shared = share_caches(locks.fileno(), helper)
         try:
             yield
@@ -200,6 +207,21 @@ def _plan_from_the_end() -> None:
         search.costs(index)
 
 
+def compile_now() -> None:
+    """Compile what searches call, by a search whose proof takes all of its means."""
+    from stagewright.planner.catalog.clusters import resolve_cluster
+    from stagewright.planner.catalog.models import resolve_model
+    from stagewright.planner.documents.job import TrainingJob
+    from stagewright.planner.planning import make_plan
+
+    job = TrainingJob(global_batch=1536, sequence_length=2048)
+    with compiled_by_two():
+        make_plan(resolve_model("gpt3-175b"), resolve_cluster("a100-sxm-80g:8x8"), job)
+
+
 if __name__ == "__main__":
-    share_caches(int(sys.argv[1]), None)
-    _plan_from_the_end()
+    if len(sys.argv) == 1:
+        compile_now()
+    else:
+        share_caches(int(sys.argv[1]), None)
+        _plan_from_the_end()
