@@ -30,6 +30,7 @@ from stagewright.planner.search.pricing import (
     SHAPE,
     ClassTable,
     Priced,
+    SizeTables,
     class_table,
     combined_rows,
     configuration_of,
@@ -220,11 +221,34 @@ class JoinedChoices:
             degrees = Degrees(tp=tp, cp=cp, sp=bool(sp), vocab_parallel=bool(vocabulary))
             if prices.model.split_legality(degrees, share) is not None:
                 self._tables[key] = None
-            else:
+            elif self._is_measured:
                 table = prices.model.shape_table(degrees, share)
                 sizes = cut_bytes(prices.model.profile, table.output_bytes, share)
                 self._tables[key] = class_table(table, prices.at, sizes)
+            else:
+                self._price_shares(index, degrees, key[:-1])
         return self._tables[key]
+
+    @cached_property
+    def _is_measured(self) -> bool:
+        return any(layer.costs for layer in self.problem.profile.classes.values())
+
+    def _price_shares(self, index: int, degrees: Degrees, key: tuple[int, ...]) -> None:
+        """Note the tables of every share up to the largest microbatch at once; none where one layer alone never fits."""
+        prices = self.members[index].problem.price_list
+        shares = range(1, self.problem.job.space.max_microbatch + 1)
+        table = prices.model.size_table(degrees, shares)
+        cut = np.stack(
+            [
+                cut_bytes(prices.model.profile, output, share)
+                for share, output in zip(shares, table.output_bytes, strict=True)
+            ]
+        )
+        every = SizeTables(class_table(table, prices.at, cut), np.ones(len(shares), dtype=np.bool_))
+        for place, share in enumerate(shares):
+            columns = {name: getattr(every.table, name)[place] for name in ClassTable.__dataclass_fields__}
+            fits = every.least_bytes[place] <= prices.most_bytes
+            self._tables[*key, share] = ClassTable(**columns) if fits else None
 
 
 Choices = GroupChoices | JoinedChoices
