@@ -1,0 +1,52 @@
+"""Choices on several node groups at once: shares by speed, and rows priced together that equal what the scorer says one by one."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from stagewright.planner.catalog import resolve_cluster, resolve_model
+from stagewright.planner.documents import TrainingJob
+from stagewright.planner.search.joined_choice import JoinedChoices
+from stagewright.planner.search.joined_costs import balanced_shares
+from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.pool_search import PoolSearch
+from stagewright.planner.search.problem import Problem
+
+
+@pytest.mark.parametrize(
+    ("counts", "rates", "samples"), [((2, 2), (3.0, 1.0), 8), ((1, 2), (2.5, 1.0), 9), ((4, 1), (1.0, 0.4), 22)]
+)
+def test_shares_have_the_least_slowest_replica_of_all_whole_ones(counts, rates, samples):
+    best = balanced_shares(counts, rates, samples)[0]
+    every = [shares for shares in product(range(1, samples), repeat=2) if np.dot(counts, shares) == samples]
+    slowest = {shares: max(np.divide(shares, rates)) for shares in every}
+    assert slowest[best] == min(slowest.values())
+
+
+def test_a_microbatch_too_small_for_a_sample_on_each_replica_has_no_shares():
+    assert balanced_shares((4, 4), (3.0, 1.0), 7) == []
+
+
+def test_rows_priced_together_are_the_layer_costs_of_the_scorer():
+    cluster = resolve_cluster("a100-sxm-80g:4x1+v100-sxm-32g:4x1")
+    problem = Problem(resolve_model("gpt2"), cluster, TrainingJob(global_batch=32, sequence_length=1024), 8)
+    search = PoolSearch(problem, Limits())
+    joined = next(choices for choices in search.choices.values() if isinstance(choices, JoinedChoices))
+    priced, samples = joined.priced(8)
+    first = problem.classes.first
+    assert len(priced) > 20
+    for row in range(0, len(priced), 7):
+        costs = joined.costs(priced.shape[row])
+        assert sum(part.num_replicas * part.samples for part in joined.parts(priced.shape[row])) == samples[row]
+        for mine, theirs in (
+            (priced.forward_s, costs.forward_s[first]),
+            (priced.weight_grad_s, costs.weight_grad_s[first]),
+            (priced.step_s, costs.step_s[first]),
+            (priced.kept_bytes, costs.kept_bytes[:, first]),
+            (priced.workspace_bytes, costs.workspace_bytes[:, first]),
+            (priced.state_bytes, costs.static_bytes[first]),
+        ):
+            np.testing.assert_allclose(mine[row], theirs, rtol=1e-12)
