@@ -184,6 +184,7 @@ def _plan_from_the_end() -> None:
     from stagewright.planner.catalog.models import resolve_model
     from stagewright.planner.documents.job import TrainingJob
     from stagewright.planner.prediction import evaluate
+    from stagewright.planner.search.closing import Closer
     from stagewright.planner.search.incumbent import improve, start
     from stagewright.planner.search.joint_search import JointSearch
     from stagewright.planner.search.limits import Limits
@@ -201,6 +202,7 @@ def _plan_from_the_end() -> None:
     first = None if costs is None else start(costs)
     if costs is not None and first is not None:
         search.keep(index, first)
+        Closer(search.limits).close(costs, first.step_s, first.step_s, None)
         improve(costs, first.bounds)
         evaluate(problem.plan(search.candidate(index), search.partition(index, first), "exact"), problem.profile)
     for index in of_rule.values():

@@ -23,13 +23,12 @@ Complexity: a node is tens of linear programs with a warm basis. Paper: Achterbe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.cut_program import (
     CELLS,
     ENDS,
@@ -38,10 +37,9 @@ from stagewright.planner.search.cut_program import (
     STAGES,
     CutProgram,
     Point,
-    between,
 )
 from stagewright.planner.search.incumbent import Completion
-from stagewright.planner.search.order import Cut
+from stagewright.planner.search.path_rows import Rules
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
@@ -84,38 +82,24 @@ class Branching:
     ----------
     target_s : completions of at least this long are of no interest.
     gap : a completion found lowers the target to its step over 1 + gap.
-    inner : a point to look between from; its own step proves nothing.
-    cuts : what is known of the order, what carried last first.
-    trace : value and critical path of a fractional point.
     complete : a completion for a point and whether it is whole: as it is, or one near it; judged.
     is_late : whether a deadline has passed.
     tree : how candidates of the same order were split; grows.
     """
 
-    costs: CandidateCosts
     program: CutProgram
-    cuts: Sequence[Cut]
     target_s: float
     gap: float
-    trace: Callable[[CandidateCosts, Point], tuple[float, Cut]]
     complete: Callable[[Point, bool], Completion | None]
     is_late: Callable[[], bool]
     tree: Split = field(default_factory=Split)
     best: Completion | None = None
-    simulated: int = 0
     num_nodes: int = 0
-    carrying: dict[int, Cut] = field(default_factory=dict)
-    inner: Point | None = None
-    _inner_value: float = np.inf
+    carrying: dict[int, None] = field(default_factory=dict)
     _held: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._wholes = self.program.wholes
-        self.program.add(self.cuts)
-        if self.inner is not None:
-            self._inner_value, cut = self.trace(self.costs, self.inner)
-            self.program.add([cut])
-            self.simulated += 1
         self.program.stop_at(self.target_s)
 
     def run(self, most_nodes: int) -> float:
@@ -161,47 +145,15 @@ class Branching:
 
     def _solved(self, rounds: int) -> Point | None:
         """Return the optimum after some rounds of cuts; None where the node is closed."""
-        before_s = -np.inf
-        for turn in range(rounds):
-            point = self.program.solve()
-            if point is None or point.bound_s * (1 - _TOLERANCE) >= self.target_s:
-                return None
-            if self._is_met(point):
-                return point
-            if turn > 1 and point.bound_s - before_s < _LITTLE * self.target_s:
-                break
-            before_s = point.bound_s
-        point = self.program.solve()
-        return None if point is None or point.bound_s * (1 - _TOLERANCE) >= self.target_s else point
-
-    def _is_met(self, point: Point) -> bool:
-        """Tell whether a point's step is the program's; else paths are added, of the point and between it and the best one."""
-        value, cut = self.trace(self.costs, point)
-        self.simulated += 1
-        if value <= point.bound_s * (1 + _WHOLE):
-            return True
-        self._add(cut)
-        if self.inner is not None:
-            inner = between(self.inner, point, _SMOOTHING)
-            inner_value, inner_cut = self.trace(self.costs, inner)
-            self.simulated += 1
-            if inner_value > point.bound_s * (1 + _WHOLE):
-                self._add(inner_cut)
-            if inner_value < value:
-                point, value = inner, inner_value
-        if value < self._inner_value:
-            self.inner, self._inner_value = point, value
-        return False
+        bound_s = self.program.improve(Rules(rounds, _SMOOTHING, stops_below=False, near=0.0, little=_LITTLE))
+        return None if bound_s * (1 - _TOLERANCE) >= self.target_s else self.program.point(bound_s)
 
     def _completed(self, node: _Node, point: Point, values: Floats) -> list[_Node]:
         """Return what is left of a node whose optimum is whole."""
         found = self.complete(point, True)
         self._offer(found)
-        if found is not None:
-            is_missed = self.program.misses(found.cut)
-            self._add(found.cut)
-            if is_missed:
-                return [node]
+        if found is not None and self.program.misses(found.cut):
+            return [node]
         is_column = self._wholes.variable < self.program.num_columns
         layers = np.isin(self._wholes.kind, (ENDS, STAGES, CELLS, RAISED)) & is_column
         open_places = np.flatnonzero(layers & (self._low < self._high))
@@ -252,12 +204,8 @@ class Branching:
                 self.target_s = lowered_s
                 self.program.stop_at(lowered_s)
 
-    def _add(self, cut: Cut) -> None:
-        self.program.add([cut])
-
     def _note_carrying(self) -> None:
-        for cut in self.program.carrying():
-            self.carrying.setdefault(id(cut), cut)
+        self.carrying |= dict.fromkeys(self.program.carrying().tolist())
 
     def _hold(self, limits: tuple[Limit, ...]) -> bool:
         """Set the program's limits to those of a node; False where they leave nothing."""

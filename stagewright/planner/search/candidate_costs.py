@@ -179,6 +179,13 @@ class CandidateCosts:
         return int(largest_class(self.classes.run_class, self.runs.length)[0])
 
     @cached_property
+    def reach(self) -> npt.NDArray[np.bool_]:
+        """Which runs can stand on which stages when every stage holds at least one layer, [S, K]."""
+        start, stages = self.classes.run_start.astype(np.int64), self.num_stages
+        stage = np.arange(stages)[:, None]
+        return np.asarray((stage <= start[None, 1:] - 1) & (stage >= stages - self.num_layers + start[None, :-1]))
+
+    @cached_property
     def rank_tables(self) -> RankTables:
         """The candidate as the caps see it."""
         return rank_tables(

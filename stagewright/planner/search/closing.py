@@ -21,25 +21,24 @@ import numpy.typing as npt
 
 from stagewright.planner.search.branching import Branching, Split
 from stagewright.planner.search.candidate_costs import CandidateCosts
-from stagewright.planner.search.cut_program import CutProgram, Form, Point, between, reachable
+from stagewright.planner.search.cut_program import CutProgram, Form, Point
 from stagewright.planner.search.enumeration import Enumeration, Judge
 from stagewright.planner.search.incumbent import Completion, improve, staircase
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.multipliers import MeanPath, bound_by, mean_path
-from stagewright.planner.search.order import Cut, OrderKey
+from stagewright.planner.search.order import Order, OrderKey
+from stagewright.planner.search.path_pool import PathPool
+from stagewright.planner.search.path_rows import Rules
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
-LIGHT_ITERATIONS = 25
-FULL_ITERATIONS = 12
 MOST_PATHS = 16  # mean paths of an order
-MOST_KNOWN = 512  # paths of an order
-MOST_NODES, MOST_NODES_IN_ALL = 200, 3_000
-_SMOOTHING = 0.85
+MOST_NODES = 200
+LIGHT = Rules(rounds=25, smoothing=0.85, stops_below=True, near=0.0, little=0.0)
+FULL = Rules(rounds=12, smoothing=0.85, stops_below=False, near=1e-3, little=0.0)
 _TOLERANCE = 1e-7
 _PROMISING = 1.06  # a rounded point this far above the incumbent is not improved
-_CLOSE_ENOUGH = 1e-3  # between a program's bound and its simulated point, where it cannot close any more
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,20 +49,18 @@ class Closed:
     reason: str
     completion: Completion | None = None
     simulated: int = 0
-    multipliers: tuple[tuple[Cut, float], ...] = ()
+    num_nodes: int = 0
 
 
 @dataclass(eq=False)
 class Closer:
-    """Closes candidates one after the other, sharing cuts among those of one order."""
+    """Closes candidates, sharing paths among those of one order; of different orders also at the same time."""
 
     limits: Limits
-    cuts: dict[OrderKey, list[Cut]] = field(default_factory=dict)
+    pools: dict[OrderKey, PathPool] = field(default_factory=dict)
     paths: dict[OrderKey, list[MeanPath]] = field(default_factory=dict)
     trees: dict[tuple[OrderKey, bytes], Split] = field(default_factory=dict)
     ends: dict[tuple[OrderKey, Form], Point] = field(default_factory=dict)
-    num_programs: int = 0
-    num_nodes: int = 0
 
     def close(
         self,
@@ -77,11 +74,7 @@ class Closer:
 
         Without a judge nothing is enumerated.
         """
-        known_s = self._known_bound(costs, target_s, rank_layers)
-        if known_s >= target_s:
-            return Closed(known_s, "light program")
-        self.num_programs += 1
-        light = self._kelley(costs, target_s, rank_layers, form="light", iterations=LIGHT_ITERATIONS)
+        light = self._kelley(costs, target_s, rank_layers, form="light", rules=LIGHT)
         if light.bound_s >= target_s:
             return Closed(light.bound_s, "light program", simulated=light.simulated)
         enumeration = Enumeration(costs)
@@ -90,7 +83,7 @@ class Closer:
             found, made = enumerated
             bound_s = incumbent_s if found is None else found.step_s
             return Closed(bound_s, "enumerated", found, light.simulated + made)
-        full = self._kelley(costs, target_s, rank_layers, form="full", iterations=FULL_ITERATIONS)
+        full = self._kelley(costs, target_s, rank_layers, form="full", rules=FULL)
         simulated = light.simulated + full.simulated
         if full.bound_s >= target_s:
             return Closed(full.bound_s, "full program", simulated=simulated)
@@ -100,12 +93,15 @@ class Closer:
             simulated += made
         return Closed(max(light.bound_s, full.bound_s), "open", best, simulated)
 
-    def _known_bound(self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None) -> float:
-        """Return the bound that the multipliers of other candidates of the order give; zero without any."""
+    def close_by_known(
+        self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None
+    ) -> Closed | None:
+        """Return the bound that the multipliers of other candidates of the order give; None where it is below the target."""
         paths = self.paths.get(costs.order.key, [])
         if rank_layers is None or costs.order.num_replicas > 1 or not paths:
-            return 0.0
-        return bound_by(costs, paths, rank_layers, target_s * (1 + _TOLERANCE)) * (1 - _TOLERANCE)
+            return None
+        bound_s = bound_by(costs, paths, rank_layers, target_s * (1 + _TOLERANCE)) * (1 - _TOLERANCE)
+        return Closed(bound_s, "light program") if bound_s >= target_s else None
 
     def close_whole(
         self,
@@ -115,6 +111,7 @@ class Closer:
         incumbent_s: float,
         rank_layers: tuple[Longs, Longs] | None,
         judge: Judge,
+        most_nodes: int = MOST_NODES,
     ) -> Closed:
         """Return what branching proves of a candidate that linear programs left open with `bound_s`.
 
@@ -131,30 +128,31 @@ class Closer:
             simulated += made
             return None if found is None else judge(found)
 
-        shared = self.cuts.setdefault(costs.order.key, [])
-        program = CutProgram(costs, form="whole", target_s=target_s, rank_layers=rank_layers)
+        pool = self._pool(costs.order)
+        program = CutProgram(costs, pool, form="whole", target_s=target_s, rank_layers=rank_layers)
+        known = pool.number
+        program.start_at(self.ends.get((costs.order.key, "full")))
         branching = Branching(
-            costs,
             program,
-            shared,
             target_s,
             self.limits.gap,
-            _trace,
             complete,
             lambda: self.limits.reached() is not None,
             self.trees.setdefault((costs.order.key, program.wholes.kind.tobytes()), Split()),
-            inner=self.ends.get((costs.order.key, "full")),
         )
-        nodes = min(MOST_NODES, MOST_NODES_IN_ALL - self.num_nodes)
-        proved_s = branching.run(nodes)
-        self.num_nodes += branching.num_nodes
-        self.cuts[costs.order.key] = _merged(list(branching.carrying.values()), shared)
-        simulated += branching.simulated
+        proved_s = branching.run(most_nodes)
+        pool.prefer(np.array(list(branching.carrying), dtype=np.int64), before=known, drops_new=True)
+        simulated += program.simulated
         reason = "branching" if proved_s >= branching.target_s else "open"
-        return Closed(max(bound_s, proved_s), reason, branching.best, simulated)
+        return Closed(max(bound_s, proved_s), reason, branching.best, simulated, branching.num_nodes)
 
-    def _keep_path(self, costs: CandidateCosts, cuts: list[Cut], weights: Floats) -> None:
-        path = mean_path(costs, cuts, weights) if cuts and len(cuts) == len(weights) else None
+    def _pool(self, order: Order) -> PathPool:
+        if order.key not in self.pools:
+            self.pools[order.key] = PathPool(order)
+        return self.pools[order.key]
+
+    def _keep_path(self, costs: CandidateCosts, pool: PathPool, weights: Floats) -> None:
+        path = mean_path(costs, pool, weights)
         if path is not None:
             paths = self.paths.setdefault(costs.order.key, [])
             paths.insert(0, path)
@@ -182,62 +180,24 @@ class Closer:
         rank_layers: tuple[Longs, Longs] | None,
         *,
         form: Form,
-        iterations: int,
+        rules: Rules,
     ) -> _Run:
-        """Return the bound after Kelley's iterations, stopped when it passes the target or cannot."""
-        key = costs.order.key
-        simulated, bound, best_value = 0, -np.inf, np.inf
-        best = self.ends.get((key, form)) if form == "light" else None
-        if best is not None and not _is_within(costs, best, rank_layers):
-            best = None
-        new: list[Cut] = []
-        if best is not None:
-            best_value, cut = _trace(costs, best)
-            simulated += 1
-            new.append(cut)
-            if best_value < target_s:
-                return _Run(-np.inf, best, simulated)
+        """Return the bound after rounds of solving and tracing, stopped when it passes the target or cannot."""
+        key, pool = costs.order.key, self._pool(costs.order)
         enough_s = target_s * (1 + 2 * _TOLERANCE)
-        program = CutProgram(costs, form=form, target_s=enough_s, rank_layers=rank_layers)
-        shared = self.cuts.setdefault(key, [])
-        program.add(shared)
-        point: Point | None = None
-        for turn in range(iterations):
-            program.add(new)
-            point = program.solve() if program.cuts else _even(costs)
-            if point is None:
-                bound = enough_s
-                break
-            bound = max(bound, point.bound_s * (1 - _TOLERANCE) if np.isfinite(point.bound_s) else -np.inf)
-            if bound >= target_s:
-                break
-            points = [point] if best is None else [between(best, point, _SMOOTHING), point]
-            new = []
-            for trial in points:
-                value, cut = _trace(costs, trial)
-                simulated += 1
-                if value < best_value:
-                    best, best_value = trial, value
-                if value > bound * (1 + _TOLERANCE):
-                    new.append(cut)
-            if not new or (form == "light" and best_value < target_s) or turn == iterations - 1:
-                break
-            if (
-                form == "full"
-                and best_value < target_s * (1 - 1e-6)
-                and bound < target_s
-                and best_value - bound < _CLOSE_ENOUGH * target_s
-            ):
-                break
-        if best is not None:
-            self.ends[key, form] = best
-        if program.cuts and (point is None or np.isfinite(point.bound_s)):
-            weights = program.multipliers()
-            carrying = [cut for cut, weight in zip(program.cuts, weights, strict=True) if weight > 1e-9]
-            if form == "light" and bound >= target_s:
-                self._keep_path(costs, carrying, weights[weights > 1e-9])
-            self.cuts[key] = _merged(carrying, [*new, *shared])
-        return _Run(bound, best if best is not None else point, simulated)
+        known = pool.number
+        program = CutProgram(costs, pool, form=form, target_s=enough_s, rank_layers=rank_layers)
+        if rules.stops_below or not known:
+            program.start_at(self.ends.get((key, form)))
+            if rules.stops_below and program.inner_s < target_s:
+                return _Run(-np.inf, None, 1)
+        bound_s = min(program.improve(rules), enough_s) * (1 - _TOLERANCE)
+        weights = program.multipliers()
+        if form == "light" and bound_s >= target_s:
+            self._keep_path(costs, pool, weights)
+        pool.prefer(np.flatnonzero(weights > 1e-9), before=known, drops_new=False)
+        self.ends[key, form] = program.inner_point()
+        return _Run(bound_s, self.ends[key, form], program.simulated)
 
 
 def _as_it_is(costs: CandidateCosts, point: Point) -> Completion | None:
@@ -294,38 +254,3 @@ class _Run:
     bound_s: float
     point: Point | None
     simulated: int
-
-
-def _merged(first: list[Cut], others: list[Cut]) -> list[Cut]:
-    """Return the first ones and those of the others that are not among them, at most MOST_KNOWN."""
-    known = {id(cut) for cut in first}
-    return [*first, *(cut for cut in others if id(cut) not in known)][:MOST_KNOWN]
-
-
-def _is_within(costs: CandidateCosts, point: Point, rank_layers: tuple[Longs, Longs] | None) -> bool:
-    """Tell whether a point of another candidate of the order obeys the limits on layers of ranks."""
-    if rank_layers is None:
-        return True
-    of_class = costs.classes.run_class
-    on_rank = costs.slots.held @ point.layers[:, of_class == of_class[costs.bulk_run]].sum(axis=1)
-    low, high = rank_layers
-    return bool(((on_rank >= low - 1e-6) & (on_rank <= high + 1e-6)).all())
-
-
-def _even(costs: CandidateCosts) -> Point:
-    """Return the point with every run spread evenly over the stages it can stand on, and no bound."""
-    reach = reachable(costs).astype(np.float64)
-    layers = reach * (costs.runs.length / np.maximum(reach.sum(axis=0), 1.0))
-    return Point(-np.inf, layers, np.zeros((*layers.shape, 3)))
-
-
-def _trace(costs: CandidateCosts, point: Point) -> tuple[float, Cut]:
-    """Return the step at a fractional point, with least hops and no ties, and its critical path."""
-    times = costs.stage_costs(_counts(costs, point))  # type: ignore[arg-type]
-    times[1] += point.extra_s
-    by_stage = point.layers @ costs.runs.step_s + costs.stage_latency_s
-    if len(costs.replica_s):
-        by_stage = by_stage + point.layers @ costs.replica_s + costs.replica_latency_s
-    held = np.where(costs.slots.stage >= 0, by_stage[costs.slots.stage], 0.0)
-    value, cut = costs.order.trace(times, costs.least_hop_s, costs.constant_tail_s + held.sum(axis=1))
-    return value + costs.step_overhead_s, cut

@@ -10,6 +10,7 @@
 
          rho_r >= lower convex hull of the least recomputation of lo_r, .., hi_r whole layers on rank r
 
+Ranks that nothing within their limits could overfill have no memory rows, and where a stage stands on no other rank, no e.
 n and e are real: a relaxation, so its optimum bounds every completion of the candidate from below. rho_r, the seconds of
 recomputation of a microbatch on rank r, is sum_s sum_l e[s, k, l] rho_l; its hull (`caps.recompute_floors`) knows that layers
 and workspaces are whole. The light program has no e and no memory rows: rho_r is a column, and a path pays it as often
@@ -37,21 +38,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.caps import recompute_floors
+from stagewright.planner.search.dual_simplex import ABOVE
 from stagewright.planner.search.linear_program import LinearProgram
-from stagewright.planner.search.order import Cut
+from stagewright.planner.search.order import Cut, pad
+from stagewright.planner.search.path_pool import PathPool
+from stagewright.planner.search.path_rows import Columns, Rules, Steps, add_rows, improve_bound, trace_point
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 MOST_LISTED = 80  # layers of a rank up to which every number is tried
+_HELD = 32  # paths that are in the solver's table from the start: what carried a bound last
 _FAR = 16.0  # times the target, where theta ends
 _LONGEST = 1e7  # passes of a microbatch: no step takes as long
 
@@ -77,15 +82,13 @@ class Wholes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A solution: bound in seconds, layers [S, K], raised layers [S, K, 3] (level 0 unused).
-
-    `extra_s` [S] is recomputation of a microbatch on each stage that no raised layer stands for.
-    """
+    """A solution: bound in seconds, layers [S, K], raised layers [S, K, 3] (level 0 unused), and floors [D], scaled; empty
+    where the form has none."""
 
     bound_s: float
     layers: Floats
     raised: Floats
-    extra_s: float | Floats = 0.0
+    floors: Floats
 
     @property
     def counts(self) -> Floats:
@@ -95,117 +98,145 @@ class Point:
         return counts
 
 
-def between(first: Point, second: Point, share: float) -> Point:
-    """Return a share of one point and the rest of another one, without a bound."""
-    return Point(
-        -np.inf,
-        share * first.layers + (1 - share) * second.layers,
-        share * first.raised + (1 - share) * second.raised,
-        extra_s=share * first.extra_s + (1 - share) * second.extra_s,
-    )
-
-
 class CutProgram:
-    """The program of one candidate below a target, open for more cuts."""
+    """The program of one candidate below a target, over the paths of its order and more that it finds."""
 
     def __init__(
-        self, costs: CandidateCosts, *, form: Form, target_s: float, rank_layers: tuple[Longs, Longs] | None = None
+        self,
+        costs: CandidateCosts,
+        pool: PathPool,
+        *,
+        form: Form,
+        target_s: float,
+        rank_layers: tuple[Longs, Longs] | None = None,
     ) -> None:
         self._costs = costs
+        self._pool = pool
         self._form = form
-        memory = form != "light"
+        self._most = np.full(costs.order.num_ranks, costs.num_layers) if rank_layers is None else rank_layers[1]
         self._scale = 1.0 / max(float(costs.runs.time_s @ costs.runs.length), 1e-12)
         self._base = int(np.argmax(costs.levels))
-        self._raise = [level for level in range(self._base + 1, 3) if costs.levels[level]] if memory else []
+        self._raise = [level for level in range(self._base + 1, 3) if costs.levels[level]] if form != "light" else []
         self._floors = None if rank_layers is None else _floor_lines(costs, rank_layers)
         self.stop_at(target_s)
-        self._columns(rank_layers)
+        self._columns()
         self._rows(rank_layers)
-        self.cuts: list[Cut] = []
-        self._first_cut = self._solver.num_rows
-        self.values = np.zeros(self.num_columns)
+        if form == "whole":
+            self.wholes = self._wholes()
+        self._first_path = self._solver.num_rows
+        self._map = self._path_columns()
+        self._values = np.zeros(self.num_columns)
+        self._known = 0
+        self._know()
+        self.inner, self.inner_s = np.zeros(self.num_columns), np.inf
+        self.simulated = 0
 
     @property
     def _shape(self) -> tuple[int, int]:
         return self._costs.num_stages, self._costs.runs.num_runs
 
-    def _columns(self, rank_layers: tuple[Longs, Longs] | None) -> None:
+    def _columns(self) -> None:
         """Add theta, then the layers of each run on the stages it reaches, then the raised ones by level."""
+        costs = self._costs
         stages, runs = self._shape
-        reach = reachable(self._costs)
+        reach = costs.reach
         self._shared = np.flatnonzero(reach.sum(axis=1) > 1)  # stages that several runs reach
         self._cells = np.flatnonzero(reach.ravel())
+        self._stage_of, self._run_of = self._cells // runs, self._cells % runs
         self._position = np.full(stages * runs, -1, dtype=np.int64)
         self._position[self._cells] = np.arange(len(self._cells))
-        whole = 1 + len(self._cells) * (1 + len(self._raise))
-        ranks = self._costs.order.num_ranks if self._form == "whole" else 0
-        self._num_floors = 0 if self._form != "light" or self._floors is None else self._costs.order.num_ranks
-        count = whole + ranks * len(self._raise) + self._num_floors
+        self._overfull = self._may_overfill() if self._raise else np.zeros(costs.order.num_ranks, dtype=np.bool_)
+        self._raised_cells = np.flatnonzero(costs.slots.held[self._overfull].sum(axis=0)[self._stage_of] > 0.0)
+        self._raised_position = np.full(len(self._cells), -1, dtype=np.int64)
+        self._raised_position[self._raised_cells] = np.arange(len(self._raised_cells))
+        cells, raised = len(self._cells), len(self._raised_cells) * len(self._raise)
+        switches = int(self._overfull.sum()) * len(self._raise) if self._form == "whole" else 0
+        floors = 0 if self._form != "light" or self._floors is None else costs.order.num_ranks
+        self._first_switch = 1 + cells + raised
+        self._first_floor = self._first_switch + switches if floors else -1
+        count = self._first_switch + switches + floors
         upper = np.ones(count)
         upper[0] = _FAR * self._limit
-        most = np.tile(self._costs.runs.length.astype(np.float64), (stages, 1))
-        upper[1:whole] = np.tile(most.ravel()[self._cells], 1 + len(self._raise))
-        if self._num_floors:
+        most = costs.runs.length.astype(np.float64)[self._run_of]
+        upper[1 : 1 + cells] = most
+        upper[1 + cells : 1 + cells + raised] = np.tile(most[self._raised_cells], len(self._raise))
+        if floors:
             assert self._floors is not None
-            upper[whole:] = self._floors.most * self._scale
+            upper[self._first_floor :] = self._floors.most * self._scale
         lower = np.zeros(count)
-        lower[1 : 1 + len(self._cells)] = ~np.isin(self._cells // runs, self._shared)
-        self._first_switch = whole
+        lower[1 : 1 + cells] = ~np.isin(self._stage_of, self._shared)
         cost = np.zeros(count)
         cost[0] = 1.0
         self._solver = LinearProgram(lower, upper, cost)
         self.num_columns = count
 
-    def _index(self, stage: int, run: int) -> int:
-        """Return the column of a run on a stage, 0 where it cannot stand."""
-        return int(1 + self._position[stage * self._shape[1] + run])
+    def _may_overfill(self) -> npt.NDArray[np.bool_]:
+        """Tell which ranks some layers could overfill without recomputation, [D]; none of the others gains by raising any."""
+        costs, runs, slots = self._costs, self._costs.runs, self._costs.slots
+        if (runs.recompute_s[self._raise] < runs.recompute_s[self._base]).any():
+            return np.ones(costs.order.num_ranks, dtype=np.bool_)
+        alike = costs.classes.run_class == costs.classes.run_class[costs.bulk_run]
+        kept, late = runs.kept_bytes[self._base], runs.late_bytes[self._base]
+        active = slots.live[:, :, 0, :, None] * kept + slots.live[:, :, 1, :, None] * late
+        reach = costs.reach[np.maximum(slots.stage, 0)] & (slots.stage >= 0)[:, :, None]
+        each = np.where(reach[:, None], active + runs.state_bytes, 0.0)  # [D, N, V, K]
+        bulk = each[..., alike].max(axis=(2, 3)) * self._most[:, None]
+        small = (each[..., ~alike].max(axis=2) * runs.length[~alike]).sum(axis=2) * costs.order.num_replicas
+        workspace = np.where(reach.any(axis=1), runs.workspace_bytes[self._base], 0.0).max(axis=1)
+        return np.asarray((bulk + small).max(axis=1) + workspace > costs.capacity_bytes)
 
-    def _raised(self, position: int, stage: int, run: int) -> int:
-        return self._index(stage, run) + len(self._cells) * (1 + position)
+    def _raised(self, position: int, cells: Longs) -> Longs:
+        """Return the columns of raised layers of some cells that have them."""
+        return 1 + len(self._cells) + position * len(self._raised_cells) + self._raised_position[cells]
 
     def _rows(self, rank_layers: tuple[Longs, Longs] | None) -> None:
         costs, count = self._costs, len(self._cells)
         runs = self._shape[1]
-        stage_of, run_of = self._cells // runs, self._cells % runs
         layers = slice(1, 1 + count)
         self._has_rank_rows = rank_layers is not None
         whole = np.zeros((runs, self.num_columns))
-        whole[run_of, 1 + np.arange(count)] = 1.0
+        whole[self._run_of, 1 + np.arange(count)] = 1.0
         number = costs.runs.length.astype(np.float64)
         some = np.zeros((len(self._shared), self.num_columns))
-        some[:, layers] = self._shared[:, None] == stage_of
+        some[:, layers] = self._shared[:, None] == self._stage_of
         blocks = [(whole, number, number), (some, np.ones(len(some)), np.full(len(some), float(number.sum())))]
         if rank_layers is not None:
             of_class = costs.classes.run_class
             bulk = of_class == of_class[costs.bulk_run]
-            held = costs.slots.held
             ranks = np.zeros((costs.order.num_ranks, self.num_columns))
-            ranks[:, layers] = held[:, stage_of] * bulk[run_of]
+            ranks[:, layers] = costs.slots.held[:, self._stage_of] * bulk[self._run_of]
             blocks.append((ranks, rank_layers[0].astype(np.float64), rank_layers[1].astype(np.float64)))
-            assert self._floors is not None
-            rank, slope, least = self._floors.rank, self._floors.slope, self._floors.constant
-            if len(rank) and (self._num_floors or self._raise):
-                floors = -slope[:, None] * self._scale * ranks[rank]
-                if self._num_floors:
-                    floors[np.arange(len(rank)), 1 + count + rank] = 1.0
-                for position, level in enumerate(self._raise):
-                    extra_s = costs.runs.recompute_s[level] - costs.runs.recompute_s[self._base]
-                    first = 1 + count * (1 + position)
-                    floors[:, first : first + count] = held[rank][:, stage_of] * (bulk * extra_s * self._scale)[run_of]
-                blocks.append((floors, least * self._scale, np.full(len(rank), np.inf)))
+            blocks += self._floor_rows(ranks)
         if self._raise:
-            most = np.zeros((count, self.num_columns))
-            most[np.arange(count), 1 + np.arange(count)] = -1.0
+            marked = np.arange(len(self._raised_cells))
+            most = np.zeros((len(marked), self.num_columns))
+            most[marked, 1 + self._raised_cells] = -1.0
             for position in range(len(self._raise)):
-                most[np.arange(count), 1 + count * (1 + position) + np.arange(count)] = 1.0
-            blocks.append((most, np.full(count, -np.inf), np.zeros(count)))
+                most[marked, self._raised(position, self._raised_cells)] = 1.0
+            blocks.append((most, np.full(len(most), -np.inf), np.zeros(len(most))))
         self._solver.add(*(np.concatenate(part) for part in zip(*blocks, strict=True)))
         if self._form == "whole":
             self._run_order_rows()
-        if self._form != "light":
-            self._memory_rows(rank_layers)
+        for rank in np.flatnonzero(self._overfull).tolist():
+            self._memory_rows(rank)
 
-    def _add_at_most(self, index: list[int], value: list[float], most: float) -> None:
+    def _floor_rows(self, ranks: Floats) -> list[tuple[Floats, Floats, Floats]]:
+        """Return rows, least and most of the floors of recomputation, for rows [D, n] of the ranks' layers."""
+        assert self._floors is not None
+        rank, costs = self._floors.rank, self._costs
+        if not len(rank) or not (self._first_floor >= 0 or self._raise):
+            return []
+        floors = -self._floors.slope[:, None] * self._scale * ranks[rank]
+        if self._first_floor >= 0:
+            floors[np.arange(len(rank)), self._first_floor + rank] = 1.0
+        on_rank = ranks[rank][:, 1 + self._raised_cells]
+        for position, level in enumerate(self._raise):
+            extra_s = (costs.runs.recompute_s[level] - costs.runs.recompute_s[self._base])[self._run_of]
+            columns = self._raised(position, self._raised_cells)
+            floors[:, columns] = on_rank * extra_s[self._raised_cells] * self._scale
+        return [(floors, self._floors.constant * self._scale, np.full(len(rank), np.inf))]
+
+    def _add_at_most(self, index: Sequence[int] | Longs, value: Sequence[float] | Floats, most: float) -> None:
         """Add a row that is at most a number; columns that are named twice count twice."""
         row = np.zeros((1, self.num_columns))
         np.add.at(row[0], index, value)
@@ -217,69 +248,68 @@ class CutProgram:
         Layers are contiguous, so either nothing of run k + 1 stands up to the stage or all of run k does. Only stages say
         anything that run k + 1 reaches and behind which run k can stand.
         """
-        length, reach = self._costs.runs.length.astype(np.float64), reachable(self._costs)
+        length, reach = self._costs.runs.length.astype(np.float64), self._costs.reach
         for run in range(self._shape[1] - 1):
             first, last = int(np.argmax(reach[:, run + 1])), int(np.flatnonzero(reach[:, run])[-1])
-            for end in range(first + 1, last + 1):
-                places = [(stage, which) for which in (run, run + 1) for stage in np.flatnonzero(reach[:end, which])]
-                index = [self._index(int(stage), which) for stage, which in places]
-                value = [(-1.0 if which == run else 1.0) / float(length[which]) for _, which in places]
-                self._add_at_most(index, value, 0.0)
+            share = np.where(self._run_of == run, -1.0 / length[run], 0.0)
+            share += np.where(self._run_of == run + 1, 1.0 / length[run + 1], 0.0)
+            ends = np.arange(first + 1, last + 1)
+            rows = np.zeros((len(ends), self.num_columns))
+            rows[:, 1 : 1 + len(self._cells)] = share * (self._stage_of < ends[:, None])
+            self._solver.add(rows, np.full(len(ends), -np.inf), np.zeros(len(ends)))
 
-    @cached_property
-    def wholes(self) -> Wholes:
-        """What is whole in every completion; the sums of raised layers over ranks become rows at the first call."""
-        assert self._form == "whole" and not self.cuts
-        costs, of_class = self._costs, self._costs.classes.run_class
-        runs = costs.runs.num_runs
-        count, ranks, first_row = len(self._cells), costs.order.num_ranks, self.num_columns
-        alike = of_class == of_class[costs.bulk_run]
+    def _wholes(self) -> Wholes:
+        """Return what is whole in every completion; the sums of raised layers over ranks become rows."""
+        costs = self._costs
+        runs, ranks = costs.runs.num_runs, costs.order.num_ranks
+        count, first_row = len(self._cells), self.num_columns
         found: list[tuple[int, int]] = []
-        bulk = np.where(np.isin(self._cells // runs, self._shared), CELLS, STAGES)
-        layers = np.where(alike[self._cells % runs], bulk, ENDS).tolist()
+        bulk = np.where(np.isin(self._stage_of, self._shared), CELLS, STAGES)
+        layers = np.where(self._is_bulk, bulk, ENDS).tolist()
         found += [(kind, 1 + place) for place, kind in enumerate(layers)]
-        found += [(RAISED, 1 + place) for place in range(count, count * (1 + len(self._raise)))]
-        switches = range(self._first_switch, self._first_switch + ranks * len(self._raise))
-        found += [(SWITCHES, column) for column in switches]
+        found += [(RAISED, column) for column in range(1 + count, self._first_switch)]
+        found += [(SWITCHES, column) for column in range(self._first_switch, self.num_columns)]
         found += [(STAGES, first_row + runs + place) for place in range(len(self._shared))]
         if self._has_rank_rows:
             found += [(RANKS, first_row + runs + len(self._shared) + rank) for rank in range(ranks)]
-        for slots in costs.order.slots:
+        for rank in np.flatnonzero(self._overfull).tolist():
+            cells = self._bulk_cells(rank)
             for position in range(len(self._raise)):
-                cells = [
-                    self._raised(position, slot.stage, run)
-                    for slot in slots
-                    for run in np.flatnonzero(alike).tolist()
-                    if self._index(slot.stage, run)
-                ]
                 row = np.zeros((1, self.num_columns))
-                np.add.at(row[0], cells, 1.0)
+                row[0, self._raised(position, cells)] = costs.slots.held[rank, self._stage_of[cells]]
                 found.append((RAISED_ON_RANKS, first_row + self._solver.num_rows))
-                self._solver.add(row, np.zeros(1), row @ np.full(self.num_columns, float(costs.num_layers)))
-        self._first_cut = self._solver.num_rows
+                self._solver.add(row, np.zeros(1), row.sum(axis=1) * costs.num_layers)
         kind, variable = (np.array(column) for column in zip(*found, strict=True))
         return Wholes(kind, variable, *self._solver.limits(variable))
 
-    def _memory_rows(self, rank_layers: tuple[Longs, Longs] | None) -> None:
-        """Add a row for each live vector of each rank."""
-        costs = self._costs
+    @property
+    def _is_bulk(self) -> npt.NDArray[np.bool_]:
+        """Which cells are of the largest class, [C]."""
+        of_class = self._costs.classes.run_class
+        return np.asarray((of_class == of_class[self._costs.bulk_run])[self._run_of])
+
+    def _bulk_cells(self, rank: int) -> Longs:
+        """Return the cells of the largest class on a rank's stages."""
+        return np.flatnonzero((self._costs.slots.held[rank, self._stage_of] > 0.0) & self._is_bulk)
+
+    def _memory_rows(self, rank: int) -> None:
+        """Add a row for each live vector of a rank."""
+        costs, most = self._costs, int(self._most[rank])
         scale = 1.0 / max(costs.capacity_bytes, 1.0)
-        for rank in range(costs.order.num_ranks):
-            most = costs.num_layers if rank_layers is None else int(rank_layers[1][rank])
-            least = self._least_workspace(rank)
-            room = (costs.capacity_bytes - least) * scale
-            live = costs.order.live[rank]
-            if self._form == "whole":
-                rows = self._bytes_rows(rank, live, np.zeros(3))
-                switches, rises = self._workspace_switches(rank, least, most)
-                rows[:, switches] += rises
-            else:
-                rows = self._bytes_rows(rank, live, self._workspace_steps(rank, least, most))
-            self._solver.add(rows * scale, np.full(len(rows), -np.inf), np.full(len(rows), room))
+        least = self._least_workspace(rank)
+        live = costs.order.live[rank]
+        if self._form == "whole":
+            rows = self._bytes_rows(rank, live, np.zeros(3))
+            switches, rises = self._workspace_switches(rank, least, most)
+            rows[:, switches] += rises
+        else:
+            rows = self._bytes_rows(rank, live, self._workspace_steps(rank, least, most))
+        room = (costs.capacity_bytes - least) * scale
+        self._solver.add(rows * scale, np.full(len(rows), -np.inf), np.full(len(rows), room))
 
     def _least_workspace(self, rank: int) -> float:
         """Return what the rank's workspace is at least: on every stage stands some layer that reaches it."""
-        costs, reach = self._costs, reachable(self._costs)
+        costs, reach = self._costs, self._costs.reach
         workspace = costs.runs.workspace_bytes[costs.levels].min(axis=0)
         sure = [float(workspace[reach[slot.stage]].min()) for slot in costs.order.slots[rank]]
         ends = {0: 0, costs.num_stages - 1: costs.runs.num_runs - 1}
@@ -308,79 +338,142 @@ class CutProgram:
 
     def _workspace_switches(self, rank: int, least: float, most: int) -> tuple[list[int], list[float]]:
         """Tie a binary to each level of the largest class on a rank; return the columns and the bytes each one adds."""
-        costs, workspace = self._costs, self._rising_workspace()
-        of_class = costs.classes.run_class
-        bulk = np.flatnonzero(of_class == of_class[costs.bulk_run]).tolist()
-        places = sorted({slot.stage for slot in costs.order.slots[rank]})
-        cells = [(stage, run) for stage in places for run in bulk if self._index(stage, run)]
+        workspace, cells = self._rising_workspace(), self._bulk_cells(rank)
+        first = self._first_switch + int(self._overfull[:rank].sum()) * len(self._raise)
         switches, rises, before = [], [], least
         for position, level in enumerate(self._raise):
             rise = float(workspace[level]) - before
             if rise <= 0.0:
                 continue
-            column = self._first_switch + rank * len(self._raise) + position
-            index = [self._raised(p, stage, run) for p in range(position, len(self._raise)) for stage, run in cells]
-            self._add_at_most([*index, column], [1.0] * len(index) + [-float(max(most, 1))], 0.0)
-            switches.append(column)
+            index = np.concatenate([self._raised(p, cells) for p in range(position, len(self._raise))])
+            value = np.append(np.ones(len(index)), -float(max(most, 1)))
+            self._add_at_most(np.append(index, first + position), value, 0.0)
+            switches.append(first + position)
             rises.append(rise)
             before += rise
         return switches, rises
 
     def _bytes_rows(self, rank: int, live: Floats, steps: Floats) -> Floats:
         """Return the bytes of a rank at some live vectors [n, 2, V] as rows over the columns, [n, columns]."""
-        runs, of_class, count = self._costs.runs, self._costs.classes.run_class, len(self._cells)
+        runs, of_class = self._costs.runs, self._costs.classes.run_class
         alike = of_class == of_class[self._costs.bulk_run]
         rows = np.zeros((len(live), self.num_columns))
         for place, slot in enumerate(self._costs.order.slots[rank]):
-            first = slot.stage * runs.num_runs
-            position = self._position[first : first + runs.num_runs]
-            here = position >= 0
-            column = 1 + position[here]
+            cells = np.flatnonzero(self._stage_of == slot.stage)
+            here = self._run_of[cells]
             each = live[:, 0, place, None, None] * runs.kept_bytes + live[:, 1, place, None, None] * runs.late_bytes
-            rows[:, column] += runs.state_bytes[here] + each[:, self._base, here]
-            for block, level in enumerate(self._raise):
+            rows[:, 1 + cells] += runs.state_bytes[here] + each[:, self._base, here]
+            for position, level in enumerate(self._raise):
                 saved = each[:, level] - each[:, self._base] + steps[level] * alike
-                rows[:, column + count * (1 + block)] += saved[:, here]
+                rows[:, self._raised(position, cells)] += saved[:, here]
         return rows
 
-    def add(self, cuts: Sequence[Cut]) -> None:
-        """Add critical paths of the order."""
-        if cuts:
-            rows, constants = self.rows(cuts)
-            self._solver.add(rows, constants, np.full(len(cuts), np.inf))
-            self.cuts += cuts
-
-    def rows(self, cuts: Sequence[Cut]) -> tuple[Floats, Floats]:
-        """Return coefficients [n, columns] and constants [n], scaled, with row . columns >= constant: theta minus a path."""
-        costs, runs = self._costs, self._costs.runs
-        counts = np.array([cut.counts for cut in cuts], dtype=np.float64)
-        forward, input_grad, weight_grad = counts[:, 0], counts[:, 1], counts[:, 2]
-        ends = np.array([cut.end_rank for cut in cuts], dtype=np.int64)
-        held = costs.slots.held[ends]
+    def _path_columns(self) -> Columns:
+        costs, runs, order, scale = self._costs, self._costs.runs, self._costs.order, self._scale
+        replicated = len(costs.replica_s) > 0
+        held = costs.slots.held
         back_s = runs.input_grad_s + runs.recompute_s[self._base]
-        each = forward[:, :, None] * runs.forward_s + input_grad[:, :, None] * back_s
-        each += weight_grad[:, :, None] * runs.weight_grad_s
-        tail_s = runs.step_s + costs.replica_s if len(costs.replica_s) else runs.step_s
-        each += held[:, :, None] * tail_s
-        constants = np.array([cut.hops for cut in cuts]) @ costs.least_hop_s + costs.step_overhead_s
-        overheads = forward.sum(axis=1) + input_grad.sum(axis=1)
-        if costs.order.split:
-            overheads = overheads + weight_grad.sum(axis=1)
-        constants = constants + costs.overhead_s * overheads + costs.constant_tail_s[ends]
-        constants = constants + costs.stage_latency_s * held.sum(axis=1)
-        if len(costs.replica_latency_s):
-            constants = constants + held @ costs.replica_latency_s
-        rows = np.zeros((len(cuts), self.num_columns))
-        rows[:, 0] = 1.0
-        count, runs_of = len(self._cells), self._shape[1]
-        rows[:, 1 : 1 + count] = -each.reshape(len(cuts), -1)[:, self._cells] * self._scale
-        for position, level in enumerate(self._raise):
-            extra_s = (runs.recompute_s[level] - runs.recompute_s[self._base])[self._cells % runs_of]
-            first = 1 + count * (1 + position)
-            rows[:, first : first + count] = -input_grad[:, self._cells // runs_of] * extra_s * self._scale
-        if self._num_floors:
-            rows[:, 1 + count : 1 + count + self._num_floors] = -least_visits(costs, input_grad)
-        return rows, constants * self._scale
+        step_s = runs.step_s + costs.replica_s if replicated else runs.step_s
+        end_s = costs.constant_tail_s + costs.stage_latency_s * held.sum(axis=1)
+        if replicated:
+            end_s = end_s + held @ costs.replica_latency_s
+        return Columns(
+            stage_of=self._stage_of,
+            run_of=self._run_of,
+            raised=self._raised_cells,
+            each=np.stack((runs.forward_s, back_s, runs.weight_grad_s, step_s)) * scale,
+            extra=(runs.recompute_s[self._raise] - runs.recompute_s[self._base]) * scale,
+            held=held,
+            slot_stage=costs.slots.stage,
+            end_s=end_s * scale,
+            hop_s=pad(costs.least_hop_s) * scale,
+            overhead_s=costs.overhead_s * scale,
+            step_s=costs.step_overhead_s * scale,
+            split=order.split,
+            replicas=order.num_replicas,
+            first_floor=self._first_floor,
+        )
+
+    @cached_property
+    def _steps(self) -> Steps:
+        order = self._costs.order
+        return Steps(order.before, order.across, order.hop, order.code, order.last)
+
+    def _know(self, more: int = 0) -> None:
+        """Take the pool's further paths as rows, and make room for more."""
+        pool, first = self._pool, self._known
+        pool.reserve(more)
+        self._known = pool.number
+        table = self._solver.with_room(self._known - first + more)
+        add_rows(table, self._map, pool.counts, pool.ends, first, self._known)
+
+    def add(self, cut: Cut) -> None:
+        """Add a path of the order."""
+        self._pool.add(cut)
+        self._know()
+
+    def start_at(self, inner: Point | None) -> None:
+        """Draw points towards one of another program of the order, or towards layers spread evenly."""
+        values = self._even() if inner is None else self._columns_at(inner)
+        self.inner = values if self._is_within(values) else self._even()
+        self._know(1)
+        value = trace_point(self._map, self._steps, self._pool.counts, self._pool.ends, self._known, self.inner)
+        self.simulated += 1
+        self._pool.number += 1
+        self._know()
+        self.inner_s = value / self._scale
+
+    def _even(self) -> Floats:
+        """Return the point with every run spread evenly over the stages it can stand on."""
+        values = np.zeros(self.num_columns)
+        number = np.bincount(self._run_of, minlength=self._shape[1])
+        values[1 : 1 + len(self._cells)] = (self._costs.runs.length / np.maximum(number, 1))[self._run_of]
+        return values
+
+    def _is_within(self, values: Floats) -> bool:
+        """Tell whether a point of another candidate of the order obeys the limits on layers of ranks."""
+        if not self._has_rank_rows:
+            return True
+        first = self._shape[1] + len(self._shared)
+        rows = np.arange(first, first + self._costs.order.num_ranks)
+        low, high = self._solver.limits(self.num_columns + rows)
+        on_rank = self._solver.activities(rows, values)
+        return bool(((on_rank >= low - 1e-6) & (on_rank <= high + 1e-6)).all())
+
+    def improve(self, rules: Rules) -> float:
+        """Return the bound that rounds of solving and tracing prove, infinite where it is at least the target.
+
+        Minus infinity where the solver gives up. What is found goes to the pool.
+        """
+        self._know(2 * rules.rounds + 2)
+        pool = self._pool
+        status, bound, value, self._known, traced = improve_bound(
+            self._solver.table,
+            self._map,
+            self._steps,
+            pool.counts,
+            pool.ends,
+            pool.number,
+            self.inner,
+            self.inner_s * self._scale,
+            self._limit,
+            rules,
+        )
+        pool.number = self._known
+        self.inner_s = value / self._scale
+        self.simulated += traced
+        if status == ABOVE:
+            return np.inf
+        self._values = self._solver.columns()
+        return float(bound / self._scale)
+
+    def point(self, bound_s: float) -> Point:
+        """Return the last solution with a bound."""
+        return self._point(self._values, bound_s)
+
+    def inner_point(self) -> Point:
+        """Return the best point, without a bound."""
+        return self._point(self.inner, -np.inf)
 
     def limit(self, variable: int, low: float, high: float) -> None:
         """Set the limits of a variable of `wholes`."""
@@ -390,19 +483,11 @@ class CutProgram:
         """Stop solving where the optimum is proved to be at least `target_s`."""
         self._limit = min(target_s * self._scale, _LONGEST)
 
-    def solve(self) -> Point | None:
-        """Return the optimum; None when there is none, or where it is proved to be at least the target."""
-        bound = self._solver.solve(self._limit)
-        if bound >= self._limit:
-            return None
-        self.values = self._solver.columns()
-        return self._point(self.values, bound / self._scale)
-
     def values_of(self, wholes: Wholes) -> Floats:
         """Return the values of what is whole at the last solution, [n]."""
         is_row = wholes.variable >= self.num_columns
-        values = self.values[np.where(is_row, 0, wholes.variable)]
-        values[is_row] = self._solver.activities(wholes.variable[is_row] - self.num_columns, self.values)
+        values: Floats = self._values[np.where(is_row, 0, wholes.variable)]
+        values[is_row] = self._solver.activities(wholes.variable[is_row] - self.num_columns, self._values)
         return values
 
     def probe(self, variable: int, limits: Sequence[tuple[float, float]], steps: int) -> list[float]:
@@ -413,52 +498,40 @@ class CutProgram:
         return [self._solver.probe(variable, *pair, self._limit, steps) / self._scale for pair in limits]
 
     def misses(self, cut: Cut) -> bool:
-        """Tell whether the last optimum is below a path."""
-        rows, constants = self.rows([cut])
-        return bool(constants[0] - rows[0] @ self.values > 1e-6 * self.values[0])
+        """Add a path; tell whether the last optimum is below it."""
+        self.add(cut)
+        last = np.array([self._solver.num_rows - 1])
+        low, _ = self._solver.limits(self.num_columns + last)
+        return bool(low[0] - self._solver.activities(last, self._values)[0] > 1e-6 * self._values[0])
 
-    def carrying(self) -> list[Cut]:
-        """Return which of `cuts` bind in the last basis."""
-        binding = self._solver.binding()[self._first_cut :]
-        return [self.cuts[place] for place in np.flatnonzero(binding).tolist()]
+    def carrying(self) -> Longs:
+        """Return which of the pool's paths bind in the last basis."""
+        return np.flatnonzero(self._solver.binding()[self._first_path :])
 
     def _point(self, values: Floats, bound_s: float) -> Point:
-        layers = self._spread(values, 0)
-        return Point(bound_s, layers, self._spread_raised(values), self._spread_floors(values, layers))
-
-    def _spread_floors(self, values: Floats, layers: Floats) -> float | Floats:
-        """Return each rank's recomputation spread over its stages by their layers, [S]."""
-        if not self._num_floors:
-            return 0.0
-        first = 1 + len(self._cells)
-        held, on_stage = self._costs.slots.held, layers.sum(axis=1)
-        share = values[first : first + self._num_floors] / self._scale / np.maximum(held @ on_stage, 1e-9)
-        return np.asarray(on_stage * (held * share[:, None]).max(axis=0))
-
-    def _spread(self, values: Floats, block: int) -> Floats:
-        """Return a block of columns as [S, K]."""
         stages, runs = self._shape
-        count = len(self._cells)
-        whole = np.zeros(stages * runs)
-        whole[self._cells] = np.maximum(values[1 + block * count : 1 + (block + 1) * count], 0.0)
-        return whole.reshape(stages, runs)
-
-    def _spread_raised(self, values: Floats) -> Floats:
-        raised = np.zeros((*self._shape, 3))
+        layers, raised = np.zeros((stages, runs)), np.zeros((stages, runs, 3))
+        layers[self._stage_of, self._run_of] = values[1 : 1 + len(self._cells)].clip(min=0.0)
+        stage, run = self._stage_of[self._raised_cells], self._run_of[self._raised_cells]
         for position, level in enumerate(self._raise):
-            raised[:, :, level] = self._spread(values, 1 + position)
-        return raised
+            raised[stage, run, level] = values[self._raised(position, self._raised_cells)].clip(min=0.0)
+        floors = values[self._first_floor :].copy() if self._first_floor >= 0 else np.zeros(0)
+        return Point(bound_s, layers, raised, floors)
+
+    def _columns_at(self, point: Point) -> Floats:
+        """Return a point as values of the columns, [n]."""
+        values = np.zeros(self.num_columns)
+        values[1 : 1 + len(self._cells)] = point.layers[self._stage_of, self._run_of]
+        stage, run = self._stage_of[self._raised_cells], self._run_of[self._raised_cells]
+        for position, level in enumerate(self._raise):
+            values[self._raised(position, self._raised_cells)] = point.raised[stage, run, level]
+        if self._first_floor >= 0 and len(point.floors):
+            values[self._first_floor :] = point.floors
+        return values
 
     def multipliers(self) -> Floats:
-        """Return the multipliers of `cuts`, at least zero."""
-        return np.asarray(np.maximum(self._solver.multipliers()[self._first_cut :], 0.0))
-
-
-def least_visits(costs: CandidateCosts, input_grad: Floats) -> Floats:
-    """Return how often paths of these input gradients [n, S] pay a rank's recomputation at least, [n, D]."""
-    place = costs.slots.stage
-    visits = np.where(place >= 0, input_grad[:, np.maximum(place, 0)], np.inf).min(axis=2)
-    return np.asarray(visits / costs.order.num_replicas)
+        """Return the multipliers of the pool's paths, at least zero."""
+        return np.asarray(np.maximum(self._solver.multipliers()[self._first_path :], 0.0))
 
 
 class _FloorLines(NamedTuple):
@@ -473,51 +546,50 @@ class _FloorLines(NamedTuple):
 def _floor_lines(costs: CandidateCosts, rank_layers: tuple[Longs, Longs]) -> _FloorLines:
     """Return the lines of each rank's hull of recomputation above the weakest level's.
 
-    Lines that are nowhere positive are left out, and so are ranks of more than MOST_LISTED layers.
+    There are none where ranks hold more than MOST_LISTED layers.
     """
     low, high = rank_layers
     base = int(np.argmax(costs.levels))
-    ranks: list[int] = []
-    lines: list[tuple[float, float]] = []
-    most = np.zeros(len(low))
-    if int(costs.levels.sum()) > 1 and int(high.max(initial=0)) <= MOST_LISTED:
-        floors = recompute_floors(costs.rank_tables, low, high)
-        each = float(costs.runs.recompute_s[base, costs.bulk_run])
-        for rank in range(len(low)):
-            numbers = low[rank] + np.flatnonzero(np.isfinite(floors[rank]))
-            values = floors[rank][numbers - low[rank]] - each * numbers
-            most[rank] = values.max(initial=0.0)
-            for line in _lower_hull(numbers.tolist(), values.tolist()):
-                ranks.append(rank)
-                lines.append(line)
-    columns = np.array(lines).reshape(-1, 2)
-    return _FloorLines(np.array(ranks, dtype=np.int64), columns[:, 0], columns[:, 1], most)
+    if int(costs.levels.sum()) == 1 or int(high.max(initial=0)) > MOST_LISTED:
+        return _FloorLines(np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0), np.zeros(len(low)))
+    floors = recompute_floors(costs.rank_tables, low, high)
+    each = float(costs.runs.recompute_s[base, costs.bulk_run])
+    return _FloorLines(*lower_hulls(np.maximum(floors - each * (low[:, None] + np.arange(floors.shape[1])), 0.0), low))
 
 
-def _lower_hull(numbers: list[int], values: list[float]) -> list[tuple[float, float]]:
-    """Return (slope, constant) of the lower hull's lines; one level line where there is one number; no line at zero."""
-    hull: list[int] = []
-    for place in range(len(numbers)):
-        while len(hull) > 1:
-            first, second = hull[-2], hull[-1]
-            rise = (values[second] - values[first]) * (numbers[place] - numbers[first])
-            if rise < (values[place] - values[first]) * (numbers[second] - numbers[first]):
-                break
-            hull.pop()
-        hull.append(place)
-    if len(hull) == 1:
-        return [(0.0, values[hull[0]])] if values[hull[0]] > 0.0 else []
-    lines = []
-    for first, second in pairwise(hull):
-        if max(values[first], values[second]) > 0.0:
-            slope = (values[second] - values[first]) / (numbers[second] - numbers[first])
-            lines.append((slope, values[first] - slope * numbers[first]))
-    return lines
+@njit(cache=True)
+def lower_hulls(values: Floats, first: Longs) -> tuple[Longs, Floats, Floats, Floats]:
+    """Return rank, slope and constant of the lower hulls' lines through points (first + i, values [D, n]), and the most of each.
 
-
-def reachable(costs: CandidateCosts) -> npt.NDArray[np.bool_]:
-    """Return which runs can stand on which stages when every stage holds at least one layer, [S, K]."""
-    start = costs.classes.run_start.astype(np.int64)
-    stage = np.arange(costs.num_stages)[:, None]
-    layers, stages = costs.num_layers, costs.num_stages
-    return np.asarray((stage <= start[None, 1:] - 1) & (stage >= stages - layers + start[None, :-1]))
+    Values that are infinite are no points. A hull of one point is a level line; lines that are nowhere positive are left out.
+    """
+    ranks, width = values.shape
+    of_rank, slopes, constants = (
+        np.empty(ranks * width, dtype=np.int64),
+        np.empty(ranks * width),
+        np.empty(ranks * width),
+    )
+    most = np.zeros(ranks)
+    hull = np.empty(width, dtype=np.int64)
+    number = 0
+    for rank in range(ranks):
+        own, size = values[rank], 0
+        for place in range(width):
+            if not np.isfinite(own[place]):
+                continue
+            most[rank] = max(most[rank], own[place])
+            while size > 1:
+                a, b = hull[size - 2], hull[size - 1]
+                if (own[b] - own[a]) * (place - a) < (own[place] - own[a]) * (b - a):
+                    break
+                size -= 1
+            hull[size] = place
+            size += 1
+        for place in range(max(size - 1, min(size, 1))):
+            a, b = hull[place], hull[min(place + 1, size - 1)]
+            if max(own[a], own[b]) > 0.0:
+                slope = (own[b] - own[a]) / max(b - a, 1)
+                of_rank[number], slopes[number] = rank, slope
+                constants[number] = own[a] - slope * (first[rank] + a)
+                number += 1
+    return of_rank[:number], slopes[:number], constants[:number], most

@@ -32,13 +32,16 @@ Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 OPTIMAL, ABOVE, STOPPED = range(3)  # ABOVE: the optimum is proved to be at least the limit, or there is none
-KNOWN, HELD, PIVOTS = range(3)  # entries of Table.size
+KNOWN, HELD, PIVOTS, CHECKED = range(4)  # entries of Table.size
 _FEASIBLE = 1e-9
 _DUAL = 1e-10
 _PIVOT = 1e-7
 _MISSED = 1e-7
+_CLEARLY = 1e-9  # of the limit, by which the table's bound passes it before the multipliers are asked
 _DRIFT = 1e-6
-_ENTER = 24  # missed rows that enter at once
+_MOST_REBUILT = 8
+_TRUSTED = 128  # pivots between two looks at the drift
+_ENTER = 12  # missed rows that enter at once
 _SPARE = 48  # rows of the table beyond its columns
 _MOST_PIVOTS = 20_000
 
@@ -48,7 +51,8 @@ class Table(NamedTuple):
 
     `rows` [M, n] with room for M rows, `low` and `high` [n + M], `cost` [n]; `table` [n + spare, n], `basic`, `value` and
     `norm` of its rows, `nonbasic`, `reduced` and `at` of its columns; `place` [n + M] is a row of the table, -1 for a row
-    that is only known, or -2 - column of the table. `size` counts known rows, rows of the table and pivots.
+    that is only known, or -2 - column of the table. `size` counts known rows, rows of the table, pivots, and
+    those at the last look at how far rounding has led.
     """
 
     rows: Floats
@@ -86,7 +90,7 @@ def table_of(lower: Floats, upper: Floats, cost: Floats, room: int) -> Table:
         reduced=cost.copy(),
         at=lower.copy(),
         place=np.concatenate((-2 - np.arange(count), np.full(room, -1))),
-        size=np.zeros(3, dtype=np.int64),
+        size=np.zeros(4, dtype=np.int64),
     )
 
 
@@ -94,29 +98,41 @@ def table_of(lower: Floats, upper: Floats, cost: Floats, room: int) -> Table:
 def solve(t: Table, limit: float, most_pivots: int) -> int:
     """Solve until the optimum of all known rows, until it is proved to be at least `limit`, or for so many pivots."""
     last = t.size[PIVOTS] + min(most_pivots, _MOST_PIVOTS)
-    count = len(t.at)
-    fresh = False
-    ray = np.zeros(count)
+    ray = np.zeros(len(t.at))
+    rebuilt, rebuilt_at = 0, -1
+    _settle(t)
     while True:
-        _settle(t)
-        status, row = _iterate(t, limit, last)
+        status, row = _iterate(t, limit + _CLEARLY * abs(limit), last)
+        if status == STOPPED:
+            return STOPPED
         if status == ABOVE:
             if proved(t, limit, row, ray) >= limit:
                 return ABOVE
-        elif status == STOPPED:
-            return STOPPED
-        if status == ABOVE or _drift(t) > _DRIFT:
-            if fresh:
+            if rebuilt_at == t.size[PIVOTS] or rebuilt == _MOST_REBUILT:
                 return STOPPED
-            _rebuild(t)
-            fresh = True
+        elif (
+            rebuilt == _MOST_REBUILT
+            or rebuilt_at == t.size[PIVOTS]
+            or t.size[PIVOTS] < t.size[CHECKED] + _TRUSTED
+            or _drift(t) <= _DRIFT
+        ):
+            if not _enter_missed(t):
+                return OPTIMAL
             continue
-        if not _enter_missed(t):
-            return OPTIMAL
-        fresh = False
+        _rebuild(t)
+        _settle(t)
+        rebuilt, rebuilt_at = rebuilt + 1, t.size[PIVOTS]
 
 
 @njit(cache=True)
+def hold(t: Table, known: Longs) -> None:
+    """Let some known rows into the table before a solution misses them: those that bound others like it."""
+    for row in known[: len(t.value) - t.size[HELD]]:
+        if t.place[len(t.at) + row] == -1:
+            _enter(t, row)
+
+
+@njit(cache=True, nogil=True)
 def probe(t: Table, variable: int, low: float, high: float, limit: float, most_pivots: int) -> float:
     """Return a bound of the program under other limits of one variable after so many pivots, infinite from `limit` on.
 
@@ -226,7 +242,7 @@ def _settle(t: Table) -> None:
         t.value[row] = np.dot(t.table[row], t.at)
 
 
-@njit(cache=True, no_cpython_wrapper=True, fastmath={"reassoc", "contract"})
+@njit(cache=True, no_cpython_wrapper=True)
 def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
     """Pivot until the table is optimal or its bound is at least the limit; with the row that has no solution, or -1."""
     count = len(t.at)
@@ -236,18 +252,16 @@ def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
     while True:
         if total >= limit:
             return ABOVE, -1
-        row, most = -1, 0.0
-        for place in range(t.size[HELD]):
-            variable, value = t.basic[place], t.value[place]
-            miss = max(t.low[variable] - value, value - t.high[variable])
-            if miss > _FEASIBLE * (1.0 + abs(value)) and miss * miss > most * t.norm[place]:
-                row, most = place, miss * miss / t.norm[place]
+        row = _leaving(t.basic, t.value, t.norm, t.low, t.high, t.size[HELD])
         if row < 0:
             return OPTIMAL, -1
         variable, value = t.basic[row], t.value[row]
         sign, end = (1.0, t.low[variable]) if value < t.low[variable] else (-1.0, t.high[variable])
-        column = _entering(t, t.table[row], sign)
+        column = _entering(t.table[row], t.reduced, t.at, t.nonbasic, t.low, t.high, sign)
         if column < 0:
+            if abs(end - value) <= _MISSED * (1.0 + abs(value)):
+                t.norm[row] = np.inf  # as good as met, and nothing moves it
+                continue
             return ABOVE, row
         if t.size[PIVOTS] >= last:
             return STOPPED, -1
@@ -258,67 +272,59 @@ def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
 
 
 @njit(cache=True, no_cpython_wrapper=True)
-def _entering(t: Table, line: Floats, sign: float) -> int:
+def _leaving(basic: Longs, value: Floats, norm: Floats, low: Floats, high: Floats, held: int) -> int:
+    """Return the row whose basic variable is furthest beyond a limit, -1 for none."""
+    row, most = -1, 0.0
+    for place in range(held):
+        variable, now = basic[place], value[place]
+        miss = max(low[variable] - now, now - high[variable])
+        if miss > _FEASIBLE * (1.0 + abs(now)) and miss * miss > most * norm[place]:
+            row, most = place, miss * miss / norm[place]
+    return row
+
+
+@njit(cache=True, no_cpython_wrapper=True)
+def _entering(
+    line: Floats, reduced: Floats, at: Floats, nonbasic: Longs, low: Floats, high: Floats, sign: float
+) -> int:
     """Return the column whose reduced cost gets to zero first when a row's value goes up (sign 1) or down; -1 for none."""
-    count = len(t.at)
     most = np.inf
-    for place in range(count):
+    for place in range(len(at)):
         slope = sign * line[place]
-        if abs(slope) <= _PIVOT or not _may_move(t, place, slope):
-            continue
-        most = min(most, (abs(t.reduced[place]) + _DUAL) / abs(slope))
+        if abs(slope) > _PIVOT and _may_move(at[place], nonbasic[place], low, high, slope):
+            most = min(most, (abs(reduced[place]) + _DUAL) / abs(slope))
     best, column = 0.0, -1
-    for place in range(count):
+    for place in range(len(at)):
         slope = sign * line[place]
-        if abs(slope) <= _PIVOT or not _may_move(t, place, slope):
+        if abs(slope) <= max(_PIVOT, best) or abs(reduced[place]) > most * abs(slope):
             continue
-        if abs(t.reduced[place]) <= most * abs(slope) and abs(slope) > best:
+        if _may_move(at[place], nonbasic[place], low, high, slope):
             best, column = abs(slope), place
     return column
 
 
-@njit(cache=True, no_cpython_wrapper=True, inline="always")
-def _may_move(t: Table, place: int, slope: float) -> bool:
+@njit(cache=True, inline="always", no_cpython_wrapper=True)
+def _may_move(at: float, variable: int, low: Floats, high: Floats, slope: float) -> bool:
     """Tell whether a nonbasic variable can move so that a row with that slope rises."""
-    variable = t.nonbasic[place]
-    if t.low[variable] == t.high[variable]:
+    if low[variable] == high[variable]:
         return False
-    return bool((t.at[place] == t.low[variable]) == (slope > 0.0))
+    return bool((at == low[variable]) == (slope > 0.0))
 
 
-@njit(cache=True, no_cpython_wrapper=True, fastmath={"reassoc", "contract"})
+@njit(cache=True, no_cpython_wrapper=True)
 def _pivot(t: Table, row: int, column: int, step: float, end: float) -> None:
     """Exchange a basic variable, which goes to its limit `end`, for a nonbasic one, which moves by `step`."""
-    count, held = len(t.at), t.size[HELD]
-    line = t.table[row]
-    pivot = line[column]
-    scale = -1.0 / pivot
-    for place in range(count):
-        line[place] *= scale
+    pivot = t.table[row, column]
+    line = t.table[row] * (-1.0 / pivot)  # apart from the table, or the loop over columns is not vectorized
     line[column] = 0.0
-    for other in range(held):
-        factor = t.table[other, column]
-        if other == row or factor == 0.0:
-            continue
-        theirs = t.table[other]
-        theirs[column] = 0.0
-        square = 1.0
-        for place in range(count):
-            theirs[place] += factor * line[place]
-            square += theirs[place] * theirs[place]
-        theirs[column] = factor / pivot
-        t.norm[other] = square + theirs[column] * theirs[column]
-        t.value[other] += factor * step
+    _eliminate(t.table, t.norm, t.value, line, row, column, t.size[HELD], step, pivot)
     cost = t.reduced[column]
     if cost != 0.0:
-        for place in range(count):
-            t.reduced[place] += cost * line[place]
+        t.reduced[:] += cost * line
     t.reduced[column] = cost / pivot
     line[column] = 1.0 / pivot
-    square = 1.0
-    for place in range(count):
-        square += line[place] * line[place]
-    t.norm[row] = square
+    t.table[row] = line
+    t.norm[row] = 1.0 + np.dot(line, line)
     leaving, entering = t.basic[row], t.nonbasic[column]
     t.value[row] = t.at[column] + step
     t.basic[row], t.nonbasic[column] = entering, leaving
@@ -326,28 +332,52 @@ def _pivot(t: Table, row: int, column: int, step: float, end: float) -> None:
     t.at[column] = end
 
 
+@njit(cache=True, fastmath={"reassoc", "contract"}, no_cpython_wrapper=True)
+def _eliminate(
+    table: Floats, norm: Floats, value: Floats, line: Floats, row: int, column: int, held: int, step: float, pivot: float
+) -> None:  # fmt: skip
+    """Write the entering variable as the form `line`, with the leaving one in its column, into the other rows."""
+    for other in range(held):
+        factor = table[other, column]
+        if other == row or factor == 0.0:
+            continue
+        table[other, column] = 0.0
+        square = 1.0
+        for place in range(len(line)):
+            entry = table[other, place] + factor * line[place]
+            table[other, place] = entry
+            square += entry * entry
+        table[other, column] = factor / pivot
+        norm[other] = square + table[other, column] * table[other, column]
+        value[other] += factor * step
+
+
 @njit(cache=True, no_cpython_wrapper=True)
 def _enter(t: Table, known: int) -> None:
     """Write a known row as a form of the nonbasic variables, as one more row of the table."""
     count, row = len(t.at), t.size[HELD]
-    line = t.table[row]
-    line[:] = 0.0
-    for column in range(count):
-        factor = t.rows[known, column]
-        if factor == 0.0:
-            continue
-        place = t.place[column]
-        if place >= 0:
-            theirs = t.table[place]
-            for other in range(count):
-                line[other] += factor * theirs[other]
-        else:
-            line[-2 - place] += factor
+    line = np.zeros(count)
+    _substitute(t.rows[known], t.place, t.table, line)
+    t.table[row] = line
     t.norm[row] = 1.0 + np.dot(line, line)
     t.value[row] = np.dot(line, t.at)
     t.basic[row] = count + known
     t.place[count + known] = row
     t.size[HELD] += 1
+
+
+@njit(cache=True, no_cpython_wrapper=True)
+def _substitute(known: Floats, place: Longs, table: Floats, line: Floats) -> None:
+    """Add a row over the columns to `line`, over the nonbasic variables."""
+    for column in range(len(known)):
+        factor, where = known[column], place[column]
+        if factor == 0.0:
+            continue
+        if where < 0:
+            line[-2 - where] += factor
+            continue
+        for other in range(len(line)):
+            line[other] += factor * table[where, other]
 
 
 @njit(cache=True, no_cpython_wrapper=True)
@@ -385,13 +415,14 @@ def _enter_missed(t: Table) -> bool:
     found = np.full(_ENTER, -1)
     short = np.zeros(_ENTER)
     number = 0
-    tolerance = _MISSED * max(1.0, abs(np.dot(t.cost, values)))
+    objective = abs(np.dot(t.cost, values))
+    activities = np.dot(t.rows[: t.size[KNOWN]], values)
+    priced = np.dot(t.rows[: t.size[KNOWN]], t.cost)  # rows with the objective in them are as long as it
     for known in range(t.size[KNOWN]):
         if t.place[count + known] != -1:
             continue
-        activity = np.dot(t.rows[known], values)
-        miss = max(t.low[count + known] - activity, activity - t.high[count + known])
-        if miss <= tolerance or (number == _ENTER and miss <= short[-1]):
+        miss = max(t.low[count + known] - activities[known], activities[known] - t.high[count + known])
+        if miss <= _MISSED * max(1.0, abs(priced[known]) * objective) or (number == _ENTER and miss <= short[-1]):
             continue
         place = min(number, _ENTER - 1)
         while place > 0 and short[place - 1] < miss:
@@ -408,8 +439,9 @@ def _enter_missed(t: Table) -> bool:
 
 @njit(cache=True, no_cpython_wrapper=True)
 def _drift(t: Table) -> float:
-    """Return how far the rows of the table are from what the columns make them."""
+    """Return how far the rows of the table are from what the columns make them, as a share of 1 and the objective."""
     count = len(t.at)
+    t.size[CHECKED] = t.size[PIVOTS]
     values = np.empty(count)
     solution(t, values)
     most = 0.0
@@ -419,7 +451,7 @@ def _drift(t: Table) -> float:
     for place in range(count):
         if t.nonbasic[place] >= count:
             most = max(most, abs(np.dot(t.rows[t.nonbasic[place] - count], values) - t.at[place]))
-    return most
+    return most / (1.0 + abs(float(np.dot(t.cost, values))))
 
 
 @njit(cache=True, no_cpython_wrapper=True)

@@ -17,18 +17,20 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.cores import on_cores
 from stagewright.planner.cost.least_work import least_step_s
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.search.bounds import KINDS, family_bounds, memory_possible, work_bounds
 from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots, RunCosts, rank_tables
 from stagewright.planner.search.caps import RankTables, caps_reach, largest_class, order_caps
 from stagewright.planner.search.class_prices import ClassPrices, class_prices, prices_of
-from stagewright.planner.search.closing import Closer
+from stagewright.planner.search.closing import MOST_NODES, Closed, Closer
 from stagewright.planner.search.exact_levels import with_exact_levels
 from stagewright.planner.search.incumbent import MOST_STEPS, TRIES, Completion, improve, start
 from stagewright.planner.search.limits import Limits, Termination
@@ -65,6 +67,11 @@ NUM_FIRST = 12
 NUM_STARTS = 24
 NUM_TRIED, NUM_ALIKE = 96, 2
 MOST_PROGRAMS = 20_000
+MOST_NODES_IN_ALL = 3_000
+AT_ONCE, WHOLE_AT_ONCE = (
+    4,
+    2,
+)  # candidates that are closed at once, whatever the number of cores: the answer is the same
 ROAMED = ((16, 100), (4, 400), (1, 4_000))  # candidates and moves tried of each
 NUM_IMPROVED = 12
 
@@ -75,6 +82,14 @@ class Solution:
 
     index: int
     completion: Completion
+
+
+class _Pending(NamedTuple):
+    """A candidate (its index) that needs a program, with the layers of the largest class that its ranks may hold."""
+
+    at: int
+    costs: CandidateCosts
+    rank_layers: tuple[Longs, Longs] | None
 
 
 @dataclass(eq=False)
@@ -577,35 +592,46 @@ class JointSearch:
         heapq.heapify(heap)
         num_left = len(leading) + len(followers)
         self.count("dominated", len(left) - num_left)
-        done = 0
-        while heap:
-            bound_s, index = heapq.heappop(heap)
-            if bound_s >= self.target_s:
-                self.count("bound", num_left)
-                break
-            stopped = self.limits.reached()
-            if stopped is not None or closer.num_programs >= MOST_PROGRAMS:
-                self.count("left open", num_left)
-                self.count("open", sum(left_s < self.target_s for left_s in opened.values()))
-                return min([bound_s, self.incumbent_s, *opened.values()]), stopped or "time_limit"
-            if index not in self._looked_at and self.limits.deadline_s is None:
-                self._look_ahead([index, *(other for _, other in heapq.nsmallest(_AHEAD, heap))])
-            bound_s = self._close(index, closer)
-            done += 1
-            num_left -= 1
-            self.bound_s[index] = max(self.bound_s[index], bound_s)
-            behind = waiting.pop(index, [])
-            if bound_s < self.target_s:
-                opened[index] = bound_s
-                self._refine(np.array(behind, dtype=np.int64), self.target_s, 0)
-                for other in behind:
-                    heapq.heappush(heap, (float(max(self.bound_s[other], bound_s)), other))
+        done = num_programs = 0
+        pending: dict[OrderKey, _Pending] = {}
+        while heap or pending:
+            if not heap or len(pending) == AT_ONCE or heap[0][0] >= self.target_s or self.key(heap[0][1]) in pending:
+                if not pending:
+                    self.count("bound", num_left)
+                    break
+                closed = self._close_pending(list(pending.values()), closer)
+                num_programs += len(pending)
+                pending.clear()
             else:
-                self.count("dominated", len(behind))
-                num_left -= len(behind)
-            if done % 64 == 0:
-                least = min([self.target_s, *(pair[0] for pair in heap[:1]), *opened.values()])
-                self.limits.report("closing", done, done + len(heap), self._known(), least)
+                bound_s, index = heapq.heappop(heap)
+                stopped = self.limits.reached()
+                if stopped is not None or num_programs >= MOST_PROGRAMS:
+                    self.count("left open", num_left)
+                    self.count("open", sum(left_s < self.target_s for left_s in opened.values()))
+                    return min([bound_s, self.incumbent_s, *opened.values()]), stopped or "time_limit"
+                if index not in self._looked_at and self.limits.deadline_s is None:
+                    self._look_ahead([index, *(other for _, other in heapq.nsmallest(_AHEAD, heap))])
+                found = self._close_at_once(index, closer)
+                if isinstance(found, _Pending):
+                    pending[self.key(index)] = found
+                    continue
+                closed = [(index, found)]
+            for index, bound_s in closed:
+                done += 1
+                num_left -= 1
+                self.bound_s[index] = max(self.bound_s[index], bound_s)
+                behind = waiting.pop(index, [])
+                if bound_s < self.target_s:
+                    opened[index] = bound_s
+                    self._refine(np.array(behind, dtype=np.int64), self.target_s, 0)
+                    for other in behind:
+                        heapq.heappush(heap, (float(max(self.bound_s[other], bound_s)), other))
+                else:
+                    self.count("dominated", len(behind))
+                    num_left -= len(behind)
+                if done % 64 == 0:
+                    least = min([self.target_s, *(pair[0] for pair in heap[:1]), *opened.values()])
+                    self.limits.report("closing", done, done + len(heap), self._known(), least)
         self._roam(opened)
         return self._close_whole(opened, closer)
 
@@ -621,15 +647,20 @@ class JointSearch:
         left = list(orders.values())[: ROAMED[0][0]]
         for kept, moves in ROAMED:
             left = sorted(left, key=lambda index: self.found[index].step_s)[:kept]
-            for index in left:
-                if self.limits.reached() is not None or opened[index] >= self.target_s:
-                    continue
-                costs = self.costs(index)
-                assert costs is not None
-                better, made = improve(costs, self.found[index].bounds, most_moves=moves, least_s=self.target_s)
+            chosen = [index for index in left if opened[index] < self.target_s and self.limits.reached() is None]
+            moved = on_cores(partial(self._moved_on, moves, self.target_s), [(i, self.costs(i)) for i in chosen])
+            for index, (better, made) in zip(chosen, moved, strict=True):
                 self.simulated += made
                 if better is not None:
                     self.keep(index, better)
+
+    def _moved_on(
+        self, moves: int, least_s: float, item: tuple[int, CandidateCosts | None]
+    ) -> tuple[Completion | None, int]:
+        index, costs = item
+        if costs is None or self.limits.reached() is not None:
+            return None, 0
+        return improve(costs, self.found[index].bounds, most_moves=moves, least_s=least_s)
 
     def _close_whole(self, opened: dict[int, float], closer: Closer) -> tuple[float, Termination]:
         """Close what linear programs left open by branching, always the one of least bound, until one stays open.
@@ -638,36 +669,52 @@ class JointSearch:
         """
         heap = [(bound_s, index) for index, bound_s in opened.items()]
         heapq.heapify(heap)
+        left_nodes = MOST_NODES_IN_ALL
         while heap and heap[0][0] < self.target_s:
             stopped = self.limits.reached()
             if stopped is not None:
                 self.count("open", len(heap))
                 return heap[0][0], stopped
-            bound_s, index = heapq.heappop(heap)
-            reason, raised_s = self._close_one_whole(index, bound_s, closer)
-            if raised_s < self.target_s:
-                heapq.heappush(heap, (raised_s, index))
-                if heap[0][1] == index:
+            chosen: dict[OrderKey, tuple[float, int]] = {}
+            while heap and len(chosen) < WHOLE_AT_ONCE and self.key(heap[0][1]) not in chosen:
+                if heap[0][0] >= self.target_s:
                     break
-            else:
-                self.count("branching" if reason == "open" else reason)
+                pair = heapq.heappop(heap)
+                chosen[self.key(pair[1])] = pair
+            pairs = [(index, bound_s) for bound_s, index in chosen.values()]
+            nodes = min(MOST_NODES, left_nodes // len(pairs))
+            is_open = False
+            for (index, bound_s), closed in zip(pairs, self._branched(pairs, nodes, closer), strict=True):
+                left_nodes -= closed.num_nodes
+                self.simulated += closed.simulated
+                if closed.completion is not None:
+                    self.keep(index, closed.completion)
+                raised_s = max(bound_s, closed.bound_s)
+                if raised_s < self.target_s:
+                    heapq.heappush(heap, (raised_s, index))
+                    is_open = is_open or heap[0][1] == index
+                else:
+                    self.count("branching" if closed.reason == "open" else closed.reason)
+            if is_open:
+                break
         self.count("open", sum(bound_s < self.target_s for bound_s, _ in heap))
         return min([self.target_s, *(bound_s for bound_s, _ in heap)]), "gap"
 
-    def _close_one_whole(self, index: int, bound_s: float, closer: Closer) -> tuple[str, float]:
-        """Return why a candidate is closed and the bound that branching proves."""
-        reach, rank_layers = self._order_caps(index)
-        if not reach:
-            return "caps", self.target_s
-        costs = self.costs(index)
-        assert costs is not None
-        closed = closer.close_whole(
-            costs, bound_s, self.target_s, self.incumbent_s, rank_layers, lambda found: self.judged(index, found)
-        )
-        self.simulated += closed.simulated
-        if closed.completion is not None:
-            self.keep(index, closed.completion)
-        return closed.reason, max(bound_s, closed.bound_s)
+    def _branched(self, pairs: Sequence[tuple[int, float]], most_nodes: int, closer: Closer) -> list[Closed]:
+        """Return what branching proves of some candidates of different orders with their bounds."""
+        target_s, incumbent_s = self.target_s, self.incumbent_s
+        caps = [self._order_caps(index) for index, _ in pairs]
+
+        def branched(place: int) -> Closed:
+            (index, bound_s), (reach, rank_layers) = pairs[place], caps[place]
+            if not reach:
+                return Closed(target_s, "caps")
+            costs = self.costs(index)
+            assert costs is not None
+            judge = partial(self.judged, index)
+            return closer.close_whole(costs, bound_s, target_s, incumbent_s, rank_layers, judge, most_nodes)
+
+        return on_cores(branched, range(len(pairs)))
 
     def _leaders(self, chosen: Longs) -> tuple[Longs, Longs, Longs]:
         """Return which of some candidates lead, which follow, and whom: the equal schedule on the row that leads theirs.
@@ -691,8 +738,8 @@ class JointSearch:
         meets = key[place] == wanted
         return chosen[leads], chosen[led[meets]], chosen[place[meets]]
 
-    def _close(self, index: int, closer: Closer) -> float:
-        """Return a bound of the candidate that is at least the target, or the best that was proved."""
+    def _close_at_once(self, index: int, closer: Closer) -> float | _Pending:
+        """Return the target as a bound of the candidate where that is quickly proved, else what a program needs."""
         if index in self._out_of_reach:
             self.count("caps")
             return self.target_s
@@ -707,15 +754,28 @@ class JointSearch:
             self.count("caps")
             return self.target_s
         self.evaluated += 1
-        closed = closer.close(
-            costs, self.target_s, self.incumbent_s, rank_layers, lambda found: self.judged(index, found)
-        )
-        self.simulated += closed.simulated
-        if closed.reason != "open":
-            self.count(closed.reason)
-        if closed.completion is not None:
-            self.keep(index, closed.completion)
-        return closed.bound_s
+        known = closer.close_by_known(costs, self.target_s, rank_layers)
+        if known is None:
+            return _Pending(index, costs, rank_layers)
+        self.count(known.reason)
+        return known.bound_s
+
+    def _close_pending(self, pending: Sequence[_Pending], closer: Closer) -> list[tuple[int, float]]:
+        """Return a bound of each of some candidates of different orders: at least the target, or the best that was proved."""
+        target_s, incumbent_s = self.target_s, self.incumbent_s
+
+        def closed_of(one: _Pending) -> Closed:
+            judge = partial(self.judged, one.at)
+            return closer.close(one.costs, target_s, incumbent_s, one.rank_layers, judge)
+
+        found = on_cores(closed_of, pending)
+        for one, closed in zip(pending, found, strict=True):
+            self.simulated += closed.simulated
+            if closed.reason != "open":
+                self.count(closed.reason)
+            if closed.completion is not None:
+                self.keep(one.at, closed.completion)
+        return [(one.at, closed.bound_s) for one, closed in zip(pending, found, strict=True)]
 
     def _layout(self, index: int) -> Layout:
         return self.problem.layout_of(self.key(index), self.rule(index))

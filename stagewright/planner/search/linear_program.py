@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.search import dual_simplex
-from stagewright.planner.search.dual_simplex import ABOVE, HELD, KNOWN, OPTIMAL, table_of
+from stagewright.planner.search.dual_simplex import ABOVE, HELD, KNOWN, OPTIMAL, Table, table_of
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
@@ -23,75 +23,83 @@ class LinearProgram:
     """
 
     def __init__(self, lower: Floats, upper: Floats, cost: Floats) -> None:
-        self._table = table_of(lower, upper, cost, _ROOM)
+        self.table: Table = table_of(lower, upper, cost, _ROOM)
         self.num_columns = len(lower)
 
     @property
     def num_rows(self) -> int:
-        return int(self._table.size[KNOWN])
+        return int(self.table.size[KNOWN])
 
     def add(self, rows: Floats, low: Floats, high: Floats) -> None:
         """Add dense rows [m, n]; none of them costs anything before a solution misses it."""
         known, count = self.num_rows, self.num_columns
         total = known + len(rows)
-        if total > len(self._table.rows):
-            self._grow(max(total, 2 * len(self._table.rows)))
-        self._table.rows[known:total] = rows
-        self._table.low[count + known : count + total] = low
-        self._table.high[count + known : count + total] = high
-        self._table.size[KNOWN] = total
+        self.with_room(len(rows))
+        self.table.rows[known:total] = rows
+        self.table.low[count + known : count + total] = low
+        self.table.high[count + known : count + total] = high
+        self.table.size[KNOWN] = total
 
-    def _grow(self, room: int) -> None:
-        table, more = self._table, room - len(self._table.rows)
-        self._table = table._replace(
+    def hold(self, rows: Longs) -> None:
+        """Let some rows into the table before a solution misses them."""
+        dual_simplex.hold(self.table, rows)
+
+    def with_room(self, number: int) -> Table:
+        """Return the table, with room for more rows."""
+        table, needed = self.table, self.num_rows + number
+        if needed <= len(table.rows):
+            return table
+        more = max(needed, 2 * len(table.rows)) - len(table.rows)
+        self.table = table._replace(
             rows=np.concatenate((table.rows, np.empty((more, self.num_columns)))),
             low=np.concatenate((table.low, np.empty(more))),
             high=np.concatenate((table.high, np.empty(more))),
             place=np.concatenate((table.place, np.full(more, -1))),
         )
+        return self.table
 
     def limits(self, variables: Longs) -> tuple[Floats, Floats]:
         """Return the limits of some variables, [n] each."""
-        return self._table.low[variables], self._table.high[variables]
+        return self.table.low[variables], self.table.high[variables]
 
     def limit(self, variable: int, low: float, high: float) -> None:
         """Set the limits of a variable."""
-        self._table.low[variable], self._table.high[variable] = low, high
+        self.table.low[variable], self.table.high[variable] = low, high
 
     def solve(self, limit: float) -> float:
         """Return the proved optimum, infinite where it is proved to be at least `limit`; minus infinity where nothing is."""
-        status = dual_simplex.solve(self._table, limit, _NO_LIMIT)
+        status = dual_simplex.solve(self.table, limit, _NO_LIMIT)
         if status == ABOVE:
             return np.inf
         if status != OPTIMAL:
             return -np.inf
-        return float(dual_simplex.proved(self._table, limit, -1, np.empty(self.num_columns)))
+        return float(dual_simplex.proved(self.table, limit, -1, np.empty(self.num_columns)))
 
     def probe(self, variable: int, low: float, high: float, limit: float, most_pivots: int) -> float:
         """Return what a few pivots prove under other limits of a variable, infinite from `limit` on."""
-        return float(dual_simplex.probe(self._table, variable, low, high, limit, most_pivots))
+        return float(dual_simplex.probe(self.table, variable, low, high, limit, most_pivots))
 
     def columns(self) -> Floats:
         """Return the values of the columns, [n]."""
         values = np.empty(self.num_columns)
-        dual_simplex.solution(self._table, values)
+        dual_simplex.solution(self.table, values)
         return values
 
     def activities(self, rows: Longs, columns: Floats) -> Floats:
         """Return the activities of some rows at values of the columns, [m]."""
-        return np.asarray(self._table.rows[rows] @ columns)
+        return np.asarray(self.table.rows[rows] @ columns)
 
     def multipliers(self) -> Floats:
         """Return the multipliers of the rows, [m]; zero where a row does not bind."""
         found = np.empty(self.num_rows)
-        dual_simplex.multipliers(self._table, found)
+        dual_simplex.multipliers(self.table, found)
         return found
 
     def binding(self) -> npt.NDArray[np.bool_]:
         """Return which rows are at a limit in the last basis, [m]."""
-        return np.asarray(self._table.place[self.num_columns : self.num_columns + self.num_rows] <= -2)
+        return np.asarray(self.table.place[self.num_columns : self.num_columns + self.num_rows] <= -2)
 
     @property
     def num_held(self) -> int:
         """Rows of the table."""
-        return int(self._table.size[HELD])
+        return int(self.table.size[HELD])

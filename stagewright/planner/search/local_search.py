@@ -48,7 +48,7 @@ _PATHS = 64
 _PARTNERS = 8  # dearest and cheapest stages that are paired
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def descend(
     tables: CompletionTables,
     start: Longs,

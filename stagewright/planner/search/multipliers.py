@@ -25,8 +25,8 @@ from numba import njit
 
 from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.caps import recompute_floors
-from stagewright.planner.search.cut_program import MOST_LISTED, least_visits, reachable
-from stagewright.planner.search.order import Cut
+from stagewright.planner.search.cut_program import MOST_LISTED
+from stagewright.planner.search.path_pool import PathPool
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
@@ -43,17 +43,26 @@ class MeanPath(NamedTuple):
     visits: Floats
 
 
-def mean_path(costs: CandidateCosts, cuts: Sequence[Cut], weights: Floats) -> MeanPath | None:
-    """Return the mean of paths with weights that need not sum to 1; None where they are all zero."""
+def mean_path(costs: CandidateCosts, pool: PathPool, weights: Floats) -> MeanPath | None:
+    """Return the mean of a pool's paths with weights that need not sum to 1; None where they are all zero."""
     total = float(weights.sum())
     if total <= 0.0:
         return None
-    share = weights / total
-    counts = np.array([cut.counts for cut in cuts], dtype=np.float64)
+    chosen = np.flatnonzero(weights)
+    share, stages = weights[chosen] / total, 3 * costs.num_stages
+    paths = pool.counts[chosen]
+    counts = paths[:, :stages].reshape(len(chosen), 3, -1).astype(np.float64)
     ends = np.zeros(costs.order.num_ranks)
-    np.add.at(ends, [cut.end_rank for cut in cuts], share)
-    hops = share @ np.array([cut.hops for cut in cuts], dtype=np.float64)
-    return MeanPath(np.tensordot(share, counts, axes=1), hops, ends, share @ least_visits(costs, counts[:, 1]))
+    np.add.at(ends, pool.ends[chosen], share)
+    hops = share @ paths[:, stages + 1 :]
+    return MeanPath(np.tensordot(share, counts, axes=1), hops, ends, share @ _least_visits(costs, counts[:, 1]))
+
+
+def _least_visits(costs: CandidateCosts, input_grad: Floats) -> Floats:
+    """Return how often paths of these input gradients [n, S] pay a rank's recomputation at least, [n, D]."""
+    place = costs.slots.stage
+    visits = np.where(place >= 0, input_grad[:, np.maximum(place, 0)], np.inf).min(axis=2)
+    return np.asarray(visits / costs.order.num_replicas)
 
 
 def bound_by(
@@ -67,7 +76,7 @@ def bound_by(
     base = int(np.argmax(costs.levels))
     of_class = costs.classes.run_class
     bulk = np.asarray(of_class == of_class[costs.bulk_run])
-    reach = reachable(costs)
+    reach = costs.reach
     back_s = runs.input_grad_s + runs.recompute_s[base]
     held = costs.slots.held
     extra_s = _extra_recomputation(costs, rank_layers, base)

@@ -56,6 +56,21 @@ def test_programs_bound_the_best_simulated_completion_and_whole_layers_prove_mor
     assert proved >= 1.4 * before
 
 
+def test_answers_and_counters_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = 0
+    for seed in range(16):
+        answers = []
+        for cores in (1, 3):
+            monkeypatch.setattr("stagewright.planner.cores.num_cores", lambda cores=cores: cores)
+            search = JointSearch(random_problem(seed, most_layers=6), Limits(gap=0.0))
+            bound_s, _ = search.run()
+            best = None if search.best is None else search.best.completion.bounds
+            answers.append((bound_s, search.incumbent_s, best, search.evaluated, search.simulated, search.pruned))
+        assert answers[0] == answers[1], seed
+        counted += answers[0][3]
+    assert counted >= 6
+
+
 @pytest.mark.soak
 def test_programs_bound_the_best_simulated_completion_of_two_hundred_problems() -> None:
     checked, proved, before = _check_programs(range(3000, 3200))

@@ -8,7 +8,7 @@ import pytest
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import generate
-from stagewright.planner.search.cut_program import _lower_hull
+from stagewright.planner.search.cut_program import lower_hulls
 from stagewright.planner.search.dominance import leaders_of
 from stagewright.planner.search.order import layout_of
 from stagewright.planner.search.space import RULES, FamilyRule
@@ -54,10 +54,11 @@ def test_the_hull_is_at_most_every_value_and_meets_the_ends() -> None:
         if not len(numbers):
             continue
         values = np.sort(draw.random(len(numbers))) * draw.integers(0, 2)
-        lines = _lower_hull(numbers.tolist(), values.tolist())
-        least = np.max(
-            [[slope * n + constant for n in numbers] for slope, constant in lines] or [[0.0] * len(numbers)], axis=0
-        )
+        known = np.full((1, numbers[-1] - numbers[0] + 1), np.inf)
+        known[0, numbers - numbers[0]] = values
+        _, slopes, constants, most = lower_hulls(known, numbers[:1])
+        assert most.tolist() == [values.max()]
+        least = np.max([slopes * n + constants for n in numbers], axis=1, initial=0.0)
         assert (least <= values + 1e-12).all()
         if values.max() > 0:
             assert least[-1] == pytest.approx(values[-1])
