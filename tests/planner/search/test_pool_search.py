@@ -62,5 +62,5 @@ def test_the_search_over_pools_equals_exhaustive_simulation_on_random_small_prob
 
 @pytest.mark.soak
 def test_the_search_over_pools_equals_exhaustive_simulation_on_five_hundred_random_small_problems() -> None:
-    with_plan = sum(_agrees(seed) for seed in range(1000, 1500))
+    with_plan = sum(_agrees(seed, most_layers=4) for seed in range(1000, 1500))
     assert with_plan >= 250
