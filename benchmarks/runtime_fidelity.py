@@ -4,15 +4,16 @@ emulated   4 ranks on gloo, 12 schedules, actions that wait 20 ms: measured over
            runtime on the same schedule in interleaved pairs; targets: median at most 1.04, and the lower end of the 95 %
            interval of the mean ratio to torch at most 1.00.
 real       2 ranks, 20 plans of the example GPT and a Hugging Face Llama: step-time error (target: median absolute at most
-           5 %), peak memory (3 %), bytes sent (exact). A run whose steps differ by more than 8 % (80th over 20th percentile)
-           was disturbed by other programs: it is made again, `--runs` times in all; the row says how often. So is a schedule's
-           profile with its runs while which other programs took more than 3 % of the processors; the row holds their share.
-           `step_error` is that of the expected step, `simulated_step_error` that of the simulation of medians, without what
-           messages take of the processors and jitter adds. Beside them stands the one at the speed that the ranks' probes saw, which a host that gives more
-           or less of its processors does not change, and what that host took.
+           5 %), peak memory (3 %), bytes sent (exact). Runs and profiles take turns, and `step_error` is that of the mean of what
+           the profiles right before and right behind a run predict, `step_error_before` that of the first alone, with which
+           the plan was made: a machine drifts within a minute. `profiles_apart` says by how much. Errors are those of the expected
+           step, `simulated_step_error_before` that of the simulation of medians, without what messages take of the processors
+           and jitter adds. `step_error_at_speed` is the error, step by step, at the speed that the ranks' probes saw.
+           A run whose steps differ by more than 8 % (80th over 20th percentile), or beside which other programs took more than
+           3 % of the processors (`others_share`), is made again, `--runs` times in all; the row says how often.
 
 Usage: python benchmarks/runtime_fidelity.py [emulated|real ...] [--pairs 20] [--action-ms 20] [--steps 10]
-           [--schedules A,B] [--models gpt,llama] [--runs 3]
+           [--schedules A,B] [--models gpt,llama] [--microbatches 1,2] [--runs 3]
 Writes benchmarks/results/runtime_fidelity.json; some schedules or models take the place of their rows there.
 """
 
@@ -31,7 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ from stagewright.planner.documents import (  # noqa: E402
     StagePlan,
     TrainingJob,
 )
-from stagewright.planner.prediction import with_prediction  # noqa: E402
+from stagewright.planner.prediction import evaluate, with_prediction  # noqa: E402
 from stagewright.planner.schedules.family import ScheduleRequest  # noqa: E402
 from stagewright.planner.schedules.registry import generate  # noqa: E402
 from stagewright.runtime.program import program_of  # noqa: E402
@@ -93,6 +94,7 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(MODELS), help="some of them")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--budget", type=float, default=10.0)
+    parser.add_argument("--microbatches", default="1,2", help="some of them")
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     parts = arguments.parts or ["emulated", "real"]
@@ -106,8 +108,10 @@ def main() -> int:
         found["emulated"] = {**_of_emulated(rows), "rows": rows}
     if "real" in parts:
         names = arguments.models.split(",")
-        rows = real(names, chosen or REAL_SCHEDULES, arguments.steps, arguments.budget, arguments.runs)
-        rows = _merged(before.get("real", []), rows, ("model", "schedule", "microbatch"))
+        sizes = [int(text) for text in arguments.microbatches.split(",")]
+        rows = real(names, chosen or REAL_SCHEDULES, sizes, arguments.steps, arguments.budget, arguments.runs)
+        kept = [row for row in before.get("real", []) if "step_error_before" in row]
+        rows = _merged(kept, rows, ("model", "schedule", "microbatch"))
         found["real"] = {**_of_real(rows), "rows": rows}
     RESULT.write_text(
         json.dumps({**machine("python benchmarks/runtime_fidelity.py " + " ".join(sys.argv[1:])), **found}, indent=1)
@@ -132,26 +136,20 @@ def _of_emulated(rows: Sequence[Row]) -> Row:
 
 
 def _of_real(rows: Sequence[Row]) -> Row:
-    def told(row: Row) -> bool:
-        return "step_error_at_speed" in row  # rows of earlier runs may lack it
-
-    def new(row: Row) -> bool:
-        return "simulated_step_error" in row
+    def absolute(name: str) -> float:
+        return statistics.median(abs(row[name]) for row in rows)
 
     return {
-        "median_absolute_step_error": statistics.median(abs(row["step_error"]) for row in rows),
-        "median_absolute_simulated_step_error": _median([abs(row["simulated_step_error"]) for row in rows if new(row)]),
+        "median_absolute_step_error": absolute("step_error"),
         "median_step_error": statistics.median(row["step_error"] for row in rows),
-        "median_absolute_step_error_at_speed": _median([abs(row["step_error_at_speed"]) for row in rows if told(row)]),
-        "median_step_error_at_speed": _median([row["step_error_at_speed"] for row in rows if told(row)]),
+        "median_absolute_step_error_before": absolute("step_error_before"),
+        "median_absolute_step_error_at_speed": absolute("step_error_at_speed"),
+        "median_step_error_at_speed": statistics.median(row["step_error_at_speed"] for row in rows),
+        "median_absolute_simulated_step_error_before": absolute("simulated_step_error_before"),
         "largest_peak_error": max((row["peak_error"] for row in rows), key=abs),
         "num_peaks_within_limit": sum(abs(row["peak_error"]) <= MEMORY_LIMIT for row in rows),
         "traffic_exact": all(row["traffic_exact"] for row in rows),
     }
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None
 
 
 def emulated(schedules: Sequence[str], pairs: int, action_s: float) -> list[Row]:
@@ -361,24 +359,41 @@ def llama(num_layers: int = 6) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def _unsteadiness(report: RunReport) -> float:
-    """Return by how much the slower steps of a run exceed the faster ones."""
-    times = cast("dict[str, float]", report.measured["step_time_s"])
-    return times["p80"] / times["p20"] - 1.0
-
-
 def _number(values: object, name: str) -> float:
     assert isinstance(values, dict)
     return float(values[name])
 
 
-def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: float, most_runs: int) -> list[Row]:
-    """Return errors of predicted step time and peak memory, and whether traffic was exact, by plan."""
+def real(
+    models: Sequence[str],
+    schedules: Sequence[str],
+    microbatches: Sequence[int],
+    steps: int,
+    budget_s: float,
+    most_runs: int,
+) -> list[Row]:
+    """Return errors of predicted step time and peak memory, and whether traffic was exact, by plan.
+
+    A machine's speed drifts over minutes, so runs of a model and profiles of it take turns: each run has a profile right
+    before it, which the plan is made with, and one right behind it.
+    """
+    from stagewright.planner.expectation import with_expectation
     from stagewright.profiler.discover import discover_local
     from stagewright.profiler.model_profile import profile_model
     from stagewright.runtime.run import run_plan
 
     cluster = discover_local()
+
+    def profiled(model: str, microbatch: int) -> ModelProfile:
+        return profile_model(
+            model, microbatches=(microbatch,), sequence_length=128, num_busy_ranks=2, optimizer="sgd-momentum",
+            budget_s=budget_s,
+        )  # fmt: skip
+
+    def planned(profile: ModelProfile, microbatch: int, name: str) -> Plan:
+        recompute = Recompute.FULL if microbatch > 1 else Recompute.NONE
+        choice = Choice(Degrees(), 2, 2 if name in TWO_CHUNKS else 1, microbatch, name, recompute)
+        return with_prediction(even_plan(profile, cluster, _job(8 * microbatch, 128), choice), profile)
 
     def run(model: str, plan: Plan, profile: ModelProfile) -> RunReport:
         with tempfile.TemporaryDirectory() as folder:
@@ -386,54 +401,58 @@ def real(models: Sequence[str], schedules: Sequence[str], steps: int, budget_s: 
                 plan, profile, model=model, steps=steps, checks=("memory", "traffic", "time"), directory=Path(folder)
             )
 
-    def measured(model: str, name: str) -> list[Row]:
-        found: list[Row] = []
-        for microbatch, recompute in ((1, Recompute.NONE), (2, Recompute.FULL)):
-            # A machine's speed drifts over minutes, so each plan is profiled right before it runs.
-            profile = profile_model(
-                model, microbatches=(microbatch,), sequence_length=128, num_busy_ranks=2, optimizer="sgd-momentum",
-                budget_s=budget_s,
-            )  # fmt: skip
-            chunks = 2 if name in TWO_CHUNKS else 1
-            choice = Choice(Degrees(), 2, chunks, microbatch, name, recompute)
-            plan = with_prediction(even_plan(profile, cluster, _job(8 * microbatch, 128), choice), profile)
-            reports = [run(model, plan, profile)]
-            while _unsteadiness(reports[-1]) > MOST_UNSTEADINESS and len(reports) < most_runs:
-                reports.append(run(model, plan, profile))
-            report = min(reports, key=_unsteadiness)
-            row = {
-                "model": model.rpartition(":")[2],
-                "schedule": name,
-                "microbatch": microbatch,
-                "recompute": recompute.value,
-                "num_steps": steps,
-                "num_runs": len(reports),
-                "step_time_s": report.measured["step_time_s"],
-                "step_error": report.error["step_time"],
-                "simulated_step_error": _number(report.predicted, "simulated_step_time_s")
-                / _number(report.measured["step_time_s"], "median")
-                - 1.0,
-                "message_s": report.predicted["message_s"],
-                "jitter_s": report.predicted["jitter_s"],
-                "step_error_at_speed": report.error["step_time_at_speed"],
-                "slowness": report.measured["slowness"],
-                "peak_error": report.error["peak_memory_max"],
-                "traffic_exact": report.checks["traffic"]["passed"],
-            }
-            found.append(row)
-        return found
-
     rows: list[Row] = []
-    for model, name in product((MODELS[name] for name in models), schedules):
-        tries: list[tuple[float, list[Row]]] = []
-        while not tries or (tries[-1][0] > MOST_OTHERS and len(tries) < most_runs):
-            begin = _Processors.now()
-            found = measured(model, name)
-            tries.append((_Processors.now().others_since(begin), found))
-        others, found = min(tries, key=lambda each: each[0])
-        rows += [{**row, "others_share": others, "num_tries": len(tries)} for row in found]
-        print("\n".join(json.dumps(row) for row in rows[-len(found) :]), flush=True)
+    for model, microbatch in product((MODELS[name] for name in models), microbatches):
+        before = profiled(model, microbatch)
+        for name in schedules:
+            tries: list[Row] = []
+            while not tries or (_is_disturbed(tries[-1]) and len(tries) < most_runs):
+                begin = _Processors.now()
+                plan = planned(before, microbatch, name)
+                report = run(model, plan, before)
+                after = profiled(model, microbatch)
+                again = planned(after, microbatch, name)
+                behind = with_expectation(evaluate(again, after), again, after).prediction.expectation
+                assert behind is not None
+                row = _real_row(model, plan, report, behind.step_time_s)
+                tries.append({**row, "num_steps": steps, "others_share": _Processors.now().others_since(begin)})
+                before = after
+            rows.append({**min(tries, key=_disturbance), "num_tries": len(tries)})
+            print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def _real_row(model: str, plan: Plan, report: RunReport, behind_s: float) -> Row:
+    """Return what a run has shown, given the step that the profile behind it predicts."""
+    expected_s = _number(report.predicted, "step_time_s")
+    median_s = _number(report.measured["step_time_s"], "median")
+    return {
+        "model": model.rpartition(":")[2],
+        "schedule": plan.schedule.name,
+        "microbatch": plan.schedule.microbatch,
+        "recompute": plan.stages[0].recompute_levels()[0].value,
+        "step_time_s": report.measured["step_time_s"],
+        "step_error": (expected_s + behind_s) / 2 / median_s - 1.0,
+        "step_error_before": report.error["step_time"],
+        "step_error_at_speed": report.error["step_time_at_speed"],
+        "simulated_step_error_before": _number(report.predicted, "simulated_step_time_s") / median_s - 1.0,
+        "message_s": report.predicted["message_s"],
+        "jitter_s": report.predicted["jitter_s"],
+        "profiles_apart": behind_s / expected_s - 1.0,
+        "slowness": report.measured["slowness"],
+        "peak_error": report.error["peak_memory_max"],
+        "traffic_exact": report.checks["traffic"]["passed"],
+    }
+
+
+def _is_disturbed(row: Row) -> bool:
+    return _disturbance(row) > 1.0
+
+
+def _disturbance(row: Row) -> float:
+    """Return how far a run's steps differ and other programs took of the processors, over what is borne of each."""
+    unsteadiness = row["step_time_s"]["p80"] / row["step_time_s"]["p20"] - 1.0
+    return max(unsteadiness / MOST_UNSTEADINESS, row["others_share"] / MOST_OTHERS)
 
 
 @dataclass(frozen=True)
