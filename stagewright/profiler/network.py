@@ -5,9 +5,10 @@ is that of the full tensor, for all-to-all one rank's send buffer, for send-rece
 rank's. Bus bandwidth is bytes / seconds times 2 (n - 1) / n for all-reduce, (n - 1) / n for all-gather,
 reduce-scatter and all-to-all, and 1 for send-receive.
 
-Where processors carry messages themselves, what one takes of each of its ends is measured in pairs: the same products with
-and without a message to and from the neighbour, one after the other on all ranks at once. Half the median difference is one
-end's, and a line through the sizes gives its two numbers.
+Where processors carry messages themselves, what one takes of each of its ends is measured in pairs: the processor time of this
+process, all its threads, for the same products with and without a message to and from the neighbour. Half the median
+difference is one end's, and a line through the sizes gives its two numbers. Time of the process and not of the clock on the
+wall: other programs on the same cores would make messages look dear.
 
 The overlap slowdown is the factor by which a matrix product takes longer while this rank's link carries an all-reduce,
 and the reverse factor for the all-reduce.
@@ -369,7 +370,7 @@ def _processor_points(device: torch.device, group: dist.ProcessGroup | None) -> 
             seconds = []
             for with_message in (False, True):
                 dist.barrier(group=group)
-                begin = time.perf_counter()
+                begin = time.process_time()
                 works: list[dist.Work | None] = []
                 if with_message and other < num_ranks:
                     works = [dist.irecv(received, peer, group=group), dist.isend(sent, peer, group=group)]
@@ -378,7 +379,7 @@ def _processor_points(device: torch.device, group: dist.ProcessGroup | None) -> 
                 for work in works:
                     assert work is not None
                     work.wait()
-                seconds.append(time.perf_counter() - begin)
+                seconds.append(time.process_time() - begin)
             differences.append(seconds[1] - seconds[0])
         found.append((size, max(statistics.median(differences), 0.0) / 2))
     return found if other < num_ranks else []
