@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.search import dual_simplex
-from stagewright.planner.search.dual_simplex import ABOVE, HELD, KNOWN, OPTIMAL, Table, table_of
+from stagewright.planner.search.dual_simplex import ABOVE, KNOWN, OPTIMAL, Table, table_of
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
@@ -98,8 +98,3 @@ class LinearProgram:
     def binding(self) -> npt.NDArray[np.bool_]:
         """Return which rows are at a limit in the last basis, [m]."""
         return np.asarray(self.table.place[self.num_columns : self.num_columns + self.num_rows] <= -2)
-
-    @property
-    def num_held(self) -> int:
-        """Rows of the table."""
-        return int(self.table.size[HELD])

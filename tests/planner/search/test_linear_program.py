@@ -92,6 +92,26 @@ def test_other_limits_change_the_optimum_as_in_a_new_program_and_a_probe_changes
     assert compared >= 60
 
 
+def test_rows_without_the_objective_are_met_closely_where_the_objective_is_large() -> None:
+    compared = 0
+    for seed in range(420, 540):
+        lower, upper, cost, matrix, low, high = _random(seed)
+        priced = matrix[:, 0] == 1.0
+        matrix[priced, 1:] *= 1e3
+        low[priced], high[priced] = low[priced] * 1e3, np.inf
+        matrix[~priced, 0] = 0.0
+        upper[0] = 1e6
+        program = LinearProgram(lower, upper, cost)
+        program.add(matrix, low, high)
+        value = program.solve(1e6)
+        if not np.isfinite(value):
+            continue
+        activity = (matrix @ program.columns())[~priced]
+        assert ((activity >= low[~priced] - 1e-6) & (activity <= high[~priced] + 1e-6)).all(), seed
+        compared += value > 1e3
+    assert compared >= 8
+
+
 def test_a_program_stops_where_its_bound_passes_the_limit() -> None:
     rows = np.array([[1.0, -1.0], [1.0, 1.0]])
     program = LinearProgram(np.zeros(2), np.array([100.0, 10.0]), np.array([1.0, 0.0]))
