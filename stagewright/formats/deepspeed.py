@@ -16,6 +16,8 @@ from stagewright.planner.errors import NotExpressible
 CONFIG_NAME = "ds_config.json"
 PIPELINE_NAME = "pipeline.json"
 
+_OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "sgd-momentum": "SGD"}
+
 
 def deepspeed(plan: Plan, profile: ModelProfile) -> Exported:
     """Return the configuration, and for a pipeline the bounds of its stages.
@@ -31,11 +33,11 @@ def deepspeed(plan: Plan, profile: ModelProfile) -> Exported:
         "train_micro_batch_size_per_gpu": schedule.microbatch,
         "gradient_accumulation_steps": schedule.num_microbatches,
         "zero_optimization": {"stage": degrees.zero, "overlap_comm": degrees.zero > 0},
-        "optimizer": {"type": "AdamW" if plan.job.optimizer.name == "adamw" else "Adam", "params": {"lr": "auto"}},
     }
     if plan.job.precision in ("bf16", "fp16"):
         config[plan.job.precision] = {"enabled": True}
     losses = [Loss(name, "exact") for name in ("job.global_batch", "schedule.microbatch", "degrees.dp", "degrees.zero")]
+    losses.append(_optimizer(plan, config))
     if degrees.tp > 1:
         config["tensor_parallel"] = {"autotp_size": degrees.tp}
         note = "AutoTP has no sequence parallel regions" if degrees.sp else ""
@@ -72,6 +74,15 @@ def _require(plan: Plan) -> None:
         raise NotExpressible(
             f"DeepSpeed does not run {wrong}", field="stages", hint="plan again with --pin chunks=1 and --pin zero=1"
         )
+
+
+def _optimizer(plan: Plan, config: dict[str, object]) -> Loss:
+    name = plan.job.optimizer.name
+    if name not in _OPTIMIZERS:
+        return Loss("job.optimizer", "dropped", f"none is named for {name}: the program makes the optimizer")
+    momentum = {"momentum": 0.9} if name == "sgd-momentum" else {}
+    config["optimizer"] = {"type": _OPTIMIZERS[name], "params": {"lr": "auto", **momentum}}
+    return Loss("job.optimizer", "exact")
 
 
 def _recomputation(plan: Plan, config: dict[str, object]) -> Loss:

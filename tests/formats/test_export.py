@@ -18,6 +18,7 @@ from stagewright.planner.catalog import resolve_cluster, resolve_model
 from stagewright.planner.cost.even_plan import even_plan
 from stagewright.planner.cost.step_time import Choice
 from stagewright.planner.documents import Degrees, Plan, Recompute, TrainingJob
+from stagewright.planner.documents.job import Optimizer
 from stagewright.planner.errors import NotExpressible
 from stagewright.planner.prediction import schedule_of
 
@@ -93,6 +94,16 @@ def test_deepspeeds_configuration_multiplies_to_the_batch():
     assert config["zero_optimization"]["stage"] == 2
     assert (config["bf16"], config["tensor_parallel"]) == ({"enabled": True}, {"autotp_size": 2})
     assert exported.is_exact
+
+
+@pytest.mark.parametrize(("name", "type_"), [("adamw", "AdamW"), ("adam", "Adam"), ("sgd", "SGD"), ("muon", None)])
+def test_deepspeed_is_told_the_optimizer_of_the_plan_or_the_loss_is_named(name, type_):
+    plan, profile = plan_of("llama2-7b", Degrees(dp=2), 1)
+    job = plan.job.model_copy(update={"optimizer": Optimizer.standard(name, "bf16")})
+    exported = deepspeed(plan.model_copy(update={"job": job}), profile)
+    config = json.loads(exported.files["ds_config.json"])
+    assert config.get("optimizer", {}).get("type") == type_
+    assert exported.is_exact == (type_ is not None)
 
 
 def test_deepspeeds_pipeline_holds_every_layer_once_and_refuses_zero_2():
