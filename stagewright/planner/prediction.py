@@ -656,22 +656,28 @@ def _peak_flops(plan: Plan) -> float:
     total = 0.0
     for rank, devices in enumerate(plan.mapping.pipeline_ranks):
         stage = plan.schedule.placement[0].index(rank) if rank in plan.schedule.placement[0] else 0
-        kinds = [device_of(plan.cluster, plan.stages[stage].group)] * len(devices)
+        kinds = [(device_of(plan.cluster, plan.stages[stage].group), len(devices))]
         if plan.stages[stage].batch_shares or plan.stages[stage].state_shares:
-            kinds = [plan.cluster.group_of(device).device for device in devices]
-        total += sum(kind.flops.get(plan.job.precision) or max(kind.flops.values()) for kind in kinds)
+            kinds = _kinds(plan.cluster, devices)
+        total += sum(count * (kind.flops.get(plan.job.precision) or max(kind.flops.values())) for kind, count in kinds)
     return total
 
 
 def _price_per_s(plan: Plan) -> float | None:
     """Return dollars per second of the devices used; None when a device has no price."""
     total = 0.0
-    for rank in (rank for ranks in plan.mapping.pipeline_ranks for rank in ranks):
-        price = plan.cluster.group_of(rank).device.price_per_hour
-        if price is None:
+    for kind, count in _kinds(plan.cluster, [device for ranks in plan.mapping.pipeline_ranks for device in ranks]):
+        if kind.price_per_hour is None:
             return None
-        total += price / 3600.0
+        total += count * kind.price_per_hour / 3600.0
     return total or None
+
+
+def _kinds(cluster: Cluster, devices: Sequence[int]) -> list[tuple[Device, int]]:
+    """Return the kinds of some devices with their numbers."""
+    ends = np.cumsum([group.num_devices for group in cluster.groups])
+    counts = np.bincount(np.searchsorted(ends, devices, side="right"), minlength=len(ends))
+    return [(group.device, count) for group, count in zip(cluster.groups, counts.tolist(), strict=True) if count]
 
 
 def with_prediction(plan: Plan, profile: ModelProfile) -> Plan:

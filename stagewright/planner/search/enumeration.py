@@ -1,10 +1,11 @@
 """All completions of a small candidate, in order of bound: exact where there are few enough.
 
-Every partition is bounded by its simulation without recomputation (makespans never fall when a stage gets longer), and
-partitions are completed in that order until the bound passes the best found. What is left is to choose levels: ranks
-that share stages form a component, each component has a list of level choices that no other choice beats in the seconds
-of every stage, and a search over components, bounded by simulating the undecided ones at their least, finds the best
-product. With one stage to a component there is one choice and nothing to search.
+Every partition is bounded by its simulation without recomputation (makespans never fall when a stage gets longer), or by
+the longest work of a rank where that passes the best known, and partitions are completed in that order until the bound
+passes the best found. What is left is to choose levels: ranks that share stages form a component, each component has a
+list of level choices that no other choice beats in the seconds of every stage, and a search over components, bounded by
+simulating the undecided ones at their least, finds the best product. With one stage to a component there is one choice
+and nothing to search.
 
 Exact, given that messages never wait. Complexity: C(L - 1, S - 1) simulations, then products of the choices. Where memory
 binds and the assignments of levels are many, it gives up.
@@ -82,8 +83,7 @@ class Enumeration:
         None when memory leaves too many assignments of levels to look at. `judge` returns a completion with its step on
         links that messages wait for; never less than before.
         """
-        bounds, values = self._bounded()
-        simulated = len(values)
+        bounds, values, simulated = self._bounded(below_s)
         best: Completion | None = None
         for place in np.argsort(values, kind="stable").tolist():
             if values[place] >= below_s:
@@ -97,21 +97,32 @@ class Enumeration:
                 best, below_s = found, found.step_s
         return best, simulated
 
-    def _bounded(self) -> tuple[list[tuple[int, ...]], Floats]:
-        """Return all partitions and the step of each at the weakest level."""
+    def _bounded(self, below_s: float) -> tuple[list[tuple[int, ...]], Floats, int]:
+        """Return all partitions with a bound of each, and how many were simulated.
+
+        The bound is the longest work of a rank, and where that is below `below_s`, the step at the weakest level.
+        """
         costs = self.costs
         layers, stages = costs.num_layers, costs.num_stages
         bounds = [(0, *inner, layers) for inner in combinations(range(1, layers), stages - 1)]
         weakest = _at_level(np.eye(costs.runs.num_runs, dtype=np.int64), int(np.argmax(costs.levels)))
         nothing = costs.stage_costs(np.zeros_like(weakest[:1]))
         each = costs.stage_costs(weakest) - nothing  # of a layer of each run, [3, K]
-        values = []
+        microbatches = costs.order.key.num_microbatches / costs.order.num_replicas
+        values, simulated = [], 0
         for first in range(0, len(bounds), _CHUNK):
             some = np.array(bounds[first : first + _CHUNK], dtype=np.int64)
             on_stage = costs.layers_of(some)
             times = np.moveaxis(on_stage @ each.T + nothing[:, 0], -1, -2)
-            values.append(costs.order.makespans(times, costs.hop_seconds(some), costs.tails(on_stage, some)))
-        return bounds, np.concatenate(values) + costs.step_overhead_s
+            tails = costs.tails(on_stage, some)
+            work_s = microbatches * costs.slots.on_ranks(times.sum(axis=-2)).sum(axis=-1) + tails
+            found = work_s.max(axis=-1) * (1 - 1e-12) + costs.step_overhead_s
+            near = np.flatnonzero(found < below_s)
+            makespans = costs.order.makespans(times[near], costs.hop_seconds(some[near]), tails[near])
+            found[near] = makespans + costs.step_overhead_s
+            simulated += len(near)
+            values.append(found)
+        return bounds, np.concatenate(values), simulated
 
     def _best_levels(self, bounds: tuple[int, ...], below_s: float, judge: Judge) -> tuple[Completion | None, int]:
         """Return the completion of a partition of least step, if below `below_s`, and the simulations."""

@@ -72,7 +72,7 @@ AT_ONCE, WHOLE_AT_ONCE = (
     4,
     2,
 )  # candidates that are closed at once, whatever the number of cores: the answer is the same
-ROAMED = ((16, 100), (4, 400), (1, 4_000))  # candidates and moves tried of each
+ROAMED = ((8, 100), (2, 400))  # candidates and moves tried of each
 NUM_IMPROVED = 12
 
 
