@@ -68,10 +68,8 @@ NUM_STARTS = 24
 NUM_TRIED, NUM_ALIKE = 96, 2
 MOST_PROGRAMS = 20_000
 MOST_NODES_IN_ALL = 3_000
-AT_ONCE, WHOLE_AT_ONCE = (
-    4,
-    2,
-)  # candidates that are closed at once, whatever the number of cores: the answer is the same
+# Candidates that are closed, and branched, at once, whatever the number of cores: the answer is the same.
+AT_ONCE, WHOLE_AT_ONCE = 4, 2
 ROAMED = ((8, 100), (2, 400))  # candidates and moves tried of each
 NUM_IMPROVED = 12
 
