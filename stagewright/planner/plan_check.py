@@ -26,14 +26,17 @@ class PlanViolation:
 
 
 def plan_violations(plan: Plan, profile: ModelProfile, cluster: Cluster | None = None) -> list[PlanViolation]:
-    """Return the rules that a plan breaks when it trains this model on `cluster` (its own unless told)."""
+    """Return the rules that a plan breaks when it trains this model on `cluster` (its own unless told).
+
+    Of a cluster with too few devices nothing else is said: the ranks have no places there.
+    """
     found: list[PlanViolation] = []
     if cluster is not None:
         plan = plan.model_copy(update={"cluster": cluster})
     ranks = plan.mapping.num_ranks
     if ranks > plan.cluster.num_devices:
         message = f"the plan has {ranks} ranks, cluster {plan.cluster.name} has {plan.cluster.num_devices} devices"
-        found.append(PlanViolation("devices", "mapping.pipeline_ranks", message))
+        return [PlanViolation("devices", "mapping.pipeline_ranks", message)]
     spec, shares = plan.schedule, plan.stages[0].batch_shares
     samples = spec.num_microbatches * samples_of_microbatch(plan)
     if samples != plan.job.global_batch:
