@@ -6,7 +6,7 @@ and 3 one for each layer; with weights that change under way each stage has vers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 from torch import nn
@@ -36,6 +36,7 @@ class BucketMaker:
     layers, stages, parameters : what this rank holds; parameters by name, tied ones once.
     groups : process groups to use and add to.
     traffic : bytes sent, by collective and axis; the buckets add to it.
+    views : the topology as each rank of the world sees it.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class BucketMaker:
         parameters: Mapping[str, nn.Parameter],
         groups: Groups,
         traffic: dict[str, float],
+        views: Sequence[Topology],
     ) -> None:
         self._plan = plan
         self._schedule = schedule
@@ -61,7 +63,7 @@ class BucketMaker:
         self._parameters = parameters
         self._groups = groups
         self._traffic = traffic
-        self._views = [Topology(plan, rank) for rank in range(dist.get_world_size())]
+        self._views = views
         self._windowed: dict[StageKey, dict[int, ShardedBucket]] = {}  # by stage: bucket of each layer
 
     def windows(self) -> dict[StageKey, GatherWindow]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from stagewright.modeling.chain import LayerChain
@@ -39,6 +38,7 @@ class RankLayers:
     chain : the whole model; what this rank does not hold is dropped from it.
     groups : process groups to use and add to.
     traffic : bytes sent, by collective and axis; the layers' collectives add to it.
+    views : the topology as each rank of the world sees it.
     splits_backward : whether input and weight gradients are apart.
 
     Attributes
@@ -56,6 +56,7 @@ class RankLayers:
         device: torch.device,
         traffic: dict[str, float],
         *,
+        views: Sequence[Topology],
         splits_backward: bool,
     ) -> None:
         self._plan = plan
@@ -63,7 +64,7 @@ class RankLayers:
         self._chain = chain
         self._groups = groups
         self._traffic = traffic
-        self._views = [Topology(plan, rank) for rank in range(dist.get_world_size())]
+        self._views = views
         held = frozenset(i for _, s in topology.stages for i in plan.stages[s].layer_indices)
         keep_layers(chain, held)
         fill_layers(chain, held, device)

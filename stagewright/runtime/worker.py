@@ -111,14 +111,21 @@ class Worker:
         self._updates: dict[StageKey, int] = {}  # finished, since the optimizers are in use
         self._updating = threading.Lock()
         self._traffic: dict[str, float] = {}
+        views = [Topology(plan, rank) for rank in range(dist.get_world_size())]
         splits_backward = any(action.kind is Kind.I for action in self.actions)
         self._layers = RankLayers(
-            plan, self.topology, chain, self.groups, settings.device, self._traffic, splits_backward=splits_backward
+            plan,
+            self.topology,
+            chain,
+            self.groups,
+            settings.device,
+            self._traffic,
+            views=views,
+            splits_backward=splits_backward,
         )
         self.stages = self._layers.stages(self.actions)
         self._outer_step = outer_step_of(plan)
         self._local_steps: LocalSteps | None = None
-        views = [Topology(plan, rank) for rank in range(dist.get_world_size())]
         self._outer_group = self.groups.make_all("outer", {view.replica_ranks for view in views})
         maker = BucketMaker(
             plan,
@@ -130,6 +137,7 @@ class Worker:
             parameters=self.parameters(),
             groups=self.groups,
             traffic=self._traffic,
+            views=views,
         )
         buckets = maker.make()
         self.windows = maker.windows()
