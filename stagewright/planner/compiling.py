@@ -192,21 +192,24 @@ def _plan_from_the_end() -> None:
 
     job = TrainingJob(global_batch=8, sequence_length=1024)
     problem = Problem(resolve_model("gpt2"), resolve_cluster("a100-sxm-80g:2x1"), job, 2)
-    search = JointSearch(problem, Limits())
+    search = JointSearch.of(problem, Limits())
     of_rule: dict[str, int] = {}
-    for index in range(search.num_candidates):
-        if search.key(index).num_ranks == 2:
-            of_rule.setdefault(search.rule(index).name, index)
+    for index in range(search.space.num_candidates):
+        if search.space.key(index).num_ranks == 2:
+            of_rule.setdefault(search.space.rule(index).name, index)
     index = of_rule.pop("1f1b")
-    costs = search.costs(index)
+    costs = search.costs.of(index)
     first = None if costs is None else start(costs)
     if costs is not None and first is not None:
-        search.keep(index, first)
+        search.completions.keep(index, first)
         Closer(search.limits).close(costs, first.step_s, first.step_s, None)
         improve(costs, first.bounds)
-        evaluate(problem.plan(search.candidate(index), search.partition(index, first), "exact"), problem.profile)
+        evaluate(
+            problem.plan(search.space.candidate(index), search.completions.partition(index, first), "exact"),
+            problem.profile,
+        )
     for index in of_rule.values():
-        search.costs(index)
+        search.costs.of(index)
 
 
 def compile_now() -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.documents.plan import Certificate, Plan
 from stagewright.planner.plan_summary import alternative_of
+from stagewright.planner.search.declared_space import DeclaredSpace
 from stagewright.planner.search.exact import solve
-from stagewright.planner.search.joint_search import JointSearch
 from stagewright.planner.search.limits import OPTIMAL_GAP, Limits, Termination
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import divisors
+from stagewright.planner.search.work_count import WorkCount
 
 ANY_GAP = 1e6
 MOST_NODES_ONE_BY_ONE = 32
@@ -64,8 +65,8 @@ def fitting(problem: Problem, limits: Limits, tally: Tally) -> PlanOutcome:
 
 def step_bound(problem: Problem, limits: Limits) -> float:
     """Return a lower bound of every plan's step before anything is solved; infinite when nothing can fit."""
-    search = JointSearch(problem, limits)
-    return float(search.bound_s.min()) if search.num_candidates else float("inf")
+    space = DeclaredSpace(problem, limits, WorkCount())
+    return float(space.bound_s.min()) if space.num_candidates else float("inf")
 
 
 def device_choices(problem: Problem) -> list[int]:

@@ -32,10 +32,11 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
 
 
 def _solve_space(problem: Problem, limits: Limits) -> PlanOutcome:
-    search = JointSearch(problem, limits)
+    search = JointSearch.of(problem, limits)
     bound_s, termination = search.run()
-    work = Work(search.num_candidates, search.evaluated, search.simulated, search.pruned)
-    if search.best is None:
+    count = search.work
+    work = Work(search.space.num_candidates, count.evaluated, count.simulated, count.pruned)
+    if search.completions.best is None:
         return without_plan(work, bound_s, termination)
     return certified(
         [alternative_of(plan) for plan in _plans(search)],
@@ -44,24 +45,24 @@ def _solve_space(problem: Problem, limits: Limits) -> PlanOutcome:
         limits,
         work,
         termination,
-        any_order_s=search.any_order_s(),
+        any_order_s=search.space.any_order_s(search.completions.incumbent_s),
     )
 
 
 def _plans(search: JointSearch) -> list[Plan]:
     """Return the best candidates that were completed as scored plans, the best one first."""
-    assert search.best is not None
-    limits, problem = search.limits, search.problem
-    if len(search.found) <= limits.top and limits.reached() is None:
+    limits, problem, completions = search.limits, search.space.problem, search.completions
+    assert completions.best is not None
+    if len(completions.found) <= limits.top and limits.reached() is None:
         _complete_others(search, limits.top + 1)
-    order = sorted(search.found, key=lambda index: (search.found[index].step_s, index))
-    order.remove(search.best.index)
+    order = sorted(completions.found, key=lambda index: (completions.found[index].step_s, index))
+    order.remove(completions.best.index)
     plans: list[Plan] = []
-    for index in [search.best.index, *order][: limits.top + 1]:
+    for index in [completions.best.index, *order][: limits.top + 1]:
         if plans and limits.reached() is not None:
             break
-        partition = search.partition(index, search.found[index])
-        plan = problem.plan(search.candidate(index), partition, "exact")
+        partition = completions.partition(index, completions.found[index])
+        plan = problem.plan(search.space.candidate(index), partition, "exact")
         plans.append(plan.model_copy(update={"prediction": evaluate(plan, problem.profile).prediction}))
     plans.sort(key=lambda plan: plan.prediction.step_time_s)
     return plans
@@ -69,9 +70,10 @@ def _plans(search: JointSearch) -> list[Plan]:
 
 def _complete_others(search: JointSearch, count: int) -> None:
     """Complete the most promising candidates, three times as many as are wanted, so that there are runners-up to name."""
-    left = np.array([index for index in range(search.num_candidates) if index not in search.found], dtype=np.int64)
-    for index in left[np.argsort(search.estimate(left), kind="stable")][: 3 * count].tolist():
-        costs = search.costs(index) if search.limits.reached() is None else None
+    space, completions = search.space, search.completions
+    left = np.array([index for index in range(space.num_candidates) if index not in completions.found], dtype=np.int64)
+    for index in left[np.argsort(space.estimate(left), kind="stable")][: 3 * count].tolist():
+        costs = search.costs.of(index) if search.limits.reached() is None else None
         completion = None if costs is None else start(costs)
         if completion is not None:
-            search.keep(index, completion)
+            completions.keep(index, completion)

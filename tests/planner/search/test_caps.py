@@ -29,20 +29,20 @@ def _check_caps(seeds: range) -> tuple[int, int]:
     allowed = denied = 0
     for seed in seeds:
         problem = random_problem(seed, most_layers=5)
-        search = JointSearch(problem, Limits())
+        search = JointSearch.of(problem, Limits())
         if not len(problem.priced):
             continue
-        for index in range(search.num_candidates):
-            costs = search.costs(index)
+        for index in range(search.space.num_candidates):
+            costs = search.costs.of(index)
             if costs is None:
                 continue
             count = costs.order.key.num_microbatches
-            oracle = best_completion(problem, search.candidate(index))
+            oracle = best_completion(problem, search.space.candidate(index))
             if oracle is None:
                 continue
             step_s, partition = oracle
             reach, caps = order_caps(costs.rank_tables, count, step_s)
-            assert reach, (seed, search.candidate(index).summary)
+            assert reach, (seed, search.space.candidate(index).summary)
             of_class = problem.classes.run_class
             bulk = of_class == of_class[costs.bulk_run]
             layers = costs.layers_of(partition.bounds)[:, bulk].sum(axis=1)

@@ -24,11 +24,11 @@ def _check_programs(seeds: range) -> tuple[int, int, int]:
     checked = proved = before = 0
     for seed in seeds:
         problem = random_problem(seed, most_layers=6)
-        search = JointSearch(problem, Limits(gap=0.0))
+        search = JointSearch.of(problem, Limits(gap=0.0))
         closer = Closer(search.limits)
-        for index in range(search.num_candidates if len(problem.priced) else 0):
-            costs = search.costs(index)
-            oracle = None if costs is None else best_completion(problem, search.candidate(index))
+        for index in range(search.space.num_candidates if len(problem.priced) else 0):
+            costs = search.costs.of(index)
+            oracle = None if costs is None else best_completion(problem, search.space.candidate(index))
             if costs is None or oracle is None:
                 continue
             step_s = oracle[0]
@@ -37,10 +37,10 @@ def _check_programs(seeds: range) -> tuple[int, int, int]:
             _, caps = order_caps(costs.rank_tables, costs.order.key.num_microbatches, target_s)
             ranges = ((number - (caps.sum() - caps)).clip(min=0), caps)
             linear = closer.close(costs, target_s, step_s, ranges)
-            assert linear.bound_s <= step_s * (1.0 + 1e-6), (seed, search.candidate(index).summary)
-            judge = partial(search.judged, index)
+            assert linear.bound_s <= step_s * (1.0 + 1e-6), (seed, search.space.candidate(index).summary)
+            judge = partial(search.completions.judged, index)
             whole = closer.close_whole(costs, linear.bound_s, target_s, step_s, ranges, judge)
-            assert whole.bound_s <= step_s * (1.0 + 1e-6), (seed, search.candidate(index).summary)
+            assert whole.bound_s <= step_s * (1.0 + 1e-6), (seed, search.space.candidate(index).summary)
             for completion in (linear.completion, whole.completion):
                 assert completion is None or costs.fits(completion.counts)
                 assert completion is None or judge(completion).step_s >= step_s * (1.0 - 1e-9)
@@ -62,10 +62,11 @@ def test_answers_and_counters_do_not_depend_on_the_number_of_cores(monkeypatch: 
         answers = []
         for cores in (1, 3):
             monkeypatch.setattr("stagewright.planner.cores.num_cores", lambda cores=cores: cores)
-            search = JointSearch(random_problem(seed, most_layers=6), Limits(gap=0.0))
+            search = JointSearch.of(random_problem(seed, most_layers=6), Limits(gap=0.0))
             bound_s, _ = search.run()
-            best = None if search.best is None else search.best.completion.bounds
-            answers.append((bound_s, search.incumbent_s, best, search.evaluated, search.simulated, search.pruned))
+            found, work = search.completions, search.work
+            best = None if found.best is None else found.best.completion.bounds
+            answers.append((bound_s, found.incumbent_s, best, work.evaluated, work.simulated, work.pruned))
         assert answers[0] == answers[1], seed
         counted += answers[0][3]
     assert counted >= 6

@@ -41,9 +41,9 @@ def _random_paths(costs: CandidateCosts, number: int, seed: int) -> list[Cut]:
 def test_paths_bind_the_same_whether_known_at_once_or_one_after_the_other(form: Form) -> None:
     compared = fewer = rose = 0
     for seed in range(24):
-        search = JointSearch(random_problem(seed, most_layers=6), Limits(gap=0.0))
-        for index in range(0, search.num_candidates if len(search.problem.priced) else 0, 7):
-            costs = search.costs(index)
+        search = JointSearch.of(random_problem(seed, most_layers=6), Limits(gap=0.0))
+        for index in range(0, search.space.num_candidates if len(search.space.problem.priced) else 0, 7):
+            costs = search.costs.of(index)
             if costs is None or costs.num_stages < 2:
                 continue
             paths = _random_paths(costs, 96, seed)

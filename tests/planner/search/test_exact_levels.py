@@ -22,11 +22,11 @@ def test_with_one_chunk_a_rank_no_levels_of_the_same_stages_are_faster() -> None
     checked = improved = 0
     for seed in range(60):
         problem = random_problem(seed, most_layers=5)
-        search = JointSearch(problem, Limits(gap=0.0))
+        search = JointSearch.of(problem, Limits(gap=0.0))
         seen = set()
-        for index in range(search.num_candidates if len(problem.priced) else 0):
-            costs = search.costs(index)
-            key = (search.rule(index).name, search.key(index).num_ranks)
+        for index in range(search.space.num_candidates if len(problem.priced) else 0):
+            costs = search.costs.of(index)
+            key = (search.space.rule(index).name, search.space.key(index).num_ranks)
             if costs is None or key in seen or costs.order.num_replicas > 1 or costs.slots.stage.shape[1] > 1:
                 continue
             found = start(costs)
@@ -50,7 +50,7 @@ def test_with_one_chunk_a_rank_no_levels_of_the_same_stages_are_faster() -> None
                 if costs.fits(counts):
                     least = min(least, costs.value(counts, found.bounds))
             assert costs.fits(best.counts)
-            assert abs(best.step_s - least) <= 1e-9 * least, (seed, search.candidate(index).summary)
+            assert abs(best.step_s - least) <= 1e-9 * least, (seed, search.space.candidate(index).summary)
             checked += 1
             improved += best.step_s < found.step_s * (1 - 1e-9)
         if checked >= 40:

@@ -23,11 +23,11 @@ from random_problems import random_problem
 def _candidates(seeds: range):
     for seed in seeds:
         problem = random_problem(seed, most_layers=6)
-        search = JointSearch(problem, Limits(gap=0.0))
-        for index in range(search.num_candidates if len(problem.priced) else 0):
-            costs = search.costs(index)
+        search = JointSearch.of(problem, Limits(gap=0.0))
+        for index in range(search.space.num_candidates if len(problem.priced) else 0):
+            costs = search.costs.of(index)
             if costs is not None and costs.num_stages > 1:
-                yield problem, search.candidate(index), costs
+                yield problem, search.space.candidate(index), costs
 
 
 def test_a_path_of_one_partition_is_no_longer_than_the_step_of_another() -> None:

@@ -26,10 +26,10 @@ def _solved(seeds: Iterable[int]):
     """Yield each candidate with its costs, its least step and the layers that its ranks may hold at that step."""
     for seed in seeds:
         problem = random_problem(seed, most_layers=6)
-        search = JointSearch(problem, Limits(gap=0.0))
-        for index in range(search.num_candidates if len(problem.priced) else 0):
-            costs = search.costs(index)
-            oracle = None if costs is None else best_completion(problem, search.candidate(index))
+        search = JointSearch.of(problem, Limits(gap=0.0))
+        for index in range(search.space.num_candidates if len(problem.priced) else 0):
+            costs = search.costs.of(index)
+            oracle = None if costs is None else best_completion(problem, search.space.candidate(index))
             if costs is None or oracle is None:
                 continue
             number = int(costs.classes.counts.max()) * costs.order.num_replicas
@@ -77,7 +77,7 @@ def test_a_tree_that_closed_a_candidate_closes_it_again_without_probing() -> Non
     again = 0
     for _, search, index, costs, step_s, ranges in _solved((0, 4)):
         closer = Closer(search.limits)
-        judge = partial(search.judged, index)
+        judge = partial(search.completions.judged, index)
         first = closer.close_whole(costs, 0.0, step_s, step_s, ranges, judge)
         second = closer.close_whole(costs, 0.0, step_s, step_s, ranges, judge)
         if first.reason == "branching" and first.num_nodes > 2:

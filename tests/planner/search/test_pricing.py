@@ -66,11 +66,11 @@ def test_a_completed_candidate_costs_what_its_plan_costs() -> None:
     checked = 0
     for seed in range(40):
         problem = random_problem(seed)
-        search = JointSearch(problem, Limits())
-        if not len(problem.priced) or not search.num_candidates:
+        search = JointSearch.of(problem, Limits())
+        if not len(problem.priced) or not search.space.num_candidates:
             continue
-        for index in draw.integers(search.num_candidates, size=4).tolist():
-            costs = search.costs(index)
+        for index in draw.integers(search.space.num_candidates, size=4).tolist():
+            costs = search.costs.of(index)
             if costs is None:
                 continue
             inner = np.sort(draw.choice(np.arange(1, costs.num_layers), costs.num_stages - 1, replace=False))
@@ -79,7 +79,7 @@ def test_a_completed_candidate_costs_what_its_plan_costs() -> None:
             counts = np.zeros((costs.num_stages, costs.runs.num_runs, 3), dtype=np.int64)
             counts[:, :, level] = costs.layers_of(bounds)
             partition = Partition(bounds, costs.levels_of(counts, bounds))
-            pipeline = problem.pipeline(search.candidate(index), partition)
+            pipeline = problem.pipeline(search.space.candidate(index), partition)
             np.testing.assert_allclose(costs.stage_costs(counts), pipeline.costs, rtol=1e-9)
             np.testing.assert_allclose(costs.hop_seconds(bounds), pipeline.hop_s, rtol=1e-9)
             np.testing.assert_allclose(costs.tails(counts.sum(axis=2), bounds), pipeline.tail_s, rtol=1e-8, atol=1e-12)

@@ -1,0 +1,19 @@
+"""The work of a search while it runs: what was solved, what was simulated, and why candidates left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class WorkCount:
+    """Candidates solved, completions simulated, and candidates (or configurations) that left by each reason."""
+
+    evaluated: int = 0
+    simulated: int = 0
+    pruned: dict[str, int] = field(default_factory=dict)
+
+    def count(self, reason: str, number: int = 1) -> None:
+        """Count candidates (or configurations) that left for a reason."""
+        if number:
+            self.pruned[reason] = self.pruned.get(reason, 0) + number
