@@ -10,7 +10,7 @@ that have some are not searched on one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import gcd
 
@@ -21,7 +21,7 @@ from stagewright.planner.cost.joined_replicas import joined_replicas
 from stagewright.planner.cost.roofline import peak_flops
 from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.replica_shares import ReplicaPart
-from stagewright.planner.search.joined_costs import HELD, balanced_shares, joined_layer_costs, shards_of
+from stagewright.planner.search.joined_costs import balanced_shares, joined_layer_costs, merged, shards_of
 from stagewright.planner.search.layer_costs import LayerCosts, cut_bytes
 from stagewright.planner.search.pools import Pool, used_first
 from stagewright.planner.search.pricing import (
@@ -180,13 +180,8 @@ class JoinedChoices:
             self._part(index, admitted, [table for table, good in zip(rows, legal, strict=True) if good and table])
             for index, rows in enumerate(tables)
         ]
-        merged = {}
-        for name in Priced.__dataclass_fields__:
-            weights = [self.room_bytes / room if name in HELD else 1.0 for room in self._rooms]
-            merged[name] = np.maximum.reduce(
-                [getattr(part, name) * weight for part, weight in zip(parts, weights, strict=True)]
-            )
-        return Priced(**{**merged, "shape": admitted}), legal
+        weights = [self.room_bytes / room for room in self._rooms]
+        return merged(replace(parts[0], shape=admitted), parts, weights), legal
 
     def _part(self, index: int, shapes: Ints, tables: list[ClassTable]) -> Priced:
         """Return rows as the replicas on one group see them."""

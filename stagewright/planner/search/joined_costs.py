@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from math import ceil, floor
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.cost.joined_replicas import JoinedReplicas, joined_replicas
@@ -33,11 +33,32 @@ from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.replica_shares import ReplicaPart
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
-
-Floats = npt.NDArray[np.float64]
+from stagewright.planner.search.pricing import Priced
 
 MOST_SHARES = 2
-HELD = ("kept_bytes", "late_bytes", "workspace_bytes", "split_workspace_bytes", "state_bytes")
+# Of the fullest device; all other costs are of the slowest one, but what is alike or only reported.
+_HELD = ("kept_bytes", "late_bytes", "workspace_bytes", "split_workspace_bytes", "state_bytes")
+_OWN = ("shape", "edges", "gradient_bytes", "table")
+Costs = TypeVar("Costs", LayerCosts, Priced)
+
+
+def merged(own: Costs, parts: Sequence[Costs], weights: Sequence[float]) -> Costs:
+    """Return the costs of all parts together: seconds and what is sent of the slowest part, bytes held of the fullest.
+
+    Parameters
+    ----------
+    own : whose rows are named and reported, one of the parts.
+    weights : what the bytes that a part holds count; those of parts of weight 0 are not told of.
+    """
+    columns = {}
+    for name in own.__dataclass_fields__:
+        if name in _OWN:
+            continue
+        values = [getattr(part, name) for part in parts]
+        if name in _HELD:
+            values = [value * weight for value, weight in zip(values, weights, strict=True) if weight]
+        columns[name] = np.maximum.reduce(values)
+    return replace(own, **columns)
 
 
 def balanced_shares(counts: Sequence[int], rates: Sequence[float], samples: int) -> list[tuple[int, ...]]:
@@ -96,33 +117,7 @@ def joined_layer_costs(
         layer_costs(model, Configuration(degrees, 1, part.samples, 1, model.order, part.group), joined=replicas)
         for part, replicas in zip(parts, seen, strict=True)
     ]
-    at = parts.index(told) if told is not None else 0
-    weights = [min(room_bytes) / room for room in room_bytes]
-
-    def longest(name: str) -> Floats:
-        return np.asarray(np.maximum.reduce([getattr(row, name) for row in rows]))
-
-    def fullest(name: str) -> Floats:
-        if told is not None:
-            return np.asarray(getattr(rows[at], name))
-        weighed = [getattr(row, name) * weight for row, weight in zip(rows, weights, strict=True)]
-        return np.asarray(np.maximum.reduce(weighed))
-
-    return replace(
-        rows[at],
-        forward_s=longest("forward_s"),
-        input_grad_s=longest("input_grad_s"),
-        weight_grad_s=longest("weight_grad_s"),
-        split_excess_s=longest("split_excess_s"),
-        recompute_s=longest("recompute_s"),
-        cut_bytes=longest("cut_bytes"),
-        edge_bytes=longest("edge_bytes"),
-        tail_s=longest("tail_s"),
-        optimizer_s=longest("optimizer_s"),
-        stage_latency_s=max(row.stage_latency_s for row in rows),
-        kept_bytes=fullest("kept_bytes"),
-        late_bytes=fullest("late_bytes"),
-        workspace_bytes=fullest("workspace_bytes"),
-        split_workspace_bytes=fullest("split_workspace_bytes"),
-        state_bytes=fullest("state_bytes"),
-    )
+    if told is None:
+        return merged(rows[0], rows, [min(room_bytes) / room for room in room_bytes])
+    at = parts.index(told)
+    return merged(rows[at], rows, [float(place == at) for place in range(len(rows))])
