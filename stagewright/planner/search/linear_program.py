@@ -6,17 +6,16 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.search import dual_simplex
-from stagewright.planner.search.dual_simplex import ABOVE, KNOWN, OPTIMAL, Table, table_of
+from stagewright.planner.search.dual_simplex import KNOWN, Table, table_of
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 _ROOM = 192  # rows there is room for at first
-_NO_LIMIT = 2**31 - 1
 
 
 class LinearProgram:
-    """min cost . x with limits on columns and rows; open for more rows and other limits.
+    """min cost . x with limits on columns and rows; open for more rows and other limits. Kernels solve its `table`.
 
     Variables are the columns 0 .. n - 1, then the activities of the rows in the order in which they were added. Costs are at
     least zero, limits of columns finite, and so are those that `limit` sets.
@@ -40,10 +39,6 @@ class LinearProgram:
         self.table.high[count + known : count + total] = high
         self.table.size[KNOWN] = total
 
-    def hold(self, rows: Longs) -> None:
-        """Let some rows into the table before a solution misses them."""
-        dual_simplex.hold(self.table, rows)
-
     def with_room(self, number: int) -> Table:
         """Return the table, with room for more rows."""
         table, needed = self.table, self.num_rows + number
@@ -65,15 +60,6 @@ class LinearProgram:
     def limit(self, variable: int, low: float, high: float) -> None:
         """Set the limits of a variable."""
         self.table.low[variable], self.table.high[variable] = low, high
-
-    def solve(self, limit: float) -> float:
-        """Return the proved optimum, infinite where it is proved to be at least `limit`; minus infinity where nothing is."""
-        status = dual_simplex.solve(self.table, limit, _NO_LIMIT)
-        if status == ABOVE:
-            return np.inf
-        if status != OPTIMAL:
-            return -np.inf
-        return float(dual_simplex.proved(self.table, limit, -1, np.empty(self.num_columns)))
 
     def probe(self, variable: int, low: float, high: float, limit: float, most_pivots: int) -> float:
         """Return what a few pivots prove under other limits of a variable, infinite from `limit` on."""
