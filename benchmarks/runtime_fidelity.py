@@ -12,23 +12,28 @@ real       2 ranks, 20 plans of the example GPT and a Hugging Face Llama: step-t
            A run whose steps differ by more than 8 % (80th over 20th percentile), or beside which other programs took more than
            3 % of the processors (`others_share`), is made again, `--runs` times in all; the row says how often.
 
-Usage: python benchmarks/runtime_fidelity.py [emulated|real ...] [--pairs 20] [--action-ms 20] [--steps 10]
+asynchronous  2 ranks, the example GPT under each schedule whose weights change under microbatches: step-time error, and
+           what it is without the seconds that versions of the weights take.
+
+Usage: python benchmarks/runtime_fidelity.py [emulated|real|asynchronous ...] [--pairs 20] [--action-ms 20] [--steps 10]
            [--schedules A,B] [--models gpt,llama] [--microbatches 1,2] [--runs 3]
-Writes benchmarks/results/runtime_fidelity.json; some schedules or models take the place of their rows there.
+Each row is written to benchmarks/results/runtime_fidelity.json as soon as it is measured, in place of that plan's there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -65,6 +70,7 @@ from stagewright.planner.documents import (  # noqa: E402
 from stagewright.planner.prediction import evaluate, with_prediction  # noqa: E402
 from stagewright.planner.schedules.family import ScheduleRequest  # noqa: E402
 from stagewright.planner.schedules.registry import generate  # noqa: E402
+from stagewright.profiler.model_bench import OptimizerName  # noqa: E402
 from stagewright.runtime.program import program_of  # noqa: E402
 from stagewright.runtime.report import MEMORY_LIMIT, RunReport  # noqa: E402
 
@@ -76,6 +82,10 @@ SCHEDULES = (
 )  # fmt: skip
 REAL_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
 TWO_CHUNKS = ("interleaved", "breadth-first", "zb-v", "v-half", "v-min", "dualpipe-v", "interleaved-zb")
+ASYNCHRONOUS: dict[str, tuple[int, dict[str, int]]] = {  # microbatches of an update or a pipeline, parameters
+    "pipedream": (8, {}), "2bw": (4, {"updates": 2}), "wpipe": (4, {"updates": 2}), "ampnet": (8, {}),
+    "spectrain": (8, {}), "xpipe": (4, {"updates": 2}), "pipemare": (4, {"updates": 2}), "avgpipe": (4, {}),
+}  # fmt: skip
 MODELS = {
     "gpt": f"{ROOT / 'examples' / 'gpt.py'}:build_untied",
     "llama": f"{Path(__file__).resolve()}:llama",
@@ -87,7 +97,7 @@ Row = dict[str, Any]
 def main() -> int:
     """Run the parts and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[[], "emulated", "real"], default=[])
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--action-ms", type=float, default=20.0)
     parser.add_argument("--schedules", default="", help="some of them")
@@ -97,33 +107,42 @@ def main() -> int:
     parser.add_argument("--microbatches", default="1,2", help="some of them")
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    parts = arguments.parts or ["emulated", "real"]
+    parts = arguments.parts or list(PARTS)
     chosen = tuple(arguments.schedules.split(",")) if arguments.schedules else ()
-    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    before = {name: known[name]["rows"] for name in ("emulated", "real") if name in known}
-    found = {name: known[name] for name in before}
+    results = Results(RESULT, "python benchmarks/runtime_fidelity.py " + " ".join(sys.argv[1:]))
     if "emulated" in parts:
-        rows = emulated(chosen or SCHEDULES, arguments.pairs, arguments.action_ms / 1e3)
-        rows = _merged(before.get("emulated", []), rows, ("schedule",))
-        found["emulated"] = {**_of_emulated(rows), "rows": rows}
+        for row in emulated(chosen or SCHEDULES, arguments.pairs, arguments.action_ms / 1e3):
+            results.keep("emulated", row)
     if "real" in parts:
         names = arguments.models.split(",")
         sizes = [int(text) for text in arguments.microbatches.split(",")]
-        rows = real(names, chosen or REAL_SCHEDULES, sizes, arguments.steps, arguments.budget, arguments.runs)
-        kept = [row for row in before.get("real", []) if "step_error_before" in row]
-        rows = _merged(kept, rows, ("model", "schedule", "microbatch"))
-        found["real"] = {**_of_real(rows), "rows": rows}
-    RESULT.write_text(
-        json.dumps({**machine("python benchmarks/runtime_fidelity.py " + " ".join(sys.argv[1:])), **found}, indent=1)
-        + "\n"
-    )
+        for row in real(names, chosen or REAL_SCHEDULES, sizes, arguments.steps, arguments.budget, arguments.runs):
+            results.keep("real", row)
+    if "asynchronous" in parts:
+        for microbatch in map(int, arguments.microbatches.split(",")):
+            for row in asynchronous(chosen or tuple(ASYNCHRONOUS), microbatch, arguments.steps, arguments.budget):
+                results.keep("asynchronous", row)
     return 0
 
 
-def _merged(old: Sequence[Row], new: Sequence[Row], key: Sequence[str]) -> list[Row]:
-    """Return the rows with those that were measured anew in place of the old ones."""
-    rows = {tuple(row[name] for name in key): row for row in (*old, *new)}
-    return list(rows.values())
+class Results:
+    """The result file; each row is in it as soon as it is measured, in place of an older one of the same plan."""
+
+    def __init__(self, path: Path, command: str) -> None:
+        self._path = path
+        self._machine = machine(command)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        self._parts: dict[str, list[Row]] = {part: known[part]["rows"] for part in PARTS if part in known}
+
+    def keep(self, part: str, row: Row) -> None:
+        """Take in a row and write the file."""
+        dated = {**row, "date": self._machine["date"]}
+        rows = {tuple(each[name] for name in PARTS[part][0]): each for each in (*self._parts.get(part, ()), dated)}
+        self._parts[part] = list(rows.values())
+        told = {name: {**PARTS[name][1](rows), "rows": rows} for name, rows in self._parts.items()}
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps({**self._machine, **told}, indent=1) + "\n")
+        partial.replace(self._path)
 
 
 def _of_emulated(rows: Sequence[Row]) -> Row:
@@ -152,10 +171,24 @@ def _of_real(rows: Sequence[Row]) -> Row:
     }
 
 
-def emulated(schedules: Sequence[str], pairs: int, action_s: float) -> list[Row]:
-    """Return ratios of measured to simulated and to torch's runtime, by schedule."""
+def _of_asynchronous(rows: Sequence[Row]) -> Row:
+    names = ("step_error", "step_error_at_speed", "step_error_without_versions")
+    return {f"median_absolute_{name}": statistics.median(abs(row[name]) for row in rows) for name in names}
+
+
+# what tells a row of a part from its others, and what the file says of all of them
+PARTS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], Row]]] = {
+    "emulated": (("schedule",), _of_emulated),
+    "real": (("model", "schedule", "microbatch"), _of_real),
+    "asynchronous": (("schedule", "microbatch"), _of_asynchronous),
+}
+
+
+def emulated(schedules: Sequence[str], pairs: int, action_s: float) -> Iterator[Row]:
+    """Yield ratios of measured to simulated and to torch's runtime, schedule by schedule."""
     plans = [(name, *(each.model_dump_json() for each in emulated_plan(name, action_s))) for name in schedules]
-    return [{**row, "pairs": pairs, "action_s": action_s} for row in _on_ranks((plans, pairs, action_s))]
+    for row in _on_ranks((plans, pairs, action_s)):
+        yield {**row, "pairs": pairs, "action_s": action_s}
 
 
 def emulated_plan(name: str, action_s: float) -> tuple[Plan, ModelProfile]:
@@ -199,30 +232,28 @@ def _loopback() -> Cluster:
     return cluster.model_copy(update={"groups": (group.model_copy(update={"device": device, "links": (link,)}),)})
 
 
-def _job(global_batch: int, sequence_length: int) -> TrainingJob:
+def _job(global_batch: int, sequence_length: int, optimizer: OptimizerName = "sgd-momentum") -> TrainingJob:
     return TrainingJob(
         global_batch=global_batch, sequence_length=sequence_length, precision="fp32",
-        optimizer=Optimizer.standard("sgd-momentum", "fp32"),
+        optimizer=Optimizer.standard(optimizer, "fp32"),
     )  # fmt: skip
 
 
 Emulated = tuple[list[tuple[str, str, str]], int, float]  # (schedule, plan, profile) each, pairs, seconds of an action
 
 
-def _emulate_all(argument: Emulated) -> list[Row]:
-    """Time every schedule, on one rank."""
+def _emulate_all(argument: Emulated) -> Iterator[Row]:
+    """Time one schedule after the other, on one rank."""
     plans, pairs, action_s = argument
-    rows = []
     for name, plan, profile in plans:
         row = _emulate(Plan.model_validate_json(plan), ModelProfile.model_validate_json(profile), pairs, action_s)
-        rows.append({"schedule": name, **row})
+        yield {"schedule": name, **row}
         if dist.get_rank() == 0:
             print(
                 f"{name:15s} over simulated {row['over_simulated']:.3f}, over torch {row['over_torch']:.3f} "
                 f"({row['over_torch_low']:.3f} to {row['over_torch_high']:.3f})",
                 flush=True,
             )
-    return rows
 
 
 def _emulate(plan: Plan, profile: ModelProfile, pairs: int, action_s: float) -> Row:
@@ -322,29 +353,40 @@ def _interval(values: list[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def _on_ranks(argument: Emulated) -> list[Row]:
-    """Return what rank 0 of a fresh group of ranks finds."""
+def _on_ranks(argument: Emulated) -> Iterator[Row]:
+    """Yield what rank 0 of a fresh group of ranks finds, as it finds it."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    queue = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(rank, port, argument, queue)) for rank in range(NUM_RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    if any(process.exitcode for process in ranks):
-        raise RuntimeError("a rank failed")
-    return queue.get()
+    receiver, sender = context.Pipe(duplex=False)
+    ranks = [context.Process(target=_rank, args=(rank, port, argument, sender)) for rank in range(NUM_RANKS)]
+    try:
+        for process in ranks:
+            process.start()
+        sender.close()  # so that the pipe ends when the last rank does
+        sentinels = {process.sentinel: process for process in ranks}
+        while sentinels:
+            for ready in multiprocessing.connection.wait([receiver, *sentinels]):
+                if ready is not receiver:
+                    assert isinstance(ready, int)
+                    if sentinels.pop(ready).exitcode:
+                        raise RuntimeError("a rank failed")
+            with contextlib.suppress(EOFError):
+                while receiver.poll():
+                    yield receiver.recv()
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                process.terminate()
 
 
-def _rank(rank: int, port: int, argument: Emulated, queue: multiprocessing.SimpleQueue) -> None:
+def _rank(rank: int, port: int, argument: Emulated, rows: multiprocessing.connection.Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=NUM_RANKS)
-    found = _emulate_all(argument)
-    if rank == 0:
-        queue.put(found)
+    for row in _emulate_all(argument):
+        if rank == 0:
+            rows.send(row)
     dist.destroy_process_group()
 
 
@@ -371,55 +413,97 @@ def real(
     steps: int,
     budget_s: float,
     most_runs: int,
-) -> list[Row]:
-    """Return errors of predicted step time and peak memory, and whether traffic was exact, by plan.
+) -> Iterator[Row]:
+    """Yield errors of predicted step time and peak memory, and whether traffic was exact, plan by plan.
 
     A machine's speed drifts over minutes, so runs of a model and profiles of it take turns: each run has a profile right
     before it, which the plan is made with, and one right behind it.
     """
-    from stagewright.planner.expectation import with_expectation
     from stagewright.profiler.discover import discover_local
-    from stagewright.profiler.model_profile import profile_model
-    from stagewright.runtime.run import run_plan
 
     cluster = discover_local()
-
-    def profiled(model: str, microbatch: int) -> ModelProfile:
-        return profile_model(
-            model, microbatches=(microbatch,), sequence_length=128, num_busy_ranks=2, optimizer="sgd-momentum",
-            budget_s=budget_s,
-        )  # fmt: skip
 
     def planned(profile: ModelProfile, microbatch: int, name: str) -> Plan:
         recompute = Recompute.FULL if microbatch > 1 else Recompute.NONE
         choice = Choice(Degrees(), 2, 2 if name in TWO_CHUNKS else 1, microbatch, name, recompute)
         return with_prediction(even_plan(profile, cluster, _job(8 * microbatch, 128), choice), profile)
 
-    def run(model: str, plan: Plan, profile: ModelProfile) -> RunReport:
-        with tempfile.TemporaryDirectory() as folder:
-            return run_plan(
-                plan, profile, model=model, steps=steps, checks=("memory", "traffic", "time"), directory=Path(folder)
-            )
-
-    rows: list[Row] = []
     for model, microbatch in product((MODELS[name] for name in models), microbatches):
-        before = profiled(model, microbatch)
+        before = _profiled(model, microbatch, budget_s)
         for name in schedules:
             tries: list[Row] = []
             while not tries or (_is_disturbed(tries[-1]) and len(tries) < most_runs):
                 begin = _Processors.now()
                 plan = planned(before, microbatch, name)
-                report = run(model, plan, before)
-                after = profiled(model, microbatch)
-                again = planned(after, microbatch, name)
-                behind = with_expectation(evaluate(again, after), again, after).prediction.expectation
-                assert behind is not None
-                row = _real_row(model, plan, report, behind.step_time_s)
+                report = _run(model, plan, before, steps, ("memory", "traffic", "time"))
+                after = _profiled(model, microbatch, budget_s)
+                row = _real_row(model, plan, report, _expected_s(planned(after, microbatch, name), after))
                 tries.append({**row, "num_steps": steps, "others_share": _Processors.now().others_since(begin)})
                 before = after
-            rows.append({**min(tries, key=_disturbance), "num_tries": len(tries)})
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+            row = {**min(tries, key=_disturbance), "num_tries": len(tries)}
+            print(json.dumps(row), flush=True)
+            yield row
+
+
+def asynchronous(schedules: Sequence[str], microbatch: int, steps: int, budget_s: float) -> Iterator[Row]:
+    """Yield errors of the step of schedules whose weights change under microbatches, with and without what that takes.
+
+    The example GPT, 8 microbatches a step; each plan is made with a profile right before its run. Without is the expectation
+    of the same profile where a copy of the weights takes no time.
+    """
+    from stagewright.profiler.discover import discover_local
+
+    cluster = discover_local()
+    for name in schedules:
+        optimizer: OptimizerName = "adam" if name == "xpipe" else "sgd-momentum"
+        profile = _profiled(MODELS["gpt"], microbatch, budget_s, optimizer)
+        count, parameters = ASYNCHRONOUS[name]
+        choice = Choice(Degrees(), 2, 2 if name == "wpipe" else 1, microbatch, name, Recompute.NONE)
+        even = even_plan(profile, cluster, _job(count * microbatch, 128, optimizer), choice)
+        schedule = even.schedule.model_copy(update={"parameters": parameters})
+        plan = with_prediction(even.model_copy(update={"schedule": schedule}), profile)
+        report = _run(MODELS["gpt"], plan, profile, steps, ("memory", "time"))
+        free = profile.model_copy(update={"copy_bytes_per_s": sys.float_info.max})
+        without_s = _expected_s(plan, free)
+        median_s = _number(report.measured["step_time_s"], "median")
+        row = {
+            "schedule": name,
+            "parameters": parameters,
+            "microbatch": microbatch,
+            "step_time_s": report.measured["step_time_s"],
+            "step_error": report.error["step_time"],
+            "step_error_at_speed": report.error["step_time_at_speed"],
+            "step_error_without_versions": without_s / median_s - 1.0,
+            "slowness": report.measured["slowness"],
+            "peak_error": report.error["peak_memory_max"],
+            "copy_bytes_per_s": profile.copy_bytes_per_s,
+            "actions": report.checks["time"]["actions"],
+        }
+        print(json.dumps(row), flush=True)
+        yield row
+
+
+def _profiled(model: str, microbatch: int, budget_s: float, optimizer: OptimizerName = "sgd-momentum") -> ModelProfile:
+    from stagewright.profiler.model_profile import profile_model
+
+    return profile_model(
+        model, microbatches=(microbatch,), sequence_length=128, num_busy_ranks=2, optimizer=optimizer, budget_s=budget_s
+    )
+
+
+def _run(model: str, plan: Plan, profile: ModelProfile, steps: int, checks: Sequence[str]) -> RunReport:
+    from stagewright.runtime.run import run_plan
+
+    with tempfile.TemporaryDirectory() as folder:
+        return run_plan(plan, profile, model=model, steps=steps, checks=checks, directory=Path(folder))
+
+
+def _expected_s(plan: Plan, profile: ModelProfile) -> float:
+    from stagewright.planner.expectation import with_expectation
+
+    expectation = with_expectation(evaluate(plan, profile), plan, profile).prediction.expectation
+    assert expectation is not None
+    return expectation.step_time_s
 
 
 def _real_row(model: str, plan: Plan, report: RunReport, behind_s: float) -> Row:

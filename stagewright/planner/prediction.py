@@ -5,6 +5,9 @@ model under their degrees, and the simulator runs the order on the real links. T
 
     step = max over pipeline ranks of (end of its last action + gradient reduction + optimizer) + overhead of a step
 
+Where weights change under microbatches, versions of them are copied and predicted, which takes of each action and update
+what `version_work` says.
+
 Messages take latency + bytes / bandwidth of the slowest link between two ranks; a directed pair of ranks carries one
 message at a time. Peak memory of a rank is its states, the most live activations of its layout, the largest workspace of
 its layers and what the framework holds.
@@ -64,6 +67,7 @@ from stagewright.planner.simulation.peak import StageBytes
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.planner.simulation.versions import versions_beside_the_master
+from stagewright.planner.version_work import with_version_work
 
 Floats = npt.NDArray[np.float64]
 
@@ -110,8 +114,13 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
     static = static + _other_pipelines_bytes(schedule, layout, bounds, layers)
     if schedule.weight_policy in UPDATES_PER_MICROBATCH:
         static[1] = _late_gradient_bytes(schedule, bounds, levels, layers, static[1], pipeline.workspace_bytes)
-    version_bytes = _version_bytes(schedule, bounds, layers)
+    parameters = np.array(
+        [row.state_bytes[0, bounds[stage] : bounds[stage + 1]].sum() for stage, row in enumerate(layers)]
+    )
+    version_bytes = _version_bytes(schedule, parameters)
     pipeline = replace(pipeline, static_bytes=static, version_bytes=version_bytes)
+    devices = [device_of(plan.cluster, stage.group) for stage in plan.stages]
+    pipeline = with_version_work(pipeline, schedule, layout, profile, parameters, devices)
     pipeline = _with_local_steps(pipeline, layout, local_steps(plan))
     pipeline = _with_offload(pipeline, layout, plan, bounds, layers)
     pipeline = _with_changes(pipeline, plan, bounds, layers)
@@ -245,13 +254,10 @@ def _late_gradient_bytes(
     return np.maximum(gradient_bytes - leaving - workspace_bytes, 0.0)
 
 
-def _version_bytes(schedule: Schedule, bounds: Sequence[int], layers: Sequence[LayerCosts]) -> Floats:
+def _version_bytes(schedule: Schedule, parameter_bytes: Floats) -> Floats:
     """Return the bytes [D] of weights that each rank holds beside those that its optimizers step."""
     found = np.zeros(schedule.num_ranks)
-    copies = versions_beside_the_master(schedule)
-    for stage, row in enumerate(layers):
-        parameters = float(row.state_bytes[0, bounds[stage] : bounds[stage + 1]].sum())
-        np.add.at(found, schedule.placement[:, stage], copies[:, stage] * parameters)
+    np.add.at(found, schedule.placement, versions_beside_the_master(schedule) * parameter_bytes)
     return found
 
 

@@ -56,7 +56,8 @@ class ConfigurationNumbers:
 
     `empty_step_s` is what any optimizer step takes beside its parameters. `split_overhead` is (I + W) / B - 1; `drift` the
     relative change between the earlier and the later half. `speed_range` is how far the probes' 20th and 80th percentiles lie
-    apart, relative to their median; 0 where no probes were made.
+    apart, relative to their median; 0 where no probes were made. `copy_bytes_per_s` is how fast parameters are copied, None
+    where there are none.
     """
 
     layers: tuple[LayerNumbers, ...]
@@ -68,6 +69,7 @@ class ConfigurationNumbers:
     speed_range: float
     busy_shares: tuple[float, ...]
     jitter: Jitter | None = None
+    copy_bytes_per_s: float | None = None
 
 
 def reference_probe_seconds(samples: Iterable[Numbers]) -> float | None:
@@ -136,7 +138,14 @@ def configuration_numbers(
         speed_range=speed_range,
         busy_shares=tuple(_number(item, "busy_share") for item in steps),
         jitter=jitter,
+        copy_bytes_per_s=_copy_rate(steps),
     )
+
+
+def _copy_rate(steps: Sequence[Numbers]) -> float | None:
+    """Return bytes of parameters copied in a second; None where nothing was copied."""
+    seconds = statistics.median(float(item.get("copy_s", 0.0)) for item in steps)
+    return float(steps[0]["copied_bytes"]) / seconds if seconds > 0 and steps[0]["copied_bytes"] else None
 
 
 def _at_speed(item: Numbers, probe_s: float | None) -> Numbers:

@@ -4,7 +4,7 @@ Kinds of measurement, each a short piece of a training step whose numbers are pl
 
 - `step`: two microbatches run (the second as any but a step's first), where layers are short a third one that nobody looks
   into, which shows what looking takes; and layer by layer the optimizer steps and the gradients are set to zero where they
-  lie, as a run does.
+  lie, as a run does. Then all parameters are copied, as a run copies versions of them.
 - `split`: one microbatch whose backward runs in one piece, and right after it one whose weight gradients are deferred and
   run afterwards, layer by layer: a pair that knows one speed of the machine.
 - `full`, `selective`: one microbatch with every layer recomputed at that level in its backward.
@@ -19,6 +19,7 @@ import itertools
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stagewright.modeling import Batch, LayerChain
@@ -154,6 +155,8 @@ class ModelBench:
             "optimizer_s": optimizer_s,
             "empty_step_s": empty_step_s,
             "entrance_s": self._entrance_seconds(batch),
+            "copy_s": self._copy_seconds(),
+            "copied_bytes": self._parameter_bytes,
         }
 
     def _measure_split(self, batch: Batch) -> Numbers:
@@ -263,6 +266,21 @@ class ModelBench:
             optimizer.param_groups = [whole]
         empty_s = seconds[0]
         return [max(value - empty_s, 0.0) for value in seconds[1:]], empty_s
+
+    @property
+    def _parameter_bytes(self) -> float:
+        """Bytes of the trainable parameters, layer by layer."""
+        return float(sum(value.nbytes for own in self._own_parameters for value in own))
+
+    def _copy_seconds(self) -> float:
+        """Return the seconds of copying all layers' parameters; two layers' copies are there at once."""
+        copies: deque[list[Tensor]] = deque(maxlen=2)
+
+        def copy() -> None:
+            for own in self._own_parameters:
+                copies.append([value.detach().clone() for value in own])
+
+        return self._timed(copy)
 
     def _timed(self, work: Callable[[], object]) -> float:
         self._clock.synchronize()

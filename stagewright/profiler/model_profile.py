@@ -246,7 +246,9 @@ def _add(
 def _overheads(numbers: ConfigurationNumbers, sizes: Mapping[str, int], unused: Mapping[str, int]) -> Overheads:
     """A microbatch is two actions; what one takes beside its layers, and what a step takes beside its microbatches."""
     action_s = (numbers.outside_s + numbers.entrance_s) / 2
-    return Overheads(action_s, numbers.entrance_s, numbers.empty_step_s, sizes, unused, numbers.jitter)
+    return Overheads(
+        action_s, numbers.entrance_s, numbers.empty_step_s, sizes, unused, numbers.jitter, numbers.copy_bytes_per_s
+    )
 
 
 def _sources(settings: ProfileSettings) -> dict[str, Source]:
@@ -303,6 +305,7 @@ def _document(
         for class_name, layer in first.items()
     }
     overheads = [costs.overheads[item] for item in configurations]
+    rates = [item.copy_bytes_per_s for item in overheads if item.copy_bytes_per_s is not None]
     pedigree = Pedigree(
         device=device_name(device),
         num_busy_ranks=settings.num_busy_ranks,
@@ -329,6 +332,7 @@ def _document(
         step_overhead_s=statistics.median(item.step_s for item in overheads),
         action_overhead_s=statistics.median(item.action_s for item in overheads),
         entrance_s=statistics.median(item.entrance_s for item in overheads),
+        copy_bytes_per_s=statistics.median(rates) if rates else None,
         jitter=min((item.jitter for item in overheads if item.jitter), key=lambda each: each.piece_s, default=None),
         pedigree=pedigree,
     )

@@ -13,7 +13,7 @@ from stagewright.profiler.model_bench import Configuration
 from stagewright.profiler.settings import ProfileSettings
 from stagewright.profiler.surroundings import device_name, versions
 
-_MEANING = 4  # of the numbers; entries and journals of another are not read
+_MEANING = 5  # of the numbers; entries and journals of another are not read
 
 
 _SECONDS = ("action_s", "entrance_s", "step_s")
@@ -31,6 +31,7 @@ class Overheads:
     parameters : of a shard, by class.
     unused : how many of these no forward uses.
     jitter : how single pieces of a microbatch differ from their medians; None where too few were measured.
+    copy_bytes_per_s : how fast parameters are copied; None where there are none.
     """
 
     action_s: float
@@ -39,6 +40,7 @@ class Overheads:
     parameters: Mapping[str, int]
     unused: Mapping[str, int]
     jitter: Jitter | None = None
+    copy_bytes_per_s: float | None = None
 
 
 @dataclass
@@ -120,7 +122,8 @@ class ProfileCache:
             if entry is not None:
                 seconds = [float(str(entry[name])) for name in _SECONDS]
                 jitter = None if entry.get("jitter") is None else Jitter.model_validate(entry["jitter"])
-                overheads = Overheads(*seconds, _counts(entry["parameters"]), _counts(entry["unused"]), jitter)
+                rate = None if entry.get("copy_bytes_per_s") is None else float(str(entry["copy_bytes_per_s"]))
+                overheads = Overheads(*seconds, _counts(entry["parameters"]), _counts(entry["unused"]), jitter, rate)
                 costs.overheads[item] = _scaled_overheads(overheads, factor(entry))
         return costs
 
@@ -136,6 +139,7 @@ class ProfileCache:
                 "parameters": dict(value.parameters),
                 "unused": dict(value.unused),
                 "jitter": None if value.jitter is None else value.jitter.model_dump(mode="json"),
+                "copy_bytes_per_s": value.copy_bytes_per_s,
                 "probe_s": costs.probe_s,
             }
             self._entries.put(self._model_key(item), entry)
@@ -171,6 +175,7 @@ def _scaled_overheads(value: Overheads, factor: float) -> Overheads:
         entrance_s=value.entrance_s * factor,
         step_s=value.step_s * factor,
         jitter=None if jitter is None else jitter.model_copy(update={"piece_s": jitter.piece_s * factor}),
+        copy_bytes_per_s=None if value.copy_bytes_per_s is None else value.copy_bytes_per_s / factor,
     )
 
 

@@ -1,7 +1,7 @@
 """Weights predicted some updates ahead, or corrected for the updates since: SpecTrain, XPipe, PipeMare.
 
-Each predictor says, for one stage, which values a forward and a backward see, from the newest weights and what the
-optimizer remembers. The formulas are those of `planner.schedules.weight_prediction`, the numbers of updates those of
+Each predictor writes, for one stage, the values that a forward and a backward see, from the newest weights and what the
+optimizer remembers, with as few passes over memory as the formula takes (`planner.simulation.version_copies` counts them). The formulas are those of `planner.schedules.weight_prediction`, the numbers of updates those of
 the schedules' own modules.
 
     momentum      w - s lr v, v the velocity of SGD with momentum; for each microbatch
@@ -14,12 +14,12 @@ Before an optimizer has any memory the newest weights are the prediction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules import pipemare, spectrain, xpipe
@@ -38,24 +38,25 @@ class Predictor(Protocol):
 
     remembers: ClassVar[bool]
 
-    def weights(
+    def write(
         self,
-        newest: Sequence[nn.Parameter],
+        seen: Sequence[Tensor],
+        newest: Sequence[Tensor],
         optimizer: Optimizer | None,
         update: int,
         *,
         is_first: bool,
         backward: bool,
-    ) -> Iterable[Tensor]:
-        """Return what a forward or backward of update `update` sees; `is_first` for the update's first microbatch."""
+    ) -> None:
+        """Set `seen` to what a forward or backward of update `update` sees; `is_first` for the update's first microbatch."""
         ...
 
     def before_step(self, optimizer: Optimizer | None, step: int) -> None:
         """Prepare the optimizer for its step, counted from 0."""
         ...
 
-    def after_step(self, before: Sequence[Tensor], newest: Sequence[nn.Parameter]) -> None:
-        """Take note of a change of the weights."""
+    def after_step(self, before: Sequence[Tensor], newest: Sequence[Tensor]) -> None:
+        """Take note of a change of the weights; `before` may be overwritten."""
         ...
 
 
@@ -67,23 +68,29 @@ class MomentumPredictor:
     forward_steps: int
     backward_steps: int
 
-    def weights(
+    def write(
         self,
-        newest: Sequence[nn.Parameter],
+        seen: Sequence[Tensor],
+        newest: Sequence[Tensor],
         optimizer: Optimizer | None,
         update: int,
         *,
         is_first: bool,
         backward: bool,
-    ) -> Iterable[Tensor]:
-        """Return the newest weights moved along the velocity."""
+    ) -> None:
+        """Set them to the newest weights moved along the velocity."""
         steps = self.backward_steps if backward else self.forward_steps
-        return (value.detach() - _velocity(value, optimizer) * steps for value in newest)
+        for target, value in zip(seen, newest, strict=True):
+            velocity = _state(value, optimizer).get("momentum_buffer")
+            if velocity is None or optimizer is None or steps == 0:
+                target.copy_(value)
+            else:
+                torch.add(value, velocity, alpha=-steps * optimizer.param_groups[0]["lr"], out=target)
 
     def before_step(self, optimizer: Optimizer | None, step: int) -> None:
         """Do nothing."""
 
-    def after_step(self, before: Sequence[Tensor], newest: Sequence[nn.Parameter]) -> None:
+    def after_step(self, before: Sequence[Tensor], newest: Sequence[Tensor]) -> None:
         """Do nothing."""
 
 
@@ -96,29 +103,29 @@ class AdamPredictor:
     backward_steps: int
     _made: dict[tuple[int, bool], list[Tensor]] = field(default_factory=dict)
 
-    def weights(
+    def write(
         self,
-        newest: Sequence[nn.Parameter],
+        seen: Sequence[Tensor],
+        newest: Sequence[Tensor],
         optimizer: Optimizer | None,
         update: int,
         *,
         is_first: bool,
         backward: bool,
-    ) -> list[Tensor]:
-        """Return the prediction of the update's first microbatch."""
+    ) -> None:
+        """Set them to the prediction of the update's first microbatch."""
         if is_first:
             steps = self.backward_steps if backward else self.forward_steps
-            self._made[update, backward] = [
-                value.detach() - _adam_direction(value, optimizer) * steps for value in newest
-            ]
+            self._made[update, backward] = [_along_adam(value, optimizer, steps) for value in newest]
             for key in [key for key in self._made if key[1] == backward and key[0] < update - 1]:
                 del self._made[key]
-        return self._made[update, backward]
+        for target, value in zip(seen, self._made[update, backward], strict=True):
+            target.copy_(value)
 
     def before_step(self, optimizer: Optimizer | None, step: int) -> None:
         """Do nothing."""
 
-    def after_step(self, before: Sequence[Tensor], newest: Sequence[nn.Parameter]) -> None:
+    def after_step(self, before: Sequence[Tensor], newest: Sequence[Tensor]) -> None:
         """Do nothing."""
 
 
@@ -135,19 +142,23 @@ class DiscrepancyCorrection:
     _average: list[Tensor] = field(default_factory=list)
     _rates: list[float] = field(default_factory=list)
 
-    def weights(
+    def write(
         self,
-        newest: Sequence[nn.Parameter],
+        seen: Sequence[Tensor],
+        newest: Sequence[Tensor],
         optimizer: Optimizer | None,
         update: int,
         *,
         is_first: bool,
         backward: bool,
-    ) -> Iterable[Tensor]:
-        """Return the newest weights, for a backward moved back to about where they were at the forward."""
+    ) -> None:
+        """Set them to the newest weights, for a backward moved back to about where they were at the forward."""
         if not backward or not self._average:
-            return (value.detach() for value in newest)
-        return (value.detach() - self.delay * change for value, change in zip(newest, self._average, strict=True))
+            for target, value in zip(seen, newest, strict=True):
+                target.copy_(value)
+            return
+        for target, value, change in zip(seen, newest, self._average, strict=True):
+            torch.add(value, change, alpha=-self.delay, out=target)
 
     def before_step(self, optimizer: Optimizer | None, step: int) -> None:
         """Set the learning rate of the step."""
@@ -158,13 +169,13 @@ class DiscrepancyCorrection:
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
 
-    def after_step(self, before: Sequence[Tensor], newest: Sequence[nn.Parameter]) -> None:
+    def after_step(self, before: Sequence[Tensor], newest: Sequence[Tensor]) -> None:
         """Add the change to the average."""
         decay = DECAY_OVER_DELAY ** (1.0 / self.delay)
         if not self._average:
             self._average = [torch.zeros_like(old) for old in before]
         for average, value, old in zip(self._average, newest, before, strict=True):
-            average.mul_(decay).add_(value.detach() - old, alpha=1.0 - decay)
+            average.lerp_(torch.sub(value, old, out=old), 1.0 - decay)
 
 
 def predictor_of(schedule: Schedule, stage: int) -> Predictor:
@@ -187,22 +198,17 @@ def predictor_of(schedule: Schedule, stage: int) -> Predictor:
     )
 
 
-def _velocity(parameter: nn.Parameter, optimizer: Optimizer | None) -> Tensor:
-    """Return lr times the velocity of SGD with momentum, zeros before its first step."""
-    found = {} if optimizer is None else optimizer.state.get(parameter, {})
-    velocity = found.get("momentum_buffer")
-    if velocity is None:
-        return torch.zeros_like(parameter)
-    assert optimizer is not None
-    return velocity * optimizer.param_groups[0]["lr"]
+def _state(parameter: Tensor, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """Return what the optimizer remembers of a parameter; nothing before its first step."""
+    return {} if optimizer is None else optimizer.state.get(parameter, {})
 
 
-def _adam_direction(parameter: nn.Parameter, optimizer: Optimizer | None) -> Tensor:
-    """Return lr times Adam's direction, zeros before its first step."""
-    found = {} if optimizer is None else optimizer.state.get(parameter, {})
-    if "exp_avg" not in found:
-        return torch.zeros_like(parameter)
-    assert optimizer is not None
+def _along_adam(parameter: Tensor, optimizer: Optimizer | None, steps: int) -> Tensor:
+    """Return a new tensor: the parameter `steps` updates along Adam's direction."""
+    found = _state(parameter, optimizer)
+    if optimizer is None or "exp_avg" not in found or steps == 0:
+        return parameter.clone()
     group, step = optimizer.param_groups[0], float(found["step"])
     first, second = (1.0 - beta**step for beta in group["betas"])
-    return group["lr"] * (found["exp_avg"] / first) / ((found["exp_avg_sq"] / second).sqrt() + group["eps"])
+    root = (found["exp_avg_sq"] / second).sqrt_().add_(group["eps"])
+    return torch.addcdiv(parameter, found["exp_avg"], root, value=-steps * group["lr"] / first)

@@ -20,7 +20,7 @@ al., AMPNet, 2017; Yang et al., WPipe, ICLR 2022; Chen et al., AvgPipe, PPoPP 20
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -156,22 +156,27 @@ class VersionedBucket:
         for slot, part in zip(self._slots, parts, strict=True):
             slot.master.grad = None if id(slot) in without and not part.any() else part.view_as(slot.master)
 
+    @torch.no_grad()
     def after_step(self) -> None:
         """Bring the stepped master to the versions."""
         for slot in self._slots:
             slot.master.grad = None
         self.updates += 1
         if self.rule.predictor is not None:
-            self.rule.predictor.after_step(self._before, [slot.master for slot in self._slots])
+            self.rule.predictor.after_step(self._before, self._masters)
             self._before = []
+            return  # each forward and backward is given weights of its own
         if self.rule.policy in IN_PLACE:
-            self._overwrite([slot.master for slot in self._slots])
+            for parameter, master in zip(self._versions[0], self._masters, strict=True):
+                parameter.data.copy_(master)
+            return
+        if self.siblings:
+            if self is self.siblings[-1]:
+                self._draw_together()
             return
         self._versions[self.updates] = self._copies()
         for index in [index for index in self._versions if index < self.updates - self.rule.delay]:
             del self._versions[index]
-        if self.siblings and self is self.siblings[-1]:
-            self._draw_together()
 
     @property
     def renewed(self) -> list[nn.Parameter]:
@@ -179,15 +184,22 @@ class VersionedBucket:
         return [] if self.rule.policy in IN_PLACE else [slot.current for slot in self._slots]
 
     @property
+    def _masters(self) -> list[nn.Parameter]:
+        return [slot.master for slot in self._slots]
+
+    @property
     def _every(self) -> int:
         return self.rule.update_every
 
     def _draw_together(self) -> None:
         """Move the weights of all pipelines towards their mean, when the last of them has stepped."""
-        for slots in zip(*(sibling._slots for sibling in self.siblings), strict=True):
-            mean = torch.stack([slot.master.detach() for slot in slots]).mean(dim=0)
-            for slot in slots:
-                slot.master.data.sub_(self.rule.elastic_rate * (slot.master.detach() - mean))
+        for masters in zip(*(sibling._masters for sibling in self.siblings), strict=True):
+            mean = masters[0].clone()
+            for master in masters[1:]:
+                mean.add_(master)
+            mean.div_(len(masters))
+            for master in masters:
+                master.lerp_(mean, self.rule.elastic_rate)
         for sibling in self.siblings:
             sibling._versions = {sibling.updates: sibling._copies()}
 
@@ -198,18 +210,14 @@ class VersionedBucket:
         for slot, value in zip(self._slots, version, strict=True):
             slot.install(value)
 
+    @torch.no_grad()
     def _predict(self, microbatch: int, update: int, *, backward: bool) -> None:
         predictor = self.rule.predictor
         if predictor is None:
             return
         is_first = microbatch % self.rule.update_every == 0
-        masters = [slot.master for slot in self._slots]
-        self._overwrite(predictor.weights(masters, self.optimizer, update, is_first=is_first, backward=backward))
-
-    def _overwrite(self, values: Iterable[Tensor]) -> None:
-        """Change the one copy in place: a graph that holds it sees the new values."""
-        for parameter, value in zip(self._versions[0], values, strict=True):
-            parameter.data.copy_(value.detach())
+        seen = [parameter.data for parameter in self._versions[0]]  # a graph that holds the copy sees the new values
+        predictor.write(seen, self._masters, self.optimizer, update, is_first=is_first, backward=backward)
 
     def start(self) -> None:
         """Do nothing: there are no replicas."""
@@ -231,7 +239,7 @@ class VersionedBucket:
 
     def optimized(self) -> list[nn.Parameter]:
         """Return the masters."""
-        return [slot.master for slot in self._slots]
+        return self._masters
 
     def squared_norm(self) -> Tensor:
         """Raise: weights that change one stage at a time have no gradient of the whole model to clip."""

@@ -223,7 +223,9 @@ def adjusted_profile(profile: ModelProfile, factors: Mapping[str, float]) -> Mod
     def layer(value: LayerClass) -> LayerClass:
         return value.model_copy(update={"costs": tuple(slower(cost) for cost in value.costs)})
 
-    return profile.model_copy(update={"classes": {name: layer(value) for name, value in profile.classes.items()}})
+    copy_bytes_per_s = None if profile.copy_bytes_per_s is None else profile.copy_bytes_per_s * speed
+    classes = {name: layer(value) for name, value in profile.classes.items()}
+    return profile.model_copy(update={"classes": classes, "copy_bytes_per_s": copy_bytes_per_s})
 
 
 def _held_out_factors(

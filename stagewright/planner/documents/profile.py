@@ -21,6 +21,7 @@ from stagewright.planner.documents.document import (
     Index,
     Name,
     Part,
+    Rate,
     Seconds,
     canonical_json,
     digest_of,
@@ -254,7 +255,8 @@ class ModelProfile(Document):
 
     `action_overhead_s` is spent at each forward and each backward of a stage beside its layers, `step_overhead_s` once a
     step. `entrance_s` is the part of one forward's and one backward's overheads that a stage which begins with the
-    model's first layer is spared: finding the way to the first layer it holds. All seconds are medians; `jitter` says how
+    model's first layer is spared: finding the way to the first layer it holds. `copy_bytes_per_s` is how fast parameters are
+    copied, tensor by tensor; None where nobody looked, and the device's memory bandwidth tells. All seconds are medians; `jitter` says how
     single ones differ from them, None where nobody looked.
     """
 
@@ -272,6 +274,7 @@ class ModelProfile(Document):
     step_overhead_s: Seconds = 0.0
     action_overhead_s: Seconds = 0.0
     entrance_s: Seconds = 0.0
+    copy_bytes_per_s: Rate | None = None
     jitter: Jitter | None = None
     pedigree: Pedigree = Pedigree()
 
