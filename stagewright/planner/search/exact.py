@@ -10,7 +10,7 @@ from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.plan_summary import alternative_of
 from stagewright.planner.prediction import evaluate
-from stagewright.planner.search.certified import Work, certified, without_plan
+from stagewright.planner.search.certified import certified, without_plan
 from stagewright.planner.search.incumbent import start
 from stagewright.planner.search.joint_search import JointSearch
 from stagewright.planner.search.limits import LeastStep, Limits
@@ -34,8 +34,7 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
 def _solve_space(problem: Problem, limits: Limits) -> PlanOutcome:
     search = JointSearch.of(problem, limits)
     bound_s, termination = search.run()
-    count = search.work
-    work = Work(search.space.num_candidates, count.evaluated, count.simulated, count.pruned)
+    work = search.work.total(search.space.num_candidates)
     if search.completions.best is None:
         return without_plan(work, bound_s, termination)
     return certified(

@@ -48,6 +48,7 @@ from stagewright.planner.search.stage_graph import (
     graph_schedule,
     stage_graphs,
 )
+from stagewright.planner.search.work_count import WorkCount
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
@@ -130,10 +131,8 @@ class PoolSearch:
     known_s: float = float("inf")
     best: Completed | None = None
     kept: dict[str, Completed] = field(default_factory=dict)
-    pruned: dict[str, int] = field(default_factory=dict)
+    work: WorkCount = field(default_factory=WorkCount)
     num_candidates: int = 0
-    evaluated: int = 0
-    simulated: int = 0
     open_bound_s: float = float("inf")
     _models: dict[tuple[str, ...], CostModel] = field(default_factory=dict)
     _costs: dict[tuple[str, int, int, bool], PoolCosts] = field(default_factory=dict)
@@ -172,11 +171,6 @@ class PoolSearch:
     def target_s(self) -> float:
         """A candidate that cannot get below this is closed."""
         return self.incumbent_s / (1.0 + self.limits.gap)
-
-    def count(self, reason: str, number: int = 1) -> None:
-        """Count what left for a reason."""
-        if number:
-            self.pruned[reason] = self.pruned.get(reason, 0) + number
 
     # ---- the space -------------------------------------------------------------------------------------------------
 
@@ -270,7 +264,7 @@ class PoolSearch:
         """Return a candidate; None when the family refuses its sizes."""
         order = self.order(skeleton, rule)
         if order is None:
-            self.count("schedule")
+            self.work.count("schedule")
             return None
         choices = tuple(
             PoolChoice(pool, count, group, priced.shape[row])
@@ -336,7 +330,7 @@ class PoolSearch:
         stopped: Termination | None = None
         for place, (bound_s, skeleton) in enumerate(bounded):
             if bound_s >= self.target_s:
-                self.count("pool bound", len(bounded) - place)
+                self.work.count("pool bound", len(bounded) - place)
                 break
             stopped = self.limits.reached()
             if stopped is not None:
@@ -369,7 +363,7 @@ class PoolSearch:
                 if candidate is not None:
                     closer = self._closer(candidate, most_nodes=1)
                     closer.run()
-                    self.simulated += closer.simulated
+                    self.work.simulated += closer.simulated
 
     def _bounded_skeletons(self) -> list[tuple[float, Skeleton]]:
         """Return the skeletons that may hold the model, by bound."""
@@ -395,7 +389,7 @@ class PoolSearch:
             if np.isfinite(known[key]):
                 found.append((known[key], skeleton))
             else:
-                self.count("memory")
+                self.work.count("memory")
         found.sort(key=lambda pair: pair[0])
         return found
 
@@ -413,12 +407,12 @@ class PoolSearch:
         assert needs is not None
         extra_s = self.problem.profile.step_overhead_s
         products = products_below(needs, self.target_s - extra_s)
-        self.count("choice bound", int(np.prod([len(need) for need in needs])) - len(products))
+        self.work.count("choice bound", int(np.prod([len(need) for need in needs])) - len(products))
         rows = self.rows(skeleton)
         for value, chosen in products:
             for rule in self.rules_for(skeleton):
                 if max(value + extra_s, bound_s) >= self.target_s:
-                    self.count("choice bound")
+                    self.work.count("choice bound")
                     continue
                 if self.limits.reached() is not None:
                     self.open_bound_s = min(self.open_bound_s, max(value + extra_s, bound_s))
@@ -440,11 +434,11 @@ class PoolSearch:
     def _close(self, candidate: StageCandidate) -> None:
         closer = self._closer(candidate)
         value = closer.run()
-        self.evaluated += 1
-        self.simulated += closer.simulated
+        self.work.evaluated += 1
+        self.work.simulated += closer.simulated
         if value < self.target_s:
             self.open_bound_s = min(self.open_bound_s, value)
-            self.count("left open")
+            self.work.count("left open")
 
 
 def single_chunk(rules: Sequence[FamilyRule]) -> list[FamilyRule]:

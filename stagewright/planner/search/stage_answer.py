@@ -52,8 +52,15 @@ def solve_tied(problem: Problem, limits: Limits) -> PlanOutcome:
 def _solve_pools(problem: Problem, limits: Limits, search: PoolSearch) -> PlanOutcome:
     bound_s, termination = search.run()
     if search.best is None:
-        return without_plan(_work(search), None, termination)
-    return certified(_ranked(search, limits), pool_space(problem, search), bound_s, limits, _work(search), termination)
+        return without_plan(search.work.total(search.num_candidates), None, termination)
+    return certified(
+        _ranked(search, limits),
+        pool_space(problem, search),
+        bound_s,
+        limits,
+        search.work.total(search.num_candidates),
+        termination,
+    )
 
 
 def solve_by_stage(problem: Problem, limits: Limits) -> PlanOutcome:
@@ -67,7 +74,7 @@ def solve_by_stage(problem: Problem, limits: Limits) -> PlanOutcome:
     split = problem.job.space.per_stage_degrees
     search = PoolSearch(problem, limits, split=split, chains=split, known_s=equal.objective_s or float("inf"))
     bound_s, termination = search.run()
-    work = _work(search) + Work.of(equal)
+    work = search.work.total(search.num_candidates) + Work.of(equal)
     if equal.plan is None and search.best is None:
         return equal if equal.status == "no_solution" else without_plan(work, None, termination)
     ranked = _ranked(search, limits)
@@ -114,10 +121,6 @@ def pool_space(problem: Problem, search: PoolSearch) -> Space:
 
 def _words(space: Space) -> list[str]:
     return [f"{name}: {value}" for name, value in space.items()]
-
-
-def _work(search: PoolSearch) -> Work:
-    return Work(search.num_candidates, search.evaluated, search.simulated, search.pruned)
 
 
 def _ranked(search: PoolSearch, limits: Limits) -> list[Alternative]:

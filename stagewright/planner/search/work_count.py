@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from stagewright.planner.search.certified import Work
+
 
 @dataclass(eq=False)
 class WorkCount:
@@ -17,3 +19,7 @@ class WorkCount:
         """Count candidates (or configurations) that left for a reason."""
         if number:
             self.pruned[reason] = self.pruned.get(reason, 0) + number
+
+    def total(self, num_candidates: int) -> Work:
+        """Return the work so far of a search of so many candidates."""
+        return Work(num_candidates, self.evaluated, self.simulated, self.pruned)
