@@ -21,7 +21,17 @@ def one_thread():
 @pytest.fixture
 def tiny_model_file(tmp_path):
     """A file with a factory `build` and a data factory `data`, for what is named by reference."""
-    path = tmp_path / "tiny_model.py"
+    return _written(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_tiny_model_file(tmp_path_factory):
+    """The same file for all tests of a module, none of which may change it."""
+    return _written(tmp_path_factory.mktemp("tiny"))
+
+
+def _written(folder):
+    path = folder / "tiny_model.py"
     path.write_text(TINY_MODEL)
     return path
 

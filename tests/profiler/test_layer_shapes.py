@@ -1,5 +1,6 @@
 """The comparison of measured layers with the analytic model runs on any machine, and at 70B's shapes on CUDA."""
 
+import itertools
 import json
 
 import pytest
@@ -11,11 +12,16 @@ pytest.importorskip("transformers")
 benchmark = pytest.importorskip("benchmarks.layer_shapes", reason="benchmarks are not beside the tests")
 
 
-def test_every_shape_of_the_grid_is_measured_and_priced(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "grid", [((1,), (16,), (1, 2)), pytest.param(((1, 2), (16, 32), (1, 2)), marks=pytest.mark.soak)]
+)
+def test_every_shape_of_the_grid_is_measured_and_priced(grid, tmp_path, capsys, monkeypatch):
+    tiny = benchmark.SIZES["tiny"]
+    monkeypatch.setitem(benchmark.SIZES, "tiny", benchmark.Size(tiny.config, *grid, tiny.name))
     assert benchmark.main(["--size", "tiny", "--device", "cpu", "--budget", "0", "--out", str(tmp_path)]) == 0
     (path,) = (tmp_path / "profiles").glob("llama-tiny-*.json")
     costs = next(value.costs for value in ModelProfile.load(path).classes.values() if value.kind == "block")
-    assert len(costs) == 2 * 2 * 2
+    assert {cost.key for cost in costs} == set(itertools.product(*grid))
     rows = json.loads((tmp_path / "benchmarks" / "results" / "layer_shapes.json").read_text())["rows"]
     assert {(row["tensor_degree"], row["microbatch"], row["sequence_length"]) for row in rows} == {
         cost.key[2:] + cost.key[:2] for cost in costs

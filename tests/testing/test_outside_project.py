@@ -45,7 +45,7 @@ def python(wheel, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("team") / "environment"
     venv.create(home, with_pip=True)
     interpreter = home / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    command = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     command += ["--constraint", str(CONSTRAINTS), str(wheel), "pytest"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode and "from versions: none" in done.stderr:
