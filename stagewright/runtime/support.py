@@ -28,12 +28,12 @@ def check_supported(plan: Plan) -> None:
     for index, stage in enumerate(plan.stages):
         field = f"stages[{index}]"
         degrees = stage.degrees
-        if degrees != first.model_copy(update={"dp": degrees.dp}):
+        if degrees != first.model_copy(update={"dp": degrees.dp, "zero": degrees.zero}):
             raise InvalidArgument(
                 f"{field} has degrees {degrees.model_dump()}, stages[0] {first.model_dump()}; the runtime takes degrees that "
-                "differ in dp",
+                "differ in dp and zero",
                 field=f"{field}.degrees",
-                hint="plan with equal degrees for all stages",
+                hint="plan with equal tp, cp, ep and etp for all stages",
             )
         experts = degrees.ep * degrees.etp
         owners = degrees.num_devices // experts

@@ -490,9 +490,10 @@ class Worker:
             return None
         group = self.groups.make("validation", range(dist.get_world_size()))
         beside = self.groups.make_all("pipeline rank", self.plan.mapping.pipeline_ranks)
-        if self._policy is not WeightPolicy.FLUSH or self.topology.degrees.zero == 3:
+        zero = max(stage.degrees.zero for stage in self.plan.stages)
+        if self._policy is not WeightPolicy.FLUSH or zero == 3:
             raise InvalidArgument(
-                f"{self.plan.schedule.name} with zero={self.topology.degrees.zero} cannot take a step back",
+                f"{self.plan.schedule.name} with zero={zero} cannot take a step back",
                 field="post_validation",
                 hint="take a synchronous schedule and zero at most 2",
             )

@@ -107,6 +107,14 @@ def train_and_compare(argument: tuple[PreparedCase, PreparedCase, int]) -> Train
     )
 
 
+def held_states(prepared: PreparedCase) -> RankMemory:
+    """Return what this rank holds after a step of the job's optimizer."""
+    worker = make_worker(prepared)
+    worker.use_optimizer(OptimizerChoice(prepared.plan.job.optimizer.name, 1e-2))
+    worker.run(batches_of(prepared, 1)[0], 0)
+    return state_memory(worker)
+
+
 def stepped_types(prepared: PreparedCase) -> tuple[set[str], float]:
     """Return the types of what this rank's optimizers step on, and how far the bucket moves that moves least.
 

@@ -16,7 +16,7 @@ from stagewright.modeling import split
 from stagewright.modeling.autocast import with_autocast
 from stagewright.modeling.batch import default_loss
 from stagewright.modeling.expert_capacity import limit_experts
-from stagewright.planner.documents import Degrees, Plan
+from stagewright.planner.documents import Degrees, Plan, StagePlan
 from stagewright.planner.link_bytes import LENT
 from stagewright.planner.prediction import schedule_of
 from stagewright.planner.schedules.action import Kind
@@ -73,6 +73,7 @@ class Case:
     warm_up_steps: int = 0
     replicas: tuple[int, ...] = ()
     shares: tuple[tuple[int, ...], ...] = ()  # samples of a microbatch by replica of each pipeline rank
+    by_stage: tuple[dict[str, object], ...] = ()  # what stages have of their own: degrees, or fields of the plan's stage
     weight_decay: float = 0.0  # with it each block has a parameter that no forward uses
 
     @property
@@ -150,14 +151,24 @@ def prepare(case: Case, number: int) -> PreparedCase:
         replicas=case.replicas,
         shares=case.shares,
     )
+    if case.by_stage:
+        stages = tuple(_with_own(stage, own) for stage, own in zip(plan.stages, case.by_stage, strict=True))
+        plan = plan.model_copy(update={"stages": stages})
     schedule = lower(
         schedule_of(plan.schedule),
         StageCosts.uniform(len(plan.stages)),
         data_parallel=True,
-        zero=case.degrees.get("zero", 0),
+        zero=max(stage.degrees.zero for stage in plan.stages),
     )
     check_nccl(schedule)
     return PreparedCase(case, plan, schedule, number)
+
+
+def _with_own(stage: StagePlan, own: dict[str, object]) -> StagePlan:
+    """The stage with degrees and fields of its own."""
+    degrees = {name: value for name, value in own.items() if name in Degrees.model_fields}
+    rest = {name: value for name, value in own.items() if name not in degrees}
+    return stage.model_copy(update={"degrees": stage.degrees.model_copy(update=degrees), **rest})
 
 
 def batches_of(prepared: PreparedCase, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("torch")
-from runtime_cases import Case, prepare
+from runtime_cases import Case, make_model, prepare
 from test_schedules import assert_equal_to_one_process
 
+from stagewright.modeling import split
 from stagewright.planner.cost.data_parallel import fsdp_peak_parameter_bytes
 from stagewright.planner.cost.memory import device_state_bytes
 
@@ -94,3 +95,38 @@ def test_breadth_first_gathers_each_chunk_twice_and_not_twice_a_microbatch(rank_
     whole = (sum(sent["reduce-scatter/dp"] for sent in results)) / 4  # four microbatches
     assert sum(sent["all-gather/dp"] for sent in results) == whole * 2 * (1 if gather == "run" else 4)
     assert_equal_to_one_process(rank_pools, case)
+
+
+BY_STAGE = [
+    Case("1f1b", 2, 4, degrees={"dp": 2}, by_stage=({"zero": 3}, {"zero": 0})),
+    Case(
+        "interleaved",
+        2,
+        4,
+        degrees={"dp": 2},
+        by_stage=tuple({"zero": zero} for zero in (2, 0, 3, 1)),
+        dtype="float64",
+        clip_norm=0.05,
+        tied=False,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", BY_STAGE, ids=lambda case: case.schedule)
+def test_stages_with_a_zero_stage_of_their_own_equal_one_process(rank_pools, case):
+    assert_equal_to_one_process(rank_pools, case)
+
+
+def test_each_stage_holds_the_bytes_of_its_own_zero_stage(rank_pools):
+    """Mist's choice: the second stage shards what the first one replicates, and each rank holds just its ledger."""
+    pool = rank_pools(4)
+    case = Case("1f1b", 2, 4, degrees={"dp": 2}, by_stage=({"zero": 0}, {"zero": 2}), dropout=0.0, tied=False)
+    prepared = prepare(case, pool.next_number())
+    results = pool.run("degree_cases.held_states", prepared)
+    counts = [layer.num_parameters for layer in split(make_model(case, 4)).layers]
+    ranks = prepared.plan.mapping.pipeline_ranks
+    for stage, devices in zip(prepared.plan.stages, ranks, strict=True):
+        held = sum(counts[index] for index in stage.layer_indices)
+        ledger = device_state_bytes(held, 0.0, stage.degrees, prepared.plan.job.optimizer)
+        for rank in devices:
+            assert results[rank].states == pytest.approx(ledger.total, rel=0.01)

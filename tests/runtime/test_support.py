@@ -75,8 +75,10 @@ def test_divided_slices_of_a_divided_sequence_are_refused():
         check_supported(plan.model_copy(update={"schedule": sliced}))
 
 
-def test_stages_of_different_degrees_are_refused():
+def test_stages_of_different_degrees_are_refused_unless_zero_alone_differs():
     plan, _ = documents(dp=2)
+    sharded = plan.stages[1].model_copy(update={"degrees": Degrees(dp=2, zero=3)})
+    check_supported(plan.model_copy(update={"stages": (plan.stages[0], sharded)}))
     other = plan.stages[1].model_copy(update={"degrees": Degrees(tp=2)})
     with pytest.raises(InvalidArgument, match=r"stages\[1\] has degrees"):
         check_supported(plan.model_copy(update={"stages": (plan.stages[0], other)}))

@@ -36,11 +36,13 @@ CASES = [
     Case("1f1b", 3, 4, replicas=(2, 1, 1), tied=False),
     Case("1f1b", 2, 4, shares=((3, 1), (2, 2)), degrees={"zero": 1}, reference_microbatch=4),
     Case("pipedream", 4, 6, parameters={"replicas": "3,1"}, tied=False),
+    Case("1f1b", 2, 4, degrees={"dp": 2}, by_stage=({"zero": 3}, {"zero": 1}), tied=False),
+    Case("interleaved", 2, 4, degrees={"dp": 2}, by_stage=tuple({"zero": zero} for zero in (2, 0, 3, 1)), tied=False),
 ]
 
 
 def case_id(case: Case) -> str:
-    return f"{case.schedule}-{case.num_ranks}-{case.degrees}-{case.tied}-{case.parameters}{case.replicas or ''}{case.shares or ''}"
+    return f"{case.schedule}-{case.num_ranks}-{case.degrees}-{case.tied}-{case.parameters}{case.replicas or ''}{case.shares or ''}{case.by_stage or ''}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
