@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from stagewright.planner.documents.plan import Expectation, Plan
 from stagewright.planner.documents.profile import Jitter, ModelProfile
-from stagewright.planner.prediction import Evaluation, Floats, makespan_with
+from stagewright.planner.prediction import Evaluation, Floats, evaluate, makespan_with
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.schedule import KIND, REPLICA, SLICE, STAGE, Schedule
 from stagewright.planner.search.order import Layout, layout_of
@@ -79,6 +79,19 @@ def peak_bytes(evaluation: Evaluation) -> Floats:
     if held is None:
         return pipeline.peak_bytes
     return np.asarray(pipeline.static_bytes.sum(axis=0) + pipeline.version_bytes + held + pipeline.base_bytes)
+
+
+def peaks_by_device(plan: Plan, profile: ModelProfile) -> list[float]:
+    """Return the peak of each device by global rank where replicas take uneven shares of samples or states."""
+    found = [0.0] * plan.num_devices
+    for replica in range(max(stage.degrees.dp for stage in plan.stages)):
+        peaks = peak_bytes(evaluate(plan, profile, replica=replica))
+        for rank, devices in enumerate(plan.mapping.pipeline_ranks):
+            degrees = plan.stages[plan.schedule.placement[0].index(rank)].degrees
+            inner = degrees.tp * degrees.cp
+            for device in devices[replica * inner : (replica + 1) * inner]:
+                found[device] = float(peaks[rank])
+    return found
 
 
 def message_ends(plan: Plan, layout: Layout) -> tuple[Floats, Floats]:

@@ -71,6 +71,13 @@ def layerwise_schedule(num_stages: int, num_microbatches: int, microbatch: int) 
     )
 
 
+def is_layerwise(plan: Plan) -> bool:
+    """Whether all stages stand behind each other on one rank, each microbatch through all of them and back, with unlike degrees."""
+    spec = plan.schedule
+    order = layerwise_order(len(plan.stages), spec.num_microbatches)
+    return spec.num_ranks == 1 and spec.orders == (order,) and len({stage.degrees for stage in plan.stages}) > 1
+
+
 def changes_of(plan: Plan) -> list[Change]:
     """Return the changes of degrees between neighbouring stages of one rank.
 

@@ -10,9 +10,11 @@ For the gradients of S bytes on one device, on m data- and context-parallel devi
 
 over all of them (S_w: bytes of the weights). Under ZeRO a buffer is padded to m equal shards: a whole stage at stage 1, a
 layer at stages 2 and 3. With shards over p < m devices (`shard_size`) m / p groups scatter and gather apart, and the shards
-are all-reduced over all groups once. Experts are summed over the devices that own the same ones. BPipe lends what a stage keeps of a microbatch and gets it back: its bytes twice. A weight that layers of several stages
+are all-reduced over all groups once. Uneven shards have no padding: each goes to, or comes from, its owner by itself, which is a
+reduction to one device or a broadcast in place of a scatter or a gather of all, of as many bytes. Experts are summed over the devices that own the same ones. BPipe lends what a stage keeps of a microbatch and gets it back: its bytes twice. A weight that layers of several stages
 share is summed once over the devices of all of them (at stages above 0: reduce-scatter and all-gather); one whose layers
-lie on one stage is a buffer of its own.
+lie on one stage is a buffer of its own. Optimizer states that lie on the host come to the device and go back, their bytes twice
+(`copy/host`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stagewright.planner.cost.memory import expert_shards
+from stagewright.planner.cost.memory_actions import offloaded_elements
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile, Recompute
 from stagewright.planner.layerwise import changes_of, fewer_replicas
@@ -38,6 +41,9 @@ from stagewright.planner.search.pipeline_costs import sent_over
 Totals = dict[str, float]
 
 LENT = "send-receive/lent"  # activations on their way to a peer rank and back
+UPDATE = "all-gather/update"  # momentum of matrices that ZeRO has cut
+SPLIT_UPDATE = "all-gather/update-tp"  # and of those that tensor parallelism has
+HOST_COPY = "copy/host"  # optimizer states between device and host
 
 
 def link_bytes(
@@ -75,6 +81,7 @@ def link_bytes(
     for stage, row in enumerate(layers):
         _gradients(total, plan, schedule, stage, row, bounds, ties)
         _outer_step(total, plan, stage, row, bounds, ties)
+        _host_copies(total, plan, stage, row, bounds, ties)
     for tie in ties:
         if len(tie.stages) > 1:
             _shared_gradients(total, plan, tie)
@@ -97,6 +104,7 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     blocks = [layer for layer, kind in enumerate(kinds) if kind == "block"]
     ends = (blocks[0], blocks[-1] + 1) if blocks and degrees.sp else ()
     levels = plan.stages[stage].recompute_levels()
+    gathered_bytes = plan.job.optimizer.gathered_bytes * len(plan.schedule.placement)
     sums = units if degrees.zero >= 2 and degrees.dp * degrees.cp > 1 else len(plan.schedule.placement)
     for layer, level in zip(plan.stages[stage].layer_indices, levels, strict=True):
         summed = degrees.sp and kinds[layer] in ("embedding", "head", "loss")
@@ -111,6 +119,11 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
         if degrees.sp and kinds[layer] == "block":
             size = copied_parameters(profile.classes[profile.layer_classes[layer]]) * plan.job.optimizer.gradient_bytes
             _add(total, "all-reduce/tp", 2 * (degrees.tp - 1) / degrees.tp * size * devices * sums)
+        if kinds[layer] == "block" and degrees.tp > 1:
+            size = float(row.table.dense_parameters[layer]) - copied_parameters(
+                profile.classes[profile.layer_classes[layer]]
+            )
+            _add(total, SPLIT_UPDATE, (degrees.tp - 1) * size * devices * gathered_bytes)
         shared, copies = shared_key_values(profile, layer, degrees.tp)
         if copies > 1:
             size = shared * plan.job.optimizer.gradient_bytes
@@ -203,7 +216,7 @@ def _gradients(
         each = (owners - 1) * _padded(experts, owners) * copies_of_experts
         _add(total, "reduce-scatter/edp", each * optimizer.gradient_bytes)
         _add(total, "all-gather/edp", each * optimizer.parameter_bytes)
-        _add(total, "all-gather/update", each * optimizer.gathered_bytes)
+        _add(total, UPDATE, each * optimizer.gathered_bytes)
     if degrees.zero == 0:
         size = sum(dense) * optimizer.gradient_bytes
         stashes = schedule.weight_policy is WeightPolicy.STASH
@@ -211,18 +224,19 @@ def _gradients(
         _add(total, "all-reduce/dp", 2 * (members * replicas - 1) * size * degrees.tp * updates)
         return
     shards = min(sharding_group(plan) or members, members)
-    padded = sum(_padded(value, shards) for value in (dense if degrees.zero >= 2 else [sum(dense)]))
+    uneven = bool(plan.stages[stage].state_shares)
+    padded = (
+        sum(dense) if uneven else sum(_padded(size, shards) for size in (dense if degrees.zero >= 2 else [sum(dense)]))
+    )
     units = plan.schedule.num_microbatches * max(plan.schedule.num_slices, 1)
     scatters = units if degrees.zero >= 2 else replicas
     gathers = replicas if degrees.zero < 3 else _gathers(plan, schedule, stage, units)
     groups = members // shards
-    uneven = plan.stages[stage].state_shares
-    padded *= max(uneven) * degrees.dp if uneven else 1  # every shard is as long as the largest
     copies = groups * (shards - 1) * padded * degrees.tp
     if members > 1:
         _add(total, "reduce-scatter/dp", scatters * copies * optimizer.gradient_bytes)
         _add(total, "all-gather/dp", gathers * copies * optimizer.parameter_bytes)
-        _add(total, "all-gather/update", replicas * copies * optimizer.gathered_bytes)
+        _add(total, UPDATE, replicas * copies * optimizer.gathered_bytes)
     # What a shard sums is as wide as its master weights.
     shard_bytes = max(4.0, optimizer.gradient_bytes) if optimizer.parameter_bytes < 4 else optimizer.gradient_bytes
     _add(total, "all-reduce/dp", 2 * (groups * replicas - 1) * padded * shard_bytes * degrees.tp)
@@ -237,6 +251,7 @@ def _shared_gradients(total: Totals, plan: Plan, tie: SharedWeight) -> None:
     copies = (members - 1) * _padded(tie.num_parameters, members) * degrees.tp
     _add(total, "reduce-scatter/tied", copies * optimizer.gradient_bytes)
     _add(total, "all-gather/tied", copies * optimizer.parameter_bytes)
+    _add(total, UPDATE, copies * optimizer.gathered_bytes)
 
 
 def _outer_step(
@@ -254,6 +269,42 @@ def _outer_step(
     width = max(4.0, plan.job.optimizer.parameter_bytes)
     copies = degrees.tp * (1 if degrees.zero else degrees.cp)
     _add(total, "all-reduce/outer", 2 * (degrees.dp - 1) * weights * width * copies / every)
+
+
+def _host_copies(
+    total: Totals, plan: Plan, stage: int, row: LayerCosts, bounds: Sequence[int], ties: Sequence[SharedWeight]
+) -> None:
+    """Add the optimizer states that one stage's devices fetch from the host for the step and put away again."""
+    share, degrees = plan.stages[stage].optimizer_offload, plan.stages[stage].degrees
+    if not share:
+        return
+    inside = slice(bounds[stage], bounds[stage + 1])
+    dense = unit_parameters(row.table.dense_parameters[inside].tolist(), bounds[stage], ties)
+    experts = float(row.table.expert_parameters[inside].sum())
+    members, replicas = _members(plan, stage), _replicas(plan, (stage,))
+    owners = expert_shards(degrees) * replicas if degrees.zero else 1
+    shards = min(sharding_group(plan) or members, members) if degrees.zero else 1
+    by_layer = degrees.zero >= 2 and members * replicas > 1
+    buckets = [_padded(value, shards) / shards for value in (dense if by_layer else [sum(dense)])]
+    buckets.append(_padded(experts, owners) / owners)
+    copies = degrees.num_devices * replicas
+    away = sum(offloaded_elements(share, count) for count in buckets) * copies
+    for tie in ties:
+        if len(tie.stages) > 1 and stage in tie.stages:
+            everyone = _members(plan, min(tie.stages)) * _replicas(plan, tie.stages)
+            divided = everyone if plan.stages[min(tie.stages)].degrees.zero else 1
+            held = offloaded_elements(share, _padded(tie.num_parameters, divided) / divided)
+            away += held * degrees.num_devices * len(_last_holders(plan, tie, stage))
+    _add(total, HOST_COPY, 2 * away * plan.job.optimizer.state_bytes)
+
+
+def _last_holders(plan: Plan, tie: SharedWeight, stage: int) -> set[int]:
+    """Return the pipeline ranks on which `stage` is the last of those that share a weight."""
+    held: dict[int, int] = {}
+    for row in plan.schedule.placement:
+        for other in tie.stages:
+            held[row[other]] = max(other, held.get(row[other], -1))
+    return {rank for rank, last in held.items() if last == stage}
 
 
 def _gathers(plan: Plan, schedule: Schedule, stage: int, units: int) -> int:

@@ -79,7 +79,7 @@ _FUSED = re.compile(r"^\((?P<steps>.+)\)OVERLAP_F_B$")
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A plan's prediction with all that it was made of."""
+    """A plan's prediction with all that it was made of; `host_bytes` [D] is what one device of each rank keeps on its host."""
 
     prediction: Prediction
     timeline: Timeline
@@ -88,13 +88,17 @@ class Evaluation:
     pipeline: PipelineCosts
     links: Links
     stage_bytes: tuple[StageBytes, ...]
+    host_bytes: Floats
 
 
-def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
-    """Return what the plan costs on its cluster; raises InvalidDocument when it was made for other layers."""
+def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -> Evaluation:
+    """Return what the plan costs on its cluster; raises InvalidDocument when it was made for other layers.
+
+    Where replicas take uneven shares, bytes are those of `replica`; of the one with most samples where it is None.
+    """
     plan.check_profile(layer_digest=profile.layer_digest, num_layers=profile.num_layers)
     schedule = schedule_of(plan.schedule)
-    layers = _layers_by_stage(plan, profile)
+    layers = _layers_by_stage(plan, profile, replica)
     bounds = stage_bounds(plan.stages)
     levels = recompute_indices(plan.stages)
     layout = layout_of(schedule)
@@ -122,14 +126,17 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Evaluation:
     devices = [device_of(plan.cluster, stage.group) for stage in plan.stages]
     pipeline = with_version_work(pipeline, schedule, layout, profile, parameters, devices)
     pipeline = _with_local_steps(pipeline, layout, local_steps(plan))
-    pipeline = _with_offload(pipeline, layout, plan, bounds, layers)
+    offloaded = _offloaded_bytes(plan, bounds, layers)
+    pipeline = _with_offload(pipeline, layout, plan, offloaded)
     pipeline = _with_changes(pipeline, plan, bounds, layers)
     costs = stage_costs(pipeline, bounds, levels, layers)
     links = links_of(layout, bounds, layers, wiring)
     timeline = _timed(schedule, costs, links, layout, pipeline.tail_s, pipeline.optimizer_s)
     prediction = _prediction(plan, profile, schedule, layout, pipeline, timeline, layers, levels, bounds, costs)
     stages = _stage_bytes(bounds, levels, layers)
-    return Evaluation(prediction, timeline, schedule, costs, pipeline, links, stages)
+    return Evaluation(
+        prediction, timeline, schedule, costs, pipeline, links, stages, host_bytes=_rank_sum(layout, offloaded)
+    )
 
 
 def _stage_bytes(bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]) -> tuple[StageBytes, ...]:
@@ -271,15 +278,22 @@ def _with_local_steps(pipeline: PipelineCosts, layout: Layout, every: int | None
     )
 
 
-def _with_offload(
-    pipeline: PipelineCosts, layout: Layout, plan: Plan, bounds: Sequence[int], layers: Sequence[LayerCosts]
-) -> PipelineCosts:
+def _offloaded_bytes(plan: Plan, bounds: Sequence[int], layers: Sequence[LayerCosts]) -> Floats:
+    """Return the bytes of optimizer states that one device of each stage keeps in host memory, [stages]."""
+    return np.array(
+        [
+            stage.optimizer_offload * row.state_bytes[2, bounds[index] : bounds[index + 1]].sum()
+            for index, (stage, row) in enumerate(zip(plan.stages, layers, strict=True))
+        ]
+    )
+
+
+def _with_offload(pipeline: PipelineCosts, layout: Layout, plan: Plan, offloaded: Floats) -> PipelineCosts:
     """Return the costs where stages keep a share of their optimizer states on the host and stream it in for the step."""
-    if not any(stage.optimizer_offload for stage in plan.stages):
+    if not offloaded.any():
         return pipeline
-    away = np.zeros(layout.num_stages)
     seconds = np.zeros(layout.num_stages)
-    for index, (stage, row) in enumerate(zip(plan.stages, layers, strict=True)):
+    for index, stage in enumerate(plan.stages):
         if not stage.optimizer_offload:
             continue
         device = device_of(plan.cluster, stage.group)
@@ -289,10 +303,9 @@ def _with_offload(
                 field=f"stages[{index}].optimizer_offload",
                 hint="set host_bytes_per_s of the device, or keep the states on it",
             )
-        away[index] = stage.optimizer_offload * row.state_bytes[2, bounds[index] : bounds[index + 1]].sum()
-        seconds[index] = streamed_states_s(away[index], device.host_bytes_per_s)
+        seconds[index] = streamed_states_s(offloaded[index], device.host_bytes_per_s)
     static = pipeline.static_bytes.copy()
-    static[2] -= _rank_sum(layout, away)
+    static[2] -= _rank_sum(layout, offloaded)
     return replace(
         pipeline,
         static_bytes=static,
@@ -512,14 +525,14 @@ def links_of(layout: Layout, bounds: Sequence[int], layers: Sequence[LayerCosts]
     return Links(latency_s=latency, bytes_per_s=bandwidth, boundary_bytes=boundary_bytes(layout, bounds, layers))
 
 
-def _layers_by_stage(plan: Plan, profile: ModelProfile) -> list[LayerCosts]:
+def _layers_by_stage(plan: Plan, profile: ModelProfile, replica: int | None = None) -> list[LayerCosts]:
     known: dict[tuple[Degrees, str | None, tuple[int, ...], tuple[float, ...]], LayerCosts] = {}
     model = CostModel(profile, plan.cluster, plan.job, options_of(plan), plan.mapping.axis_order)
     for index, stage in enumerate(plan.stages):
         key = (stage.degrees, stage.group, stage.batch_shares, stage.state_shares)
         if key not in known and (stage.batch_shares or stage.state_shares):
             parts = parts_of_stage(plan, index)
-            known[key] = joined_layer_costs(model, stage.degrees, parts, told=told_part(plan, index))
+            known[key] = joined_layer_costs(model, stage.degrees, parts, told=told_part(plan, index, replica))
         elif key not in known:
             known[key] = layer_costs(
                 model,

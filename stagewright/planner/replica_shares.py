@@ -11,8 +11,9 @@ samples, and every stage shares out the same M over its own replicas, in their o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidDocument
@@ -96,9 +97,19 @@ def _state_shares(plan: Plan, index: int) -> tuple[float, ...]:
     return shares
 
 
-def told_part(plan: Plan, index: int) -> ReplicaPart:
-    """Return the part whose memory a prediction speaks of: on the stage's group, the one with most samples."""
+def shard_bounds(num_elements: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """Return where the shards of a flat buffer begin, and its end, [len(shares) + 1], given the share of each."""
+    ends = [round(num_elements * min(end, 1.0)) for end in accumulate(shares)]
+    return (0, *ends[:-1], num_elements)
+
+
+def told_part(plan: Plan, index: int, replica: int | None = None) -> ReplicaPart:
+    """Return the part whose memory a prediction speaks of: a replica's, or on the stage's group the one with most samples."""
     parts = parts_of_stage(plan, index)
+    if replica is not None:
+        return [part for part in parts for _ in range(part.num_replicas)][
+            min(replica, plan.stages[index].degrees.dp - 1)
+        ]
     name = plan.stages[index].group
     there = [part for part in parts if part.group == name] or list(parts)
     return max(there, key=lambda part: part.samples)

@@ -231,8 +231,17 @@ class BucketMaker:
             purpose=purpose,
             everyone=group,
             shards=self._layers.shards,
+            shares=self._state_shares(holders, inside) if zero and purpose == "dp" else (),
             by_layer=not gathers_by_run(self._plan),
         )
+
+    def _state_shares(self, holders: frozenset[StageKey], group: dist.ProcessGroup | None) -> tuple[float, ...]:
+        """Return which share of a stage's states each rank of the group owns, in its order; none where all own as much."""
+        (stage,) = {stage for _, stage in holders}
+        told = self._plan.stages[stage].state_shares
+        if not told or group is None:
+            return ()
+        return tuple(told[self._views[rank].coordinates.dp] for rank in dist.get_process_group_ranks(group))
 
     def _replicated(
         self,

@@ -16,6 +16,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from stagewright.runtime.offload import OffloadedOptimizer
+from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.torch_adapter import cpu_allocation_changes
 from stagewright.runtime.worker import Worker
 
@@ -24,12 +26,16 @@ _RENEWAL = 2  # iterations after which no version of the weights is one from bef
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank: parameters, gradients and optimizer states that stay, and the peak of everything."""
+    """Bytes of one rank: parameters, gradients and optimizer states that stay, and the peak of everything.
+
+    `host` are those of optimizer states in host memory, which no other number holds.
+    """
 
     parameters: float
     gradients: float
     optimizer: float
     peak: float = 0.0
+    host: float = 0.0
 
     @property
     def states(self) -> float:
@@ -43,6 +49,7 @@ def state_memory(worker: Worker) -> RankMemory:
         parameters=_bytes(_parameters(worker)),
         gradients=sum(bucket.held_gradient_bytes() for bucket in worker.buckets.buckets),
         optimizer=_bytes(_optimizer_states(worker)),
+        host=worker.host_bytes(),
     )
 
 
@@ -74,11 +81,19 @@ def _repeat(work: Callable[[], object], count: int) -> None:
 
 def _parameters(worker: Worker) -> list[Tensor]:
     model = [value for value in worker.chain.model.parameters() if not value.is_meta]
-    return [*model, *(value for bucket in worker.buckets.buckets for value in bucket.optimized())]
+    optimized = [value for bucket in worker.buckets.buckets for value in bucket.optimized()]
+    sharded = [bucket.narrow for bucket in worker.buckets.buckets if isinstance(bucket, ShardedBucket)]
+    return [*model, *optimized, *(value for value in sharded if value is not None)]
 
 
 def _optimizer_states(worker: Worker) -> list[object]:
-    return [value for each in worker.optimizers for state in each.state.values() for value in state.values()]
+    found: list[object] = []
+    for each in worker.optimizers:
+        if isinstance(each, OffloadedOptimizer):
+            found += each.held_states()
+        else:
+            found += [value for state in each.state.values() for value in state.values()]
+    return found
 
 
 def _bytes(values: Sequence[object]) -> float:

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument
+from stagewright.runtime.matrix_layout import LayoutOf, whole_layouts
+from stagewright.runtime.muon import Muon
+from stagewright.runtime.shampoo import Shampoo
 from stagewright.runtime.training import TrainingSettings
 
 
@@ -31,9 +35,35 @@ def training_choice(plan: Plan, training: TrainingSettings) -> OptimizerChoice:
     )
 
 
-def make_optimizer(choice: OptimizerChoice, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer; raises InvalidArgument for a name that has none."""
+def check_choice(plan: Plan) -> OptimizerChoice:
+    """Return what weights are compared under: SGD with momentum, in fp64 the plan's own optimizer where it needs whole matrices.
+
+    The former is large enough that three steps move every weight well clear of the rounding of its own size; the latter
+    magnifies roundings of fp32 beyond what the comparison allows.
+    """
+    name = plan.job.optimizer.name
+    if name in MATRIX_OPTIMIZERS and plan.job.precision == "fp64":
+        return OptimizerChoice(name, 0.02)
+    return OptimizerChoice("sgd-momentum", 0.5)
+
+
+def make_optimizer(
+    choice: OptimizerChoice, parameters: Iterable[nn.Parameter], layout_of: LayoutOf | None = None
+) -> torch.optim.Optimizer:
+    """Return the optimizer; raises InvalidArgument for a name that has none.
+
+    `layout_of` tells the tensors in each parameter, for optimizers that need whole matrices; without it all are elementwise.
+    """
     wanted = list(parameters)
+    layout_of = layout_of or whole_layouts(())
+    if choice.name in MATRIX_OPTIMIZERS:
+        kind = Muon if choice.name == "muon" else Shampoo
+        return kind(
+            [(value, layout_of(value)) for value in wanted],
+            learning_rate=choice.learning_rate,
+            momentum=choice.momentum,
+            weight_decay=choice.weight_decay,
+        )
     if choice.name == "adamw":
         return torch.optim.AdamW(wanted, lr=choice.learning_rate, weight_decay=choice.weight_decay)
     if choice.name == "adam":
@@ -42,5 +72,7 @@ def make_optimizer(choice: OptimizerChoice, parameters: Iterable[nn.Parameter]) 
         momentum = choice.momentum if choice.name == "sgd-momentum" else 0.0
         return torch.optim.SGD(wanted, lr=choice.learning_rate, momentum=momentum, weight_decay=choice.weight_decay)
     raise InvalidArgument(
-        f"there is no optimizer {choice.name!r}", field="job.optimizer.name", hint="adamw, adam, sgd or sgd-momentum"
+        f"there is no optimizer {choice.name!r}",
+        field="job.optimizer.name",
+        hint="adamw, adam, sgd, sgd-momentum, muon or shampoo",
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.seeding import microbatch_seed
+from stagewright.runtime.matrix_layout import block_matrices, whole_layouts
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
 
 
@@ -47,7 +48,11 @@ def run_reference(
     """
     model = chain.model.to(device)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    stepper = None if optimizer is None else make_optimizer(optimizer, model.parameters())
+    stepper = (
+        None
+        if optimizer is None
+        else make_optimizer(optimizer, model.parameters(), whole_layouts(block_matrices(chain)))
+    )
     gradients: dict[str, Tensor] = {}
     losses = []
     for step, batch in enumerate(batches if stepper is not None else batches[:1]):

@@ -94,6 +94,7 @@ def replay_rank(job: RunJob, rank: int) -> RankReplay:
             "parameters": memory.parameters,
             "gradients": memory.gradients,
             "optimizer": memory.optimizer,
+            **({"host": memory.host} if memory.host else {}),
         },
     )
 

@@ -82,17 +82,19 @@ def make_report(
     checks: Sequence[str],
     *,
     probe_s: float = 0.0,
+    peak_bytes: Sequence[float] | None = None,
 ) -> RunReport:
     """Return the report of a measurement.
 
     `probe_s` is what the speed probe took when the profile was made (`Pedigree.probe_s`): with it, and the run's own
-    probes, each step is compared with the prediction for the speed that the ranks had around it, too.
+    probes, each step is compared with the prediction for the speed that the ranks had around it, too. `peak_bytes` are the
+    predicted peaks by global rank where the devices of one pipeline rank differ.
     """
     prediction, simulated = evaluation.prediction, evaluation.timeline
     slowness = _slowness(plan, measurement, probe_s)
     times = sorted(measurement.step_times_s)
     median = statistics.median(times) if times else None
-    predicted_memory = _by_device(plan, _expected_peaks(prediction))
+    predicted_memory = _by_device(plan, _expected_peaks(prediction)) if peak_bytes is None else list(peak_bytes)
     held = _by_device(plan, [item.framework for item in prediction.memory])
     measured_memory = [a + b for a, b in zip(measurement.peak_memory_bytes, held, strict=False)]
     timeline = measurement.timeline(plan.num_devices)
@@ -104,11 +106,15 @@ def make_report(
     if "gradients" in checks and measurement.gradients and measurement.weights:
         found["gradients"] = _gradients(plan, measurement)
     if "memory" in checks:
+        host = _host_bytes(plan, evaluation, measurement)
         found["memory"] = {
             "max_relative_error": memory_error,
             "limit": MEMORY_LIMIT,
-            "passed": memory_error is not None and abs(memory_error) <= MEMORY_LIMIT,
+            "passed": memory_error is not None
+            and abs(memory_error) <= MEMORY_LIMIT
+            and all(math.isclose(p, m, rel_tol=MEMORY_LIMIT) for p, m in zip(*host.values(), strict=True)),
             "items": measurement.static_memory_bytes,
+            **({"host_bytes": host} if any(host["predicted"]) else {}),
         }
     if "traffic" in checks:
         found["traffic"] = _traffic(prediction.link_bytes, measurement.sent_bytes)
@@ -138,6 +144,15 @@ def make_report(
         versions=measurement.versions,
         first_step=measurement.first_step,
     )
+
+
+def _host_bytes(plan: Plan, evaluation: Evaluation, measurement: Measurement) -> dict[str, list[float]]:
+    """Return the optimizer states in host memory by global rank, predicted and measured."""
+    measured = [item.get("host", 0.0) for item in measurement.static_memory_bytes]
+    return {
+        "predicted": _by_device(plan, evaluation.host_bytes.tolist()) if measured else [],
+        "measured": measured,
+    }
 
 
 def _expected_step(prediction: Prediction) -> dict[str, float]:

@@ -14,7 +14,9 @@ from typing import TypedDict
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument
-from stagewright.planner.expectation import with_expectation
+from stagewright.planner.expectation import peaks_by_device, with_expectation
+from stagewright.planner.layerwise import is_layerwise
+from stagewright.planner.replica_shares import has_uneven_shares
 from stagewright.runtime.failure import LOST
 from stagewright.runtime.job import RunJob
 from stagewright.runtime.launch import Progress, launch
@@ -96,6 +98,12 @@ def run_plan(
             field="emulate",
             hint="run the plan with its model",
         )
+    if is_layerwise(plan) and (emulate or replay is not None):
+        raise InvalidArgument(
+            "layers with degrees of their own are neither emulated nor replayed",
+            field="emulate" if emulate else "replay",
+            hint="run the plan with its model",
+        )
     check_world(plan, torchrun_arguments)
     replayed = None if replay is None else replayed_ranks(plan, replay)
     schedule, evaluation = program_of(plan, profile)
@@ -123,7 +131,7 @@ def run_plan(
             seed=seed,
             training=_located(training or TrainingSettings()),
             emulate=emulate,
-            rescue=rescue and evaluation.schedule.is_synchronous and is_rescuable(plan),
+            rescue=rescue and evaluation.schedule.is_synchronous and is_rescuable(plan) and not is_layerwise(plan),
         )
         job.save()
         if replayed is not None:
@@ -137,7 +145,8 @@ def run_plan(
             progress=progress,
         )
         measurement = Measurement.load(path / "measurement.json")
-    return make_report(plan, evaluation, measurement, checks, probe_s=profile.pedigree.probe_s)
+    peaks = peaks_by_device(plan, profile) if has_uneven_shares(plan) and not emulate else None
+    return make_report(plan, evaluation, measurement, checks, probe_s=profile.pedigree.probe_s, peak_bytes=peaks)
 
 
 def _refuse_frozen_by_hand(profile: ModelProfile) -> None:

@@ -24,6 +24,7 @@ from stagewright.modeling.kept_memory import allocator_name
 from stagewright.modeling.speed_probe import SpeedProbe, stolen_seconds
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.layerwise import is_layerwise
 from stagewright.planner.prediction import Evaluation
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.runtime.building import build_model, split_as_profiled
@@ -32,10 +33,11 @@ from stagewright.runtime.data import open_data
 from stagewright.runtime.emulation import EmulatedWorker
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
 from stagewright.runtime.job import RunJob
+from stagewright.runtime.layerwise import LayerwiseWorker
 from stagewright.runtime.measurement import Measurement
 from stagewright.runtime.memory import RankMemory, measure_memory
 from stagewright.runtime.microbatches import samples_of
-from stagewright.runtime.optimizers import OptimizerChoice, training_choice
+from stagewright.runtime.optimizers import check_choice, training_choice
 from stagewright.runtime.recorder import now_s
 from stagewright.runtime.reference import ReferenceRun, run_reference
 from stagewright.runtime.rescue import Rescue
@@ -44,8 +46,7 @@ from stagewright.runtime.torch_adapter import default_store
 from stagewright.runtime.training import WARM_UP_STEPS, checkpoint_folder, find_checkpoint, mark_latest
 from stagewright.runtime.worker import Worker, WorkerSettings
 
-# Large enough that three steps move every weight well clear of the rounding of its own size.
-CHECK_OPTIMIZER = OptimizerChoice("sgd-momentum", 0.5)
+Trainer = Worker | LayerwiseWorker
 
 
 class Session:
@@ -90,14 +91,7 @@ class Session:
         reference = self._reference(chain, checked)
         shapes = reference_shapes(chain)
         self._enter("building")
-        worker = Worker(
-            self._plan,
-            self._schedule,
-            chain,
-            WorkerSettings(self._device, seed=self._job.seed),
-            store=dist.PrefixStore("worker", default_store()),
-            at_action=lambda position: self._status.at(self._rank, self._step, position),
-        )
+        worker = self._worker(chain)
         gradients = weights = None
         if checked:
             gradients, weights = self._check(worker, checked, reference, shapes)
@@ -111,7 +105,12 @@ class Session:
                 first_step=self._trained - len(timed.losses),
                 peak_memory_bytes=[item.peak for item in memory],
                 static_memory_bytes=[
-                    {"parameters": item.parameters, "gradients": item.gradients, "optimizer": item.optimizer}
+                    {
+                        "parameters": item.parameters,
+                        "gradients": item.gradients,
+                        "optimizer": item.optimizer,
+                        **({"host": item.host} if item.host else {}),
+                    }
                     for item in memory
                 ],
                 gradients=None if gradients is None else (gradients.max_relative_error, gradients.parameter),
@@ -120,6 +119,18 @@ class Session:
             )
         )
         worker.close()
+
+    def _worker(self, chain: LayerChain) -> Trainer:
+        """Return what runs this rank's part of the plan."""
+        settings = WorkerSettings(self._device, seed=self._job.seed)
+
+        def at_action(position: int) -> None:
+            self._status.at(self._rank, self._step, position)
+
+        if is_layerwise(self._plan):
+            return LayerwiseWorker(self._plan, chain, settings, at_action=at_action)
+        store = dist.PrefixStore("worker", default_store())
+        return Worker(self._plan, self._schedule, chain, settings, store=store, at_action=at_action)
 
     def _emulate(self) -> None:
         worker = EmulatedWorker(
@@ -148,12 +159,12 @@ class Session:
             microbatch=gcd(self._samples, self._plan.schedule.microbatch),
             seed=self._job.seed,
             device=self._device,
-            optimizer=CHECK_OPTIMIZER,
+            optimizer=check_choice(self._plan),
         )
 
     def _check(
         self,
-        worker: Worker,
+        worker: Trainer,
         batches: list[Batch],
         reference: ReferenceRun | None,
         shapes: dict[str, tuple[int, ...]],
@@ -164,7 +175,7 @@ class Session:
         gradients = compare(worker, worker.gradients(), None if reference is None else reference.gradients, shapes)
         worker.zero_gradients()
         before = worker.weights()
-        worker.use_optimizer(CHECK_OPTIMIZER)
+        worker.use_optimizer(check_choice(self._plan))
         for step, batch in enumerate(batches):
             self._run(worker, batch, step)
         changes = {name: value - before[name] for name, value in worker.weights().items()}
@@ -173,7 +184,7 @@ class Session:
         worker.use_optimizer(None)
         return gradients, weights
 
-    def _train_setup(self, worker: Worker, batches: Iterator[Batch]) -> list[RankMemory]:
+    def _train_setup(self, worker: Trainer, batches: Iterator[Batch]) -> list[RankMemory]:
         """Make the job's optimizer, let its states come into being, and measure the memory of one step."""
         training = self._job.training
         worker.use_optimizer(training_choice(self._plan, training))
@@ -186,7 +197,7 @@ class Session:
             self._enter("loading")
             self._trained = load_checkpoint(worker, find_checkpoint(training.load))
             next(islice(batches, self._trained, self._trained), None)
-        if self._rescue is not None:
+        if self._rescue is not None and isinstance(worker, Worker):
             self._rescue.worker, self._rescue.first_step = worker, self._trained
         if training.load is None:
             self._enter("warming up")
@@ -203,7 +214,7 @@ class Session:
         return everyone
 
     def _timed(
-        self, worker: Worker | EmulatedWorker, batches: Iterator[Batch | None], probe: SpeedProbe | None = None
+        self, worker: Trainer | EmulatedWorker, batches: Iterator[Batch | None], probe: SpeedProbe | None = None
     ) -> Measurement:
         """Run the timed steps; returns their times and losses, the spans of the median one, bytes sent in one, and probes.
 
@@ -259,18 +270,18 @@ class Session:
             stolen_share=stolen,
         )
 
-    def _run(self, worker: Worker | EmulatedWorker, batch: Batch | None, step: int) -> float | None:
+    def _run(self, worker: Trainer | EmulatedWorker, batch: Batch | None, step: int) -> float | None:
         loss = worker.run(batch, step)
         self._step += 1
         return loss
 
-    def _train(self, worker: Worker | EmulatedWorker, batch: Batch | None) -> float | None:
+    def _train(self, worker: Trainer | EmulatedWorker, batch: Batch | None) -> float | None:
         """Run the next training step; its number decides random numbers and learning rate, whatever ran before it."""
         loss = self._run(worker, batch, self._trained)
         self._trained += 1
         return loss
 
-    def _save(self, worker: Worker | EmulatedWorker, *, is_last: bool) -> None:
+    def _save(self, worker: Trainer | EmulatedWorker, *, is_last: bool) -> None:
         """Write a checkpoint where one is due; every rank calls this."""
         training = self._job.training
         if training.save is None or isinstance(worker, EmulatedWorker):

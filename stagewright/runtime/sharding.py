@@ -10,23 +10,73 @@ with the only copy of its optimizer states (and of its fp32 master weights when 
 Under stages 2 and 3 a bucket is one layer (FSDP's unit): its gradients are scattered as soon as a full backward has
 finished them, so that whole gradients of two layers at most exist at a time; `gathering` gathers layer by layer.
 
+Replicas may own unlike shares (Cephalo): each shard is then reduced to its owner and broadcast from it, without padding.
+
 With fewer shards than ranks (HSDP, MiCS, the replicas of a bidirectional pipeline) the shards' gradients are all-reduced
 over the ranks that own the same one. Elementwise optimizers step exactly as on whole parameters.
 
-Papers: Rajbhandari et al., ZeRO, SC 2020; Zhao et al., PyTorch FSDP, VLDB 2023; Zhang et al., MiCS, VLDB 2022.
+Papers: Rajbhandari et al., ZeRO, SC 2020; Zhao et al., PyTorch FSDP, VLDB 2023; Zhang et al., MiCS, VLDB 2022; Guo et al.,
+Cephalo, 2024.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.modeling.tensor_parallel import TensorShards
+from stagewright.planner.link_bytes import UPDATE
+from stagewright.planner.replica_shares import shard_bounds
+from stagewright.runtime.matrix_layout import Piece
+from stagewright.runtime.offload import HostTail
 from stagewright.runtime.reduction import StageKey, Traffic, all_reduce_bytes, local_gradient, squared_norm, sum_partial
 from stagewright.runtime.used_parameters import UsedParameters
+
+
+class _Works:
+    """Several operations under way."""
+
+    def __init__(self, works: Iterable[dist.Work | None]) -> None:
+        self._works = [work for work in works if work is not None]
+
+    def wait(self) -> None:
+        """Wait for all of them."""
+        for work in self._works:
+            work.wait()
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """The tensors of one rank's shard.
+
+    Parameters
+    ----------
+    pieces : elements of each tensor that lie in the shard.
+    offsets : where each of these tensors begins in the flat buffer of all shards, and `begin` where this shard does.
+    gather : returns that buffer, from this rank's part of it.
+    """
+
+    pieces: tuple[Piece, ...]
+    offsets: tuple[int, ...]
+    begin: int
+    gather: Callable[[Tensor], Tensor]
+
+    def gathered(self, value: Tensor) -> list[Tensor]:
+        """Return the whole tensor of each piece, flat; every rank of the bucket calls this."""
+        flat = self.gather(value)
+        sizes = [math.prod(piece.shape) for piece in self.pieces]
+        return [flat[offset : offset + size] for offset, size in zip(self.offsets, sizes, strict=True)]
+
+    def own(self, index: int, whole: Tensor) -> Tensor:
+        """Return what of a whole tensor lies in the shard, flat."""
+        part, moved = self.pieces[index].part, self.begin - self.offsets[index]
+        return whole.reshape(-1)[part.start + moved : part.stop + moved]
 
 
 class ShardedBucket:
@@ -42,8 +92,10 @@ class ShardedBucket:
     level : ZeRO stage.
     traffic : counts bytes sent by ring algorithms.
     shards : how tensor parallelism has split the parameters.
+    shares : of the elements that each rank of the group owns, where they differ.
     purpose : `dp` or `tied`, in the names of the traffic.
     by_layer : at stage 3, UNSHARD leaves the gathering to a `gathering.GatherWindow`.
+    narrow : this rank's share of the weights themselves, where masters lie on the host and gathers recur; else None.
     """
 
     def __init__(
@@ -58,6 +110,7 @@ class ShardedBucket:
         purpose: str,
         everyone: dist.ProcessGroup | None = None,
         shards: TensorShards | None = None,
+        shares: Sequence[float] = (),
         by_layer: bool = False,
     ) -> None:
         self.holders = holders
@@ -74,9 +127,15 @@ class ShardedBucket:
         self._count = 1 if group is None else group.size()
         index = 0 if group is None else dist.get_group_rank(group, dist.get_rank())
         total = sum(parameter.numel() for parameter in self._trained)
-        self._length = -(-total // self._count)
-        self._own = slice(index * self._length, (index + 1) * self._length)
-        self._flat = self._trained[0].data.new_zeros(self._length * self._count)
+        if shares:
+            self._bounds = shard_bounds(total, shares)
+        else:
+            self._bounds = tuple(place * -(-total // self._count) for place in range(self._count + 1))
+        self._is_even = not shares
+        self._size = self._bounds[-1]
+        self._own = slice(self._bounds[index], self._bounds[index + 1])
+        self._length = self._own.stop - self._own.start
+        self._flat = self._trained[0].data.new_zeros(self._size)
         self._bytes = self._flat.numel() * self._flat.element_size()
         self._point_into_flat()
         own = self._flat[self._own]
@@ -85,9 +144,11 @@ class ShardedBucket:
         self._shard = nn.Parameter(own.detach().to(master, copy=vanishes or master != own.dtype))
         self._gradients = torch.zeros_like(self._flat) if level == 1 else None
         self._shard.grad = self._home_of_gradient()
-        self._flight: tuple[dist.Work, Tensor, Tensor] | None = None
+        self._away: HostTail | None = None  # of the masters
+        self.narrow: Tensor | None = None
+        self._flight: tuple[dist.Work | _Works, Tensor, Tensor] | None = None
         self._summing: dist.Work | None = None
-        self._gathering: dist.Work | None = None
+        self._gathering: dist.Work | _Works | None = None
         self._ready: set[int] = set()
         self._early = 0  # units whose gradients were scattered inside their backward
         self._is_whole = True
@@ -126,7 +187,37 @@ class ShardedBucket:
         """Do nothing: one version of the weights serves the whole iteration."""
 
     def before_step(self, microbatch: int) -> None:
-        """Do nothing: the gradients are where the optimizer looks."""
+        """Bring the masters to the device; the gradients are where the optimizer looks."""
+        self._fetch()
+
+    def keep_on_host(self, num_elements: int, copied: Callable[[float], None]) -> None:
+        """Let the last elements of the masters lie in host memory between steps; weights that have none are no states.
+
+        Under ZeRO-3 a narrow copy of the shard is what gathers take.
+        """
+        self._fetch()
+        self._away, self.narrow = None, None
+        if not num_elements or self._shard.dtype == self._flat.dtype:
+            return
+        self._away = HostTail(self._shard.data, num_elements, copied)
+        if self._level >= 3 and self._count > 1:
+            self.narrow = self._shard.detach().to(self._flat.dtype)
+        self._away.put_away()
+
+    def host_bytes(self) -> float:
+        """Return the bytes of masters in host memory."""
+        return 0.0 if self._away is None else self._away.host_bytes
+
+    def _fetch(self) -> None:
+        if self._away is not None:
+            self._away.fetch()
+
+    def _put_away(self) -> None:
+        """Renew the narrow copy and put the masters away, where they lie on the host."""
+        if self.narrow is not None:
+            self.narrow.copy_(self._shard.detach())
+        if self._away is not None:
+            self._away.put_away()
 
     def arm(self) -> None:
         """Do nothing: `start` reduces what the microbatches left."""
@@ -152,7 +243,10 @@ class ShardedBucket:
             self._summing.wait()
             self._summing = None
         self._used.finish()
-        self._kept = [(part, self._shard.detach()[part].clone()) for part in self._unused_parts()]
+        unused = self._unused_parts()
+        if unused:
+            self._fetch()
+        self._kept = [(part, self._shard.detach()[part].clone()) for part in unused]
 
     def after_microbatch(self) -> None:
         """Reduce one unit's gradients, at ZeRO stages 2 and 3, unless its backward has done so."""
@@ -198,7 +292,7 @@ class ShardedBucket:
     def squared_norm(self) -> Tensor:
         """Return this rank's share of the squared norm: that of its shard, which equal owners share."""
         shard = self._shard_gradient()
-        flat = torch.zeros(self._length * self._count, dtype=shard.dtype, device=shard.device)
+        flat = torch.zeros(self._size, dtype=shard.dtype, device=shard.device)
         flat[self._own] = shard
         owners = 1 if self._across is None else self._across.size()
         return squared_norm(zip(self._trained, self._views(flat), strict=True), self._shards) / owners
@@ -213,6 +307,7 @@ class ShardedBucket:
                 self._shard[part] = values
         if self._is_whole:
             self._gather(wait=True)
+        self._put_away()
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the summed gradients by name, gathered from all shards."""
@@ -221,17 +316,22 @@ class ShardedBucket:
 
     def values(self) -> dict[str, Tensor]:
         """Return copies of the trainable parameters by name, gathered from all shards."""
-        return self._named(self._gathered(self._shard.detach()))
+        self._fetch()
+        found = self._named(self._gathered(self._shard.detach()))
+        self._put_away()
+        return found
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Set the trainable parameters."""
-        flat = self._flat.new_zeros(self._length * self._count, dtype=self._shard.dtype)
+        flat = self._flat.new_zeros(self._size, dtype=self._shard.dtype)
         for (name, parameter), view in zip(self._names(), self._views(flat), strict=True):
             view.copy_(self._shards.part(values[name], parameter))
+        self._fetch()
         with torch.no_grad():
             self._shard.copy_(flat[self._own])
             if self._is_whole:
                 self._flat.copy_(flat)
+        self._put_away()
 
     def states(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
         """Return copies of the optimizer's states by key and name, gathered from all shards."""
@@ -256,7 +356,7 @@ class ShardedBucket:
 
     def _own_part(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return this rank's shard of whole values."""
-        flat = torch.zeros(self._length * self._count, dtype=self._shard.dtype, device=self._shard.device)
+        flat = torch.zeros(self._size, dtype=self._shard.dtype, device=self._shard.device)
         for (name, parameter), view in zip(self._names(), self._views(flat), strict=True):
             if name in values:  # what no forward uses has no states where they are not divided
                 view.copy_(self._shards.part(values[name], parameter))
@@ -301,13 +401,39 @@ class ShardedBucket:
     def _unused_parts(self) -> list[slice]:
         """Return the parts of the shard that belong to parameters which never had a gradient."""
         unused = {id(parameter) for parameter in self._used.unused}
-        parts, offset = [], -self._own.start
-        for parameter in self._trained if unused else ():
-            first, last = max(offset, 0), min(offset + parameter.numel(), self._length)
-            if id(parameter) in unused and first < last:
-                parts.append(slice(first, last))
+        return [part for parameter, part, _ in self._parts() if id(parameter) in unused]
+
+    def _parts(self) -> list[tuple[nn.Parameter, slice, int]]:
+        """Return the parameters with elements in this rank's shard, where they lie in it, and where the parameter begins."""
+        parts, offset = [], 0
+        for parameter in self._trained:
+            begin = offset - self._own.start
+            first, last = max(begin, 0), min(begin + parameter.numel(), self._length)
+            if first < last:
+                parts.append((parameter, slice(first, last), offset))
             offset += parameter.numel()
         return parts
+
+    def layout(self, matrices: Collection[int]) -> ShardLayout:
+        """Return which tensors lie in the shard, given the ids of those parameters that are matrices of blocks."""
+        parts = self._parts()
+        pieces = [
+            Piece(
+                tuple(parameter.shape),
+                id(parameter) in matrices,
+                part,
+            )
+            for parameter, part, offset in parts
+        ]
+        offsets = tuple(offset for *_, offset in parts)
+        return ShardLayout(tuple(pieces), offsets, self._own.start, self._gather_update)
+
+    def _gather_update(self, value: Tensor) -> Tensor:
+        """Return the values of all shards in the flat buffer's order; a collective."""
+        if self._group is not None:
+            sent = (self._count - 1) / self._count * self._size * value.element_size()
+            self._traffic[UPDATE] = self._traffic.get(UPDATE, 0.0) + sent
+        return self._gathered(value)
 
     def _take_note(self, parameter: Tensor) -> None:
         """Scatter the gradients inside the backward, when they are complete; one that is deferred is not there yet."""
@@ -348,7 +474,7 @@ class ShardedBucket:
         sum_partial(self._trained, self._shards)
         flat = self._gradients
         if flat is None:
-            flat = torch.zeros(self._length * self._count, dtype=self._flat.dtype, device=self._flat.device)
+            flat = torch.zeros(self._size, dtype=self._flat.dtype, device=self._flat.device)
             for parameter, view in zip(self._trained, self._views(flat), strict=True):
                 if parameter.grad is not None:
                     view.copy_(local_gradient(parameter))
@@ -356,8 +482,14 @@ class ShardedBucket:
         if self._group is None:
             self._add(flat)
             return
-        mine = flat.new_empty(self._length)
-        work = dist.reduce_scatter_tensor(mine, flat, group=self._group, async_op=True)
+        if self._is_even:
+            mine = flat.new_empty(self._length)
+            work = dist.reduce_scatter_tensor(mine, flat, group=self._group, async_op=True)
+        else:
+            mine = flat[self._own]
+            work = _Works(
+                dist.reduce(part, owner, group=self._group, async_op=True) for part, owner in self._owned_parts(flat)
+            )
         assert work is not None
         self._flight = (work, mine, flat)
         self._count_traffic("reduce-scatter", (self._count - 1) / self._count * self._bytes)
@@ -377,15 +509,24 @@ class ShardedBucket:
         else:
             gradient.add_(value)
 
-    def _gather(self, *, wait: bool) -> dist.Work | None:
+    def _gather(self, *, wait: bool) -> dist.Work | _Works | None:
         """Gather all shards into the flat buffer; returns what to wait for when `wait` is not."""
-        shard = self._shard.detach().to(self._flat.dtype)
+        recurs = self.narrow is not None and not wait
+        shard = self.narrow if recurs else self._shard.detach().to(self._flat.dtype)
         if self._group is None:
             if shard.data_ptr() != self._flat.data_ptr():
                 self._flat.copy_(shard)
             return None
         self._count_traffic("all-gather", (self._count - 1) / self._count * self._bytes)
-        if shard.untyped_storage().data_ptr() == self._flat.untyped_storage().data_ptr():
+        is_in_place = shard.untyped_storage().data_ptr() == self._flat.untyped_storage().data_ptr()
+        if not self._is_even:
+            if not is_in_place:
+                self._flat[self._own].copy_(shard)
+            works = self._broadcast(self._flat)
+            if wait:
+                works.wait()
+            return works
+        if is_in_place:
             shard = shard.clone()
         work = dist.all_gather_into_tensor(self._flat, shard, group=self._group, async_op=not wait)
         assert wait or work is not None
@@ -394,9 +535,28 @@ class ShardedBucket:
     def _gathered(self, shard: Tensor) -> Tensor:
         if self._group is None:
             return shard
-        flat = torch.empty(self._length * self._count, dtype=shard.dtype, device=shard.device)
-        dist.all_gather_into_tensor(flat, shard, group=self._group)
+        flat = torch.empty(self._size, dtype=shard.dtype, device=shard.device)
+        if self._is_even:
+            dist.all_gather_into_tensor(flat, shard, group=self._group)
+        else:
+            flat[self._own] = shard
+            self._broadcast(flat).wait()
         return flat
+
+    def _broadcast(self, flat: Tensor) -> _Works:
+        """Start to bring each owner's shard to all others."""
+        return _Works(
+            dist.broadcast(part, owner, group=self._group, async_op=True) for part, owner in self._owned_parts(flat)
+        )
+
+    def _owned_parts(self, flat: Tensor) -> list[tuple[Tensor, int]]:
+        """Return the shards of a flat buffer that are not empty, each with the rank that owns it."""
+        assert self._group is not None
+        return [
+            (flat[begin:end], dist.get_global_rank(self._group, place))
+            for place, (begin, end) in enumerate(pairwise(self._bounds))
+            if begin < end
+        ]
 
     def _count_traffic(self, operation: str, sent_bytes: float) -> None:
         name = f"{operation}/{self._purpose}"

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.layerwise import is_layerwise, layerwise_order
 from stagewright.planner.prediction import device_of
-from stagewright.planner.replica_shares import has_uneven_shares, samples_by_replica
+from stagewright.planner.replica_shares import has_uneven_shares, parts_of_stage, samples_by_replica
 from stagewright.planner.schedules.registry import families
 from stagewright.runtime.topology import has_unequal_replicas
 
@@ -24,6 +25,10 @@ def check_supported(plan: Plan) -> None:
             field="schedule.name",
             hint="take 1f1b; --pin vocab_parallel=on cuts the output layer over a tensor-parallel group",
         )
+    if is_layerwise(plan):
+        check_layerwise_degrees(plan)
+        _check_autocast(plan)
+        return
     first = plan.stages[0].degrees
     for index, stage in enumerate(plan.stages):
         field = f"stages[{index}]"
@@ -45,17 +50,9 @@ def check_supported(plan: Plan) -> None:
                 hint="pin zero=1, or an ep x etp that covers all devices of the stage",
             )
         if stage.optimizer_offload:
-            raise InvalidArgument(
-                f"{field}.optimizer_offload is {stage.optimizer_offload}, the runtime keeps optimizer states on the device",
-                field=f"{field}.optimizer_offload",
-                hint="plan without --per-stage-degrees, or with the exact planner",
-            )
+            _check_offload(plan, index)
         if stage.state_shares:
-            raise InvalidArgument(
-                f"{field}.state_shares is {list(stage.state_shares)}, the runtime shards states evenly",
-                field=f"{field}.state_shares",
-                hint="plan with zero pinned to 0, or leave the shares out where the device with least memory has room",
-            )
+            _check_state_shares(plan, index)
         if has_uneven_shares(plan):
             _check_shares(plan, index)
     if has_unequal_replicas(plan):
@@ -70,12 +67,79 @@ def check_supported(plan: Plan) -> None:
             f"the runtime does not train in {plan.job.precision}", field="job.precision", hint=", ".join(PRECISIONS)
         )
     if plan.job.optimizer.name in MATRIX_OPTIMIZERS:
-        raise InvalidArgument(
-            f"optimizer {plan.job.optimizer.name} is planned and priced, and not run",
-            field="job.optimizer.name",
-            hint="plan with --optimizer adamw, adam, sgd or sgd-momentum",
-        )
+        _check_matrices(plan)
     _check_autocast(plan)
+
+
+def _check_matrices(plan: Plan) -> None:
+    """Optimizers of whole matrices: Muon gathers what ZeRO or tensor parallelism has cut, not what both have, Shampoo nothing."""
+    name, shampoo = plan.job.optimizer.name, plan.job.optimizer.name == "shampoo"
+    narrow = plan.job.precision not in ("fp32", "fp64")  # whose masters lie in one flat buffer
+    for index, stage in enumerate(plan.stages):
+        degrees = stage.degrees
+        cut_twice = degrees.tp > 1 and (degrees.zero > 0 or degrees.vocab_parallel or narrow)
+        if degrees.ep * degrees.etp > 1 or cut_twice or (shampoo and (degrees.tp > 1 or degrees.zero)):
+            raise InvalidArgument(
+                f"stages[{index}] has {degrees.model_dump(exclude_defaults=True)} with {name}, which is planned and priced so; the "
+                "runtime steps whole matrices"
+                + (
+                    ""
+                    if shampoo
+                    else ", gathered where ZeRO or tensor parallelism in fp32 or fp64 has cut them, without vocab_parallel"
+                ),
+                field=f"stages[{index}].degrees",
+                hint="pin ep=1, zero=0 and tp=1" if shampoo else "pin ep=1, vocab_parallel=off, and tp=1 or zero=0",
+            )
+    family = next((row for row in families() if row.name == plan.schedule.name), None)
+    if (family is not None and not family.synchronous) or (shampoo and narrow):
+        raise InvalidArgument(
+            f"optimizer {name} with {plan.schedule.name} in {plan.job.precision}: the runtime takes it under synchronous schedules"
+            + (", shampoo in fp32 and fp64" if shampoo else ""),
+            field="job.optimizer.name",
+            hint="plan with --optimizer adamw, or a synchronous schedule"
+            + (" and --precision fp32" if shampoo else ""),
+        )
+
+
+def _check_offload(plan: Plan, index: int) -> None:
+    """States on the host: a step of single elements, once an iteration."""
+    family = next((row for row in families() if row.name == plan.schedule.name), None)
+    name, told = plan.job.optimizer.name, plan.schedule.parameters
+    if name in MATRIX_OPTIMIZERS or "local_steps" in told or (family is not None and not family.synchronous):
+        raise InvalidArgument(
+            f"stages[{index}].optimizer_offload is {plan.stages[index].optimizer_offload} with {name}, {plan.schedule.name} and "
+            f"parameters {sorted(told)}; the runtime streams states of elementwise optimizers, once in a synchronous iteration",
+            field=f"stages[{index}].optimizer_offload",
+            hint="take adamw, adam or sgd-momentum, a synchronous schedule and no local_steps, or keep the states on the device",
+        )
+
+
+def check_layerwise_degrees(plan: Plan) -> None:
+    """Raise InvalidArgument unless all stages stand behind each other on one rank, replicated and tensor-parallel only."""
+    spec = plan.schedule
+    if spec.num_ranks != 1 or spec.orders != (layerwise_order(len(plan.stages), spec.num_microbatches),):
+        raise InvalidArgument(
+            f"schedule {spec.name} has {spec.num_ranks} pipeline ranks; layers with degrees of their own run on one, each "
+            "microbatch forward and back before the next",
+            field="schedule",
+            hint="take `layerwise_schedule`",
+        )
+    if plan.job.precision not in ("fp32", "fp64") or plan.job.optimizer.name in MATRIX_OPTIMIZERS:
+        raise InvalidArgument(
+            f"the plan trains in {plan.job.precision} with {plan.job.optimizer.name}; layers with degrees of their own take fp32 and "
+            "fp64, and elementwise optimizers",
+            field="job.precision",
+            hint="plan with --precision fp32 and --optimizer adamw",
+        )
+    for index, stage in enumerate(plan.stages):
+        degrees = stage.degrees
+        plain = degrees.model_copy(update={"dp": 1, "tp": 1})
+        if plain != type(degrees)() or stage.batch_shares or stage.state_shares or stage.optimizer_offload:
+            raise InvalidArgument(
+                f"stages[{index}] has {degrees.model_dump(exclude_defaults=True)}; layers with degrees of their own take dp and tp",
+                field=f"stages[{index}].degrees",
+                hint="pin sp=off, vocab_parallel=off and zero=0",
+            )
 
 
 def _check_unequal(plan: Plan) -> None:
@@ -114,6 +178,19 @@ def _check_shares(plan: Plan, index: int) -> None:
             hint="pin ep=1, or plan on one kind of device",
         )
     samples_by_replica(plan, index)
+
+
+def _check_state_shares(plan: Plan, index: int) -> None:
+    """Uneven shares of states: one for each replica, over all replicas, each with whole sequences."""
+    degrees, told = plan.stages[index].degrees, sorted({"shard_size", "local_steps"} & set(plan.schedule.parameters))
+    parts_of_stage(plan, index)
+    if degrees.cp > 1 or told:
+        raise InvalidArgument(
+            f"stages[{index}].state_shares is {list(plan.stages[index].state_shares)} with cp {degrees.cp} and parameters {told}; the "
+            "runtime shares states out over replicas alone",
+            field=f"stages[{index}].state_shares",
+            hint="pin cp=1 and leave shard_size and local_steps out, or leave the shares out",
+        )
 
 
 def _check_autocast(plan: Plan) -> None:

@@ -7,9 +7,10 @@ layer chain, in a process group that exists. It drops the parameters of the laye
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,11 @@ from stagewright.modeling.batch import Batch, batch_size, select_samples, slice_
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.seeding import microbatch_seed
 from stagewright.modeling.slicing import divide_sequence, equal_lengths, select_sequence, sequence_length
+from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
+from stagewright.planner.cost.memory_actions import offloaded_elements
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
+from stagewright.planner.link_bytes import HOST_COPY, SPLIT_UPDATE
 from stagewright.planner.replica_shares import has_uneven_shares
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
@@ -31,13 +35,16 @@ from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput, WarmUp, warm_up_length
 from stagewright.runtime.local_steps import LocalSteps, outer_step_of
 from stagewright.runtime.mailbox import Mailbox, StageGraph
+from stagewright.runtime.matrix_layout import Layout, LayoutOf, SplitLayout, block_matrices, whole_layouts
 from stagewright.runtime.microbatches import division_of, plan_iteration, samples_over_replicas
+from stagewright.runtime.offload import OffloadedOptimizer, last_elements
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
 from stagewright.runtime.peer_swap import make_swap, traffic_of
 from stagewright.runtime.post_validation import PostValidation
 from stagewright.runtime.rank_layers import RankLayers
 from stagewright.runtime.recorder import Recorder, now_s
 from stagewright.runtime.reduction import Bucket, BucketSet
+from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.stage import Unit
 from stagewright.runtime.step_rule import StepRule, whole_squared_norm
 from stagewright.runtime.topology import StageKey, Topology, has_unequal_replicas, stage_edges
@@ -169,19 +176,82 @@ class Worker:
         """Step with this optimizer from now on; with None, iterations only leave gradients."""
         self.settle()
         self._optimizers = {}
+        for bucket in self.buckets.buckets:
+            self._keep_on_host(bucket, 0)
         self._updates = {self._stepper(key): 0 for key in self.topology.stages}
         self._local_steps = None
         if choice is None:
             return
+        if self._validation is not None and choice.name in MATRIX_OPTIMIZERS:
+            raise InvalidArgument(
+                f"a step of {choice.name} is not taken back: it uses its gradients up",
+                field="post_validation",
+                hint="take an elementwise optimizer, or no post-validation",
+            )
         if self._outer_step is not None and self._outer_group is not None:
             self._local_steps = LocalSteps(self._outer_step, self.buckets.buckets, self._outer_group, self._traffic)
         for key in dict.fromkeys(self._step_order()):
             mine = [value for bucket in self._stepped(key) for value in bucket.optimized()]
             if mine:
-                self._optimizers[key] = make_optimizer(choice, mine)
+                self._optimizers[key] = self._make_optimizer(choice, key)
                 for bucket in self._stepped(key):
                     if isinstance(bucket, VersionedBucket):
                         bucket.optimizer = self._optimizers[key]
+
+    def _make_optimizer(self, choice: OptimizerChoice, key: StageKey) -> torch.optim.Optimizer:
+        """Return the optimizer of what a stage's OPT steps, with the states on the host that the plan keeps there."""
+        parameters: list[tuple[nn.Parameter, int]] = []
+        counts: list[tuple[Bucket, int]] = []
+        for bucket in self._stepped(key):
+            mine = bucket.optimized()
+            sizes = [value.numel() for value in mine]
+            last = max(stage for _, stage in bucket.holders)
+            away = offloaded_elements(self.plan.stages[last].optimizer_offload, sum(sizes))
+            parameters += zip(mine, last_elements(sizes, away), strict=True)
+            counts.append((bucket, away))
+        if not any(away for _, away in counts):
+            return make_optimizer(choice, [parameter for parameter, _ in parameters], self._layouts(self._stepped(key)))
+        made = OffloadedOptimizer(partial(make_optimizer, choice), parameters, self._count_copy)
+        for bucket, away in counts:
+            self._keep_on_host(bucket, away)
+        return made
+
+    def _layouts(self, buckets: Sequence[Bucket]) -> LayoutOf:
+        """Return which tensors lie in what the optimizer of these buckets steps."""
+        matrices = block_matrices(self.chain)
+        whole = whole_layouts(matrices)
+        shards = {
+            id(value): bucket.layout(matrices)
+            for bucket in buckets
+            if isinstance(bucket, ShardedBucket)
+            for value in bucket.optimized()
+        }
+        split = self._layers.shards
+
+        def layout_of(parameter: nn.Parameter) -> Layout:
+            if id(parameter) in shards:
+                return shards[id(parameter)]
+            if split.is_split(parameter):
+                return SplitLayout(parameter, id(parameter) in matrices, split, self._count_gather)
+            return whole(parameter)
+
+        return layout_of
+
+    def _count_gather(self, num_bytes: float) -> None:
+        self._traffic[SPLIT_UPDATE] = self._traffic.get(SPLIT_UPDATE, 0.0) + num_bytes
+
+    def _keep_on_host(self, bucket: Bucket, num_elements: int) -> None:
+        if isinstance(bucket, ShardedBucket):
+            bucket.keep_on_host(num_elements, self._count_copy)
+
+    def _count_copy(self, num_bytes: float) -> None:
+        self._traffic[HOST_COPY] = self._traffic.get(HOST_COPY, 0.0) + num_bytes
+
+    def host_bytes(self) -> float:
+        """Return the bytes of optimizer states that this rank keeps in host memory."""
+        masters = [bucket.host_bytes() for bucket in self.buckets.buckets if isinstance(bucket, ShardedBucket)]
+        states = [each.host_bytes() for each in self.optimizers if isinstance(each, OffloadedOptimizer)]
+        return sum(masters) + sum(states)
 
     def use_rules(
         self, *, clip_norm: float | None, skip_nonfinite: bool, learning_rate_factor: Callable[[int], float] | None

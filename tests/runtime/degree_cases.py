@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -66,10 +67,21 @@ def sent_in_a_step(prepared: PreparedCase, *, equal_choices: bool = False) -> di
     for name, value in worker.parameters().items():
         if equal_choices and name.endswith("gate.weight"):
             value.data.zero_()
-    worker.use_optimizer(OptimizerChoice("adamw", 1e-3))
+    worker.use_optimizer(OptimizerChoice(prepared.plan.job.optimizer.name, 1e-3))
     name = prepared.case.hugging_face
     worker.run(hugging_face(name)[1] if name else batches_of(prepared, 1)[0], 0)
     return worker.traffic()
+
+
+def sent_in_the_second_step(prepared: PreparedCase) -> dict[str, float]:
+    """Return the bytes this rank sends in an iteration that finds optimizer states in their places."""
+    worker = make_worker(prepared)
+    worker.use_optimizer(OptimizerChoice(prepared.plan.job.optimizer.name, 1e-3))
+    (batch,) = batches_of(prepared, 1)
+    worker.run(batch, 0)
+    before = worker.traffic()
+    worker.run(batch, 1)
+    return {name: value - before.get(name, 0.0) for name, value in worker.traffic().items()}
 
 
 def sent_with_equal_choices(prepared: PreparedCase) -> dict[str, float]:
@@ -113,6 +125,18 @@ def held_states(prepared: PreparedCase) -> RankMemory:
     worker.use_optimizer(OptimizerChoice(prepared.plan.job.optimizer.name, 1e-2))
     worker.run(batches_of(prepared, 1)[0], 0)
     return state_memory(worker)
+
+
+def trained_state(prepared: PreparedCase) -> tuple[str, RankMemory]:
+    """Return a digest of this rank's weights after three AdamW steps, and what it holds then."""
+    worker = make_worker(prepared)
+    worker.use_optimizer(OptimizerChoice("adamw", 1e-2))
+    for step, batch in enumerate(batches_of(prepared, 3)):
+        worker.run(batch, step)
+    digest = hashlib.sha256()
+    for _, value in sorted(worker.weights().items()):
+        digest.update(value.float().numpy().tobytes())
+    return digest.hexdigest(), state_memory(worker)
 
 
 def stepped_types(prepared: PreparedCase) -> tuple[set[str], float]:

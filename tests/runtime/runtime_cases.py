@@ -16,6 +16,7 @@ from stagewright.modeling import split
 from stagewright.modeling.autocast import with_autocast
 from stagewright.modeling.batch import default_loss
 from stagewright.modeling.expert_capacity import limit_experts
+from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.documents import Degrees, Plan, StagePlan
 from stagewright.planner.link_bytes import LENT
 from stagewright.planner.prediction import schedule_of
@@ -73,7 +74,10 @@ class Case:
     warm_up_steps: int = 0
     replicas: tuple[int, ...] = ()
     shares: tuple[tuple[int, ...], ...] = ()  # samples of a microbatch by replica of each pipeline rank
-    by_stage: tuple[dict[str, object], ...] = ()  # what stages have of their own: degrees, or fields of the plan's stage
+    by_stage: tuple[
+        dict[str, object], ...
+    ] = ()  # what stages have of their own: degrees, or fields of the plan's stage
+    optimizer: str = "sgd-momentum"
     weight_decay: float = 0.0  # with it each block has a parameter that no forward uses
 
     @property
@@ -150,10 +154,16 @@ def prepare(case: Case, number: int) -> PreparedCase:
         edges=case.edges,
         replicas=case.replicas,
         shares=case.shares,
+        optimizer=case.optimizer if case.optimizer in MATRIX_OPTIMIZERS else "adamw",
     )
     if case.by_stage:
         stages = tuple(_with_own(stage, own) for stage, own in zip(plan.stages, case.by_stage, strict=True))
         plan = plan.model_copy(update={"stages": stages})
+    return prepare_plan(case, plan, number)
+
+
+def prepare_plan(case: Case, plan: Plan, number: int) -> PreparedCase:
+    """Lower the schedule of a plan that runs with the model of a case; it passes the NCCL checker."""
     schedule = lower(
         schedule_of(plan.schedule),
         StageCosts.uniform(len(plan.stages)),
@@ -199,7 +209,7 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     batches = batches_of(prepared, case.num_steps)
     if case.hugging_face:
         batches = [_in_dtype(hugging_face(case.hugging_face)[1], case.dtype)] * case.num_steps
-    optimizer = OptimizerChoice("sgd-momentum", 0.5)
+    optimizer = OptimizerChoice(case.optimizer, 0.02 if case.optimizer in MATRIX_OPTIMIZERS else 0.5)
     if case.weight_decay:
         optimizer = replace(optimizer, weight_decay=case.weight_decay)
     warm_up = (lambda step: min(1.0, (step + 1) / case.warm_up_steps)) if case.warm_up_steps else None
@@ -475,24 +485,45 @@ def _tokens(prepared: PreparedCase) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.randint(VOCABULARY, size, generator=generator) for _ in range(2))
 
 
-def layerwise_gradients(argument: tuple[PreparedCase, Plan]) -> tuple[float, float, float, dict[str, float]]:
-    """Run layers with degrees of their own; returns the largest error, this rank's loss, the reference's and the bytes sent."""
+@dataclass(frozen=True)
+class LayerwiseResult:
+    """What one rank found."""
+
+    gradients: Comparison
+    weights: Comparison
+    loss: float | None
+    reference_loss: float | None
+    sent: dict[str, float]
+    states: dict[str, tuple[int, ...]]
+
+
+def layerwise_training(argument: tuple[PreparedCase, Plan]) -> LayerwiseResult:
+    """Compare the gradients of layers with degrees of their own, and their weights after clipped steps, with one process."""
     prepared, plan = argument
-    model = make_model(prepared.case, 2)
+    case = prepared.case
+    model = make_model(case, 2)
     generator = torch.Generator().manual_seed(3)
     size = (plan.job.global_batch, LENGTH)
-    batch = tuple(torch.randint(VOCABULARY, size, generator=generator) for _ in range(2))
-    whole = split(copy.deepcopy(model))
-    (loss,) = whole.segment(0, whole.num_layers).run(batch, seed=0)
-    loss.backward()
-    expected = dict(whole.model.named_parameters())
-    worker = LayerwiseWorker(plan, split(model), GROUPS, seed=1)
-    own = worker.run(batch)
-    found = worker.gradients()
-    scale = max(float(value.norm()) for value in found.values())
-    assert set(found) == set(expected)
-    error = max(
-        float((value - expected[name].grad).norm()) / max(float(value.norm()), 1e-6 * scale)
-        for name, value in found.items()
-    )
-    return error, own, float(loss.detach()), worker.traffic
+    batches = [tuple(torch.randint(VOCABULARY, size, generator=generator) for _ in range(2)) for _ in range(2)]
+    optimizer = OptimizerChoice("adamw", 1e-2, weight_decay=0.1)
+    reference = None
+    if dist.get_rank() == 0:
+        whole = split(copy.deepcopy(model))
+        reference = run_reference(
+            whole, batches, microbatch=size[0], seed=1, device=CPU, optimizer=optimizer, clip_norm=case.clip_norm
+        )
+    chain = split(model)
+    shapes = reference_shapes(chain)
+    worker = LayerwiseWorker(plan, chain, WorkerSettings(CPU, seed=1, clip_norm=case.clip_norm), groups=GROUPS)
+    loss = worker.run(batches[0], 0)
+    sent = worker.traffic()
+    gradients = compare(worker, worker.gradients(), None if reference is None else reference.gradients, shapes)
+    worker.zero_gradients()
+    before = worker.weights()
+    worker.use_optimizer(optimizer)
+    for step, batch in enumerate(batches):
+        worker.run(batch, step)
+    changes = {name: value - before[name] for name, value in worker.weights().items()}
+    weights = compare(worker, changes, None if reference is None else reference.changes, shapes)
+    states = {name: tuple(value.shape) for name, value in worker.optimizer_states()["exp_avg"].items()}
+    return LayerwiseResult(gradients, weights, loss, None if reference is None else reference.losses[0], sent, states)

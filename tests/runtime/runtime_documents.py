@@ -120,7 +120,7 @@ def plan_of(
     device = cluster or cluster_factory(devices_per_node=ends[-1])
     if cluster is None:
         group = device.groups[0]
-        cpu = group.device.model_copy(update={"kind": "cpu"})
+        cpu = group.device.model_copy(update={"kind": "cpu", "host_bytes_per_s": 10e9})
         device = device.model_copy(update={"groups": (group.model_copy(update={"device": cpu}),)})
     return Plan(
         model="tiny",

@@ -60,12 +60,43 @@ def test_uneven_shares_are_taken_without_split_experts_where_they_sum_up_to_a_mi
         check_supported(with_shares(documents(dp=2, ep=2)[0], (1, 3)))
 
 
-@pytest.mark.parametrize(("field", "value"), [("state_shares", (0.75, 0.25)), ("optimizer_offload", 0.5)])
-def test_states_in_unlike_places_are_planned_and_refused_by_the_runtime(field, value):
-    plan, _ = documents(dp=2, zero=1)
-    stages = tuple(stage.model_copy(update={field: value}) for stage in plan.stages)
-    with pytest.raises(InvalidArgument, match=rf"stages\[0\].{field} is"):
-        check_supported(plan.model_copy(update={"stages": stages}))
+def with_fields(plan, **fields):
+    return plan.model_copy(update={"stages": tuple(stage.model_copy(update=fields) for stage in plan.stages)})
+
+
+def test_uneven_shares_of_states_are_taken_where_replicas_alone_divide_them():
+    check_supported(with_fields(documents(dp=2, zero=1)[0], state_shares=(0.75, 0.25)))
+    with pytest.raises(
+        InvalidDocument, match=r"state_shares are 2 shares of 1 together, the stage has dp 2 and zero 0"
+    ):
+        check_supported(with_fields(documents(dp=2)[0], state_shares=(0.75, 0.25)))
+    with pytest.raises(InvalidArgument, match=r"stages\[0\].state_shares is \[0.75, 0.25\] with cp 2"):
+        check_supported(with_fields(documents(dp=2, cp=2, zero=1)[0], state_shares=(0.75, 0.25)))
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "words"),
+    [
+        ("muon", {"tp": 2, "dp": 2, "zero": 1}, "'tp': 2, 'zero': 1.* with muon"),
+        ("muon", {"dp": 2, "ep": 2}, "'ep': 2.* with muon"),
+        ("shampoo", {"dp": 2, "zero": 1}, "'zero': 1.* with shampoo"),
+        ("shampoo", {"tp": 2}, "'tp': 2.* with shampoo"),
+    ],
+)
+def test_optimizers_of_whole_matrices_are_refused_where_they_stay_cut(name, degrees, words):
+    chain = split(TinyModel(3))
+    plan = plan_of(chain, profile_of(chain), "1f1b", 2, 4, degrees=Degrees(dp=2), optimizer=name)
+    check_supported(plan)
+    with pytest.raises(InvalidArgument, match=words):
+        check_supported(plan_of(chain, profile_of(chain), "1f1b", 2, 4, degrees=Degrees(**degrees), optimizer=name))
+
+
+def test_states_on_the_host_are_taken_where_single_elements_are_stepped_once_an_iteration():
+    plan = with_fields(documents(dp=2, zero=1)[0], optimizer_offload=0.5)
+    check_supported(plan)
+    delayed = plan.schedule.model_copy(update={"name": "pipedream"})
+    with pytest.raises(InvalidArgument, match=r"stages\[0\].optimizer_offload is 0.5 with adamw, pipedream"):
+        check_supported(plan.model_copy(update={"schedule": delayed}))
 
 
 def test_divided_slices_of_a_divided_sequence_are_refused():

@@ -37,6 +37,14 @@ CASES = [
     Case("1f1b", 2, 4, shares=((3, 1), (2, 2)), degrees={"zero": 1}, reference_microbatch=4),
     Case("pipedream", 4, 6, parameters={"replicas": "3,1"}, tied=False),
     Case("1f1b", 2, 4, degrees={"dp": 2}, by_stage=({"zero": 3}, {"zero": 1}), tied=False),
+    Case(
+        "1f1b",
+        2,
+        3,
+        degrees={"dp": 2, "zero": 1},
+        by_stage=({"state_shares": (0.7, 0.3)}, {"state_shares": (0.1, 0.9)}),
+    ),
+    Case("gpipe", 1, 2, degrees={"dp": 4, "zero": 3}, by_stage=({"state_shares": (0.5, 0.25, 0.15, 0.1)},)),
     Case("interleaved", 2, 4, degrees={"dp": 2}, by_stage=tuple({"zero": zero} for zero in (2, 0, 3, 1)), tied=False),
 ]
 

@@ -199,6 +199,11 @@ def offload_timeline_s(
     return now, now - sum(forward_s) - sum(backward_s)
 
 
+def offloaded_elements(share: float, num_elements: float) -> int:
+    """Return how many of the elements that an optimizer steps have their states on the host."""
+    return round(share * num_elements)
+
+
 def streamed_states_s(state_bytes: float, host_bytes_per_s: float) -> float:
     """Return what a step waits for optimizer states that live on the host and are updated on the device (Mist, Zhu et al. 2025).
 

@@ -52,8 +52,10 @@ class Optimizer(Part):
 
     @property
     def gathered_bytes(self) -> float:
-        """Bytes of each parameter's update that replicas gather beside its weight where ZeRO cuts matrices."""
-        return 2.0 if self.name == "muon" else 0.0
+        """Bytes of each parameter's update that replicas gather beside its weight where ZeRO cuts matrices: bf16, or fp64."""
+        if self.name != "muon":
+            return 0.0
+        return 8.0 if self.parameter_bytes == 8 else 2.0
 
 
 class Pins(Part):

@@ -1,0 +1,124 @@
+"""Which tensors lie in what an optimizer steps, and which of them are matrices of blocks, for optimizers that need whole matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.tensor_parallel import TensorShards
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of one tensor that lie in a flat parameter.
+
+    Parameters
+    ----------
+    shape : of the tensor.
+    is_matrix : the tensor is a matrix of a block, or several in a stack.
+    part : where the elements lie in the parameter.
+    """
+
+    shape: tuple[int, ...]
+    is_matrix: bool
+    part: slice
+
+
+class Layout(Protocol):
+    """Where the tensors of a parameter lie."""
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """Return the tensors' elements in the parameter, in order; what no piece covers is padding."""
+        ...
+
+    def gathered(self, value: Tensor) -> list[Tensor]:
+        """Return the whole tensor of each piece, flat, from values at the elements of all ranks' parts; a collective."""
+        ...
+
+    def own(self, index: int, whole: Tensor) -> Tensor:
+        """Return what of a whole tensor, that of piece `index`, lies in the parameter, flat."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeLayout:
+    """A parameter that is one whole tensor."""
+
+    shape: tuple[int, ...]
+    is_matrix: bool
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Return the one tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return (Piece(self.shape, self.is_matrix, slice(0, count)),)
+
+    def gathered(self, value: Tensor) -> list[Tensor]:
+        """Return the values themselves."""
+        return [value]
+
+    def own(self, index: int, whole: Tensor) -> Tensor:
+        """Return all of it."""
+        return whole.reshape(-1)
+
+
+@dataclass(frozen=True)
+class SplitLayout:
+    """A parameter that is a tensor-parallel rank's part of a tensor.
+
+    Parameters
+    ----------
+    sent : told the bytes that this rank sends to gather the tensor.
+    """
+
+    parameter: nn.Parameter
+    is_matrix: bool
+    shards: TensorShards
+    sent: Callable[[float], None]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Return the one tensor, by its whole shape."""
+        shape = list(self.parameter.shape)
+        group = self.shards.group_of(self.parameter)
+        assert group is not None
+        shape[self.shards.dimensions[id(self.parameter)]] *= group.size // self.shards.num_copies(self.parameter)
+        return (Piece(tuple(shape), self.is_matrix, slice(0, self.parameter.numel())),)
+
+    def gathered(self, value: Tensor) -> list[Tensor]:
+        """Return the tensor, from the parts of the tensor-parallel group."""
+        group = self.shards.group_of(self.parameter)
+        assert group is not None
+        self.sent((group.size - 1.0) * value.numel() * value.element_size())
+        return [self.shards.whole(value.view(self.parameter.shape), self.parameter).reshape(-1)]
+
+    def own(self, index: int, whole: Tensor) -> Tensor:
+        """Return this rank's part."""
+        return self.shards.part(whole.view(self.pieces[0].shape), self.parameter).reshape(-1)
+
+
+LayoutOf = Callable[[nn.Parameter], Layout]
+
+
+def block_matrices(chain: LayerChain) -> frozenset[int]:
+    """Return the ids of the parameters that are matrices of the model's blocks, those of experts in stacks included."""
+    named = dict(chain.model.named_parameters(remove_duplicate=False))
+    return frozenset(
+        id(named[name])
+        for layer in chain.layers
+        if layer.kind == "block"
+        for name in layer.parameters
+        if name in named and named[name].dim() in (2, 3)
+    )
+
+
+def whole_layouts(matrices: Collection[int]) -> LayoutOf:
+    """Return the layouts of parameters that are whole tensors, given the ids of those that are matrices of blocks."""
+    return lambda parameter: WholeLayout(tuple(parameter.shape), id(parameter) in matrices)

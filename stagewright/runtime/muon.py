@@ -1,0 +1,103 @@
+"""Muon: every block's matrix moves along its momentum made orthogonal; all else along its momentum made of one size.
+
+With gradient G, momentum M and the look-ahead U of Nesterov,
+
+    M <- mu M + G,  U = G + mu M
+    matrix of a block   O = NS(U) 0.2 sqrt(max(m, n))        m x n; a stack of matrices one by one
+    any other tensor    O = 0.2 U / (rms(U) + 1e-8)
+    W <- (1 - lr decay) W - lr O
+
+where NS are five Newton-Schulz iterations X <- a X + (b A + c A A) X, A = X X^T, from X = U / |U|, with singular values near 1
+behind them. Every update has a root mean square of about 0.2, AdamW's, so that one learning rate serves all. One moment a
+parameter, as the ledger holds: embeddings, heads, norms and biases take the normalised momentum of norm-constrained steps
+in place of AdamW, which would hold two.
+
+Newton-Schulz runs in bf16, in fp64 where the weights are fp64. Under ZeRO each rank gathers U in that type and makes those
+matrices orthogonal of which it owns elements; it steps its own with its own full-width momentum. What tensor parallelism has
+split each rank of the group gathers in that type, and makes whole matrices orthogonal as its neighbours do.
+
+Papers: Jordan et al., Muon, 2024; Liu et al., Muon is Scalable for LLM Training, 2025; Pethick et al., Training Deep Learning
+Models with Norm-Constrained LMOs, ICML 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stagewright.planner.cost.matrix_optimizer import NEWTON_SCHULZ_STEPS
+from stagewright.runtime.matrix_layout import Layout
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_RMS = 0.2
+_EPSILON = 1e-8
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps parameters of which it is told the tensors inside.
+
+    Parameters
+    ----------
+    parameters : each with its layout; all ranks that share a layout step at once.
+    learning_rate, momentum, weight_decay : lr, mu and decay above.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[nn.Parameter, Layout]],
+        *,
+        learning_rate: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        super().__init__(
+            [parameter for parameter, _ in parameters],
+            {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay},
+        )
+        self._layouts = {id(parameter): layout for parameter, layout in parameters}
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        """Take a step; a parameter without a gradient stays."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                moved = state["momentum_buffer"].mul_(group["momentum"]).add_(parameter.grad)
+                ahead = parameter.grad.add_(
+                    moved, alpha=group["momentum"]
+                )  # in place: nothing reads the gradient behind a step
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                _move(parameter, ahead.reshape(-1), self._layouts[id(parameter)], group["lr"])
+
+
+def _move(parameter: Tensor, ahead: Tensor, layout: Layout, learning_rate: float) -> None:
+    """Move each tensor of a parameter against its direction, of root mean square 0.2, one after the other."""
+    wide = ahead.dtype == torch.float64
+    wholes = layout.gathered(ahead if wide else ahead.bfloat16())
+    for index, (piece, whole) in enumerate(zip(layout.pieces, wholes, strict=True)):
+        if piece.is_matrix:
+            direction = layout.own(index, orthogonal(whole.view(piece.shape))).to(ahead.dtype)
+            size = _RMS * max(piece.shape[-2:]) ** 0.5
+        else:
+            direction = ahead[piece.part]
+            size = _RMS / (float(whole.norm(dtype=ahead.dtype)) / whole.numel() ** 0.5 + _EPSILON)
+        target = parameter[piece.part] if parameter.dim() == 1 else parameter
+        target.add_(direction.view_as(target), alpha=-learning_rate * size)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Return the matrix [..., m, n] with its singular values brought near 1, in its own type; zeros stay zeros."""
+    a, b, c = _COEFFICIENTS
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + torch.finfo(x.dtype).tiny)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if tall else x

@@ -1,0 +1,108 @@
+"""Shampoo: the gradient of every block's matrix between roots of its statistics, with the size of Adam's step.
+
+Matrices are cut into pieces of at most 1,024 x 1,024. With a piece's gradient G, statistics L and R, and V of Adam,
+
+    L <- L + G G^T,  R <- R + G^T G                roots P = L^(-1/4), Q = R^(-1/4), renewed once in 100 steps
+    V <- beta V + (1 - beta) G^2,  A = G / (sqrt(V / (1 - beta^t)) + 1e-8)
+    D = P G Q |A| / |P G Q|                        any tensor that is no block's matrix: D = A
+    M <- mu M + D,  W <- (1 - lr decay) W - lr M
+
+Roots come from an eigendecomposition; eigenvalues are raised by a millionth of the largest. Statistics, roots and moments are
+in the type of what is stepped. Every tensor is whole where it is stepped: statistics of parts would be another method's.
+
+Papers: Gupta et al., Shampoo, ICML 2018; Shi et al., A Distributed Data-Parallel PyTorch Implementation of the Distributed Shampoo
+Optimizer, 2023 (pieces and grafting).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stagewright.planner.cost.matrix_optimizer import BLOCK, STEPS_BETWEEN_ROOTS
+from stagewright.runtime.matrix_layout import Layout
+
+_BETA = 0.999
+_EPSILON = 1e-8
+_RAISED = 1e-6
+
+
+class Shampoo(torch.optim.Optimizer):
+    """Steps parameters that are whole tensors.
+
+    Parameters
+    ----------
+    parameters : each with its layout, which has one piece.
+    learning_rate, momentum, weight_decay : lr, mu and decay above.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[nn.Parameter, Layout]],
+        *,
+        learning_rate: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        super().__init__(
+            [parameter for parameter, _ in parameters],
+            {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay},
+        )
+        self._is_matrix = {id(parameter): layout.pieces[0].is_matrix for parameter, layout in parameters}
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        """Take a step; a parameter without a gradient stays."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["step"] += 1
+                count = int(state["step"])
+                second = state["exp_avg_sq"].mul_(_BETA).addcmul_(parameter.grad, parameter.grad, value=1 - _BETA)
+                direction = parameter.grad / ((second / (1 - _BETA**count)).sqrt() + _EPSILON)
+                if self._is_matrix[id(parameter)]:
+                    _precondition(direction, parameter.grad, state, renews=count % STEPS_BETWEEN_ROOTS == 1)
+                state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(state["momentum_buffer"], alpha=-group["lr"])
+
+
+def _precondition(direction: Tensor, gradient: Tensor, state: dict[str, Tensor], *, renews: bool) -> None:
+    """Turn the direction of each piece, in place, keeping its size; add to the piece's statistics."""
+    rows, columns = gradient.shape[-2:]
+    stack, onto = gradient.view(-1, rows, columns), direction.view(-1, rows, columns)
+    number = 0
+    for index in range(len(stack)):
+        for top in range(0, rows, BLOCK):
+            for left in range(0, columns, BLOCK):
+                place = (index, slice(top, top + BLOCK), slice(left, left + BLOCK))
+                _precondition_piece(onto[place], stack[place], state, f".{number}", renews=renews)
+                number += 1
+
+
+def _precondition_piece(
+    direction: Tensor, gradient: Tensor, state: dict[str, Tensor], name: str, *, renews: bool
+) -> None:
+    for side, product in (("left", gradient @ gradient.mT), ("right", gradient.mT @ gradient)):
+        known = state.get(side + name)
+        state[side + name] = product if known is None else known.add_(product)
+        if renews:
+            state[f"{side}_root{name}"] = fourth_root_inverse(state[side + name])
+    turned = state["left_root" + name] @ gradient @ state["right_root" + name]
+    size = direction.norm() / (turned.norm() + torch.finfo(turned.dtype).tiny)
+    direction.copy_(turned * size)
+
+
+def fourth_root_inverse(statistics: Tensor) -> Tensor:
+    """Return the symmetric [n, n] matrix to the power -1/4, eigenvalues raised by a millionth of the largest."""
+    values, vectors = torch.linalg.eigh(statistics)
+    raised = values.clamp(min=0) + _RAISED * values.max().clamp(min=torch.finfo(values.dtype).tiny)
+    return (vectors * raised.pow(-0.25)) @ vectors.mT

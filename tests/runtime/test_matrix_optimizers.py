@@ -1,0 +1,129 @@
+"""Muon and Shampoo: weights are those of one process with whole matrices, also where ZeRO has cut them."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+import torch
+from runtime_cases import LENGTH, Case, make_model, prepare
+from runtime_documents import profile_of
+from runtime_models import hugging_face
+from test_schedules import assert_equal_to_one_process
+
+from stagewright.modeling import split
+from stagewright.planner.models.hugging_face import profile_from_config
+from stagewright.planner.prediction import evaluate
+from stagewright.runtime.matrix_layout import WholeLayout, block_matrices
+from stagewright.runtime.muon import Muon, orthogonal
+from stagewright.runtime.shampoo import Shampoo, fourth_root_inverse
+
+WIDE = {"dtype": "float64", "num_steps": 3}
+
+CASES = [
+    Case("1f1b", 2, 4, optimizer="muon", degrees={"dp": 2}, clip_norm=0.05, **WIDE),
+    Case("zb-h1", 2, 4, optimizer="muon", degrees={"dp": 2, "zero": 1}, **WIDE),
+    Case("gpipe", 1, 2, optimizer="muon", degrees={"dp": 4, "zero": 3}, weight_decay=0.1, tied=False, **WIDE),
+    Case("1f1b", 2, 4, optimizer="muon", by_stage=({"zero": 2}, {"zero": 0}), degrees={"dp": 2}, **WIDE),
+    Case("1f1b", 2, 4, optimizer="muon", degrees={"tp": 2}, **{**WIDE, "dropout": 0.0}),
+    Case("1f1b", 2, 4, optimizer="shampoo", degrees={"dp": 2}, clip_norm=0.05, **WIDE),
+    Case("chimera", 2, 4, optimizer="shampoo", tied=False, **WIDE),
+]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.optimizer}-{case.schedule}-{case.degrees}")
+def test_plans_with_optimizers_of_whole_matrices_equal_one_process(rank_pools, case):
+    assert_equal_to_one_process(rank_pools, case)
+
+
+TRAFFIC = [
+    Case("1f1b", 2, 3, optimizer="muon", degrees={"dp": 2, "zero": 1}),
+    Case("gpipe", 1, 2, optimizer="muon", degrees={"dp": 4, "zero": 2}, dtype="float64"),
+]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", TRAFFIC, ids=lambda case: f"{case.schedule}-{case.dtype}")
+def test_the_updates_that_muon_gathers_are_the_predicted_bytes(rank_pools, case):
+    pool = rank_pools(case.world)
+    case = Case(**{**vars(case), "dropout": 0.0})
+    prepared = prepare(case, pool.next_number())
+    width = 8.0 if case.dtype == "float64" else 4.0
+    profile = profile_of(split(make_model(case, 4)), sequence_length=LENGTH, output_bytes=LENGTH * 16 * width)
+    predicted = evaluate(prepared.plan, profile).prediction.link_bytes
+    results = pool.run("degree_cases.sent_in_a_step", prepared)
+    measured = {name: sum(sent.get(name, 0.0) for sent in results) for sent in results for name in sent}
+    assert predicted["all-gather/update"] > 0
+    assert {name: value for name, value in measured.items() if value} == pytest.approx(predicted, rel=1e-9)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("degrees", [{"tp": 2, "dp": 2}, {"tp": 4, "sp": True}], ids=str)
+def test_the_updates_that_muon_gathers_over_split_matrices_of_a_llama_are_the_predicted_bytes(rank_pools, degrees):
+    pytest.importorskip("transformers")
+    case = Case("gpipe", 1, 2, optimizer="muon", degrees=degrees, dropout=0.0, hugging_face="llama")
+    pool = rank_pools(case.world)
+    prepared = prepare(case, pool.next_number())
+    profile = profile_from_config(hugging_face("llama")[0].config.to_dict(), "llama")
+    plan = prepared.plan.model_copy(update={"layer_digest": profile.layer_digest})
+    predicted = evaluate(plan, profile).prediction.link_bytes
+    results = pool.run("degree_cases.sent_in_a_step", prepared)
+    measured = {name: sum(sent.get(name, 0.0) for sent in results) for sent in results for name in sent}
+    assert predicted["all-gather/update-tp"] > 0
+    assert {name: value for name, value in measured.items() if value} == pytest.approx(predicted, rel=1e-9)
+
+
+@pytest.mark.ranks
+def test_muon_holds_one_moment_a_parameter_where_the_ledger_has_one(rank_pools):
+    pool = rank_pools(4)
+    case = Case("gpipe", 1, 2, optimizer="muon", degrees={"dp": 4, "zero": 1}, dropout=0.0, tied=False)
+    prepared = prepare(case, pool.next_number())
+    profile = profile_of(split(make_model(case, 2)), sequence_length=LENGTH)
+    expected = evaluate(prepared.plan, profile).prediction.memory[0].optimizer
+    for memory in pool.run("degree_cases.held_states", prepared):
+        assert memory.optimizer == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (3, 8, 20)])
+def test_singular_values_lie_around_one_whatever_they_were(shape):
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = torch.linalg.svdvals(orthogonal(drawn * torch.logspace(0, 1.5, shape[-1], dtype=torch.float64)))
+    assert 0.6 < float(values.min()) <= float(values.max()) < 1.25
+    assert not orthogonal(torch.zeros(shape)).any()
+
+
+def test_a_step_of_muon_has_the_size_of_one_of_adamw_for_matrices_and_for_all_else():
+    generator = torch.Generator().manual_seed(0)
+    for shape, is_matrix in (((64, 64), True), ((64, 64), False), ((64,), False)):
+        parameter = torch.nn.Parameter(torch.zeros(shape))
+        parameter.grad = 1e-3 * torch.randn(shape, generator=generator)
+        layout = WholeLayout(shape, is_matrix)
+        Muon([(parameter, layout)], learning_rate=1.0, momentum=0.9, weight_decay=0.0).step()
+        assert float(parameter.detach().square().mean().sqrt()) == pytest.approx(0.2, rel=0.15)
+
+
+def test_shampoo_on_a_diagonal_gradient_steps_along_its_signs_with_the_size_of_adam():
+    """G = diag(g): L = R = diag(g^2), so L^(-1/4) G R^(-1/4) = diag(sign g); grafted onto Adam's first step, the signs."""
+    parameter = torch.nn.Parameter(torch.zeros(3, 3, dtype=torch.float64))
+    parameter.grad = torch.diag(torch.tensor([4.0, -1.0, 2.0], dtype=torch.float64))
+    layout = WholeLayout((3, 3), True)
+    Shampoo([(parameter, layout)], learning_rate=1.0, momentum=0.9, weight_decay=0.0).step()
+    expected = torch.diag(torch.tensor([-1.0, 1.0, -1.0], dtype=torch.float64))
+    torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fourth_root_to_the_fourth_is_the_inverse():
+    drawn = torch.randn(8, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    statistics = drawn @ drawn.mT
+    root = fourth_root_inverse(statistics)
+    product = root @ root @ root @ root @ statistics
+    torch.testing.assert_close(product, torch.eye(8, dtype=torch.float64), rtol=1e-3, atol=1e-3)
+
+
+def test_matrices_of_blocks_are_told_from_embeddings_heads_and_vectors():
+    chain = split(make_model(Case("gpipe", 1, 1, tied=False), 2))
+    matrices = block_matrices(chain)
+    found = {name for name, value in chain.model.named_parameters() if id(value) in matrices}
+    assert found
+    assert all(name.startswith("blocks.") and name.endswith("weight") and "norm" not in name for name in found)
