@@ -50,7 +50,7 @@ _PROBED = 2  # numbers of each kind that are probed; at the root all up to RAISE
 _STEPS = 40
 _WHOLE = 1e-6
 _TOLERANCE = 1e-7
-_LITTLE = 1e-5  # of the target, that one round has to raise a bound for another
+_LITTLE = 1e-4  # of the target, that one round has to raise a bound for another
 
 Limit = tuple[int, float, float]
 

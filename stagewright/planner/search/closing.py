@@ -9,11 +9,14 @@
 
 Cuts belong to the order and not to the candidate, so those that carried a multiplier are kept for all candidates that
 share the order. Kelley's iterates are drawn towards the best point known (Wentges smoothing), which saves half of them; the
-first one towards where another candidate of the order ended.
+first one towards where another candidate of the order ended. A light program has a third of the full one's columns, so a round of
+it takes a tenth of the time: where the first of an order cannot be closed by it, it goes on for the paths alone, most of which bind
+in the larger programs too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,9 +39,11 @@ Longs = npt.NDArray[np.int64]
 MOST_PATHS = 16  # mean paths of an order
 MOST_NODES = 200
 LIGHT = Rules(rounds=25, smoothing=0.85, stops_below=True, near=0.0, little=0.0)
-FULL = Rules(rounds=12, smoothing=0.85, stops_below=False, near=1e-3, little=0.0)
+GATHER = Rules(rounds=80, smoothing=0.85, stops_below=False, near=0.0, little=1e-5)
+FULL = Rules(rounds=12, smoothing=0.85, stops_below=False, near=1e-3, little=1e-4)
 _TOLERANCE = 1e-7
-_PROMISING = 1.06  # a rounded point this far above the incumbent is not improved
+# A rounded point this far above the incumbent is not improved: the first of a candidate, and the many of its branching.
+_PROMISING, _PROMISING_NODE = 1.06, 1.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +66,7 @@ class Closer:
     paths: dict[OrderKey, list[MeanPath]] = field(default_factory=dict)
     trees: dict[tuple[OrderKey, bytes], Split] = field(default_factory=dict)
     ends: dict[tuple[OrderKey, Form], Point] = field(default_factory=dict)
+    gathered: set[OrderKey] = field(default_factory=set)
 
     def close(
         self,
@@ -74,7 +80,7 @@ class Closer:
 
         Without a judge nothing is enumerated.
         """
-        light = self._kelley(costs, target_s, rank_layers, form="light", rules=LIGHT)
+        light = self._light(costs, target_s, rank_layers)
         if light.bound_s >= target_s:
             return Closed(light.bound_s, "light program", simulated=light.simulated)
         enumeration = Enumeration(costs)
@@ -83,13 +89,15 @@ class Closer:
             found, made = enumerated
             bound_s = incumbent_s if found is None else found.step_s
             return Closed(bound_s, "enumerated", found, light.simulated + made)
-        full = self._kelley(costs, target_s, rank_layers, form="full", rules=FULL)
+        full = self._full(costs, target_s, rank_layers)
         simulated = light.simulated + full.simulated
         if full.bound_s >= target_s:
             return Closed(full.bound_s, "full program", simulated=simulated)
         best: Completion | None = None
         if full.point is not None:
-            best, made = self._near(costs, full.point, incumbent_s)
+            stairs = staircase(costs)
+            starts = [_rounded(costs, full.point), *([] if stairs is None else [stairs])]
+            best, made = _near(costs, starts, _PROMISING * incumbent_s)
             simulated += made
         return Closed(max(light.bound_s, full.bound_s), "open", best, simulated)
 
@@ -98,7 +106,7 @@ class Closer:
     ) -> Closed | None:
         """Return the bound that the multipliers of other candidates of the order give; None where it is below the target."""
         paths = self.paths.get(costs.order.key, [])
-        if rank_layers is None or costs.order.num_replicas > 1 or not paths:
+        if rank_layers is None or not paths:
             return None
         bound_s = bound_by(costs, paths, rank_layers, target_s * (1 + _TOLERANCE)) * (1 - _TOLERANCE)
         return Closed(bound_s, "light program") if bound_s >= target_s else None
@@ -124,7 +132,7 @@ class Closer:
             if is_whole:
                 found, made = _as_it_is(costs, point), 1
             else:
-                found, made = self._near(costs, point, incumbent_s)
+                found, made = _near(costs, [_rounded(costs, point)], _PROMISING_NODE * incumbent_s)
             simulated += made
             return None if found is None else judge(found)
 
@@ -158,46 +166,52 @@ class Closer:
             paths.insert(0, path)
             del paths[MOST_PATHS:]
 
-    @staticmethod
-    def _near(costs: CandidateCosts, point: Point, incumbent_s: float) -> tuple[Completion | None, int]:
-        """Return a completion near a fractional point, or near a staircase, moved where it is promising, and the simulations."""
-        starts = [_rounded(costs, point)]
-        stairs = staircase(costs)
-        if stairs is not None:
-            starts.append(stairs)
-        found = [improve(costs, bounds, most_steps=0)[0] for bounds in starts]
-        steps = [np.inf if one is None else one.step_s for one in found]
-        first = int(np.argmin(steps))
-        if steps[first] > _PROMISING * incumbent_s:
-            return found[first], len(starts)
-        best, made = improve(costs, starts[first])
-        return best, made + len(starts)
+    def _light(self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None) -> _Run:
+        """Return the bound of the light program, and stop where a point below the target shows that it cannot pass it.
 
-    def _kelley(
-        self,
-        costs: CandidateCosts,
-        target_s: float,
-        rank_layers: tuple[Longs, Longs] | None,
-        *,
-        form: Form,
-        rules: Rules,
-    ) -> _Run:
-        """Return the bound after rounds of solving and tracing, stopped when it passes the target or cannot."""
+        Of the first candidate of an order that it cannot close, its paths are gathered.
+        """
         key, pool = costs.order.key, self._pool(costs.order)
-        enough_s = target_s * (1 + 2 * _TOLERANCE)
-        known = pool.number
-        program = CutProgram(costs, pool, form=form, target_s=enough_s, rank_layers=rank_layers)
-        if rules.stops_below or not known:
-            program.start_at(self.ends.get((key, form)))
-            if rules.stops_below and program.inner_s < target_s:
-                return _Run(-np.inf, None, 1)
-        bound_s = min(program.improve(rules), enough_s) * (1 - _TOLERANCE)
-        weights = program.multipliers()
-        if form == "light" and bound_s >= target_s:
-            self._keep_path(costs, pool, weights)
-        pool.prefer(np.flatnonzero(weights > 1e-9), before=known, drops_new=False)
-        self.ends[key, form] = program.inner_point()
-        return _Run(bound_s, self.ends[key, form], program.simulated)
+        known, enough_s = pool.number, target_s * (1 + 2 * _TOLERANCE)
+        program = CutProgram(costs, pool, form="light", target_s=enough_s, rank_layers=rank_layers)
+        program.start_at(self.ends.get((key, "light")))
+        bound_s = -np.inf
+        if program.inner_s >= target_s:
+            bound_s = program.improve(LIGHT)
+        elif key in self.gathered:
+            return _Run(-np.inf, None, 1)
+        if bound_s < enough_s and key not in self.gathered:
+            self.gathered.add(key)
+            bound_s = max(bound_s, program.improve(GATHER))
+        bound_s = min(bound_s, enough_s) * (1 - _TOLERANCE)
+        if bound_s >= target_s:
+            self._keep_path(costs, pool, program.multipliers())
+        return self._ended(program, known, bound_s)
+
+    def _full(self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None) -> _Run:
+        """Return the bound of the full program after some rounds."""
+        pool = self._pool(costs.order)
+        known, enough_s = pool.number, target_s * (1 + 2 * _TOLERANCE)
+        program = CutProgram(costs, pool, form="full", target_s=enough_s, rank_layers=rank_layers)
+        return self._ended(program, known, min(program.improve(FULL), enough_s) * (1 - _TOLERANCE))
+
+    def _ended(self, program: CutProgram, known: int, bound_s: float) -> _Run:
+        """Keep what a program found for the other candidates of its order; `known` paths were there before it."""
+        key, point = program.order_key, program.inner_point()
+        self.pools[key].prefer(np.flatnonzero(program.multipliers() > 1e-9), before=known, drops_new=False)
+        self.ends[key, program.form] = point
+        return _Run(bound_s, point, program.simulated)
+
+
+def _near(costs: CandidateCosts, starts: Sequence[Longs], most_s: float) -> tuple[Completion | None, int]:
+    """Return the best completion of some bounds, moved where it takes at most `most_s`, and the simulations."""
+    found = [improve(costs, bounds, most_steps=0)[0] for bounds in starts]
+    steps = [np.inf if one is None else one.step_s for one in found]
+    first = int(np.argmin(steps))
+    if steps[first] > most_s:
+        return found[first], len(starts)
+    best, made = improve(costs, starts[first])
+    return best, made + len(starts)
 
 
 def _as_it_is(costs: CandidateCosts, point: Point) -> Completion | None:

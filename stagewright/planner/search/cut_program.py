@@ -48,7 +48,7 @@ from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.caps import recompute_floors
 from stagewright.planner.search.dual_simplex import ABOVE
 from stagewright.planner.search.linear_program import LinearProgram
-from stagewright.planner.search.order import Cut, pad
+from stagewright.planner.search.order import Cut, OrderKey, pad
 from stagewright.planner.search.path_pool import PathPool
 from stagewright.planner.search.path_rows import Columns, Rules, Steps, add_rows, improve_bound, trace_point
 
@@ -112,7 +112,7 @@ class CutProgram:
     ) -> None:
         self._costs = costs
         self._pool = pool
-        self._form = form
+        self.form = form
         self._most = np.full(costs.order.num_ranks, costs.num_layers) if rank_layers is None else rank_layers[1]
         self._scale = 1.0 / max(float(costs.runs.time_s @ costs.runs.length), 1e-12)
         self._base = int(np.argmax(costs.levels))
@@ -130,6 +130,11 @@ class CutProgram:
         self._know()
         self.inner, self.inner_s = np.zeros(self.num_columns), np.inf
         self.simulated = 0
+
+    @property
+    def order_key(self) -> OrderKey:
+        """The key of the candidate's order."""
+        return self._costs.order.key
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -150,8 +155,8 @@ class CutProgram:
         self._raised_position = np.full(len(self._cells), -1, dtype=np.int64)
         self._raised_position[self._raised_cells] = np.arange(len(self._raised_cells))
         cells, raised = len(self._cells), len(self._raised_cells) * len(self._raise)
-        switches = int(self._overfull.sum()) * len(self._raise) if self._form == "whole" else 0
-        floors = 0 if self._form != "light" or self._floors is None else costs.order.num_ranks
+        switches = int(self._overfull.sum()) * len(self._raise) if self.form == "whole" else 0
+        floors = 0 if self.form != "light" or self._floors is None else costs.order.num_ranks
         self._first_switch = 1 + cells + raised
         self._first_floor = self._first_switch + switches if floors else -1
         count = self._first_switch + switches + floors
@@ -215,7 +220,7 @@ class CutProgram:
                 most[marked, self._raised(position, self._raised_cells)] = 1.0
             blocks.append((most, np.full(len(most), -np.inf), np.zeros(len(most))))
         self._solver.add(*(np.concatenate(part) for part in zip(*blocks, strict=True)))
-        if self._form == "whole":
+        if self.form == "whole":
             self._run_order_rows()
         for rank in np.flatnonzero(self._overfull).tolist():
             self._memory_rows(rank)
@@ -298,7 +303,7 @@ class CutProgram:
         scale = 1.0 / max(costs.capacity_bytes, 1.0)
         least = self._least_workspace(rank)
         live = costs.order.live[rank]
-        if self._form == "whole":
+        if self.form == "whole":
             rows = self._bytes_rows(rank, live, np.zeros(3))
             switches, rises = self._workspace_switches(rank, least, most)
             rows[:, switches] += rises

@@ -124,14 +124,6 @@ def solve(t: Table, limit: float, most_pivots: int) -> int:
         rebuilt, rebuilt_at = rebuilt + 1, t.size[PIVOTS]
 
 
-@njit(cache=True)
-def hold(t: Table, known: Longs) -> None:
-    """Let some known rows into the table before a solution misses them: those that bound others like it."""
-    for row in known[: len(t.value) - t.size[HELD]]:
-        if t.place[len(t.at) + row] == -1:
-            _enter(t, row)
-
-
 @njit(cache=True, nogil=True)
 def probe(t: Table, variable: int, low: float, high: float, limit: float, most_pivots: int) -> float:
     """Return a bound of the program under other limits of one variable after so many pivots, infinite from `limit` on.

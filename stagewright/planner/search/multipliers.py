@@ -10,8 +10,8 @@ often it visits rank r at least, and rho_r(n) the least recomputation of n layer
 
 Small classes take the cheapest stage that they reach. For the largest class, rank r with n_r layers costs what its stages of one
 layer cost and n_r less their number times its cheapest stage; ranks are combined by a programme over layers placed so far,
-whole layers, O(D N (hi - lo)). Where two candidates differ little, the best multipliers of the one close the other. It is
-a relaxation whatever the multipliers are.
+whole layers, O(D N (hi - lo)). Two ranks that hold both copies of the same stages count as one, which recomputes for both. Where
+two candidates differ little, the best multipliers of the one close the other. It is a relaxation whatever the multipliers are.
 """
 
 from __future__ import annotations
@@ -68,17 +68,28 @@ def _least_visits(costs: CandidateCosts, input_grad: Floats) -> Floats:
 def bound_by(
     costs: CandidateCosts, paths: Sequence[MeanPath], rank_layers: tuple[Longs, Longs], target_s: float
 ) -> float:
-    """Return the first bound of `target_s` that a mean path of the order gives, or the largest; one replica only.
+    """Return the first bound of `target_s` that a mean path of the order gives, or the largest.
 
-    `rank_layers` are the least and the most layers of the largest class on each rank, [D], [D].
+    `rank_layers` are the least and the most layers of the largest class on each rank, [D], [D]. Zero where ranks share some of
+    their stages, but not all.
     """
     runs, order = costs.runs, costs.order
+    groups = _groups(costs)
+    if groups is None:
+        return 0.0
+    of_rank, of_stage = groups
     base = int(np.argmax(costs.levels))
     of_class = costs.classes.run_class
     bulk = np.asarray(of_class == of_class[costs.bulk_run])
     reach = costs.reach
     back_s = runs.input_grad_s + runs.recompute_s[base]
     held = costs.slots.held
+    step_s, end_s = runs.step_s, costs.constant_tail_s + costs.stage_latency_s * held.sum(axis=1)
+    if len(costs.replica_s):
+        step_s, end_s = step_s + costs.replica_s, end_s + held @ costs.replica_latency_s
+    low, high = _limits_of_groups(rank_layers, of_rank)
+    if (low > high).any():
+        return np.inf
     extra_s = _extra_recomputation(costs, rank_layers, base)
     best_s = 0.0
     for path in paths:
@@ -86,17 +97,20 @@ def bound_by(
         each = (
             forward[:, None] * runs.forward_s + input_grad[:, None] * back_s + weight_grad[:, None] * runs.weight_grad_s
         )
-        each += (path.ends @ held)[:, None] * runs.step_s
+        each += (path.ends @ held)[:, None] * step_s
         actions = forward.sum() + input_grad.sum() + (weight_grad.sum() if order.split else 0.0)
         constant = float(path.hops @ costs.least_hop_s) + costs.step_overhead_s + costs.overhead_s * float(actions)
-        constant += float(costs.constant_tail_s @ path.ends) + costs.stage_latency_s * float((path.ends @ held).sum())
+        constant += float(end_s @ path.ends)
         small = np.where(reach, each, np.inf).min(axis=0)[~bulk] @ runs.length[~bulk]
-        large = _least_of_ranks(
+        large = _least_of_groups(
             each[:, costs.bulk_run],
-            order.placement[0].astype(np.int64),
+            of_stage,
             reach[:, bulk].any(axis=1),
             ~reach[:, ~bulk].any(axis=1),
-            *rank_layers,
+            low,
+            high,
+            of_rank,
+            rank_layers[0],
             extra_s,
             path.visits,
             int(runs.length[bulk].sum()),
@@ -105,6 +119,29 @@ def bound_by(
         if best_s >= target_s:
             break
     return best_s
+
+
+def _groups(costs: CandidateCosts) -> tuple[Longs, Longs] | None:
+    """Return the group of each rank, of those that hold the same stages, [D], and of each stage, [S].
+
+    None where a rank holds a stage twice, or a stage stands in two groups.
+    """
+    placement = costs.order.placement.astype(np.int64)
+    if len(placement) == 1:
+        return np.arange(costs.order.num_ranks), placement[0]
+    held = costs.slots.held
+    of_rank = np.unique(held, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    of_stage = of_rank[placement[0]]
+    return None if (held > 1.0).any() or (of_rank[placement] != of_stage).any() else (of_rank, of_stage)
+
+
+def _limits_of_groups(rank_layers: tuple[Longs, Longs], of_rank: Longs) -> tuple[Longs, Longs]:
+    """Return the least and the most layers of the largest class in each group of ranks that hold the same layers."""
+    number = int(of_rank.max()) + 1
+    low, high = np.zeros(number, dtype=np.int64), np.full(number, np.iinfo(np.int64).max)
+    np.maximum.at(low, of_rank, rank_layers[0])
+    np.minimum.at(high, of_rank, rank_layers[1])
+    return low, high
 
 
 def _extra_recomputation(costs: CandidateCosts, rank_layers: tuple[Longs, Longs], base: int) -> Floats:
@@ -119,40 +156,47 @@ def _extra_recomputation(costs: CandidateCosts, rank_layers: tuple[Longs, Longs]
 
 
 @njit(cache=True)
-def _least_of_ranks(
+def _least_of_groups(
     each: Floats,
-    rank_of: Longs,
+    of_stage: Longs,
     holds: Bools,
     alone: Bools,
     low: Longs,
     high: Longs,
+    of_rank: Longs,
+    first: Longs,
     extra_s: Floats,
     visits: Floats,
     number: int,
 ) -> float:
-    """Return the least seconds of `number` layers over ranks; `each` [S] is what one costs on a stage, infinite for none."""
-    ranks = len(low)
-    cheapest, sure_s = np.full(ranks, np.inf), np.zeros(ranks)
-    sure = np.zeros(ranks, dtype=np.int64)
+    """Return the least seconds of `number` layers over groups of ranks, `low` to `high` in each.
+
+    `each` [S] is what a layer costs on a stage, infinite for none; `extra_s` [D, n] the recomputation of `first` and more
+    layers on a rank, `visits` [D] how often it counts.
+    """
+    groups = len(low)
+    cheapest, sure_s = np.full(groups, np.inf), np.zeros(groups)
+    sure = np.zeros(groups, dtype=np.int64)
     for stage in range(len(each)):
-        rank = rank_of[stage]
+        group = of_stage[stage]
         if holds[stage]:
-            cheapest[rank] = min(cheapest[rank], each[stage])
+            cheapest[group] = min(cheapest[group], each[stage])
         if alone[stage]:
-            sure[rank] += 1
-            sure_s[rank] += each[stage]
+            sure[group] += 1
+            sure_s[group] += each[stage]
     before = np.full(number + 1, np.inf)
     before[0] = 0.0
     most = 0
-    for rank in range(ranks):
+    for group in range(groups):
         after = np.full(number + 1, np.inf)
-        for here in range(max(low[rank], sure[rank]), high[rank] + 1):
-            more = here - sure[rank]
-            seconds = sure_s[rank] + (more * cheapest[rank] if more > 0 else 0.0)
-            if visits[rank] > 0.0:
-                seconds += visits[rank] * extra_s[rank, here - low[rank]]
+        for here in range(max(low[group], sure[group]), high[group] + 1):
+            more = here - sure[group]
+            seconds = sure_s[group] + (more * cheapest[group] if more > 0 else 0.0)
+            for rank in range(len(of_rank)):
+                if of_rank[rank] == group and visits[rank] > 0.0:
+                    seconds += visits[rank] * extra_s[rank, here - first[rank]]
             for placed in range(min(most, number - here) + 1):
                 after[placed + here] = min(after[placed + here], before[placed] + seconds)
-        most += high[rank]
+        most += high[group]
         before = after
     return float(before[number])

@@ -41,8 +41,6 @@ def test_mean_paths_of_an_order_bound_all_its_candidates_and_are_near_for_alike_
     compared = near = 0
     closers: dict[int, Closer] = {}
     for seed, search, _, costs, step_s, ranges in _solved(range(24)):
-        if costs.order.num_replicas > 1:
-            continue
         closer = closers.setdefault(seed, Closer(search.limits))
         paths = closer.paths.get(costs.order.key, [])
         if paths:
@@ -59,8 +57,6 @@ def test_a_mean_of_random_paths_is_no_longer_than_the_best_completion() -> None:
     rng = np.random.default_rng(3)
     compared = 0
     for _, _, _, costs, step_s, ranges in _solved(range(30, 38)):
-        if costs.order.num_replicas > 1:
-            continue
         pool = PathPool(costs.order)
         for _ in range(4):
             seconds, hops = rng.random((3, costs.num_stages)), rng.random(costs.order.num_hops)
