@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -70,3 +71,12 @@ class Measurement:
             end_s=rows[:, 9] - begin,
             link_bytes=dict(self.sent_bytes),
         )
+
+
+def probes_around(behind_s: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return for each step, by rank, the mean of the probe behind it and of the one behind the step before.
+
+    The first step has only the one behind it.
+    """
+    before_s = [*behind_s[:1], *behind_s[:-1]]
+    return [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(before_s, behind_s, strict=True)]

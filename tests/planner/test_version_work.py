@@ -32,11 +32,11 @@ def evaluated(name, ranks, copy_bytes_per_s, *, optimizer="sgd-momentum"):
 # copies of the weights in a step of one rank: of each microbatch, and of each update (of which there are so many)
 CASES = [
     ("1f1b", 0.0, 0.0, 0),
-    ("pipedream", -1.0, 1 - 2 / 3, MICROBATCHES),
-    ("ampnet", -1.0, 1 - 2 / 3, MICROBATCHES),
-    ("spectrain", 2 - 1.0, -2 / 3, MICROBATCHES),
-    ("2bw", -1 / MICROBATCHES, 1 - 2 / 3, 1),
-    ("pipemare", 1 + 4 / 3 - 1 / MICROBATCHES, 1 + 2 - 2 / 3, 1),
+    ("pipedream", -2 / 3, 1 - 2 / 3, MICROBATCHES),
+    ("ampnet", -2 / 3, 1 - 2 / 3, MICROBATCHES),
+    ("spectrain", 2 - 2 / 3, -2 / 3, MICROBATCHES),
+    ("2bw", -2 / 3 / MICROBATCHES, 1 - 2 / 3, 1),
+    ("pipemare", 1 + 4 / 3 - 2 / 3 / MICROBATCHES, 1 + 2 - 2 / 3, 1),
 ]
 
 

@@ -11,7 +11,7 @@ from runtime_models import TinyModel
 
 from stagewright.modeling import split
 from stagewright.planner.prediction import evaluate, step_time_at
-from stagewright.runtime.measurement import Measurement
+from stagewright.runtime.measurement import Measurement, probes_around
 from stagewright.runtime.report import make_report
 
 
@@ -62,3 +62,10 @@ def test_without_probes_on_both_sides_there_is_one_error(planned, probe_s):
     report = make_report(plan, evaluation, measurement, (), probe_s=probe_s)
     assert report.error == {"step_time": pytest.approx(0.0), "peak_memory_max": None}
     assert "slowness" not in report.measured
+
+
+def test_a_steps_speed_is_that_of_the_probes_behind_it_and_behind_the_step_before():
+    """Probes behind three steps on two ranks; nothing was probed before the first."""
+    behind_s = [[2.0, 4.0], [4.0, 4.0], [8.0, 2.0]]
+    assert probes_around(behind_s) == [[2.0, 4.0], [3.0, 4.0], [6.0, 3.0]]
+    assert probes_around([]) == []

@@ -13,7 +13,8 @@ Let T be the microbatches of an update. A run then does, more or less than a syn
                     PipeMare notes the weights before (1) and averages the change (2) instead of making a version,
                     SpecTrain and XPipe make none; AvgPipe's P pipelines find their mean (1 + (P - 1) + 2/3, shared)
                     and move to it (1)
-    each backward   no sum with the gradients before it, for the first of T: -1 / T
+    each backward   no sum with the gradients before it, for the first of T: -2/3 / T. To be added, a gradient is written
+                    where one was just read (1), read (1) and summed in place (2); else it stays where it is written (2)
     each forward and backward under prediction
                     SpecTrain    weights moved along the velocity (4/3), or as they are (1) where s = 0
                     XPipe        a copy of what the first of T predicted (1); predicting it 4, or 1 where s = 0
@@ -34,7 +35,7 @@ from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
 
 Floats = npt.NDArray[np.float64]
 
-_COPY, _SUM_IN_PLACE, _SUM, _SCALING, _ZEROS = 1.0, 1.0, 4 / 3, 2 / 3, 2 / 3
+_COPY, _SUM_IN_PLACE, _SUM, _SCALING, _ZEROS, _ADDED = 1.0, 1.0, 4 / 3, 2 / 3, 2 / 3, 2 / 3
 _ADAM_DIRECTION = _COPY + 2 * _SCALING + 5 / 3  # corrected second moment, its root, eps; then w + a m / that, 5 passes
 
 
@@ -78,7 +79,7 @@ def version_copies(schedule: Schedule) -> VersionCopies | None:
             update[:] = _COPY + 2 * _SUM_IN_PLACE
     if policy is WeightPolicy.ELASTIC:
         update += (_COPY + (pipelines - 1) * _SUM_IN_PLACE + _SCALING) / pipelines + _SUM_IN_PLACE
-    return VersionCopies(forward, backward, np.full(count, -_SUM_IN_PLACE / every), update - _ZEROS, pipelines)
+    return VersionCopies(forward, backward, np.full(count, -_ADDED / every), update - _ZEROS, pipelines)
 
 
 def _microbatches_of_an_update(schedule: Schedule, pipelines: int) -> int:

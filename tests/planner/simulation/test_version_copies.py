@@ -22,7 +22,7 @@ def test_orders_that_flush_copy_nothing(name):
 def test_an_update_makes_one_version_and_zeroes_no_gradients(name, every):
     found = copies_of(name)
     assert found.update.tolist() == pytest.approx([1 - 2 / 3] * len(found.update))
-    assert found.accumulation.tolist() == pytest.approx([-1 / every] * len(found.update))
+    assert found.accumulation.tolist() == pytest.approx([-2 / 3 / every] * len(found.update))
     assert not found.forward.any() and not found.backward.any()
 
 
@@ -44,4 +44,4 @@ def test_avgpipe_shares_the_mean_among_its_pipelines():
     found = copies_of("avgpipe", pipelines=3)
     assert found.pipelines == 3
     assert found.update.tolist() == pytest.approx([1 + (1 + 2 + 2 / 3) / 3 + 1 - 2 / 3] * 2)
-    assert found.accumulation.tolist() == pytest.approx([-1 / 4] * 2)
+    assert found.accumulation.tolist() == pytest.approx([-2 / 3 / 4] * 2)
