@@ -62,7 +62,9 @@ def test_the_updates_that_muon_gathers_are_the_predicted_bytes(rank_pools, case)
 @pytest.mark.parametrize("degrees", [{"tp": 2, "dp": 2}, {"tp": 4, "sp": True}], ids=str)
 def test_the_updates_that_muon_gathers_over_split_matrices_of_a_llama_are_the_predicted_bytes(rank_pools, degrees):
     pytest.importorskip("transformers")
-    case = Case("gpipe", 1, 2, optimizer="muon", degrees=degrees, dropout=0.0, hugging_face="llama")
+    case = Case(
+        "gpipe", 1, 4 // degrees.get("dp", 1), optimizer="muon", degrees=degrees, dropout=0.0, hugging_face="llama"
+    )
     pool = rank_pools(case.world)
     prepared = prepare(case, pool.next_number())
     profile = profile_from_config(hugging_face("llama")[0].config.to_dict(), "llama")
