@@ -82,6 +82,8 @@ class ShardLayout:
 class ShardedBucket:
     """Parameters whose states are divided over a group.
 
+    Where masters lie on the host and gathers recur, `narrow` is this rank's share of the weights themselves; else None.
+
     Parameters
     ----------
     parameters : by name in the model; all of one dtype.
@@ -95,7 +97,6 @@ class ShardedBucket:
     shares : of the elements that each rank of the group owns, where they differ.
     purpose : `dp` or `tied`, in the names of the traffic.
     by_layer : at stage 3, UNSHARD leaves the gathering to a `gathering.GatherWindow`.
-    narrow : this rank's share of the weights themselves, where masters lie on the host and gathers recur; else None.
     """
 
     def __init__(
