@@ -5,14 +5,33 @@ Known to work: torch 2.11, 2.12 and 2.13 (tested: 2.13). A name that a version l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import Work
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _WORK = "stagewright.work"
+_COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_reduce",
+    "all_to_all_single",
+    "broadcast",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)
+_PAUSE_S = (
+    1e-3  # in which a thread of the backend that has woken its caller lets go of buffers that only the work shows
+)
+_LONGEST_HOLD_S = 1.0
 KNOWN_VERSIONS = ("2.11", "2.12", "2.13")
 
 
@@ -24,13 +43,14 @@ def default_store() -> dist.Store:
 def cpu_allocation_changes(work: Callable[[], object], *, before: Callable[[], object] | None = None) -> list[int]:
     """Return the sizes of all CPU allocations (positive) and releases (negative) during `work`, in order.
 
-    A release is seen only of what was allocated under watch. With `before`, that is called under watch first, and what it
+    A release is seen only of what was allocated under watch, and only on this thread and those of autograd: blocking
+    collectives are made to return when no other thread holds their tensors (`_collectives_let_go`). With `before`, that is called under watch first, and what it
     leaves allocated stands in front as one change.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         if before is not None:
             before()
-        with record_function(_WORK):
+        with record_function(_WORK), _collectives_let_go():
             work()
     assert trace.profiler is not None
     results = trace.profiler.kineto_results
@@ -44,6 +64,56 @@ def cpu_allocation_changes(work: Callable[[], object], *, before: Callable[[], o
     events.sort(key=lambda event: event[0])
     left = sum(size for time_ns, size in events if time_ns < begin_ns)
     return [left, *(size for time_ns, size in events if time_ns >= begin_ns)]
+
+
+@contextmanager
+def _collectives_let_go() -> Iterator[None]:
+    """Let blocking collectives return only when no thread of the backend holds their tensors.
+
+    A thread of gloo wakes the caller first and drops its own reference then. On a busy processor the caller is often done
+    with the tensor by that time, so that it is freed on gloo's thread, unseen, and would be counted for ever.
+    """
+    originals = {name: getattr(dist, name) for name in _COLLECTIVES}
+    for name, original in originals.items():
+        setattr(dist, name, _letting_go(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def _letting_go(collective: Callable[..., Work | None]) -> Callable[..., Work | None]:
+    def call(*args: object, async_op: bool = False, **settings: object) -> Work | None:
+        if async_op:
+            return collective(*args, async_op=True, **settings)
+        tensors = [value for value in _flat([*args, *settings.values()]) if isinstance(value, Tensor)]
+        before = _num_references(tensors)
+        work = collective(*args, async_op=True, **settings)
+        if work is None:
+            return None
+        work.wait()
+        time.sleep(_PAUSE_S)
+        del work
+        give_up_s = time.monotonic() + _LONGEST_HOLD_S
+        while _num_references(tensors) > before and time.monotonic() < give_up_s:
+            time.sleep(0)
+        return None
+
+    return call
+
+
+def _num_references(tensors: Sequence[Tensor]) -> int:
+    """Return how many references there are to some tensors; torch's last but one is followed by one of Python's."""
+    return sum(value._use_count() + sys.getrefcount(value) for value in tensors)
+
+
+def _flat(values: Sequence[object]) -> Iterator[object]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
 
 
 def pipeline_schedule_runtime(
