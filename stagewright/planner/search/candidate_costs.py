@@ -9,7 +9,7 @@ Methods that take counts or bounds take many completions as well, in axes before
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -48,6 +48,11 @@ class RunCosts:
     def time_s(self) -> Floats:
         """Seconds of one microbatch without recomputation, [K]."""
         return self.forward_s + self.input_grad_s + self.weight_grad_s
+
+    def least(self) -> RunCosts:
+        """Return the least of each cost of several configurations, those of the first axis."""
+        costs = (getattr(self, each.name).min(axis=0) for each in fields(self) if each.name != "length")
+        return RunCosts(self.length, *costs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,7 +80,7 @@ class Closer:
 
         Without a judge nothing is enumerated.
         """
-        light = self._light(costs, target_s, rank_layers)
+        light = self._light(costs, target_s, rank_layers, gathers=True)
         if light.bound_s >= target_s:
             return Closed(light.bound_s, "light program", simulated=light.simulated)
         enumeration = Enumeration(costs)
@@ -100,6 +100,12 @@ class Closer:
             best, made = _near(costs, starts, _PROMISING * incumbent_s)
             simulated += made
         return Closed(max(light.bound_s, full.bound_s), "open", best, simulated)
+
+    def close_light(self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None) -> Closed:
+        """Return what the light program alone proves."""
+        light = self._light(costs, target_s, rank_layers, gathers=False)
+        reason = "light program" if light.bound_s >= target_s else "open"
+        return Closed(light.bound_s, reason, simulated=light.simulated)
 
     def close_by_known(
         self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None
@@ -166,21 +172,23 @@ class Closer:
             paths.insert(0, path)
             del paths[MOST_PATHS:]
 
-    def _light(self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None) -> _Run:
+    def _light(
+        self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None, *, gathers: bool
+    ) -> _Run:
         """Return the bound of the light program, and stop where a point below the target shows that it cannot pass it.
 
-        Of the first candidate of an order that it cannot close, its paths are gathered.
+        Of the first candidate of an order that it cannot close, its paths are gathered where that is asked for.
         """
         key, pool = costs.order.key, self._pool(costs.order)
         known, enough_s = pool.number, target_s * (1 + 2 * _TOLERANCE)
         program = CutProgram(costs, pool, form="light", target_s=enough_s, rank_layers=rank_layers)
         program.start_at(self.ends.get((key, "light")))
-        bound_s = -np.inf
+        bound_s, gathers = -np.inf, gathers and key not in self.gathered
         if program.inner_s >= target_s:
             bound_s = program.improve(LIGHT)
-        elif key in self.gathered:
+        elif not gathers:
             return _Run(-np.inf, None, 1)
-        if bound_s < enough_s and key not in self.gathered:
+        if bound_s < enough_s and gathers:
             self.gathered.add(key)
             bound_s = max(bound_s, program.improve(GATHER))
         bound_s = min(bound_s, enough_s) * (1 - _TOLERANCE)

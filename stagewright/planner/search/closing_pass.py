@@ -1,7 +1,8 @@
 """The closing pass: every candidate with a bound below the target is closed, in order of bound, or left open with its bound.
 
 With target X = incumbent / (1 + gap): caps, then cuts in a linear program without and with memory (`closing`), then, for
-what is still open, the least bound first, whole layers, levels and workspaces (`branching`). At most MOST_PROGRAMS
+what is still open, the least bound first, whole layers, levels and workspaces (`branching`). Candidates of one order are first
+closed together: what any of them costs at least, in every second and byte, bounds them all. At most MOST_PROGRAMS
 candidates go through linear programs; what is left then keeps its bound. A candidate that is closed has no completion
 below X. The proved bound is the least of X and the bounds of what was left open.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -26,12 +27,11 @@ from stagewright.planner.search.declared_space import DeclaredSpace
 from stagewright.planner.search.incumbent import Completion, improve
 from stagewright.planner.search.limits import Limits, Termination
 from stagewright.planner.search.order import OrderKey
-from stagewright.planner.search.order_reach import OrderReach
+from stagewright.planner.search.order_reach import OrderReach, table_caps
 from stagewright.planner.search.work_count import WorkCount
 
 Longs = npt.NDArray[np.int64]
 
-_AHEAD = 512  # candidates whose caps are looked at together
 MOST_PROGRAMS = 20_000
 MOST_NODES_IN_ALL = 3_000
 # Candidates that are closed, and branched, at once, whatever the number of cores: the answer is the same.
@@ -40,11 +40,15 @@ ROAMED = ((8, 100), (2, 400))  # candidates and moves tried of each
 
 
 class _Pending(NamedTuple):
-    """A candidate (its index) that needs a program, with the layers of the largest class that its ranks may hold."""
+    """A candidate (its index) that needs a program, with the layers of the largest class that its ranks may hold.
+
+    Where it stands for several of its order, `together`, the costs are the least that any of them has.
+    """
 
     at: int
     costs: CandidateCosts
     rank_layers: tuple[Longs, Longs] | None
+    together: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +62,8 @@ class ClosingPass:
     closer: Closer
     limits: Limits
     work: WorkCount
+    _alike: dict[OrderKey, list[int]] = field(default_factory=dict)  # candidates that were not tried together yet
+    _together: dict[int, str] = field(default_factory=dict)  # those that were closed together, and how
 
     def run(self) -> tuple[float, Termination]:
         """Close candidates in order of bound until none is left below the target.
@@ -75,10 +81,13 @@ class ClosingPass:
         opened: dict[int, float] = {}
         heap = list(zip(space.bound_s[leading].tolist(), leading.tolist(), strict=True))
         heapq.heapify(heap)
+        for _, index in heap:
+            self._alike.setdefault(space.key(index), []).append(index)
         num_left = len(leading) + len(followers)
         self.work.count("dominated", len(left) - num_left)
         done = num_programs = 0
         pending: dict[OrderKey, _Pending] = {}
+        closed: list[tuple[int, float | None]]
         while heap or pending:
             if (
                 not heap
@@ -99,15 +108,15 @@ class ClosingPass:
                     self.work.count("left open", num_left)
                     self.work.count("open", sum(left_s < completions.target_s for left_s in opened.values()))
                     return min([bound_s, completions.incumbent_s, *opened.values()]), stopped or "time_limit"
-                if index not in self.reach.looked_at and self.limits.deadline_s is None:
-                    ahead = (other for _, other in heapq.nsmallest(_AHEAD, heap))
-                    self.reach.look_ahead([index, *ahead], completions.target_s)
                 found = self._close_at_once(index)
                 if isinstance(found, _Pending):
                     pending[space.key(index)] = found
                     continue
                 closed = [(index, found)]
             for index, bound_s in closed:
+                if bound_s is None:
+                    heapq.heappush(heap, (float(space.bound_s[index]), index))
+                    continue
                 done += 1
                 num_left -= 1
                 space.bound_s[index] = max(space.bound_s[index], bound_s)
@@ -214,9 +223,9 @@ class ClosingPass:
     def _close_at_once(self, index: int) -> float | _Pending:
         """Return the target as a bound of the candidate where that is quickly proved, else what a program needs."""
         target_s = self.completions.target_s
-        if index in self.reach.out_of_reach:
-            self.work.count("caps")
-            return target_s
+        together = self._closed_together(index)
+        if together is not None:
+            return together
         reach, rank_layers = self.reach.order_caps(index, target_s)
         if not reach:
             self.work.count("caps")
@@ -234,19 +243,55 @@ class ClosingPass:
         self.work.count(known.reason)
         return known.bound_s
 
-    def _close_pending(self, pending: Sequence[_Pending]) -> list[tuple[int, float]]:
-        """Return a bound of each of some candidates of different orders: at least the target, or the best that was proved."""
+    def _closed_together(self, index: int) -> float | _Pending | None:
+        """Return the target where the candidates of an order were closed together, or what a program for all of them needs.
+
+        None where a candidate has to be closed by itself.
+        """
+        target_s = self.completions.target_s
+        alike = self._alike.pop(self.space.key(index), [])
+        if len(alike) > 1:
+            costs = self.costs.least_of(alike)
+            if costs is None:
+                return None
+            count = self.space.key(index).num_microbatches
+            reach, rank_layers = table_caps(costs.rank_tables, costs.order, count, target_s)
+            known = self.closer.close_by_known(costs, target_s, rank_layers) if reach else Closed(target_s, "caps")
+            if known is None:
+                return _Pending(index, costs, rank_layers, tuple(alike))
+            self._together.update(dict.fromkeys(alike, known.reason))
+        if index not in self._together:
+            return None
+        self.work.count(self._together[index])
+        return target_s
+
+    def _close_pending(self, pending: Sequence[_Pending]) -> list[tuple[int, float | None]]:
+        """Return a bound of each of some candidates of different orders: at least the target, or the best that was proved.
+
+        None where it stood for several that are not closed together.
+        """
         target_s, incumbent_s = self.completions.target_s, self.completions.incumbent_s
 
         def closed_of(one: _Pending) -> Closed:
+            if one.together:
+                return self.closer.close_light(one.costs, target_s, one.rank_layers)
             judge = partial(self.completions.judged, one.at)
             return self.closer.close(one.costs, target_s, incumbent_s, one.rank_layers, judge)
 
         found = on_cores(closed_of, pending)
+        bounds: list[tuple[int, float | None]] = []
         for one, closed in zip(pending, found, strict=True):
             self.work.simulated += closed.simulated
+            if one.together:
+                if closed.reason != "open":
+                    self._together.update(dict.fromkeys(one.together, closed.reason))
+                else:
+                    self.reach.note_out_of_reach(one.together, target_s)
+                bounds.append((one.at, None))
+                continue
             if closed.reason != "open":
                 self.work.count(closed.reason)
             if closed.completion is not None:
                 self.completions.keep(one.at, closed.completion)
-        return [(one.at, closed.bound_s) for one, closed in zip(pending, found, strict=True)]
+            bounds.append((one.at, closed.bound_s))
+        return bounds

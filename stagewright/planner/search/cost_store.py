@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,31 @@ class CostStore:
         if left == 0:
             self._costs[index] = costs
         return costs, left
+
+    def least_of(self, indices: Sequence[int]) -> CandidateCosts | None:
+        """Return what candidates of one order cost at least, in every second and byte; None when the family refuses its sizes.
+
+        No completion of any of them takes less than the same completion here, or fits where it does not fit here. Sums
+        of tied layers and of copies of the weights are free.
+        """
+        first = self.of(indices[0])
+        if first is None:
+            return None
+        rows, priced, order = self.space.crossed[0][list(indices)], self.space.priced, first.order
+        runs = self._run_costs(rows, order)
+        links = priced.shape[rows][:, [TP, SP, AXES, CP, DP]]
+        lines = [self._hop_lines(row, order) for row in rows[np.unique(links, axis=0, return_index=True)[1]].tolist()]
+        return replace(
+            first,
+            runs=runs.least(),
+            hop_latency_s=np.min([latency_s for latency_s, _ in lines], axis=0),
+            hop_s_per_byte=np.min([s_per_byte for _, s_per_byte in lines], axis=0),
+            cut_bytes=np.append(priced.cut_bytes[rows].min(axis=0)[first.classes.of_layer], 0.0),
+            stage_latency_s=float(priced.latency_s[rows].min()),
+            ties=(),
+            replica_s=np.zeros_like(first.replica_s),
+            replica_latency_s=np.zeros_like(first.replica_latency_s),
+        )
 
     def _on(self, index: int, order: Order) -> CandidateCosts:
         row = int(self.space.crossed[0][index])

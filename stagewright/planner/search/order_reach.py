@@ -11,7 +11,7 @@ import numpy.typing as npt
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.search.bounds import KINDS
 from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots
-from stagewright.planner.search.caps import caps_reach, largest_class, order_caps
+from stagewright.planner.search.caps import RankTables, caps_reach, largest_class, order_caps
 from stagewright.planner.search.class_prices import ClassPrices, prices_of
 from stagewright.planner.search.cost_store import CostStore
 from stagewright.planner.search.declared_space import DeclaredSpace
@@ -25,15 +25,16 @@ Longs = npt.NDArray[np.int64]
 
 @dataclass(eq=False)
 class OrderReach:
-    """What the caps of candidates' orders show of a target, one by one or many ahead."""
+    """What the caps of candidates' orders show of a target, one by one or all of an order."""
 
     space: DeclaredSpace
     costs: CostStore
-    looked_at: set[int] = field(default_factory=set)
     out_of_reach: set[int] = field(default_factory=set)
 
     def order_caps(self, index: int, target_s: float) -> tuple[bool, tuple[Longs, Longs] | None]:
         """Tell whether the caps of the order's own live vectors reach the target, and each rank's range of layers."""
+        if index in self.out_of_reach:
+            return False, None
         outline = self._outline(index)
         if outline is not None and not self._layout_caps(index, outline, target_s)[0]:
             return False, None
@@ -45,35 +46,20 @@ class OrderReach:
 
     def _layout_caps(self, index: int, layout: Layout, target_s: float) -> tuple[bool, tuple[Longs, Longs] | None]:
         space = self.space
-        row, classes = int(space.crossed[0][index]), space.problem.classes
-        count = int(space.priced.shape[row, NUM_MICROBATCHES])
+        row = int(space.crossed[0][index])
         tables = self.costs.rank_tables(row, space.priced.latency_s[row : row + 1], layout)
-        reach, caps = order_caps(tables, count, target_s)
-        if not reach:
-            return False, None
-        number = layout.num_replicas * largest_class(classes.run_class, tables.run_start[1:] - tables.run_start[:-1])[1]
-        return True, (np.maximum(number - (caps.sum() - caps), 0), caps)
+        return table_caps(tables, layout, int(space.priced.shape[row, NUM_MICROBATCHES]), target_s)
 
-    def look_ahead(self, indices: Sequence[int], target_s: float) -> None:
-        """Note which candidates the caps of their orders close at the target, all of one layout at once."""
-        of_layout: dict[int, tuple[Layout, list[int]]] = {}
-        for index in indices:
-            if index in self.looked_at:
-                continue
-            self.looked_at.add(index)
-            try:
-                layout = self._outline(index) or self._layout(index)
-            except (InvalidArgument, InvalidSchedule):
-                continue
-            of_layout.setdefault(id(layout), (layout, []))[1].append(index)
-        for layout, together in of_layout.values():
-            rows = self.space.crossed[0][together]
-            tables = self.costs.rank_tables(rows, self.space.priced.latency_s[rows], layout)
-            counts = self.space.priced.shape[rows, NUM_MICROBATCHES].astype(np.int64)
-            reached = caps_reach(tables, counts, target_s)
-            self.out_of_reach.update(
-                index for index, reach in zip(together, reached.tolist(), strict=True) if not reach
-            )
+    def note_out_of_reach(self, alike: Sequence[int], target_s: float) -> None:
+        """Note which candidates of one order its caps close at the target, all at once."""
+        try:
+            layout = self._outline(alike[0]) or self._layout(alike[0])
+        except (InvalidArgument, InvalidSchedule):
+            return
+        rows, priced = self.space.crossed[0][list(alike)], self.space.priced
+        tables = self.costs.rank_tables(rows, priced.latency_s[rows], layout)
+        reached = caps_reach(tables, priced.shape[rows, NUM_MICROBATCHES].astype(np.int64), target_s)
+        self.out_of_reach.update(index for index, reach in zip(alike, reached.tolist(), strict=True) if not reach)
 
     def live_reach(self, index: int, costs: CandidateCosts, target_s: float) -> bool:
         """Tell whether caps reach the target where every rank holds what its slots hold at one time."""
@@ -101,6 +87,17 @@ class OrderReach:
 
     def _layout(self, index: int) -> Layout:
         return self.space.problem.layout_of(self.space.key(index), self.space.rule(index))
+
+
+def table_caps(
+    tables: RankTables, layout: Layout, num_microbatches: int, target_s: float
+) -> tuple[bool, tuple[Longs, Longs] | None]:
+    """Tell whether the caps of a layout's ranks reach the target, and each rank's range of layers of the largest class."""
+    reach, caps = order_caps(tables, num_microbatches, target_s)
+    if not reach:
+        return False, None
+    number = layout.num_replicas * largest_class(tables.run_class, tables.run_start[1:] - tables.run_start[:-1])[1]
+    return True, (np.maximum(number - (caps.sum() - caps), 0), caps)
 
 
 def _least_live(slots: RankSlots) -> tuple[Floats, Floats]:
