@@ -4,6 +4,12 @@ Inside the grid of one tensor degree, every number is interpolated linearly in t
 and called fitted. Outside the grid nothing is guessed: `measured_cost` returns None and the caller falls back to the
 operators, or says that the configuration was not measured. Context parallelism was not measured: it divides a
 causal-balanced layer by cp, and the result is called fitted.
+
+Shards are measured without sequence parallelism. With it a block of degree t sends gathers and scatters in place of sums,
+and what its ranks hold alike is split along the sequence, but for the whole inputs G that column layers gather and keep for
+their weight gradients. With K_1 and K_t bytes kept at degrees 1 and t, of which C are copied and the rest is split,
+
+    K_1 = S + C,  K_t = S / t + C   so   C = (t K_t - K_1) / (t - 1)   and with sp   K_t - (C - G) (1 - 1 / t)
 """
 
 from __future__ import annotations
@@ -71,11 +77,23 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
     if found is None:
         return None
     numbers = {name: _mean(found, [getattr(entry, name) for entry, _ in found.entries]) for name in _NUMBERS}
-    exchanges = [_exchange(item, weight) for entry, weight in found.entries for item in entry.collectives]
+    splits_sequence = degrees.sp and layer.kind == "block"
+    exchanges = [
+        exchange
+        for entry, weight in found.entries
+        for item in entry.collectives
+        for exchange in (_sequence_exchanges(item, weight) if splits_sequence else (_exchange(item, weight),))
+    ]
     traffic = price(exchanges, groups)
     tokens = 1.0 / degrees.cp
     forward_s = numbers["forward_s"] * tokens + traffic.forward_s
-    kept = [_level(found, level) * tokens for level in (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)]
+    levels = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
+    kept = [_level(found, level) * tokens for level in levels]
+    if splits_sequence:
+        kept = [
+            bytes - tokens * _spared_bytes(layer, setting, found, level)
+            for bytes, level in zip(kept, levels, strict=True)
+        ]
     dense, expert = _parameters(layer, tensor_degree, setting)
     return LayerCost(
         forward_s=forward_s,
@@ -86,7 +104,7 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         kept_bytes=(kept[0], kept[1]),
         full_kept_bytes=kept[2] if _has(found, Recompute.FULL) else None,
         workspace_bytes=numbers["workspace_bytes"] * tokens,
-        output_bytes=numbers["output_bytes"] * tokens,
+        output_bytes=numbers["output_bytes"] * tokens / (tensor_degree if splits_sequence else 1),
         dense_parameters=dense,
         expert_parameters=expert,
         model_flops=numbers["forward_flops"],
@@ -97,7 +115,7 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         again_link_bytes=traffic.again_bytes,
         freed_at_input_grad=_freed(found),
         optimizer_s=numbers["optimizer_s"] or None,
-        source=_source(found, divided=degrees.cp > 1),
+        source=_source(found, divided=degrees.cp > 1 or splits_sequence),
     )
 
 
@@ -173,6 +191,43 @@ def _freed(found: Blend) -> tuple[float, float | None, float | None]:
 
     none = _mean(found, [entry.freed_at_input_grad.get(Recompute.NONE, 0.0) for entry, _ in found.entries])
     return none, share(Recompute.SELECTIVE), share(Recompute.FULL)
+
+
+def _spared_bytes(layer: LayerClass, setting: Setting, found: Blend, level: Recompute) -> float:
+    """Return what sequence parallelism takes off the kept bytes of a block; 0 where the whole layer was not measured."""
+    degree = setting.degrees.tp
+    assert isinstance(setting.microbatch, int)
+    whole = blend(layer, setting.microbatch, setting.sequence_length, 1)
+    if whole is None or degree == 1:
+        return 0.0
+    copied = (degree * _level(found, level) - _level(whole, level)) / (degree - 1)
+    recomputed = level is Recompute.FULL and _has(found, level)  # only the layer's input is kept, before it is gathered
+    gathered = 0.0 if recomputed else _mean(found, [_gathered_bytes(entry) for entry, _ in found.entries])
+    return max(copied - gathered, 0.0) * (1.0 - 1.0 / degree)
+
+
+def _gathered_bytes(entry: ConfigurationCost) -> float:
+    """Return the bytes of the inputs of column layers: in the backward each has its gradient summed."""
+    return sum(
+        item.payload_bytes * item.count for item in entry.collectives if _is_sum(item) and item.phase == "backward"
+    )
+
+
+def _is_sum(item: Collective) -> bool:
+    return item.operation == "all-reduce" and item.group == "tp"
+
+
+def _sequence_exchanges(item: Collective, weight: float) -> tuple[Exchange, ...]:
+    """Return what stands for a sum under sequence parallelism: the scatter and the gather that transposes it."""
+    if not _is_sum(item):
+        return (_exchange(item, weight),)
+    forward, payload_bytes = item.phase == "forward", item.payload_bytes * weight
+    scattered_again = max(item.count - 1, 0) if forward else 0
+    gathered_again = 0 if forward else item.count
+    return (
+        Exchange(forward, "reduce-scatter", "tp", payload_bytes, item.count, times_again=scattered_again),
+        Exchange(not forward, "all-gather", "tp", payload_bytes, item.count, times_again=gathered_again),
+    )
 
 
 def _exchange(item: Collective, weight: float) -> Exchange:

@@ -93,6 +93,31 @@ def test_operators_answer_where_nothing_was_measured():
     assert found.table(Degrees(), 2).source is Source.ANALYTIC
 
 
+def test_sequence_parallelism_splits_what_measured_shards_hold_alike():
+    """16 units of bsh, 12 of them split by 2: 10 are held, of the 4 copied 2 are inputs of columns, whole; 1 is spared.
+
+    The example GPT on two ranks holds exactly that much less: 50,009,320 bytes where 50,009,096 are predicted.
+    """
+    sums = [
+        Collective(phase=phase, operation="all-reduce", group="tp", payload_bytes=100.0, count=2)
+        for phase in ("forward", "backward")
+    ]
+    whole, shard = entry(1, 1.0), entry(1, 0.5, tp=2, collectives=tuple(sums))
+    whole = whole.model_copy(update={"activation_bytes": {Recompute.NONE: 1600.0, Recompute.FULL: 100.0}})
+    shard = shard.model_copy(update={"activation_bytes": {Recompute.NONE: 1000.0, Recompute.FULL: 100.0}})
+    found = model(profile(whole, shard))
+    plain, split = (found.table(Degrees(tp=2, sp=sp), 1) for sp in (False, True))
+    assert plain.activation_bytes[:, 0].tolist() == [1000.0, 1000.0, 100.0]
+    assert split.activation_bytes[:, 0].tolist() == [900.0, 900.0, 50.0]
+    assert (plain.output_bytes[0], split.output_bytes[0]) == (100.0, 50.0)
+    assert {name: sent[0] for name, sent in plain.link_bytes.items()} == {"all-reduce/tp": 400.0}
+    assert {name: sent[0] for name, sent in split.link_bytes.items()} == {
+        "reduce-scatter/tp": 200.0,
+        "all-gather/tp": 200.0,
+    }
+    assert split.source is Source.FITTED
+
+
 def test_measured_collectives_are_priced_on_the_links_of_the_group():
     collectives = (Collective(phase="forward", operation="all-reduce", group="tp", payload_bytes=64e6, count=2),)
     found = model(profile(entry(1, 1.0, tp=2, collectives=collectives)))
