@@ -102,11 +102,11 @@ class Mailbox:
 
     def take_values(self, action: Action) -> dict[int, tuple[Tensor, ...]]:
         """Return what a stage receives for a forward, by layer; waits for what is on its way."""
+        self._transport.let_go()
         result: dict[int, tuple[Tensor, ...]] = {}
         for source in self._graph.sources(action.stage):
             tensors = self._take(_message(action, source, action.stage, backward=False))
             result |= self._unpack((source, action.stage), tensors)
-        self._transport.let_go()  # behind the wait, in which most of what was on its way has left
         return result
 
     def put_values(self, action: Action, values: Values) -> None:
@@ -121,13 +121,13 @@ class Mailbox:
 
     def take_gradients(self, action: Action) -> dict[int, tuple[Tensor, ...]]:
         """Return the gradients of a stage's values, by layer, summed over the stages that took them."""
+        self._transport.let_go()
         result: dict[int, tuple[Tensor, ...]] = {}
         for target in self._graph.targets(action.stage):
             tensors = self._take(_message(action, action.stage, target, backward=True))
             for layer, values in self._unpack((action.stage, target), tensors).items():
                 before = result.get(layer)
                 result[layer] = values if before is None else tuple(a + b for a, b in zip(before, values, strict=True))
-        self._transport.let_go()
         return result
 
     def put_gradients(self, action: Action, gradients: Values) -> None:
