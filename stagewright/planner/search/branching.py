@@ -46,6 +46,7 @@ Longs = npt.NDArray[np.int64]
 
 FIRST_ROUNDS, ROUNDS, KNOWN_ROUNDS = 100, 16, 3  # at the root, at a node, at one whose parts are known
 _SMOOTHING = 0.93
+_DEPTH_FIRST = 150  # nodes, behind which the one of least bound is next: the tree is large, and the bound counts
 _PROBED = 2  # numbers of each kind that are probed; at the root all up to RAISED_ON_RANKS
 _STEPS = 40
 _WHOLE = 1e-6
@@ -104,12 +105,15 @@ class Branching:
 
     def run(self, most_nodes: int) -> float:
         """Return the bound that is proved, the target where every node is closed."""
-        stack = [_Node(-np.inf, (), self.tree)]
-        while stack and self.num_nodes < most_nodes and not self.is_late():
-            node = stack.pop()
+        left = [_Node(-np.inf, (), self.tree)]
+        while left and self.num_nodes < most_nodes and not self.is_late():
+            last = len(left) - 1
+            if self.num_nodes >= _DEPTH_FIRST:
+                last = min(range(len(left)), key=lambda place: left[place].bound_s)
+            node = left.pop(last)
             if node.bound_s < self.target_s:
-                stack += self._children(node)
-        return min([self.target_s, *(node.bound_s for node in stack)])
+                left += self._children(node)
+        return min([self.target_s, *(node.bound_s for node in left)])
 
     def _children(self, node: _Node) -> list[_Node]:
         """Return what is left of a node: nothing where it is closed; the last one is taken next."""

@@ -42,19 +42,24 @@ LIGHT = Rules(rounds=25, smoothing=0.85, stops_below=True, near=0.0, little=0.0)
 GATHER = Rules(rounds=80, smoothing=0.85, stops_below=False, near=0.0, little=1e-5)
 FULL = Rules(rounds=12, smoothing=0.85, stops_below=False, near=1e-3, little=1e-4)
 _TOLERANCE = 1e-7
-# A rounded point this far above the incumbent is not improved: the first of a candidate, and the many of its branching.
+# A rounded point this far above the incumbent is not improved: the first of a candidate, and the many of its branching, of which
+# those are that are better than all before.
 _PROMISING, _PROMISING_NODE = 1.06, 1.03
 
 
 @dataclass(frozen=True, eq=False)
 class Closed:
-    """What became of a candidate: a bound on all its completions, its best completion, why, and the work done."""
+    """What became of a candidate: a bound on all its completions, its best completion, why, and the work done.
+
+    `effort` counts entries of tables that branching went through (`CutProgram.effort`).
+    """
 
     bound_s: float
     reason: str
     completion: Completion | None = None
     simulated: int = 0
     num_nodes: int = 0
+    effort: float = 0.0
 
 
 @dataclass(eq=False)
@@ -131,14 +136,19 @@ class Closer:
 
         A completion that lowers the incumbent lowers the target by as much.
         """
-        simulated = 0
+        simulated, promising_s = 0, _PROMISING_NODE * incumbent_s
 
         def complete(point: Point, is_whole: bool) -> Completion | None:
-            nonlocal simulated
+            nonlocal simulated, promising_s
             if is_whole:
                 found, made = _as_it_is(costs, point), 1
             else:
-                found, made = _near(costs, [_rounded(costs, point)], _PROMISING_NODE * incumbent_s)
+                bounds = _rounded(costs, point)
+                found, made = improve(costs, bounds, most_steps=0)
+                if found is not None and found.step_s < promising_s:
+                    promising_s = found.step_s
+                    found, more = improve(costs, bounds)
+                    made += more
             simulated += made
             return None if found is None else judge(found)
 
@@ -158,7 +168,7 @@ class Closer:
         pool.prefer(np.array(list(branching.carrying), dtype=np.int64), before=known, drops_new=True)
         simulated += program.simulated
         reason = "branching" if proved_s >= branching.target_s else "open"
-        return Closed(max(bound_s, proved_s), reason, branching.best, simulated, branching.num_nodes)
+        return Closed(max(bound_s, proved_s), reason, branching.best, simulated, branching.num_nodes, program.effort)
 
     def _pool(self, order: Order) -> PathPool:
         if order.key not in self.pools:

@@ -33,7 +33,7 @@ from stagewright.planner.search.work_count import WorkCount
 Longs = npt.NDArray[np.int64]
 
 MOST_PROGRAMS = 20_000
-MOST_NODES_IN_ALL = 3_000
+MOST_NODES_IN_ALL, MOST_EFFORT = 3_000, 6e10  # the effort is about half a minute's
 # Candidates that are closed, and branched, at once, whatever the number of cores: the answer is the same.
 AT_ONCE, WHOLE_AT_ONCE = 4, 2
 ROAMED = ((8, 100), (2, 400))  # candidates and moves tried of each
@@ -166,15 +166,16 @@ class ClosingPass:
         return improve(costs, self.completions.found[index].bounds, most_moves=moves, least_s=least_s)
 
     def _close_whole(self, opened: dict[int, float]) -> tuple[float, Termination]:
-        """Close what linear programs left open by branching, always the one of least bound, until one stays open.
+        """Close what linear programs left open by branching, always the one of least bound, because that is the proof.
 
-        The least bound is the proof, so the others would not raise it.
+        One that stays open is taken up again with twice the nodes, until all nodes or MOST_EFFORT are used.
         """
         space, completions = self.space, self.completions
         heap = [(bound_s, index) for index, bound_s in opened.items()]
         heapq.heapify(heap)
-        left_nodes = MOST_NODES_IN_ALL
-        while heap and heap[0][0] < completions.target_s:
+        left_nodes, effort = MOST_NODES_IN_ALL, 0.0
+        granted: dict[int, int] = {}
+        while heap and heap[0][0] < completions.target_s and left_nodes > 0 and effort < MOST_EFFORT:
             stopped = self.limits.reached()
             if stopped is not None:
                 self.work.count("open", len(heap))
@@ -186,26 +187,25 @@ class ClosingPass:
                 pair = heapq.heappop(heap)
                 chosen[space.key(pair[1])] = pair
             pairs = [(index, bound_s) for bound_s, index in chosen.values()]
-            nodes = min(MOST_NODES, left_nodes // len(pairs))
-            is_open = False
+            most = max(left_nodes // len(pairs), 1)
+            nodes = [min(granted.get(index, MOST_NODES), most) for index, _ in pairs]
             for (index, bound_s), closed in zip(pairs, self._branched(pairs, nodes), strict=True):
+                granted[index] = 2 * granted.get(index, MOST_NODES)
                 left_nodes -= closed.num_nodes
+                effort += closed.effort
                 self.work.simulated += closed.simulated
                 if closed.completion is not None:
                     completions.keep(index, closed.completion)
                 raised_s = max(bound_s, closed.bound_s)
                 if raised_s < completions.target_s:
                     heapq.heappush(heap, (raised_s, index))
-                    is_open = is_open or heap[0][1] == index
                 else:
                     self.work.count("branching" if closed.reason == "open" else closed.reason)
-            if is_open:
-                break
         self.work.count("open", sum(bound_s < completions.target_s for bound_s, _ in heap))
         return min([completions.target_s, *(bound_s for bound_s, _ in heap)]), "gap"
 
-    def _branched(self, pairs: Sequence[tuple[int, float]], most_nodes: int) -> list[Closed]:
-        """Return what branching proves of some candidates of different orders with their bounds."""
+    def _branched(self, pairs: Sequence[tuple[int, float]], most_nodes: Sequence[int]) -> list[Closed]:
+        """Return what branching with so many nodes each proves of some candidates of different orders with their bounds."""
         target_s, incumbent_s = self.completions.target_s, self.completions.incumbent_s
         caps = [self.reach.order_caps(index, target_s) for index, _ in pairs]
 
@@ -216,7 +216,7 @@ class ClosingPass:
             costs = self.costs.of(index)
             assert costs is not None
             judge = partial(self.completions.judged, index)
-            return self.closer.close_whole(costs, bound_s, target_s, incumbent_s, rank_layers, judge, most_nodes)
+            return self.closer.close_whole(costs, bound_s, target_s, incumbent_s, rank_layers, judge, most_nodes[place])
 
         return on_cores(branched, range(len(pairs)))
 

@@ -137,6 +137,11 @@ class CutProgram:
         return self._costs.order.key
 
     @property
+    def effort(self) -> float:
+        """Entries of tables that the solver went through, at most: its work, whatever the machine."""
+        return float(self._solver.num_pivots) * self.num_columns**2
+
+    @property
     def _shape(self) -> tuple[int, int]:
         return self._costs.num_stages, self._costs.runs.num_runs
 
@@ -516,10 +521,14 @@ class CutProgram:
     def _point(self, values: Floats, bound_s: float) -> Point:
         stages, runs = self._shape
         layers, raised = np.zeros((stages, runs)), np.zeros((stages, runs, 3))
-        layers[self._stage_of, self._run_of] = values[1 : 1 + len(self._cells)].clip(min=0.0)
+        # Where the solver gave up, values may be anything.
+        values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+        most = self._costs.runs.length.astype(np.float64)[self._run_of]
+        layers[self._stage_of, self._run_of] = values[1 : 1 + len(self._cells)].clip(0.0, most)
         stage, run = self._stage_of[self._raised_cells], self._run_of[self._raised_cells]
         for position, level in enumerate(self._raise):
-            raised[stage, run, level] = values[self._raised(position, self._raised_cells)].clip(min=0.0)
+            column = values[self._raised(position, self._raised_cells)]
+            raised[stage, run, level] = column.clip(0.0, most[self._raised_cells])
         floors = values[self._first_floor :].copy() if self._first_floor >= 0 else np.zeros(0)
         return Point(bound_s, layers, raised, floors)
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.search import dual_simplex
-from stagewright.planner.search.dual_simplex import KNOWN, Table, table_of
+from stagewright.planner.search.dual_simplex import KNOWN, PIVOTS, Table, table_of
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
@@ -28,6 +28,11 @@ class LinearProgram:
     @property
     def num_rows(self) -> int:
         return int(self.table.size[KNOWN])
+
+    @property
+    def num_pivots(self) -> int:
+        """Pivots made so far, in probes too."""
+        return int(self.table.size[PIVOTS])
 
     def add(self, rows: Floats, low: Floats, high: Floats) -> None:
         """Add dense rows [m, n]; none of them costs anything before a solution misses it."""

@@ -68,3 +68,16 @@ def test_paths_bind_the_same_whether_known_at_once_or_one_after_the_other(form: 
             compared += 1
             fewer += len(in_turn.carrying()) < len(paths) / 2
     assert compared >= 6 and fewer >= compared / 2 and rose >= 1
+
+
+@pytest.mark.parametrize("form", ["light", "full", "whole"])
+def test_a_point_of_a_solver_that_gave_up_is_still_within_the_model(form: Form) -> None:
+    searches = [JointSearch.of(random_problem(seed, most_layers=6), Limits(gap=0.0)) for seed in range(8)]
+    found = [each.costs.of(index) for each in searches for index in range(each.space.num_candidates)]
+    costs = next(each for each in found if each is not None and each.num_stages > 1)
+    program = CutProgram(costs, PathPool(costs.order), form=form, target_s=np.inf)
+    for value in (1e18, -1e18, np.inf, np.nan):
+        program.inner = np.full(program.num_columns, value)
+        point = program.inner_point()
+        assert (point.layers >= 0.0).all() and (point.layers <= costs.runs.length).all()
+        assert (point.raised >= 0.0).all() and (point.raised <= costs.runs.length[:, None]).all()
