@@ -246,10 +246,13 @@ class ClosingPass:
     def _closed_together(self, index: int) -> float | _Pending | None:
         """Return the target where the candidates of an order were closed together, or what a program for all of them needs.
 
-        None where a candidate has to be closed by itself.
+        The order itself is made only where its layout leaves some of them open. None where a candidate has to be closed by itself.
         """
         target_s = self.completions.target_s
         alike = self._alike.pop(self.space.key(index), [])
+        if len(alike) > 1:
+            self.reach.note_out_of_reach(alike, target_s)
+            alike = [other for other in alike if other not in self.reach.out_of_reach]
         if len(alike) > 1:
             costs = self.costs.least_of(alike)
             if costs is None:
@@ -285,8 +288,6 @@ class ClosingPass:
             if one.together:
                 if closed.reason != "open":
                     self._together.update(dict.fromkeys(one.together, closed.reason))
-                else:
-                    self.reach.note_out_of_reach(one.together, target_s)
                 bounds.append((one.at, None))
                 continue
             if closed.reason != "open":
