@@ -69,9 +69,8 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 moved = state["momentum_buffer"].mul_(group["momentum"]).add_(parameter.grad)
-                ahead = parameter.grad.add_(
-                    moved, alpha=group["momentum"]
-                )  # in place: nothing reads the gradient behind a step
+                # In place: nothing reads the gradient behind a step.
+                ahead = parameter.grad.add_(moved, alpha=group["momentum"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 _move(parameter, ahead.reshape(-1), self._layouts[id(parameter)], group["lr"])
 

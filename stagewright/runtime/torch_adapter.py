@@ -28,9 +28,8 @@ _COLLECTIVES = (
     "reduce_scatter",
     "reduce_scatter_tensor",
 )
-_PAUSE_S = (
-    1e-3  # in which a thread of the backend that has woken its caller lets go of buffers that only the work shows
-)
+# In which a thread of the backend that has woken its caller lets go of buffers that only the work shows.
+_PAUSE_S = 1e-3
 _LONGEST_HOLD_S = 1.0
 KNOWN_VERSIONS = ("2.11", "2.12", "2.13")
 
@@ -44,8 +43,8 @@ def cpu_allocation_changes(work: Callable[[], object], *, before: Callable[[], o
     """Return the sizes of all CPU allocations (positive) and releases (negative) during `work`, in order.
 
     A release is seen only of what was allocated under watch, and only on this thread and those of autograd: blocking
-    collectives are made to return when no other thread holds their tensors (`_collectives_let_go`). With `before`, that is called under watch first, and what it
-    leaves allocated stands in front as one change.
+    collectives are made to return when no other thread holds their tensors (`_collectives_let_go`). With `before`, that is
+    called under watch first, and what it leaves allocated stands in front as one change.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         if before is not None:
