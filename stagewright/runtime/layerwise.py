@@ -8,7 +8,6 @@ replicas at the end of the batch, and each stage's optimizer steps on its own pa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -29,10 +28,10 @@ from stagewright.planner.replica_shares import samples_by_replica, samples_of_mi
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.simulation.timeline import COMPUTE_LANE
 from stagewright.runtime.groups import Groups
-from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
+from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer, scale_learning_rate
 from stagewright.runtime.recorder import Recorder
 from stagewright.runtime.reduction import BucketSet, ReplicatedBucket, Traffic
-from stagewright.runtime.step_rule import StepRule, whole_squared_norm
+from stagewright.runtime.step_rule import scale_gradients, whole_squared_norm
 from stagewright.runtime.support import check_layerwise_degrees
 from stagewright.runtime.worker import WorkerSettings
 
@@ -165,17 +164,6 @@ class LayerwiseWorker:
             make_optimizer(choice, bucket.optimized()) for bucket in self.buckets.buckets if choice is not None
         ]
 
-    def use_rules(
-        self, *, clip_norm: float | None, skip_nonfinite: bool, learning_rate_factor: Callable[[int], float] | None
-    ) -> None:
-        """Clip, skip steps and scale the learning rate like this from now on; see WorkerSettings."""
-        self.settings = replace(
-            self.settings,
-            clip_norm=clip_norm,
-            skip_nonfinite=skip_nonfinite,
-            learning_rate_factor=learning_rate_factor,
-        )
-
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters by their name in the model."""
         return {
@@ -229,24 +217,18 @@ class LayerwiseWorker:
     def _step(self, step: int) -> None:
         """Step every stage's optimizer, on gradients scaled by the norm of the whole model."""
         start = self.recorder.clock()
-        rule, factor = (
-            StepRule(self.settings.clip_norm, self.settings.skip_nonfinite),
-            self.settings.learning_rate_factor,
-        )
-        scale: float | None = 1.0
+        rule, rate = self.settings.rule, self.settings.learning_rate_factor
+        factor: float | None = 1.0
         if rule.looks_at_norm:
-            own = float(
-                sum((bucket.squared_norm() for bucket in self.buckets.buckets), torch.zeros((), dtype=torch.float64))
-            )
+            own = self.buckets.squared_norm()
             squared = whole_squared_norm(own, self.plan.mapping.pipeline_ranks, self.settings.device)
-            self.gradient_norm, scale = squared**0.5, rule.factor(squared)
+            self.gradient_norm, factor = squared**0.5, rule.factor(squared)
         for bucket, optimizer in zip(self.buckets.buckets, self.optimizers, strict=True):
-            for group in optimizer.param_groups if factor is not None else ():
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor(step)
-            for parameter in bucket.optimized() if scale not in (None, 1.0) else ():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-            if scale is not None:
+            if rate is not None:
+                scale_learning_rate(optimizer, rate(step))
+            if factor is not None:
+                if factor != 1.0:
+                    scale_gradients(bucket.optimized(), factor)
                 optimizer.step()
             bucket.clear()
         self.recorder.add(COMPUTE_LANE, Action(Kind.OPT, 0), start, self.recorder.clock())

@@ -22,57 +22,33 @@ Models with Norm-Constrained LMOs, ICML 2025.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stagewright.planner.cost.matrix_optimizer import NEWTON_SCHULZ_STEPS
 from stagewright.runtime.matrix_layout import Layout
+from stagewright.runtime.matrix_optimizer import MatrixOptimizer
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _RMS = 0.2
 _EPSILON = 1e-8
 
 
-class Muon(torch.optim.Optimizer):
-    """Steps parameters of which it is told the tensors inside.
+class Muon(MatrixOptimizer):
+    """Steps parameters on momentum made orthogonal; weight decay is decoupled."""
 
-    Parameters
-    ----------
-    parameters : each with its layout; all ranks that share a layout step at once.
-    learning_rate, momentum, weight_decay : lr, mu and decay above.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[tuple[nn.Parameter, Layout]],
-        *,
-        learning_rate: float,
-        momentum: float,
-        weight_decay: float,
+    def _step_one(
+        self, parameter: nn.Parameter, gradient: Tensor, layout: Layout, state: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
-        super().__init__(
-            [parameter for parameter, _ in parameters],
-            {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay},
-        )
-        self._layouts = {id(parameter): layout for parameter, layout in parameters}
-
-    @torch.no_grad()
-    def step(self, closure: object = None) -> None:
-        """Take a step; a parameter without a gradient stays."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                moved = state["momentum_buffer"].mul_(group["momentum"]).add_(parameter.grad)
-                # In place: nothing reads the gradient behind a step.
-                ahead = parameter.grad.add_(moved, alpha=group["momentum"])
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                _move(parameter, ahead.reshape(-1), self._layouts[id(parameter)], group["lr"])
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        moved = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
+        # In place: nothing reads the gradient behind a step.
+        ahead = gradient.add_(moved, alpha=group["momentum"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        _move(parameter, ahead.reshape(-1), layout, group["lr"])
 
 
 def _move(parameter: Tensor, ahead: Tensor, layout: Layout, learning_rate: float) -> None:

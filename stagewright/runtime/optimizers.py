@@ -47,6 +47,12 @@ def check_choice(plan: Plan) -> OptimizerChoice:
     return OptimizerChoice("sgd-momentum", 0.5)
 
 
+def scale_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set the learning rate to this multiple of the one that the optimizer was made with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
 def make_optimizer(
     choice: OptimizerChoice, parameters: Iterable[nn.Parameter], layout_of: LayoutOf | None = None
 ) -> torch.optim.Optimizer:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.runtime.reduction import Bucket
-from stagewright.runtime.step_rule import StepRule, pipeline_rank_squared_norm
+from stagewright.runtime.step_rule import StepRule, pipeline_rank_squared_norm, scale_gradients
 from stagewright.runtime.topology import Topology
 
 Optimizer = torch.optim.Optimizer
@@ -150,9 +150,7 @@ class PostValidation:
 
     def _step_again(self, kept: _Kept, factor: float | None) -> None:
         if factor is not None:
-            for parameter in kept.parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+            scale_gradients(kept.parameters, factor)
             kept.optimizer.step()
         for bucket in kept.buckets:
             bucket.after_step()

@@ -215,6 +215,14 @@ class BucketSet:
         for bucket in self.of(stage):
             bucket.reshard()
 
+    def squared_norm(self) -> float:
+        """Return this rank's share of the squared norm of the summed gradients, which are waited for."""
+        total = torch.zeros((), dtype=torch.float64)
+        for bucket in self.buckets:
+            bucket.finish()
+            total += bucket.squared_norm()
+        return float(total)
+
     def finish(self) -> None:
         """Wait for everything and prepare for the next iteration."""
         for bucket in self.buckets:

@@ -188,7 +188,8 @@ class Session:
         """Make the job's optimizer, let its states come into being, and measure the memory of one step."""
         training = self._job.training
         worker.use_optimizer(training_choice(self._plan, training))
-        worker.use_rules(
+        worker.settings = replace(
+            worker.settings,
             clip_norm=training.clip_norm,
             skip_nonfinite=training.skip_nonfinite,
             learning_rate_factor=load_function(training.learning_rate_schedule),

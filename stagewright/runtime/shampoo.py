@@ -16,63 +16,39 @@ Optimizer, 2023 (pieces and grafting).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stagewright.planner.cost.matrix_optimizer import BLOCK, STEPS_BETWEEN_ROOTS
 from stagewright.runtime.matrix_layout import Layout
+from stagewright.runtime.matrix_optimizer import MatrixOptimizer
 
 _BETA = 0.999
 _EPSILON = 1e-8
 _RAISED = 1e-6
 
 
-class Shampoo(torch.optim.Optimizer):
-    """Steps parameters that are whole tensors.
+class Shampoo(MatrixOptimizer):
+    """Steps parameters that are whole tensors, whose layouts have one piece; weight decay is decoupled."""
 
-    Parameters
-    ----------
-    parameters : each with its layout, which has one piece.
-    learning_rate, momentum, weight_decay : lr, mu and decay above.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[tuple[nn.Parameter, Layout]],
-        *,
-        learning_rate: float,
-        momentum: float,
-        weight_decay: float,
+    def _step_one(
+        self, parameter: nn.Parameter, gradient: Tensor, layout: Layout, state: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
-        super().__init__(
-            [parameter for parameter, _ in parameters],
-            {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay},
-        )
-        self._is_matrix = {id(parameter): layout.pieces[0].is_matrix for parameter, layout in parameters}
-
-    @torch.no_grad()
-    def step(self, closure: object = None) -> None:
-        """Take a step; a parameter without a gradient stays."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-                state["step"] += 1
-                count = int(state["step"])
-                second = state["exp_avg_sq"].mul_(_BETA).addcmul_(parameter.grad, parameter.grad, value=1 - _BETA)
-                direction = parameter.grad / ((second / (1 - _BETA**count)).sqrt() + _EPSILON)
-                if self._is_matrix[id(parameter)]:
-                    _precondition(direction, parameter.grad, state, renews=count % STEPS_BETWEEN_ROOTS == 1)
-                state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(state["momentum_buffer"], alpha=-group["lr"])
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        count = int(state["step"])
+        second = state["exp_avg_sq"].mul_(_BETA).addcmul_(gradient, gradient, value=1 - _BETA)
+        direction = gradient / ((second / (1 - _BETA**count)).sqrt() + _EPSILON)
+        if layout.pieces[0].is_matrix:
+            _precondition(direction, gradient, state, renews=count % STEPS_BETWEEN_ROOTS == 1)
+        state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(state["momentum_buffer"], alpha=-group["lr"])
 
 
 def _precondition(direction: Tensor, gradient: Tensor, state: dict[str, Tensor], *, renews: bool) -> None:

@@ -7,11 +7,12 @@ pipeline rank, so that a norm known all at once and one that travels along the p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,13 @@ class StepRule:
             return 1.0
         # as torch.nn.utils.clip_grad_norm_ has it
         return min(1.0, self.clip_norm / (math.sqrt(squared_norm) + 1e-6)) if squared_norm == squared_norm else math.nan
+
+
+def scale_gradients(parameters: Iterable[Tensor], factor: float) -> None:
+    """Multiply the gradients of some parameters, where they have any."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
 
 
 def whole_squared_norm(own: float, pipeline_ranks: Sequence[Sequence[int]], device: torch.device) -> float:

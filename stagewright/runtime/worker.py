@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -38,7 +38,7 @@ from stagewright.runtime.mailbox import Mailbox, StageGraph
 from stagewright.runtime.matrix_layout import Layout, LayoutOf, SplitLayout, block_matrices, whole_layouts
 from stagewright.runtime.microbatches import division_of, plan_iteration, samples_over_replicas
 from stagewright.runtime.offload import OffloadedOptimizer, last_elements
-from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
+from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer, scale_learning_rate
 from stagewright.runtime.peer_swap import make_swap, traffic_of
 from stagewright.runtime.post_validation import PostValidation
 from stagewright.runtime.rank_layers import RankLayers
@@ -46,7 +46,7 @@ from stagewright.runtime.recorder import Recorder, now_s
 from stagewright.runtime.reduction import Bucket, BucketSet
 from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.stage import Unit
-from stagewright.runtime.step_rule import StepRule, whole_squared_norm
+from stagewright.runtime.step_rule import StepRule, scale_gradients, whole_squared_norm
 from stagewright.runtime.topology import StageKey, Topology, has_unequal_replicas, stage_edges
 from stagewright.runtime.weight_versions import VersionedBucket
 
@@ -73,6 +73,11 @@ class WorkerSettings:
     post_validation: bool = False
     learning_rate_factor: Callable[[int], float] | None = None
     clock: Callable[[], float] = now_s
+
+    @property
+    def rule(self) -> StepRule:
+        """When and how far a step is taken."""
+        return StepRule(self.clip_norm, self.skip_nonfinite)
 
 
 class Worker:
@@ -110,7 +115,6 @@ class Worker:
         self._at_action = at_action
         self._policy = schedule.weight_policy
         self._schedule = schedule
-        self._rule = StepRule(settings.clip_norm, settings.skip_nonfinite)
         self._factor: float | None = 1.0
         self._is_scaled = False
         self.gradient_norm: float | None = None
@@ -252,18 +256,6 @@ class Worker:
         masters = [bucket.host_bytes() for bucket in self.buckets.buckets if isinstance(bucket, ShardedBucket)]
         states = [each.host_bytes() for each in self.optimizers if isinstance(each, OffloadedOptimizer)]
         return sum(masters) + sum(states)
-
-    def use_rules(
-        self, *, clip_norm: float | None, skip_nonfinite: bool, learning_rate_factor: Callable[[int], float] | None
-    ) -> None:
-        """Clip, skip steps and scale the learning rate like this from now on; see WorkerSettings."""
-        self.settings = replace(
-            self.settings,
-            clip_norm=clip_norm,
-            skip_nonfinite=skip_nonfinite,
-            learning_rate_factor=learning_rate_factor,
-        )
-        self._rule = StepRule(clip_norm, skip_nonfinite)
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the summed gradients of this rank's trainable parameters by name, whole; a collective."""
@@ -473,41 +465,32 @@ class Worker:
             return key
         return min(other for other in self.topology.stages if other[1] == key[1])
 
-    def _squared_norm(self) -> float:
-        """Return this rank's share of the squared norm of the summed gradients."""
-        total = torch.zeros((), dtype=torch.float64)
-        for bucket in self.buckets.buckets:
-            bucket.finish()
-            total += bucket.squared_norm()
-        return float(total)
-
     def _set_learning_rates(self, step: int) -> None:
         factor = self.settings.learning_rate_factor
         if factor is not None:
             for optimizer in self._optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor(step)
+                scale_learning_rate(optimizer, factor(step))
 
     def _scale_once(self) -> None:
         """Scale all gradients before the first optimizer step of the iteration; all ranks meet here."""
-        if self._is_scaled or not self._rule.looks_at_norm:
+        if self._is_scaled or not self.settings.rule.looks_at_norm:
             return
         self._is_scaled = True
-        squared = whole_squared_norm(self._squared_norm(), self.plan.mapping.pipeline_ranks, self.settings.device)
+        squared = whole_squared_norm(
+            self.buckets.squared_norm(), self.plan.mapping.pipeline_ranks, self.settings.device
+        )
         self.gradient_norm = squared**0.5
-        self._factor = self._rule.factor(squared)
+        self._factor = self.settings.rule.factor(squared)
         if self._factor is not None and self._factor != 1.0:
             for bucket in self.buckets.buckets:
-                for parameter in bucket.optimized():
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(self._factor)
+                scale_gradients(bucket.optimized(), self._factor)
 
     def _optimize(self, key: StageKey, microbatch: int) -> None:
         key = self._stepper(key)
         optimizer = self._optimizers.get(key)
         if self._validation is not None:
             if not self._validation.is_pending:
-                self._validation.begin(self._squared_norm())
+                self._validation.begin(self.buckets.squared_norm())
             if optimizer is not None:
                 self._validation.step(optimizer, self._stepped(key))
             return
@@ -567,7 +550,7 @@ class Worker:
                 field="post_validation",
                 hint="take a synchronous schedule and zero at most 2",
             )
-        return PostValidation(self._rule, self.topology, group, beside, self.settings.device)
+        return PostValidation(self.settings.rule, self.topology, group, beside, self.settings.device)
 
     def _graph(self) -> StageGraph:
         placement = self.plan.schedule.placement
