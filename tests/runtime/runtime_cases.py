@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from runtime_models import LENGTH, VOCABULARY, TinyBlock, TinyBranches, TinyMode
 
 from stagewright.modeling import split
 from stagewright.modeling.autocast import with_autocast
-from stagewright.modeling.batch import default_loss
+from stagewright.modeling.batch import Batch, default_loss
 from stagewright.modeling.expert_capacity import limit_experts
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.documents import Degrees, Plan, StagePlan
@@ -34,7 +36,7 @@ from stagewright.runtime.layerwise import LayerwiseWorker
 from stagewright.runtime.memory import measure_memory
 from stagewright.runtime.microbatches import IGNORED, samples_of
 from stagewright.runtime.optimizers import OptimizerChoice
-from stagewright.runtime.reference import run_reference
+from stagewright.runtime.reference import ReferenceRun, run_reference
 from stagewright.runtime.torch_adapter import default_store
 from stagewright.runtime.torch_pipelining import TorchPipeline
 from stagewright.runtime.worker import Worker, WorkerSettings
@@ -201,6 +203,35 @@ def batches_of(prepared: PreparedCase, count: int) -> list[tuple[torch.Tensor, t
     return found
 
 
+class _Compared(NamedTuple):
+    gradients: Comparison
+    weights: Comparison
+    loss: float | None
+    reference_loss: float | None
+    sent: dict[str, float]
+
+
+def _compared(
+    worker: Worker | LayerwiseWorker,
+    batches: Sequence[Batch],
+    optimizer: OptimizerChoice,
+    reference: ReferenceRun | None,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> _Compared:
+    """Compare a first iteration's gradients, and what steps on all batches make of the weights, with one process."""
+    loss = worker.run(batches[0], 0)
+    sent = worker.traffic()
+    gradients = compare(worker, worker.gradients(), None if reference is None else reference.gradients, shapes)
+    worker.zero_gradients()
+    before = worker.weights()
+    worker.use_optimizer(optimizer)
+    for step, batch in enumerate(batches):
+        worker.run(batch, step)
+    changes = {name: value - before[name] for name, value in worker.weights().items()}
+    weights = compare(worker, changes, None if reference is None else reference.changes, shapes)
+    return _Compared(gradients, weights, loss, None if reference is None else reference.losses[0], sent)
+
+
 def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
     """Compare the gradients of one iteration, and the weights after SGD-momentum steps, with one process."""
     case, plan = prepared.case, prepared.plan
@@ -237,19 +268,10 @@ def gradients_and_weights(prepared: PreparedCase) -> CaseResult:
         store=store,
         groups=GROUPS,
     )
-    loss = worker.run(batches[0], 0)
-    sent = worker.traffic()
-    gradients = compare(worker, worker.gradients(), None if reference is None else reference.gradients, shapes)
-    worker.zero_gradients()
-    before = worker.weights()
-    worker.use_optimizer(optimizer)
-    for step, batch in enumerate(batches):
-        worker.run(batch, step)
-    changes = {name: value - before[name] for name, value in worker.weights().items()}
-    weights = compare(worker, changes, None if reference is None else reference.changes, shapes)
+    compared = _compared(worker, batches, optimizer, reference, shapes)
     live = sum(stage.num_live for stage in worker.stages.values())
     worker.close()
-    return CaseResult(gradients, weights, loss, None if reference is None else reference.losses[0], live, sent)
+    return CaseResult(**compared._asdict(), num_live=live)
 
 
 def peak_memory(prepared: PreparedCase) -> float:
@@ -515,15 +537,6 @@ def layerwise_training(argument: tuple[PreparedCase, Plan]) -> LayerwiseResult:
     chain = split(model)
     shapes = reference_shapes(chain)
     worker = LayerwiseWorker(plan, chain, WorkerSettings(CPU, seed=1, clip_norm=case.clip_norm), groups=GROUPS)
-    loss = worker.run(batches[0], 0)
-    sent = worker.traffic()
-    gradients = compare(worker, worker.gradients(), None if reference is None else reference.gradients, shapes)
-    worker.zero_gradients()
-    before = worker.weights()
-    worker.use_optimizer(optimizer)
-    for step, batch in enumerate(batches):
-        worker.run(batch, step)
-    changes = {name: value - before[name] for name, value in worker.weights().items()}
-    weights = compare(worker, changes, None if reference is None else reference.changes, shapes)
+    compared = _compared(worker, batches, optimizer, reference, shapes)
     states = {name: tuple(value.shape) for name, value in worker.optimizer_states()["exp_avg"].items()}
-    return LayerwiseResult(gradients, weights, loss, None if reference is None else reference.losses[0], sent, states)
+    return LayerwiseResult(**compared._asdict(), states=states)
