@@ -200,13 +200,15 @@ def _split(splits: Sequence[Numbers], backward_s: Floats, hook_s: float) -> tupl
     """Return the input gradient's share of each backward, what its parts take longer apart, and (I + W) / B - 1 in all.
 
     Layers that seem faster apart make the others' excess smaller, so that the sum is what is believed of the pairs' excess.
+    Where the input gradient apart seems to take as long as both together, the two parts' own proportion is the share.
     """
     if not splits:
         return np.full(len(backward_s), 0.5), np.zeros(len(backward_s)), None
     inputs = np.median(_without_hooks(_rows(splits, "input_grad_s"), hook_s), axis=0)
     weights = np.median(_rows(splits, "weight_grad_s"), axis=0)
     both = inputs + weights
-    share = np.clip(np.divide(inputs, backward_s, out=np.ones_like(both), where=backward_s > 0), 0.0, 1.0)
+    own_share = np.divide(inputs, both, out=np.ones_like(both), where=both > 0)
+    share = np.divide(inputs, backward_s, out=own_share.copy(), where=backward_s > inputs)
     total = float(backward_s.sum())
     longer_s = np.maximum(both - backward_s, 0.0)
     excess, error = _paired_excess(splits, hook_s)

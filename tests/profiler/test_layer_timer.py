@@ -162,6 +162,13 @@ FAST = one_layer(forward_s=[1.0], backward_s=[2.0], probe_s=1.0)
 SLOW = one_layer(forward_s=[1.5], backward_s=[3.0], probe_s=1.5)
 
 
+def test_an_input_gradient_that_seems_to_take_the_whole_backward_leaves_the_weight_gradient_its_own_share():
+    step = one_layer(forward_s=[1.0], backward_s=[2.0])
+    split = {"input_grad_s": [2.1], "weight_grad_s": [0.7], "fused_s": 2.0, "held_bytes": [0.0]}
+    layer = configuration_numbers({"step": [step], "split": [split], "memory": [MEMORY]}).layers[0]
+    assert (layer.input_grad_s, layer.weight_grad_s) == (pytest.approx(1.5), pytest.approx(0.5))
+
+
 @pytest.mark.parametrize("steps", [[FAST, SLOW, SLOW], [FAST, FAST, SLOW]])
 def test_measurements_of_a_machine_that_changes_its_speed_are_brought_to_one(steps):
     numbers = configuration_numbers({"step": steps, "memory": [MEMORY]}, probe_s=1.2)
