@@ -47,8 +47,12 @@ class TensorGroup:
         """Return the sum over the group."""
         result = value.contiguous().clone()
         dist.all_reduce(result, group=self.group)
-        self._count("all-reduce", 2 * _bytes(value))
+        self.count_all_reduce(value)
         return result
+
+    def count_all_reduce(self, value: Tensor) -> None:
+        """Count what this rank sends when a tensor is summed over the group, whoever does that."""
+        self._count("all-reduce", 2 * _bytes(value))
 
     def all_gather(self, value: Tensor) -> Tensor:
         """Return all parts one behind the other along dimension 1."""

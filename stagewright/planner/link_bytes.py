@@ -43,6 +43,7 @@ Totals = dict[str, float]
 LENT = "send-receive/lent"  # activations on their way to a peer rank and back
 UPDATE = "all-gather/update"  # momentum of matrices that ZeRO has cut
 SPLIT_UPDATE = "all-gather/update-tp"  # and of those that tensor parallelism has
+_LOSS_SUMS = 3  # maximum, sum of exponentials, logit of the target
 HOST_COPY = "copy/host"  # optimizer states between device and host
 
 
@@ -94,7 +95,8 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     Under sequence parallelism the sequence is split at the first block and joined behind the last, which gathers gradients
     at the one and values at the other; embedding and head lie outside and sum whole tensors. Parameters of blocks that
     tensor parallelism copies see a part of the sequence each, so their gradients are summed: once an iteration, or before
-    each scatter of ZeRO-2 and 3. So are those of keys and values whose heads are fewer than the devices.
+    each scatter of ZeRO-2 and 3. So are those of keys and values whose heads are fewer than the devices. A loss on logits
+    that are split by the vocabulary sums three numbers a token, in fp32 at least.
     """
     degrees = plan.stages[stage].degrees
     devices, repeats = degrees.num_devices, plan.schedule.num_microbatches
@@ -110,8 +112,14 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
         summed = degrees.sp and kinds[layer] in ("embedding", "head", "loss")
         for name, each in row.table.again_link_bytes.items() if level is Recompute.FULL else ():
             _add(total, name, float(each[layer]) * repeats * like)
+        if kinds[layer] == "loss" and degrees.vocab_parallel:
+            tokens = told_part(plan, stage).samples * plan.job.sequence_length / degrees.cp
+            size = _LOSS_SUMS * max(4.0, plan.job.optimizer.parameter_bytes) * tokens
+            _add(total, "all-reduce/tp", 2 * (degrees.tp - 1) / degrees.tp * size * repeats * like)
         for name, each in row.table.link_bytes.items():
             purpose = name.partition("/")[2]
+            if kinds[layer] == "loss" and purpose == "tp":
+                continue
             sent = float(each[layer]) * repeats * like
             _add(total, "all-reduce/tp" if summed and purpose == "tp" else name, sent)
         if layer in ends and kinds[layer] != "loss":

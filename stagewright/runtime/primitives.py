@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -34,6 +35,7 @@ from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards, key_value_copies, parallelize
 from stagewright.modeling.tensor_plan import Role, tensor_plan
+from stagewright.modeling.vocabulary_loss import vocabulary_loss
 from stagewright.modeling.weight_gradients import WeightGradientSink
 from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.documents.profile import Recompute
@@ -188,11 +190,9 @@ class _Rewritten:
         return value.clone()
 
     def _loss_context(self) -> Callable[[], AbstractContextManager[object]]:
-        if not self._splits_vocabulary:
+        if not self._splits_vocabulary or self._group is None:
             return nullcontext
-        from torch.distributed.tensor.parallel import loss_parallel  # DTensor takes a second to import
-
-        return loss_parallel
+        return partial(vocabulary_loss, self._group)
 
 
 _UNIT = (0, -1)

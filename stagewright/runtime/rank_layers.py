@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards, key_value_copies, parallelize
 from stagewright.modeling.unfilled import fill_layers
+from stagewright.modeling.vocabulary_loss import vocabulary_loss
 from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import Recompute
@@ -80,9 +82,7 @@ class RankLayers:
         """Return this rank's stages by replica and stage, for these actions."""
         loss_context: Callable[[], AbstractContextManager[object]] = nullcontext
         if self.shards.group and self._topology.degrees.vocab_parallel:
-            from torch.distributed.tensor.parallel import loss_parallel  # DTensor takes a second to import
-
-            loss_context = loss_parallel
+            loss_context = partial(vocabulary_loss, self.shards.group)
         context = self._context_attention()
         return {
             (replica, stage): Stage(
