@@ -26,14 +26,16 @@ import numpy.typing as npt
 
 from stagewright.planner.documents.plan import Expectation, Plan
 from stagewright.planner.documents.profile import Jitter, ModelProfile
+from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.prediction import Evaluation, Floats, evaluate, makespan_with
 from stagewright.planner.schedules.action import Kind
+from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.schedule import KIND, REPLICA, SLICE, STAGE, Schedule
 from stagewright.planner.search.order import Layout, layout_of
 from stagewright.planner.search.pipeline_costs import slowest_link
 from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.network import Shares
-from stagewright.planner.simulation.peak import peak_activations
+from stagewright.planner.simulation.peak import message_bytes_beside, peak_activations
 
 _SEED = 0
 _MOST_DRAWS, _FEWEST_DRAWS = 32, 4
@@ -73,12 +75,27 @@ def with_expectation(evaluation: Evaluation, plan: Plan, profile: ModelProfile) 
 
 
 def peak_bytes(evaluation: Evaluation) -> Floats:
-    """Return the peak of one device of each pipeline rank, [D], action by action where the schedule is synchronous."""
+    """Return the peak of one device of each pipeline rank, [D], action by action where the schedule is synchronous.
+
+    The optimizer's step is an action too: where few activations live, what it needs beside the states is the most.
+    """
     pipeline, schedule = evaluation.pipeline, evaluation.schedule
-    held = peak_activations(schedule, evaluation.stage_bytes) if schedule.is_synchronous else None
+    held = None
+    if schedule.is_synchronous:
+        held = peak_activations(schedule, evaluation.stage_bytes, _beside(evaluation))
     if held is None:
         return pipeline.peak_bytes
-    return np.asarray(pipeline.static_bytes.sum(axis=0) + pipeline.version_bytes + held + pipeline.base_bytes)
+    above = np.maximum(held, evaluation.step_bytes)
+    return np.asarray(pipeline.static_bytes.sum(axis=0) + pipeline.version_bytes + above + pipeline.base_bytes)
+
+
+def _beside(evaluation: Evaluation) -> list[Floats] | None:
+    """Return the bytes of messages that lie beside each action; None for a schedule that no runtime executes."""
+    try:
+        lowered = lower(evaluation.schedule, evaluation.costs, merge="none", optimizer=False)
+    except (InvalidArgument, InvalidSchedule):
+        return None
+    return message_bytes_beside(lowered, np.asarray(evaluation.links.boundary_bytes))
 
 
 def peaks_by_device(plan: Plan, profile: ModelProfile) -> list[float]:

@@ -67,6 +67,7 @@ from stagewright.planner.simulation.peak import StageBytes
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.planner.simulation.versions import versions_beside_the_master
+from stagewright.planner.step_workspace import step_workspaces
 from stagewright.planner.version_work import with_version_work
 
 Floats = npt.NDArray[np.float64]
@@ -79,7 +80,11 @@ _FUSED = re.compile(r"^\((?P<steps>.+)\)OVERLAP_F_B$")
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A plan's prediction with all that it was made of; `host_bytes` [D] is what one device of each rank keeps on its host."""
+    """A plan's prediction with all that it was made of.
+
+    `host_bytes` [D] is what one device of each rank keeps on its host, `step_bytes` [D] what it needs for the time of an
+    optimizer step beside its states.
+    """
 
     prediction: Prediction
     timeline: Timeline
@@ -89,6 +94,7 @@ class Evaluation:
     links: Links
     stage_bytes: tuple[StageBytes, ...]
     host_bytes: Floats
+    step_bytes: Floats
 
 
 def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -> Evaluation:
@@ -133,9 +139,20 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
     links = links_of(layout, bounds, layers, wiring)
     timeline = _timed(schedule, costs, links, layout, pipeline.tail_s, pipeline.optimizer_s)
     prediction = _prediction(plan, profile, schedule, layout, pipeline, timeline, layers, levels, bounds, costs)
-    stages = _stage_bytes(bounds, levels, layers)
+    step_bytes = np.zeros(layout.num_ranks)
+    for stage, needed in enumerate(step_workspaces(plan, profile, layers, bounds, replica)):
+        ranks = np.unique(schedule.placement[:, stage])
+        step_bytes[ranks] = np.maximum(step_bytes[ranks], needed)
     return Evaluation(
-        prediction, timeline, schedule, costs, pipeline, links, stages, host_bytes=_rank_sum(layout, offloaded)
+        prediction,
+        timeline,
+        schedule,
+        costs,
+        pipeline,
+        links,
+        _stage_bytes(bounds, levels, layers),
+        host_bytes=_rank_sum(layout, offloaded),
+        step_bytes=step_bytes,
     )
 
 

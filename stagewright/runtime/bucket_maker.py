@@ -22,7 +22,7 @@ from stagewright.runtime.groups import Groups
 from stagewright.runtime.predicted_weights import predictor_of
 from stagewright.runtime.rank_layers import RankLayers
 from stagewright.runtime.reduction import Bucket, Purpose, ReplicatedBucket
-from stagewright.runtime.sharding import ShardedBucket
+from stagewright.runtime.sharding import Scattering, ShardedBucket
 from stagewright.runtime.stage import Stage
 from stagewright.runtime.topology import StageKey, Topology
 from stagewright.runtime.weight_versions import DELAYED, VersionedBucket, VersionRule
@@ -64,6 +64,7 @@ class BucketMaker:
         self._groups = groups
         self._traffic = traffic
         self._views = views
+        self._scattering = Scattering()
         self._windowed: dict[StageKey, dict[int, ShardedBucket]] = {}  # by stage: bucket of each layer
 
     def windows(self) -> dict[StageKey, GatherWindow]:
@@ -233,6 +234,7 @@ class BucketMaker:
             shards=self._layers.shards,
             shares=self._state_shares(holders, inside) if zero and purpose == "dp" else (),
             by_layer=not gathers_by_run(self._plan),
+            scattering=self._scattering,
         )
 
     def _state_shares(self, holders: frozenset[StageKey], group: dist.ProcessGroup | None) -> tuple[float, ...]:

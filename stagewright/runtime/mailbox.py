@@ -107,6 +107,7 @@ class Mailbox:
         for source in self._graph.sources(action.stage):
             tensors = self._take(_message(action, source, action.stage, backward=False))
             result |= self._unpack((source, action.stage), tensors)
+        self._transport.let_go()  # who waits long for a message has meanwhile sent its own
         return result
 
     def put_values(self, action: Action, values: Values) -> None:
@@ -128,6 +129,7 @@ class Mailbox:
             for layer, values in self._unpack((action.stage, target), tensors).items():
                 before = result.get(layer)
                 result[layer] = values if before is None else tuple(a + b for a, b in zip(before, values, strict=True))
+        self._transport.let_go()
         return result
 
     def put_gradients(self, action: Action, gradients: Values) -> None:

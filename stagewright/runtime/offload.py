@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-PIECE_ELEMENTS = 2**22
+from stagewright.planner.cost.memory_actions import PIECE_ELEMENTS
 
 Count = Callable[[float], None]
 States = dict[str, object]

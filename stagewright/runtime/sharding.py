@@ -51,6 +51,19 @@ class _Works:
             work.wait()
 
 
+class Scattering:
+    """Whose gradients are on their way, of the buckets of one rank: of one bucket, beside what a backward is making."""
+
+    def __init__(self) -> None:
+        self._bucket: ShardedBucket | None = None
+
+    def begin(self, bucket: ShardedBucket) -> None:
+        """Wait for those of another bucket, so that their whole buffer is free before there is one more."""
+        if self._bucket is not None and self._bucket is not bucket:
+            self._bucket.land()
+        self._bucket = bucket
+
+
 @dataclass(frozen=True)
 class ShardLayout:
     """The tensors of one rank's shard.
@@ -97,6 +110,7 @@ class ShardedBucket:
     shares : of the elements that each rank of the group owns, where they differ.
     purpose : `dp` or `tied`, in the names of the traffic.
     by_layer : at stage 3, UNSHARD leaves the gathering to a `gathering.GatherWindow`.
+    scattering : shared by the rank's buckets.
     """
 
     def __init__(
@@ -113,8 +127,10 @@ class ShardedBucket:
         shards: TensorShards | None = None,
         shares: Sequence[float] = (),
         by_layer: bool = False,
+        scattering: Scattering | None = None,
     ) -> None:
         self.holders = holders
+        self._scattering = scattering or Scattering()
         self._parameters = dict(parameters)
         self._trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
         self._group = group
@@ -231,7 +247,7 @@ class ShardedBucket:
         if not self._by_microbatch:
             self._scatter()
         if self._across is not None:
-            self._land()
+            self.land()
             gradient = self._shard_gradient()
             self._summing = dist.all_reduce(gradient, group=self._across, async_op=True)
             self._count_traffic("all-reduce", all_reduce_bytes(gradient, self._across))
@@ -239,7 +255,7 @@ class ShardedBucket:
 
     def finish(self) -> None:
         """Wait for the reductions under way; keep the values of what never had a gradient."""
-        self._land()
+        self.land()
         if self._summing is not None:
             self._summing.wait()
             self._summing = None
@@ -471,7 +487,9 @@ class ShardedBucket:
 
     def _scatter(self) -> None:
         """Start the reduce-scatter of the gradients that the parameters hold, and take them away."""
-        self._land()
+        self.land()
+        if self._by_microbatch:
+            self._scattering.begin(self)
         sum_partial(self._trained, self._shards)
         flat = self._gradients
         if flat is None:
@@ -495,7 +513,8 @@ class ShardedBucket:
         self._flight = (work, mine, flat)
         self._count_traffic("reduce-scatter", (self._count - 1) / self._count * self._bytes)
 
-    def _land(self) -> None:
+    def land(self) -> None:
+        """Wait for the gradients on their way, and add them to the shard's."""
         if self._flight is not None:
             work, mine, _ = self._flight
             work.wait()

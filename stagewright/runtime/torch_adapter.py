@@ -42,9 +42,9 @@ def default_store() -> dist.Store:
 def cpu_allocation_changes(work: Callable[[], object], *, before: Callable[[], object] | None = None) -> list[int]:
     """Return the sizes of all CPU allocations (positive) and releases (negative) during `work`, in order.
 
-    A release is seen only of what was allocated under watch, and only on this thread and those of autograd: blocking
-    collectives are made to return when no other thread holds their tensors (`_collectives_let_go`). With `before`, that is
-    called under watch first, and what it leaves allocated stands in front as one change.
+    A release is seen only of what was allocated under watch, and only on this thread and those of autograd: collectives, or
+    the waits for them, are made to return when no other thread holds their tensors (`_collectives_let_go`). With `before`, that
+    is called under watch first, and what it leaves allocated stands in front as one change.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         if before is not None:
@@ -67,7 +67,7 @@ def cpu_allocation_changes(work: Callable[[], object], *, before: Callable[[], o
 
 @contextmanager
 def _collectives_let_go() -> Iterator[None]:
-    """Let blocking collectives return only when no thread of the backend holds their tensors.
+    """Let collectives, and waits for them, return only when no thread of the backend holds their tensors.
 
     A thread of gloo wakes the caller first and drops its own reference then. On a busy processor the caller is often done
     with the tensor by that time, so that it is freed on gloo's thread, unseen, and would be counted for ever.
@@ -82,11 +82,47 @@ def _collectives_let_go() -> Iterator[None]:
             setattr(dist, name, original)
 
 
-def _letting_go(collective: Callable[..., Work | None]) -> Callable[..., Work | None]:
-    def call(*args: object, async_op: bool = False, **settings: object) -> Work | None:
-        if async_op:
-            return collective(*args, async_op=True, **settings)
+class _LettingGoWork:
+    """A collective under way whose `wait` returns when no thread of the backend holds its tensors.
+
+    Others of this process may hold them meanwhile, through the one object that Python has of each: only torch's own
+    references are counted.
+    """
+
+    def __init__(self, work: Work, tensors: Sequence[Tensor], num_references: int) -> None:
+        self._work: Work | None = work
+        self._tensors = tensors
+        self._num_references = num_references
+
+    def is_completed(self) -> bool:
+        """Whether the collective is over."""
+        return self._work is None or self._work.is_completed()
+
+    def wait(self) -> bool:
+        """Wait for it."""
+        if self._work is None:
+            return True
+        self._work.wait()
+        time.sleep(_PAUSE_S)  # the work holds what gloo made for itself: let its thread drop that first
+        self._work = None
+        _wait_until(lambda: sum(value._use_count() for value in self._tensors) <= self._num_references)
+        self._tensors = ()
+        return True
+
+
+def _wait_until(done: Callable[[], bool]) -> None:
+    give_up_s = time.monotonic() + _LONGEST_HOLD_S
+    while not done() and time.monotonic() < give_up_s:
+        time.sleep(0)
+
+
+def _letting_go(collective: Callable[..., Work | None]) -> Callable[..., Work | _LettingGoWork | None]:
+    def call(*args: object, async_op: bool = False, **settings: object) -> Work | _LettingGoWork | None:
         tensors = [value for value in _flat([*args, *settings.values()]) if isinstance(value, Tensor)]
+        if async_op:
+            held = sum(value._use_count() for value in tensors)
+            started = collective(*args, async_op=True, **settings)
+            return started if started is None else _LettingGoWork(started, tensors, held)
         before = _num_references(tensors)
         work = collective(*args, async_op=True, **settings)
         if work is None:
@@ -94,9 +130,7 @@ def _letting_go(collective: Callable[..., Work | None]) -> Callable[..., Work | 
         work.wait()
         time.sleep(_PAUSE_S)
         del work
-        give_up_s = time.monotonic() + _LONGEST_HOLD_S
-        while _num_references(tensors) > before and time.monotonic() < give_up_s:
-            time.sleep(0)
+        _wait_until(lambda: _num_references(tensors) <= before)
         return None
 
     return call

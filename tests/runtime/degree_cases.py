@@ -234,9 +234,21 @@ def bytes_left_by_collectives(rounds: int) -> dict[str, int]:
     group = TensorGroup(dist.new_group(range(dist.get_world_size())))
     value = torch.ones(1, 1 << 8, 16)
 
+    def scatter_and_wait(value: Tensor) -> Tensor:
+        flat = value.reshape(-1).clone()
+        mine = flat.new_empty(flat.numel() // dist.get_world_size())
+        work = dist.reduce_scatter_tensor(mine, flat, group=group.group, async_op=True)
+        work.wait()
+        return mine
+
+    def sum_and_wait(value: Tensor) -> Tensor:
+        flat = value.clone()
+        dist.all_reduce(flat, group=group.group, async_op=True).wait()
+        return flat
+
     def repeat(collective: Callable[[Tensor], Tensor]) -> None:
         for _ in range(rounds):
             collective(value)
 
-    collectives = (group.all_reduce, group.all_gather, group.reduce_scatter)
+    collectives = (group.all_reduce, group.all_gather, group.reduce_scatter, scatter_and_wait, sum_and_wait)
     return {each.__name__: sum(cpu_allocation_changes(partial(repeat, each))) for each in collectives}

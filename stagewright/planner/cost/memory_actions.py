@@ -21,6 +21,9 @@ from math import isqrt
 from stagewright.planner.errors import Infeasible
 
 
+PIECE_ELEMENTS = 2**22  # whose optimizer states come from the host at once
+
+
 class ActionKind(StrEnum):
     """What happens to a layer's activations between its forward and its backward."""
 

@@ -12,6 +12,10 @@ An input gradient leaves what waits for the weight gradient, v, behind the layer
 and the peak of a rank is the largest, over its actions, of what other units hold and the action's need. The search takes
 the largest sum of live bytes and, apart from it, the largest workspace of any layer of the rank: never less, and more where
 the two do not meet, as with recomputation on a rank of several stages.
+
+A receive is posted before the action in front of the one that takes it, so its buffer stands beside that action, and beside all
+in between where it was posted earlier; a value that another stage of the same rank takes later stands beside what runs meanwhile.
+That counts beside backwards: w is the larger of a layer's forward and backward, nearly always the latter by more than a message.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.schedules.action import Kind
-from stagewright.planner.schedules.schedule import KIND, SLICE, STAGE, Schedule
+from stagewright.planner.schedules.schedule import KIND, MICROBATCH, REPLICA, SLICE, STAGE, Schedule
 
 Floats = npt.NDArray[np.float64]
 
@@ -59,8 +63,13 @@ class StageBytes:
         return float((np.cumsum(kept) + self.workspace).max())
 
 
-def peak_activations(schedule: Schedule, stages: Sequence[StageBytes]) -> Floats | None:
-    """Return the most bytes that the actions of each rank hold, [D]; None for actions other than F, B, I and W."""
+def peak_activations(
+    schedule: Schedule, stages: Sequence[StageBytes], beside: Sequence[Floats] | None = None
+) -> Floats | None:
+    """Return the most bytes that the actions of each rank hold, [D]; None for actions other than F, B, I and W.
+
+    `beside` holds what lies on its way beside each action of each rank (`message_bytes_beside`).
+    """
     counted = {int(kind) for kind in _COUNTED}
     if any(not set(np.unique(order[:, KIND]).tolist()) <= counted for order in schedule.orders):
         return None
@@ -76,16 +85,65 @@ def peak_activations(schedule: Schedule, stages: Sequence[StageBytes]) -> Floats
     peaks = np.zeros(schedule.num_ranks)
     for rank, order in enumerate(schedule.orders):
         live = 0.0
-        for kind, stage, slice_index in order[:, [KIND, STAGE, SLICE]].tolist():
+        waiting = np.zeros(len(order)) if beside is None else np.where(order[:, KIND] == Kind.F, 0.0, beside[rank])
+        for (kind, stage, slice_index), more in zip(
+            order[:, [KIND, STAGE, SLICE]].tolist(), waiting.tolist(), strict=True
+        ):
             whole = slice_index < 0
             share = shares[whole]
             if kind in (Kind.B, Kind.I):
                 live -= kept[stage] * share
             elif kind == Kind.W:
                 live -= late[stage] * share
-            peaks[rank] = max(peaks[rank], live + need[kind, stage, whole])
+            peaks[rank] = max(peaks[rank], live + more + need[kind, stage, whole])
             if kind == Kind.F:
                 live += kept[stage] * share
             elif kind == Kind.I:
                 live += late[stage] * share
     return peaks
+
+
+def message_bytes_beside(lowered: Schedule, message_bytes: Floats) -> list[Floats]:
+    """Return for each rank the bytes of messages that lie there for later actions while each of its computations runs, [actions].
+
+    `message_bytes` are those of a microbatch over each edge of the stage graph, [num_edges].
+    """
+    sizes = np.broadcast_to(np.asarray(message_bytes, dtype=np.float64), (len(lowered.edges),)).tolist()
+    edges = list(zip(lowered.edges, sizes, strict=True))
+    return [_beside(lowered, rank, edges) for rank in range(lowered.num_ranks)]
+
+
+def _beside(lowered: Schedule, rank: int, edges: Sequence[tuple[tuple[int, int], float]]) -> Floats:
+    columns = [KIND, REPLICA, STAGE, MICROBATCH, SLICE]
+    place, rows = lowered.placement, lowered.orders[rank][:, columns].tolist()
+    compute = {int(kind) for kind in _COUNTED}
+    taken: dict[tuple[bool, int, int, int, int], int] = {}  # by whether it goes back and its unit: which computation takes it
+    position = 0
+    for kind, *unit in rows:
+        if kind in compute:
+            if kind != Kind.W:
+                taken[kind != Kind.F, *unit] = position
+            position += 1
+    change = np.zeros(position + 1)
+    position = 0
+    for kind, replica, stage, microbatch, slice_index in rows:
+        unit = (microbatch, slice_index)
+        share = 1.0 if slice_index < 0 else 1.0 / max(lowered.num_slices, 1)
+        is_back = kind in (Kind.B, Kind.I, Kind.RECV_B)
+        for (source, target), size in edges:
+            far = place[replica, source] != place[replica, target]
+            if kind in (Kind.RECV_F, Kind.RECV_B):
+                if far and stage == (source if is_back else target):
+                    _hold(change, max(position - 1, 0), taken.get((is_back, replica, stage, *unit), 0), size * share)
+            elif kind in compute and kind != Kind.W and not far and stage == (target if is_back else source):
+                taker = source if is_back else target
+                _hold(change, position + 1, taken.get((is_back, replica, taker, *unit), 0), size * share)
+        position += kind in compute
+    return np.cumsum(change)[:-1]
+
+
+def _hold(change: Floats, first: int, end: int, size: float) -> None:
+    """Add bytes to the computations from `first` to `end` - 1."""
+    if end > first:
+        change[first] += size
+        change[end] -= size

@@ -1,0 +1,94 @@
+"""Bytes that an optimizer step needs for its own time beside the states: what is scattered before it, what AdamW makes, what is sent.
+
+Adam and AdamW make the square roots of the second moment and their quotient: on processors, where a tensor is stepped after
+the other, two copies of the largest of them; on accelerators, which step all together, one copy of all. Under ZeRO, and where
+weights narrower than 32 bits have masters, a tensor is a whole bucket's shard: a stage's at stage 1, a layer's beyond.
+States that come from the host are there with what is made of them, a piece after the other. Gradients that are scattered to
+equal shards arrive in a shard of their own, and gloo sums them in a copy of all; equal shards of the weights leave in a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
+from stagewright.planner.cost.memory import expert_shards
+from stagewright.planner.cost.memory_actions import PIECE_ELEMENTS
+from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.profile import LayerClass, ModelProfile
+from stagewright.planner.link_bytes import local_steps, shared_weights, sharding_group, unit_parameters
+from stagewright.planner.replica_shares import told_part
+from stagewright.planner.search.layer_costs import LayerCosts
+
+_COPIES_ONE_BY_ONE, _COPIES_TOGETHER = 2, 1
+
+
+def step_workspaces(
+    plan: Plan, profile: ModelProfile, layers: Sequence[LayerCosts], bounds: Sequence[int], replica: int | None = None
+) -> list[float]:
+    """Return the bytes on one device of each stage, [stages]; 0 for optimizers of whole matrices, whose gathers are not told.
+
+    Where replicas hold uneven shares of the states, those of `replica`.
+    """
+    if plan.job.optimizer.name in MATRIX_OPTIMIZERS:
+        return [0.0] * len(plan.stages)
+    return [
+        _stage_workspace(plan, index, _tensors(plan, profile, index, row, bounds, replica))
+        for index, row in enumerate(layers)
+    ]
+
+
+def _stage_workspace(plan: Plan, index: int, tensors: Sequence[float]) -> float:
+    """Return the bytes given the elements of what one device's optimizer steps."""
+    stage, optimizer = plan.stages[index], plan.job.optimizer
+    width = max(4.0, optimizer.parameter_bytes)
+    device = next((group.device for group in plan.cluster.groups if group.name == stage.group), None)
+    is_cpu = (device or plan.cluster.groups[0].device).kind == "cpu"
+    largest, sent = max(tensors, default=0.0), 0.0
+    shards = num_shards(plan, index)
+    if shards > 1 and not stage.state_shares:
+        scattered = optimizer.gradient_bytes * (1 + shards if is_cpu else 1) if stage.degrees.zero == 1 else 0.0
+        sent = largest * max(scattered, optimizer.parameter_bytes)
+    if optimizer.name not in ("adam", "adamw", "custom"):
+        return sent
+    staying = [size * (1.0 - stage.optimizer_offload) for size in tensors]
+    needed = _COPIES_ONE_BY_ONE * max(staying, default=0.0) if is_cpu else _COPIES_TOGETHER * sum(staying)
+    piece = min(PIECE_ELEMENTS, largest * stage.optimizer_offload)
+    return max(sent, width * needed, piece * (optimizer.state_bytes + _COPIES_ONE_BY_ONE * width))
+
+
+def _tensors(
+    plan: Plan, profile: ModelProfile, index: int, row: LayerCosts, bounds: Sequence[int], replica: int | None
+) -> list[float]:
+    """Return the elements of each tensor that one device's optimizer steps: parameters, or shards of buckets."""
+    degrees = plan.stages[index].degrees
+    inside = range(bounds[index], bounds[index + 1])
+    if degrees.zero == 0 and plan.job.optimizer.parameter_bytes >= 4:
+        classes = [profile.classes[profile.layer_classes[layer]] for layer in inside]
+        return [
+            _largest_share(layer) * float(row.table.dense_parameters[at])
+            for layer, at in zip(classes, inside, strict=True)
+        ]
+    ties = shared_weights(plan, profile)
+    dense = unit_parameters(row.table.dense_parameters[inside.start : inside.stop].tolist(), inside.start, ties)
+    part = told_part(plan, index, replica).state_share
+    share = 1.0 / num_shards(plan, index) if part is None else part
+    experts = float(row.table.expert_parameters[inside.start : inside.stop].sum())
+    owners = expert_shards(degrees) if degrees.zero else 1
+    found = dense if degrees.zero >= 2 and num_shards(plan, index) > 1 else [sum(dense)]
+    return [*(size * share for size in found), experts / owners]
+
+
+def num_shards(plan: Plan, index: int) -> int:
+    """Return over how many devices ZeRO divides the states of a stage."""
+    degrees = plan.stages[index].degrees
+    members = degrees.cp if local_steps(plan) else degrees.dp * degrees.cp
+    return min(sharding_group(plan) or members, members) if degrees.zero else 1
+
+
+def _largest_share(layer: LayerClass) -> float:
+    """Return what share of a layer's parameters its largest tensor has: all of an embedding's or a head's, where none is told apart."""
+    whole = sum(operator.parameters for operator in layer.operators)
+    if whole:
+        return max(operator.parameters for operator in layer.operators) / whole
+    return 1.0 if layer.kind in ("embedding", "head") else 0.0
