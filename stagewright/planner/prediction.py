@@ -40,6 +40,7 @@ from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.layerwise import changes_of, fewer_replicas
 from stagewright.planner.link_bytes import gathers_by_run, link_bytes, local_steps, sharding_group, shared_weights
+from stagewright.planner.passing_bytes import passing_bytes, step_workspaces
 from stagewright.planner.replica_shares import parts_of_stage, samples_by_replica, told_part
 from stagewright.planner.schedules.action import Action, parse_action
 from stagewright.planner.schedules.costs import StageCosts
@@ -67,7 +68,6 @@ from stagewright.planner.simulation.peak import StageBytes
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.planner.simulation.versions import versions_beside_the_master
-from stagewright.planner.step_workspace import step_workspaces
 from stagewright.planner.version_work import with_version_work
 
 Floats = npt.NDArray[np.float64]
@@ -150,20 +150,31 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
         costs,
         pipeline,
         links,
-        _stage_bytes(bounds, levels, layers),
+        _stage_bytes(plan, bounds, levels, layers),
         host_bytes=_rank_sum(layout, offloaded),
         step_bytes=step_bytes,
     )
 
 
-def _stage_bytes(bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]) -> tuple[StageBytes, ...]:
+def _stage_bytes(
+    plan: Plan, bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]
+) -> tuple[StageBytes, ...]:
     level = np.asarray(levels, dtype=np.int64)
     found = []
     for stage, row in enumerate(layers):
         chosen = np.arange(bounds[stage], bounds[stage + 1])
         at = (level[chosen], chosen)
+        passing = passing_bytes(plan, stage, row, bounds)
         found.append(
-            StageBytes(row.kept_bytes[at], row.late_bytes[at], row.workspace_bytes[at], row.split_workspace_bytes[at])
+            StageBytes(
+                row.kept_bytes[at],
+                row.late_bytes[at],
+                row.workspace_bytes[at],
+                row.split_workspace_bytes[at],
+                gradients=passing.gradients,
+                scattered=passing.scattered,
+                gathered=passing.gathered,
+            )
         )
     return tuple(found)
 

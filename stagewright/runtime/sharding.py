@@ -59,9 +59,15 @@ class Scattering:
 
     def begin(self, bucket: ShardedBucket) -> None:
         """Wait for those of another bucket, so that their whole buffer is free before there is one more."""
-        if self._bucket is not None and self._bucket is not bucket:
-            self._bucket.land()
+        if self._bucket is not bucket:
+            self.settle()
         self._bucket = bucket
+
+    def settle(self) -> None:
+        """Wait for those that are on their way."""
+        if self._bucket is not None:
+            self._bucket.land()
+            self._bucket = None
 
 
 @dataclass(frozen=True)
@@ -198,10 +204,12 @@ class ShardedBucket:
         return self._is_whole
 
     def before_forward(self, microbatch: int) -> None:
-        """Do nothing: one version of the weights serves the whole iteration."""
+        """Let what the last backward has scattered land; one version of the weights serves the whole iteration."""
+        self._scattering.settle()
 
     def before_backward(self, microbatch: int) -> None:
-        """Do nothing: one version of the weights serves the whole iteration."""
+        """Let what the last backward has scattered land."""
+        self._scattering.settle()
 
     def before_step(self, microbatch: int) -> None:
         """Bring the masters to the device; the gradients are where the optimizer looks."""

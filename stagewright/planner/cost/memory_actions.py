@@ -20,7 +20,6 @@ from math import isqrt
 
 from stagewright.planner.errors import Infeasible
 
-
 PIECE_ELEMENTS = 2**22  # whose optimizer states come from the host at once
 
 

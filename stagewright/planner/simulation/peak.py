@@ -13,9 +13,15 @@ and the peak of a rank is the largest, over its actions, of what other units hol
 the largest sum of live bytes and, apart from it, the largest workspace of any layer of the rank: never less, and more where
 the two do not meet, as with recomputation on a rank of several stages.
 
-A receive is posted before the action in front of the one that takes it, so its buffer stands beside that action, and beside all
-in between where it was posted earlier; a value that another stage of the same rank takes later stands beside what runs meanwhile.
-That counts beside backwards: w is the larger of a layer's forward and backward, nearly always the latter by more than a message.
+Where whole gradients come and go under ZeRO-2 and 3, those of a layer g come as its kept bytes go, and what the layer
+behind it has scattered, f, is on its way meanwhile:
+
+    need_B = max over l of  k_0 + ... + k_(l-1) + max(max(k_l, g_l) + w_l + f_(l+1), 2 g_l, f_l)
+
+A receive is posted before the action in front of the one that takes it, so its buffer stands beside that action, and
+beside all in between where it was posted earlier; a value that another stage of the same rank takes later stands beside
+what runs meanwhile. That counts beside backwards: w is the larger of a layer's forward and backward, nearly always the
+latter by more than a message.
 """
 
 from __future__ import annotations
@@ -42,24 +48,37 @@ class StageBytes:
     ----------
     kept : from the forward until the backward; late : between input and weight gradient.
     workspace : highest temporary use; split_workspace : that of an input gradient alone, above the larger of kept and late.
+    gradients : whole ones that a backward makes for a time.
+    scattered : gradients on their way while the layer before runs back.
+    gathered : for a time beside the layer's weights, while the layer behind runs back.
     """
 
     kept: Floats
     late: Floats
     workspace: Floats
     split_workspace: Floats
+    gradients: Floats | None = None
+    scattered: Floats | None = None
+    gathered: Floats | None = None
 
     def need(self, kind: Kind, share: float) -> float:
         """Return the most that one unit's action holds, of a unit that is `share` of a microbatch."""
         if not len(self.kept):
             return 0.0
         kept, late = self.kept * share, self.late * share
+        gradients, scattered, gathered = (
+            np.zeros(len(kept)) if each is None else each for each in (self.gradients, self.scattered, self.gathered)
+        )
+        before, coming = np.cumsum(kept) - kept, np.append(0.0, gathered[:-1])
         if kind is Kind.W:
-            return float(late.sum())
+            return float(max(late.sum(), gradients.sum()) + scattered.max())
+        if kind is Kind.B:
+            making = np.maximum(kept, gradients) + self.workspace + np.append(scattered[1:], 0.0)
+            leaving = np.maximum(2 * gradients, scattered)
+            return float((before + np.maximum(making, leaving) + coming).max())
         if kind is Kind.I:
-            before = np.cumsum(kept) - kept
             behind = late.sum() - np.cumsum(late)
-            return float((before + np.maximum(kept, late) + self.split_workspace + behind).max())
+            return float((before + np.maximum(kept, late) + self.split_workspace + behind + coming).max())
         return float((np.cumsum(kept) + self.workspace).max())
 
 
@@ -104,7 +123,7 @@ def peak_activations(
 
 
 def message_bytes_beside(lowered: Schedule, message_bytes: Floats) -> list[Floats]:
-    """Return for each rank the bytes of messages that lie there for later actions while each of its computations runs, [actions].
+    """Return for each rank the bytes of messages that lie there for later actions while each computation runs, [actions].
 
     `message_bytes` are those of a microbatch over each edge of the stage graph, [num_edges].
     """
@@ -117,7 +136,9 @@ def _beside(lowered: Schedule, rank: int, edges: Sequence[tuple[tuple[int, int],
     columns = [KIND, REPLICA, STAGE, MICROBATCH, SLICE]
     place, rows = lowered.placement, lowered.orders[rank][:, columns].tolist()
     compute = {int(kind) for kind in _COUNTED}
-    taken: dict[tuple[bool, int, int, int, int], int] = {}  # by whether it goes back and its unit: which computation takes it
+    taken: dict[
+        tuple[bool, int, int, int, int], int
+    ] = {}  # by whether it goes back and its unit: which computation takes it
     position = 0
     for kind, *unit in rows:
         if kind in compute:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
+from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.registry import generate
-from stagewright.planner.simulation.peak import StageBytes, peak_activations
+from stagewright.planner.simulation.peak import StageBytes, message_bytes_beside, peak_activations
 
 
 def stage(kept, workspace, late=None, split_workspace=None):
@@ -78,3 +80,56 @@ def test_no_peak_is_above_the_sum_of_both_maxima(name):
 def test_other_actions_are_left_to_the_ledger():
     schedule = generate("bpipe", ScheduleRequest(4, 8))
     assert peak_activations(schedule, [stage([1], [1])] * schedule.num_stages) is None
+
+
+def test_a_message_stands_beside_the_action_in_front_of_the_one_that_takes_it():
+    """1F1B on two ranks. The last one runs F0 B0 F1 B1 F2 B2 F3 B3; a B has the next F's input beside it."""
+    schedule = generate("1f1b", ScheduleRequest(2, 4))
+    lowered = lower(schedule, StageCosts.uniform(2), merge="none", optimizer=False)
+    first, last = message_bytes_beside(lowered, np.array([5.0]))
+    assert [str(action) for step in schedule.actions(0) for action in step] == [
+        "0F0",
+        "0F1",
+        "0B0",
+        "0F2",
+        "0B1",
+        "0F3",
+        "0B2",
+        "0B3",
+    ]
+    assert first.tolist() == [0, 5, 0, 5, 0, 5, 5, 0]
+    assert last.tolist() == [5, 5, 0, 5, 0, 5, 0, 0]  # F1's input comes as F0 ends: its receive is posted with F0
+    stages = [stage([10], [3]), stage([10], [3])]
+    assert peak_activations(schedule, stages, [first, last]).tolist() == [2 * 10 + 3 + 5, 10 + 3 + 5]
+
+
+def test_what_a_later_stage_of_the_same_rank_takes_stands_beside_what_runs_meanwhile():
+    """ZB-V turns on the last rank; the first rank's stages 0 and 3 have no edge between them."""
+    schedule = generate("zb-v", ScheduleRequest(2, 4, num_chunks=2))
+    lowered = lower(schedule, StageCosts.uniform(4), merge="none", optimizer=False)
+    found = message_bytes_beside(lowered, np.array([0.0, 7.0, 0.0]))
+    assert found[0].tolist() == [0.0] * len(found[0])
+    order = [action for step in schedule.actions(1) for action in step]
+    units = {(action.kind.name, action.stage, action.microbatch): at for at, action in enumerate(order)}
+    expected = np.zeros(len(order))
+    for microbatch in range(4):
+        expected[units["F", 1, microbatch] + 1 : units["F", 2, microbatch]] += 7
+        expected[units["I", 2, microbatch] + 1 : units["I", 1, microbatch]] += 7
+    assert found[1].tolist() == expected.tolist() and expected.any()
+
+
+def test_whole_gradients_come_as_a_layers_kept_bytes_go():
+    """Two layers that keep 1 and 10; gradients of 4 and 20, 30 on their way: 1 + 20 + w, then max(1, 4) + 30 + w, or twice 20."""
+    bare = stage([1, 10], [2, 3])
+    passing = StageBytes(
+        bare.kept,
+        bare.late,
+        bare.workspace,
+        bare.split_workspace,
+        gradients=np.array([4.0, 20.0]),
+        scattered=np.array([6.0, 30.0]),
+        gathered=np.array([0.0, 0.0]),
+    )
+    assert peak_activations(generate("1f1b", ScheduleRequest(1, 2)), [passing]).tolist() == [
+        max(1 + 2 * 20, 4 + 2 + 30)
+    ]

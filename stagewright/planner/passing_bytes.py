@@ -1,24 +1,40 @@
-"""Bytes that an optimizer step needs for its own time beside the states: what is scattered before it, what AdamW makes, what is sent.
+"""Bytes that are there for a time beside states and activations: what optimizer steps make, what ZeRO has on its way.
 
-Adam and AdamW make the square roots of the second moment and their quotient: on processors, where a tensor is stepped after
-the other, two copies of the largest of them; on accelerators, which step all together, one copy of all. Under ZeRO, and where
-weights narrower than 32 bits have masters, a tensor is a whole bucket's shard: a stage's at stage 1, a layer's beyond.
-States that come from the host are there with what is made of them, a piece after the other. Gradients that are scattered to
-equal shards arrive in a shard of their own, and gloo sums them in a copy of all; equal shards of the weights leave in a copy.
+An optimizer's step: Adam and AdamW make the square roots of the second moment and their quotient: on processors, where a
+tensor is stepped after the other, two copies of the largest of them; on accelerators, which step all together, one copy of
+all. Under ZeRO, and where weights narrower than 32 bits have masters, a tensor is a whole bucket's shard: a stage's at
+stage 1, a layer's beyond. States that come from the host are there with what is made of them, a piece after the other.
+Gradients that are scattered to equal shards arrive in a shard of their own, and gloo sums them in a copy of all; equal
+shards of the weights leave in a copy.
+
+A backward under ZeRO-2 and 3: whole gradients of the layer at work, and what the layer behind it has on its way. With
+ZeRO-3 on gloo the next layer's weights come in a copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.cost.memory_actions import PIECE_ELEMENTS
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile
-from stagewright.planner.link_bytes import local_steps, shared_weights, sharding_group, unit_parameters
+from stagewright.planner.link_bytes import (
+    gathers_by_run,
+    local_steps,
+    sharding_group,
+    shared_weights,
+    unit_parameters,
+)
 from stagewright.planner.replica_shares import told_part
 from stagewright.planner.search.layer_costs import LayerCosts
+
+Floats = npt.NDArray[np.float64]
 
 _COPIES_ONE_BY_ONE, _COPIES_TOGETHER = 2, 1
 
@@ -26,7 +42,7 @@ _COPIES_ONE_BY_ONE, _COPIES_TOGETHER = 2, 1
 def step_workspaces(
     plan: Plan, profile: ModelProfile, layers: Sequence[LayerCosts], bounds: Sequence[int], replica: int | None = None
 ) -> list[float]:
-    """Return the bytes on one device of each stage, [stages]; 0 for optimizers of whole matrices, whose gathers are not told.
+    """Return the bytes on one device of each stage, [stages]; 0 for optimizers of whole matrices, which gather others.
 
     Where replicas hold uneven shares of the states, those of `replica`.
     """
@@ -42,8 +58,7 @@ def _stage_workspace(plan: Plan, index: int, tensors: Sequence[float]) -> float:
     """Return the bytes given the elements of what one device's optimizer steps."""
     stage, optimizer = plan.stages[index], plan.job.optimizer
     width = max(4.0, optimizer.parameter_bytes)
-    device = next((group.device for group in plan.cluster.groups if group.name == stage.group), None)
-    is_cpu = (device or plan.cluster.groups[0].device).kind == "cpu"
+    is_cpu = _is_cpu(plan, index)
     largest, sent = max(tensors, default=0.0), 0.0
     shards = num_shards(plan, index)
     if shards > 1 and not stage.state_shares:
@@ -79,6 +94,41 @@ def _tensors(
     return [*(size * share for size in found), experts / owners]
 
 
+@dataclass(frozen=True, eq=False)
+class PassingBytes:
+    """Bytes of each layer of a stage, [layers], in a backward under ZeRO-2 and 3; else 0.
+
+    Parameters
+    ----------
+    gradients : whole ones of the layer.
+    scattered : on their way while the layer before runs.
+    gathered : beside the weights that come.
+    """
+
+    gradients: Floats
+    scattered: Floats
+    gathered: Floats
+
+
+def passing_bytes(plan: Plan, index: int, row: LayerCosts, bounds: Sequence[int]) -> PassingBytes:
+    """Return what one device of a stage has on its way, layer by layer."""
+    stage, optimizer, shards = plan.stages[index], plan.job.optimizer, num_shards(plan, index)
+    parameters = row.table.dense_parameters[bounds[index] : bounds[index + 1]]
+    if stage.degrees.zero < 2 or shards == 1:
+        parameters = np.zeros_like(parameters)
+    gradients = parameters * optimizer.gradient_bytes
+    is_cpu = _is_cpu(plan, index)
+    copies = 1.0 if stage.state_shares else 1.0 + 1.0 / shards + is_cpu
+    gathers = is_cpu and stage.degrees.zero == 3 and not stage.state_shares and not gathers_by_run(plan)
+    return PassingBytes(gradients, gradients * copies, parameters * optimizer.parameter_bytes * gathers)
+
+
+def _is_cpu(plan: Plan, index: int) -> bool:
+    name = plan.stages[index].group
+    device = next((group.device for group in plan.cluster.groups if group.name == name), None)
+    return (device or plan.cluster.groups[0].device).kind == "cpu"
+
+
 def num_shards(plan: Plan, index: int) -> int:
     """Return over how many devices ZeRO divides the states of a stage."""
     degrees = plan.stages[index].degrees
@@ -87,7 +137,7 @@ def num_shards(plan: Plan, index: int) -> int:
 
 
 def _largest_share(layer: LayerClass) -> float:
-    """Return what share of a layer's parameters its largest tensor has: all of an embedding's or a head's, where none is told apart."""
+    """Return what share of a layer's parameters its largest tensor has; all of an embedding or head without operators."""
     whole = sum(operator.parameters for operator in layer.operators)
     if whole:
         return max(operator.parameters for operator in layer.operators) / whole

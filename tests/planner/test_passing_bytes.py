@@ -1,0 +1,69 @@
+"""What optimizer steps and ZeRO hold for a time, on plans that a hand can add up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from stagewright.planner.cost.even_plan import even_plan
+from stagewright.planner.cost.step_time import Choice
+from stagewright.planner.documents import Degrees, Optimizer, Plan, Recompute, TrainingJob
+from stagewright.planner.expectation import peak_bytes, peaks_by_device
+from stagewright.planner.prediction import evaluate
+from stagewright.testing import cluster_factory, profile_factory
+
+LAYERS, PARAMETERS = 4, 1_000_000
+PROFILE = profile_factory(LAYERS, forward_s=1e-3, parameters=PARAMETERS, microbatches=(1,), activation_bytes=1.0)
+
+
+def plan_of(kind: str, *, optimizer: str = "adamw", precision: str = "fp32", **degrees: int) -> Plan:
+    """Return one stage over two replicas."""
+    cluster = cluster_factory(2, 1)
+    (group,) = cluster.groups
+    device = group.device.model_copy(update={"kind": kind})
+    cluster = cluster.model_copy(update={"groups": (group.model_copy(update={"device": device}),)})
+    job = TrainingJob(
+        global_batch=2, sequence_length=128, precision=precision, optimizer=Optimizer.standard(optimizer, precision)
+    )
+    return even_plan(PROFILE, cluster, job, Choice(Degrees(dp=2, **degrees), 1, 1, 1, "gpipe", Recompute.NONE))
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "zero", "copies"),
+    [
+        ("cuda", "adamw", 1, 0.5),  # square roots of the whole shard
+        ("cpu", "adamw", 1, 1.5),  # gloo's copy of all gradients and a shard of them, more than two copies of the shard
+        ("cuda", "sgd-momentum", 1, 0.5),  # a shard of the gradients arrives, a shard of the weights leaves
+        ("cuda", "sgd-momentum", 0, 0.0),
+        ("cpu", "adamw", 2, 2 * 0.5 / LAYERS),  # a layer after the other
+    ],
+)
+def test_a_step_needs_what_its_optimizer_and_its_shards_make(kind, optimizer, zero, copies):
+    evaluation = evaluate(plan_of(kind, optimizer=optimizer, zero=zero), PROFILE)
+    assert evaluation.step_bytes.tolist() == pytest.approx([copies * LAYERS * PARAMETERS * 4])
+
+
+def test_where_few_activations_live_the_step_is_the_peak():
+    evaluation = evaluate(plan_of("cpu", zero=1), PROFILE)
+    states = evaluation.pipeline.static_bytes.sum() + evaluation.pipeline.base_bytes
+    assert peak_bytes(evaluation)[0] == pytest.approx(float(np.max(states + evaluation.step_bytes)))
+
+
+def test_the_owner_of_most_states_needs_most_for_its_step():
+    """Two copies of three quarters of the parameters against two of one; equal shares would be sent in copies."""
+    plan = plan_of("cpu", zero=1)
+    stage = plan.stages[0].model_copy(update={"state_shares": (0.75, 0.25)})
+    first, second = peaks_by_device(plan.model_copy(update={"stages": (stage,)}), PROFILE)
+    states = 8 * 0.5 * LAYERS * PARAMETERS  # two moments
+    assert first - second == pytest.approx(states + 2 * 4 * 0.5 * LAYERS * PARAMETERS, rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "on_its_way"), [("cuda", 1.5), ("cpu", 2.5)])
+def test_a_backward_under_zero_2_makes_one_layers_gradients_while_anothers_are_on_their_way(kind, on_its_way):
+    """Activations of a byte: whole gradients of a layer, and beside them those of the layer behind, scattered to a shard."""
+    whole = peak_bytes(evaluate(plan_of(kind, optimizer="sgd", zero=1), PROFILE))[0]
+    found = peak_bytes(evaluate(plan_of(kind, optimizer="sgd", zero=2), PROFILE))[0]
+    one = 4.0 * PARAMETERS
+    spared = LAYERS * one / 2  # half of the gradients that stay under stage 1
+    step = evaluate(plan_of(kind, optimizer="sgd", zero=1), PROFILE).step_bytes[0]
+    assert found - whole == pytest.approx((1.0 + on_its_way) * one - spared - step, abs=100 * LAYERS)
