@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from stagewright.planner.search.closing import Closer
 from stagewright.planner.search.closing_pass import ClosingPass
 from stagewright.planner.search.completions import Completions
@@ -62,7 +64,10 @@ class JointSearch:
         return self.limits.reached() is not None
 
     def _run(self) -> tuple[float, Termination]:
-        """Search what was priced."""
+        """Search what was priced; nothing where no candidate can beat what other searches know."""
+        if np.isfinite(self.completions.target_s) and self.space.bound_s.min() >= self.completions.target_s:
+            self.work.count("bound", self.space.num_candidates)
+            return self.completions.target_s, "gap"
         parts = self.space, self.costs, self.completions
         stopped = FirstIncumbents(*parts, self.limits, self.work).find()
         if stopped is not None:

@@ -1,26 +1,23 @@
 """The search over device pools: which pools lie along the pipeline, their ranks and degrees, and how layers are cut.
 
     1  skeletons   a sequence of pools, ranks for each, samples of a microbatch: bounded with every pool at its best
-    2  choices     degrees for each pool; a choice that cannot beat the incumbent beside the best of the others leaves
-    3  candidates  products of choices with every single-chunk schedule, in order of bound
-    4  close       `stage_closing`, with target X = incumbent / (1 + gap)
+    2  sets        products of all degrees of the pools, under each single-chunk schedule, are closed together at what
+                   any of them costs at least (`merged_candidate`); a set that stays open is cut in two where its
+                   choices differ most
+    3  candidates  a set of one is closed by itself (`stage_closing`), with target X = incumbent / (1 + gap)
 
-Rank r starts behind one forward of the layers before it and then works T t_r, so with f the least share of a forward in
-a layer's seconds, T t_r + f sum_{q<r} t_q <= step. Weighing rank r with (1 - f/T)^(D-1-r) makes all ranks of a pool alike:
-layers [j, i) on its D ranks need at least
-
-    f / (1 - (1 - f/T)^D) sum t   behind the forward of the layers before j,
-
-which is T/D sum t for large T, and at least T times what the rank with most layers of one class has. A chain of pools
-costs at least the least maximum over cuts. All bounds hold for every partition and recomputation, so what is left out is
-proved to be no better than X; the proved bound is the least of X and the bounds of what a limit left open.
+Always the set of least bound is next, and one promising member of it is completed and simulated, so incumbent and bound
+move together. All bounds hold for every partition and recomputation (`pool_bounds`, `choice_tables`), so what is left
+out is proved to be no better than X; the proved bound is the least of X and the bounds of what a limit left open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count as counting
 from itertools import product
 
 import numpy as np
@@ -30,15 +27,25 @@ from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.cost.least_work import least_step_s
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.prediction import OPTIONS
+from stagewright.planner.search.choice_tables import ChoiceTables
 from stagewright.planner.search.joined_choice import Choices, choices_by_group
-from stagewright.planner.search.limits import Limits, Termination
-from stagewright.planner.search.order import Order, OrderKey
+from stagewright.planner.search.limits import KnownStep, LeastStep, Limits, Termination
+from stagewright.planner.search.merged_candidate import MergedCandidate
+from stagewright.planner.search.order import Cut, Layout, Order, OrderKey
+from stagewright.planner.search.pool_bounds import (
+    EVERY,
+    PoolCosts,
+    best_choices,
+    choice_bounds,
+    least_before,
+    pool_needs,
+)
 from stagewright.planner.search.pools import Pool, pool_sequences, used_first
 from stagewright.planner.search.pricing import Priced
 from stagewright.planner.search.problem import Partition, Problem
 from stagewright.planner.search.space import PIPELINE_OUTSIDE, FamilyRule, allows, divisors
 from stagewright.planner.search.stage_candidate import Levels, PoolChoice, StageCandidate
-from stagewright.planner.search.stage_closing import StageCloser
+from stagewright.planner.search.stage_closing import MOST_ROUNDS, StageCloser
 from stagewright.planner.search.stage_graph import (
     MOST_RANKS,
     Edges,
@@ -55,6 +62,10 @@ Longs = npt.NDArray[np.int64]
 
 NUM_STARTS = 16
 MOST_NODES = 400
+_TOGETHER_NODES = 1
+_TOGETHER_ROUNDS = 12
+_TRIAL_ROUNDS = 3
+_BETWEEN_REPORTS = 16
 
 
 @dataclass(frozen=True)
@@ -72,36 +83,28 @@ class Skeleton:
 
 
 @dataclass(frozen=True, eq=False)
-class PoolCosts:
-    """What bounds need of some choices, by class of layers, [choices, C]; `share` and `latency_s` [choices].
+class ChoiceSets:
+    """Products of choices of a skeleton under one family.
 
     Parameters
     ----------
-    share : least share of the forward in a layer's seconds.
-    least_bytes : states and one microbatch at the level that keeps least.
+    rows : of each pool, which of the choices that take the skeleton's microbatch.
     """
 
-    time_s: Floats
-    forward_s: Floats
-    share: Floats
-    step_s: Floats
-    least_bytes: Floats
-    latency_s: Floats
+    skeleton: Skeleton
+    rule: FamilyRule
+    rows: tuple[Longs, ...]
 
-    @classmethod
-    def of(cls, priced: Priced, levels: list[int]) -> PoolCosts:
-        """Return the costs of priced rows under the allowed recomputation levels."""
-        forward = priced.forward_s
-        time = forward + priced.input_grad_s + priced.weight_grad_s + priced.recompute_s[:, levels].min(axis=1)
-        share = np.divide(forward, time, out=np.ones_like(time), where=time > 0)
-        least = priced.state_bytes + priced.kept_bytes[:, levels].min(axis=1)
-        return cls(time, forward, share.min(axis=1, initial=1.0), priced.step_s, least, priced.latency_s)
+    @property
+    def num_products(self) -> int:
+        return int(np.prod([len(rows) for rows in self.rows]))
 
-    def together(self) -> PoolCosts:
-        """Return one row that is at most every row, none of none."""
-        if not len(self.latency_s):
-            return self
-        return PoolCosts(*(getattr(self, name).min(axis=0, keepdims=True) for name in self.__dataclass_fields__))
+    def halves(self, merged: MergedCandidate) -> list[ChoiceSets]:
+        """Return two sets that hold all products between them."""
+        pool, parts = merged.cut_in_two()
+        return [
+            replace(self, rows=(*self.rows[:pool], self.rows[pool][part], *self.rows[pool + 1 :])) for part in parts
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,14 +124,16 @@ class PoolSearch:
     ----------
     split : cut one kind of device in two pools as well.
     chains : search chains of stages; else graphs of stages alone.
-    known_s : a step that is known to be reached.
+    alone : search chains of stages on one node group as well; else they are searched elsewhere.
+    known : a step that is known to be reached, told of new ones.
     """
 
     problem: Problem
     limits: Limits
     split: bool = False
     chains: bool = True
-    known_s: float = float("inf")
+    alone: bool = True
+    known: KnownStep = field(default_factory=LeastStep)
     best: Completed | None = None
     kept: dict[str, Completed] = field(default_factory=dict)
     work: WorkCount = field(default_factory=WorkCount)
@@ -138,6 +143,12 @@ class PoolSearch:
     _costs: dict[tuple[str, int, int, bool], PoolCosts] = field(default_factory=dict)
     _graphs: dict[int, list[StageGraph | None]] = field(default_factory=dict)
     _graph_orders: dict[tuple[str, Edges, int], Order] = field(default_factory=dict)
+    _bounded: list[tuple[float, Skeleton]] = field(default_factory=list)
+    _choice_tables: dict[tuple[str, int, int, float], ChoiceTables] = field(default_factory=dict)
+    _choice_bounds: dict[Skeleton, list[Floats]] = field(default_factory=dict)
+    _paths: dict[tuple[str, Edges, int], list[Cut]] = field(default_factory=dict)
+    _tried: set[tuple[Skeleton, str, tuple[int, ...]]] = field(default_factory=set)
+    together: int = 0
 
     @cached_property
     def sequences(self) -> list[tuple[Pool, ...]]:
@@ -165,7 +176,7 @@ class PoolSearch:
 
     @property
     def incumbent_s(self) -> float:
-        return min(self.known_s, self.best.step_s if self.best is not None else float("inf"))
+        return min(self.known.least_s(), self.best.step_s if self.best is not None else float("inf"))
 
     @property
     def target_s(self) -> float:
@@ -186,7 +197,10 @@ class PoolSearch:
                 sizes = [pool.num_devices // count for pool, count in zip(pools, ranks, strict=True)]
                 if self.split and len(pools) > 1 and not _aligned(pools, sizes, self.problem):
                     continue
+                on_one = len(pools) == 1 and not pools[0].parts
                 for graph in self.graphs(sum(ranks)):
+                    if graph is None and on_one and not self.alone:
+                        continue
                     for samples in divisors(job.global_batch):
                         yield Skeleton(pools, ranks, samples, graph)
 
@@ -220,8 +234,9 @@ class PoolSearch:
     # ---- bounds of pools -------------------------------------------------------------------------------------------
 
     def needs(self, skeleton: Skeleton, *, together: bool = False) -> list[Floats] | None:
-        """Return what each choice of each pool needs for layers [j, i), [choices, L + 1, L + 1]; None without a choice.
+        """Return what each choice of each pool needs for layers [j, i), [choices, j, i]; None without a choice.
 
+        The first pool begins at 0 and the last one ends at L; all other j and i are L + 1 places.
         With `together`, one row a pool that bounds all of its choices: each layer at the least of any of them.
         """
         of_layer = self.problem.classes.of_layer
@@ -229,8 +244,9 @@ class PoolSearch:
         found = []
         head = np.zeros(len(of_layer) + 1)
         ahead = np.full(len(of_layer), np.inf)
-        for pool, count in zip(skeleton.pools, skeleton.ranks, strict=True):
+        for place, (pool, count) in enumerate(zip(skeleton.pools, skeleton.ranks, strict=True)):
             costs = self._pool_costs(pool.group, pool.num_devices // count, skeleton.samples, together)
+            firsts = slice(0, 1) if place == 0 else EVERY
             if not len(costs.latency_s):
                 return None
             need = pool_needs(
@@ -244,8 +260,10 @@ class PoolSearch:
                 count,
                 self.choices[pool.group].room_bytes,
                 chain=skeleton.graph is None,
+                firsts=firsts,
+                ends=slice(-1, None) if place == len(skeleton.pools) - 1 else EVERY,
             )
-            found.append(need if skeleton.graph is not None else need + head[None, :, None])
+            found.append(need if skeleton.graph is not None else need + head[None, firsts, None])
             ahead = np.minimum(ahead, costs.forward_s[:, of_layer].min(axis=0))
             head = np.concatenate((np.zeros(1), np.cumsum(ahead)))
         return found
@@ -287,11 +305,22 @@ class PoolSearch:
         """Return the compiled order of a family; None when the family refuses its sizes."""
         if skeleton.graph is not None:
             return self._graph_order(rule.name, skeleton.graph, self.problem.job.global_batch // skeleton.samples)
-        key = OrderKey(rule.name, skeleton.num_ranks, self.problem.job.global_batch // skeleton.samples, 1)
         try:
-            return self.problem.order_of(key, rule)
+            return self.problem.order_of(self._key(skeleton, rule), rule)
         except (InvalidArgument, InvalidSchedule):
             return None
+
+    def _layout(self, skeleton: Skeleton, rule: FamilyRule) -> Layout | None:
+        """Return the layout of a family's order; None when the family refuses its sizes."""
+        if skeleton.graph is not None:
+            return self.order(skeleton, rule)
+        try:
+            return self.problem.layout_of(self._key(skeleton, rule), rule)
+        except (InvalidArgument, InvalidSchedule):
+            return None
+
+    def _key(self, skeleton: Skeleton, rule: FamilyRule) -> OrderKey:
+        return OrderKey(rule.name, skeleton.num_ranks, self.problem.job.global_batch // skeleton.samples, 1)
 
     def _graph_order(self, family: str, graph: StageGraph, num_microbatches: int) -> Order:
         key = (family, graph.edges, num_microbatches)
@@ -320,28 +349,52 @@ class PoolSearch:
             self.kept[candidate.summary] = Completed(step_s, candidate, partition)
         if step_s < self.incumbent_s:
             self.best = self.kept[candidate.summary]
+            self.known.offer(step_s)
 
     # ---- the run ---------------------------------------------------------------------------------------------------
 
     def run(self) -> tuple[float, Termination]:
         """Search; return the proved bound over the space and why the search ended."""
-        bounded = self._bounded_skeletons()
-        self._find_incumbents(bounded)
+        self.begin()
+        return self.finish()
+
+    def begin(self) -> None:
+        """Bound the skeletons and find first plans."""
+        self._bounded = self._bounded_skeletons()
+        self._find_incumbents(self._bounded)
+
+    def finish(self) -> tuple[float, Termination]:
+        """Close what was bounded; return the proved bound over the space and why the search ended."""
+        places = counting()
+        heap: list[tuple[float, int, Skeleton | ChoiceSets]] = [
+            (bound_s, next(places), skeleton) for bound_s, skeleton in self._bounded
+        ]
         stopped: Termination | None = None
-        for place, (bound_s, skeleton) in enumerate(bounded):
-            if bound_s >= self.target_s:
-                self.work.count("pool bound", len(bounded) - place)
-                break
+        done = 0
+        while heap and heap[0][0] < self.target_s:
             stopped = self.limits.reached()
             if stopped is not None:
-                self.open_bound_s = min(self.open_bound_s, bound_s)
+                self.open_bound_s = min(self.open_bound_s, heap[0][0])
                 break
-            self._search(skeleton, bound_s)
-            self.limits.report("pools", place + 1, len(bounded), self.best.step_s if self.best else None, bound_s)
+            bound_s, _, node = heapq.heappop(heap)
+            parts = self._opened(node, bound_s) if isinstance(node, Skeleton) else self._searched(node, bound_s)
+            for value, part in parts:
+                heapq.heappush(heap, (max(bound_s, value), next(places), part))
+            done += 1
+            if done % _BETWEEN_REPORTS == 0:
+                self.limits.report("pools", done, done + len(heap), self.best.step_s if self.best else None, bound_s)
+        self._count_left(node for _, _, node in heap)
         proved = min(self.open_bound_s, self.target_s)
         if stopped is None and self.open_bound_s < self.target_s:
             stopped = self.limits.reached() or "time_limit"
         return proved, stopped or "gap"
+
+    def _count_left(self, nodes: Iterable[Skeleton | ChoiceSets]) -> None:
+        for node in nodes:
+            if isinstance(node, Skeleton):
+                self.work.count("pool bound")
+            else:
+                self.work.count("choice bound", node.num_products)
 
     def _find_incumbents(self, bounded: Sequence[tuple[float, Skeleton]]) -> None:
         """Complete the skeletons of least bound and idle time, each at the choices of its bound, under every family."""
@@ -353,7 +406,7 @@ class PoolSearch:
         for _, skeleton in sorted(bounded, key=guess)[:NUM_STARTS]:
             needs = self.needs(skeleton)
             assert needs is not None
-            chosen = _best_choices(needs)
+            chosen = best_choices(needs)
             rows = self.rows(skeleton)
             at = [int(rows[pool][2][index]) for pool, index in enumerate(chosen)]
             for rule in self.rules_for(skeleton):
@@ -361,7 +414,7 @@ class PoolSearch:
                     return
                 candidate = self.candidate(skeleton, at, rule)
                 if candidate is not None:
-                    closer = self._closer(candidate, most_nodes=1)
+                    closer = self._closer(candidate, most_nodes=1, most_rounds=_TRIAL_ROUNDS)
                     closer.run()
                     self.work.simulated += closer.simulated
 
@@ -378,7 +431,9 @@ class PoolSearch:
             key = (skeleton.pools, skeleton.ranks, skeleton.samples, skeleton.graph is None)
             if key not in known:
                 needs = self.needs(skeleton, together=True)
-                known[key] = float("nan") if needs is None else float(_forward([n[0] for n in needs])[-1][-1]) + extra_s
+                known[key] = (
+                    float("nan") if needs is None else float(least_before([n[0] for n in needs])[-1][-1]) + extra_s
+                )
             if np.isnan(known[key]):
                 continue
             numbers = [
@@ -401,38 +456,135 @@ class PoolSearch:
         fitting = [rule for rule in self.rules if rule.fits(skeleton.num_ranks, count, 1)]
         return fitting[:1] if skeleton.num_ranks == 1 else fitting
 
-    def _search(self, skeleton: Skeleton, bound_s: float) -> None:
-        """Search one skeleton: products of choices in order of bound, each with every family."""
+    def _opened(self, skeleton: Skeleton, bound_s: float) -> list[tuple[float, ChoiceSets]]:
+        """Return all choices of a skeleton under every family."""
         needs = self.needs(skeleton)
         assert needs is not None
         extra_s = self.problem.profile.step_overhead_s
-        products = products_below(needs, self.target_s - extra_s)
-        self.work.count("choice bound", int(np.prod([len(need) for need in needs])) - len(products))
-        rows = self.rows(skeleton)
-        for value, chosen in products:
-            for rule in self.rules_for(skeleton):
-                if max(value + extra_s, bound_s) >= self.target_s:
-                    self.work.count("choice bound")
-                    continue
-                if self.limits.reached() is not None:
-                    self.open_bound_s = min(self.open_bound_s, max(value + extra_s, bound_s))
-                    return
-                at = [int(rows[pool][2][index]) for pool, index in enumerate(chosen)]
-                candidate = self.candidate(skeleton, at, rule)
-                if candidate is not None:
-                    self._close(candidate)
+        self._choice_bounds[skeleton] = [bounds + extra_s for bounds in choice_bounds(needs)]
+        every = tuple(np.arange(len(need)) for need in needs)
+        sets = (self._narrowed(ChoiceSets(skeleton, rule, every)) for rule in self.rules_for(skeleton))
+        return [(bound_s, each) for each in sets if each.num_products]
 
-    def _closer(self, candidate: StageCandidate, *, most_nodes: int = MOST_NODES) -> StageCloser:
+    def _narrowed(self, sets: ChoiceSets) -> ChoiceSets:
+        """Return the sets without the choices that do not get below the target beside the best of all others."""
+        bounds, target_s = self._choice_bounds[sets.skeleton], self.target_s
+        left = tuple(rows[bounds[pool][rows] < target_s] for pool, rows in enumerate(sets.rows))
+        found = replace(sets, rows=left)
+        self.work.count("choice bound", sets.num_products - found.num_products)
+        return found
+
+    def _searched(self, sets: ChoiceSets, bound_s: float) -> list[tuple[float, ChoiceSets]]:
+        """Close sets of choices together; return their halves, with their bound, where that leaves them open."""
+        sets = self._narrowed(sets)
+        if not sets.num_products:
+            return []
+        if sets.num_products == 1:
+            candidate = self.candidate(sets.skeleton, self._shapes_of(sets), sets.rule)
+            if candidate is not None:
+                self._close(candidate, bound_s)
+            return []
+        merged = self._merged(sets)
+        if merged is None:
+            return []
+        closer = self._closer(merged, most_nodes=_TOGETHER_NODES, most_rounds=_TOGETHER_ROUNDS, known_s=bound_s)
+        try:
+            value = closer.run()
+        except InvalidSchedule:
+            self.work.count("schedule", sets.num_products)
+            return []
+        self.together += 1
+        if value >= self.target_s:
+            self.work.count("together", sets.num_products)
+            return []
+        if closer.cuts is not None:
+            self._try_one(sets, merged, closer.cuts)
+        return [(value, part) for part in sets.halves(merged)]
+
+    def _merged(self, sets: ChoiceSets) -> MergedCandidate | None:
+        """Return what the sets cost at least; None when the family refuses the skeleton's sizes."""
+        skeleton = sets.skeleton
+        layout = self._layout(skeleton, sets.rule)
+        if layout is None:
+            self.work.count("schedule", sets.num_products)
+            return None
+
+        def order() -> Order:
+            made = self.order(skeleton, sets.rule)
+            if made is None:
+                raise InvalidSchedule(f"{sets.rule.name} refuses its sizes", field="schedule")
+            return made
+
+        return MergedCandidate(
+            self.problem,
+            tuple(
+                self._tables(pool, count, skeleton.samples, layout).take(rows)
+                for pool, count, rows in zip(skeleton.pools, skeleton.ranks, sets.rows, strict=True)
+            ),
+            skeleton.ranks,
+            tuple(self.choices[pool.group].room_bytes for pool in skeleton.pools),
+            skeleton.samples,
+            sets.rule,
+            layout,
+            order,
+            windows_of(skeleton, self.problem.profile.num_layers),
+        )
+
+    def _tables(self, pool: Pool, num_ranks: int, samples: int, layout: Layout) -> ChoiceTables:
+        size = pool.num_devices // num_ranks
+        key = (pool.group, size, samples, layout.split_share)
+        if key not in self._choice_tables:
+            priced, of_row = self.choices[pool.group].priced(size)
+            self._choice_tables[key] = ChoiceTables.of(
+                priced.take(np.flatnonzero(of_row == samples)), list(self.problem.levels), layout
+            )
+        return self._choice_tables[key]
+
+    def _shapes_of(self, sets: ChoiceSets, chosen: Sequence[int] | None = None) -> list[int]:
+        """Return the rows of the pools' price lists that are chosen of each set, the first one of each by default."""
+        places = [0] * len(sets.rows) if chosen is None else chosen
+        rows = self.rows(sets.skeleton)
+        return [int(rows[pool][2][sets.rows[pool][place]]) for pool, place in enumerate(places)]
+
+    def _try_one(self, sets: ChoiceSets, merged: MergedCandidate, cuts: tuple[int, ...]) -> None:
+        """Complete the choices that look best for a partition, unless they were tried before."""
+        at = self._shapes_of(sets, merged.likely(cuts))
+        key = (sets.skeleton, sets.rule.name, tuple(at))
+        if key in self._tried:
+            return
+        self._tried.add(key)
+        candidate = self.candidate(sets.skeleton, at, sets.rule)
+        if candidate is not None:
+            closer = self._closer(candidate, most_nodes=1, most_rounds=_TRIAL_ROUNDS)
+            closer.run()
+            self.work.simulated += closer.simulated
+
+    def _closer(
+        self,
+        candidate: StageCandidate | MergedCandidate,
+        *,
+        most_nodes: int = MOST_NODES,
+        most_rounds: int = MOST_ROUNDS,
+        known_s: float = 0.0,
+    ) -> StageCloser:
+        paths = self._paths.setdefault((candidate.rule.name, candidate.layout.edges, candidate.num_microbatches), [])
         return StageCloser(
             candidate,
             target_s=lambda: self.target_s,
-            found=lambda partition, step_s: self.keep(candidate, partition, step_s),
+            found=lambda partition, step_s: self._found(candidate, partition, step_s),
             should_stop=lambda: self.limits.reached() is not None,
             most_nodes=most_nodes,
+            most_rounds=most_rounds,
+            known_s=known_s,
+            paths=paths,
         )
 
-    def _close(self, candidate: StageCandidate) -> None:
-        closer = self._closer(candidate)
+    def _found(self, candidate: StageCandidate | MergedCandidate, partition: Partition, step_s: float) -> None:
+        assert isinstance(candidate, StageCandidate)
+        self.keep(candidate, partition, step_s)
+
+    def _close(self, candidate: StageCandidate, bound_s: float) -> None:
+        closer = self._closer(candidate, known_s=bound_s)
         value = closer.run()
         self.work.evaluated += 1
         self.work.simulated += closer.simulated
@@ -460,103 +612,6 @@ def chain_windows(num_stages: int, num_layers: int) -> Longs:
         np.stack((np.where(stage < num_stages, stage, num_layers), num_layers - (num_stages - stage)), axis=1)
         * (stage > 0)[:, None]
     )
-
-
-def pool_needs(
-    time_s: Floats,
-    share: Floats,
-    step_s: Floats,
-    least_bytes: Floats,
-    class_of: Longs,
-    constant_s: Floats,
-    num_microbatches: int,
-    num_ranks: int,
-    room_bytes: float,
-    *,
-    chain: bool = True,
-) -> Floats:
-    """Return the least seconds that layers [j, i) take on `num_ranks` ranks, [choices, L + 1, L + 1].
-
-    Ranks that form no `chain` need not wait for each other, so theirs is T/D of the sum. `share` [choices] is the least
-    share of a forward in a layer; other arrays are [choices, L]. Infinite for fewer layers than ranks, or where states
-    and one microbatch never fit; an empty range is not allowed, because a pool that is there is used.
-    """
-    num_layers = time_s.shape[1]
-    share = share if chain else np.zeros_like(share)
-    left = 1.0 - share / num_microbatches
-    waits = share > 1e-9
-    shrink = np.where(waits, -np.expm1(num_ranks * np.log(np.maximum(left, 1e-300))), 1.0)
-    weight = np.where(waits, (1.0 - left) / shrink, 1.0 / num_ranks)
-    factor = weight * num_microbatches
-    between = _between(factor[:, None] * time_s)
-    # A rank's tail counts with its own weight, at least the first rank's.
-    between += _between(step_s * (weight * left ** (num_ranks - 1))[:, None])
-    needed = between
-    if num_ranks > 1:
-        for kind in np.unique(class_of):
-            numbers = np.concatenate((np.zeros(1), np.cumsum(class_of == kind)))
-            most = np.ceil((numbers[None, :] - numbers[:, None]) / num_ranks)
-            layer = int(np.flatnonzero(class_of == kind)[0])
-            each = num_microbatches * time_s[:, layer] + step_s[:, layer]
-            np.maximum(needed, most[None, :, :] * each[:, None, None], out=needed)
-    size = np.arange(num_layers + 1)
-    short = (size[None, :] - size[:, None]) < num_ranks
-    full = _between(least_bytes) > num_ranks * room_bytes * (1 + 1e-12)
-    needed += constant_s[:, None, None]
-    needed[full | short[None, :, :]] = np.inf
-    return needed
-
-
-def _between(each: Floats) -> Floats:
-    """Return the sums over layers [j, i) of [choices, L], [choices, L + 1, L + 1]."""
-    before = np.zeros((each.shape[0], each.shape[1] + 1))
-    np.cumsum(each, axis=1, out=before[:, 1:])
-    return before[:, None, :] - before[:, :, None]
-
-
-def _best_choices(needs: Sequence[Floats]) -> list[int]:
-    """Return the choice of each pool on the cut of least maximum over pools at their best."""
-    best = [need.min(axis=0) for need in needs]
-    before = _forward(best)
-    end, chosen = best[0].shape[0] - 1, []
-    for index in range(len(needs) - 1, -1, -1):
-        first = int(np.argmin(np.maximum(before[index], best[index][:, end])))
-        chosen.append(int(np.argmin(needs[index][:, first, end])))
-        end = first
-    return chosen[::-1]
-
-
-def _forward(needs: Sequence[Floats]) -> list[Floats]:
-    """Return the least maximum over the first pools when they hold the layers before each place, one row a pool."""
-    found = [np.concatenate((np.zeros(1), np.full(needs[0].shape[0] - 1, np.inf)))]
-    for need in needs:
-        found.append(np.maximum(found[-1][:, None], need).min(axis=0))
-    return found
-
-
-def _backward(needs: Sequence[Floats]) -> list[Floats]:
-    """Return the least maximum over the pools from each one on when they hold the layers from each place on."""
-    found = [np.concatenate((np.full(needs[0].shape[0] - 1, np.inf), np.zeros(1)))]
-    for need in reversed(needs):
-        found.append(np.maximum(found[-1][None, :], need).min(axis=1))
-    return found[::-1]
-
-
-def products_below(needs: Sequence[Floats], target_s: float) -> list[tuple[float, tuple[int, ...]]]:
-    """Return the products of choices whose bound is below the target, by bound."""
-    best = [need.min(axis=0) for need in needs]
-    before, behind = _forward(best), _backward(best)
-    left: list[list[int]] = []
-    for index, need in enumerate(needs):
-        value = np.maximum(np.maximum(before[index][None, :, None], need), behind[index + 1][None, None, :])
-        left.append(np.flatnonzero(value.min(axis=(1, 2)) < target_s).tolist())
-    found: list[tuple[float, tuple[int, ...]]] = []
-    for chosen in product(*left):
-        least_s = float(_forward([need[row] for need, row in zip(needs, chosen, strict=True)])[-1][-1])
-        if least_s < target_s:
-            found.append((least_s, chosen))
-    found.sort()
-    return found
 
 
 def _aligned(pools: Sequence[Pool], sizes: Sequence[int], problem: Problem) -> bool:

@@ -1,6 +1,8 @@
 """Plans whose stages differ, answered with a certificate: mixed clusters, degrees by stage, branches side by side.
 
-On a mixed cluster, and where layers are tied to one stage, the space is that of `pool_search` alone. On one kind of device, asking for degrees by stage, or a
+On a mixed cluster the space is that of `pool_search` and, for each node group, the one of equal degrees on that group
+alone: leaving groups idle is always among the plans. Where layers are tied to one stage it is that of `pool_search`. On
+one kind of device, asking for degrees by stage, or a
 model with branches, adds that space to the one of equal degrees on a chain of stages: both are searched, the better plan
 is returned, and the lower of the two bounds holds for their union, which is what the certificate declares.
 """
@@ -9,17 +11,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from stagewright.planner.cost.roofline import peak_flops
 from stagewright.planner.documents.cluster import Cluster
 from stagewright.planner.documents.outcome import Alternative, PlanOutcome
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.plan_summary import alternative_of
+from stagewright.planner.prediction import evaluate
 from stagewright.planner.search import exact
 from stagewright.planner.search.certified import Space, Work, certified, without_plan
 from stagewright.planner.search.joined_costs import MOST_SHARES
-from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.limits import OPTIMAL_GAP, LeastStep, Limits
 from stagewright.planner.search.pool_search import Completed, PoolSearch
+from stagewright.planner.search.pools import Pool, group_pools, used_first
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.stage_graph import MOST_RANKS
+
+_MOST = 0.9  # of the peak rate of all groups
+_POOLS_TIME = 0.8
+ALONE = (
+    "one node group whole, the others idle: equal degrees, every schedule, chunks and axis order of one kind of device"
+)
 
 
 def solve_mixed(problem: Problem, limits: Limits) -> PlanOutcome:
@@ -32,7 +43,73 @@ def solve_mixed(problem: Problem, limits: Limits) -> PlanOutcome:
             field="devices",
             hint="describe a cluster with fewer nodes",
         )
-    return _solve_pools(problem, limits, PoolSearch(problem, limits))
+    if problem.job.space.ties:
+        return _solve_pools(problem, limits, PoolSearch(problem, limits))
+    known = LeastStep()
+    groups = _fastest_first(problem)
+    # Where the other groups add little, the plan on the fastest one sets the target that the pools are closed at.
+    first = [pool for pool, rate in groups if rate >= _MOST]
+    search = PoolSearch(problem, _part_of(limits, _POOLS_TIME), alone=False, known=known)
+    search.begin()
+    alone = [_solve_alone(problem, _part_of(limits, 0.5), pool, known) for pool in first]
+    bound_s, termination = search.finish()
+    alone += [_solve_alone(problem, limits, pool, known) for pool, _ in groups if pool not in first]
+    bound_s = min(bound_s, *(_bound_of(outcome, known.least_s(), limits) for outcome in alone))
+    work = sum(map(Work.of, alone), search.work.total(search.num_candidates))
+    ranked = [*_ranked(search, limits), *(option for outcome in alone for option in _options(problem, outcome))]
+    if not ranked:
+        return without_plan(work, bound_s, termination)
+    if bound_s < known.least_s() / (1.0 + limits.gap) * (1 - OPTIMAL_GAP) and termination in ("gap", "optimal"):
+        termination = limits.reached() or "time_limit"
+    space = {**pool_space(problem, search), "or": ALONE}
+    return certified(ranked, space, bound_s, limits, work, termination)
+
+
+def _fastest_first(problem: Problem) -> list[tuple[Pool, float]]:
+    """Return the node groups, each with its part of the peak rate of all, the fastest one first."""
+    rates = {}
+    for pool in group_pools(problem.cluster):
+        device = problem.cluster.group_of(pool.first).device
+        rates[pool] = pool.num_devices * peak_flops(device, problem.job.precision)
+    whole = sum(rates.values())
+    return sorted(((pool, rate / whole) for pool, rate in rates.items()), key=lambda pair: (-pair[1], pair[0].first))
+
+
+def _part_of(limits: Limits, part: float) -> Limits:
+    """Return the limits of a search that may take so much of the time that is left."""
+    if limits.deadline_s is None:
+        return limits
+    return replace(limits, started_s=limits.clock(), deadline_s=part * limits.left_s())
+
+
+def _solve_alone(problem: Problem, limits: Limits, pool: Pool, known: LeastStep) -> PlanOutcome:
+    """Return the answer on one node group whole, all others idle, with every schedule of one kind of device."""
+    group = problem.cluster.group_of(pool.first)
+    cluster = Cluster(name=group.name, groups=(group,))
+    part = Problem(problem.profile, cluster, problem.job, pool.num_devices, (pool.num_devices,))
+    return exact.solve(part, replace(_part_of(limits, 1.0), known=known))
+
+
+def _options(problem: Problem, outcome: PlanOutcome) -> list[Alternative]:
+    """Return the plans of an answer on one node group as plans on the whole cluster that leave the others idle."""
+    plans = [] if outcome.plan is None else [outcome.plan, *(other.plan for other in outcome.alternatives)]
+    found = []
+    for plan in plans:
+        names = {stage.group for stage in plan.stages}
+        pools = tuple(pool for pool in group_pools(problem.cluster) if pool.group in names)
+        moved = plan.model_copy(
+            update={"cluster": used_first(problem.cluster, pools), "job": problem.job, "certificate": None}
+        )
+        prediction = evaluate(moved, problem.profile).prediction
+        found.append(alternative_of(moved.model_copy(update={"prediction": prediction})))
+    return found
+
+
+def _bound_of(outcome: PlanOutcome, known_s: float, limits: Limits) -> float:
+    """Return what an answer proves of its part, given the least step of all parts: it only looked for less."""
+    if outcome.bound_s is not None:
+        return outcome.bound_s
+    return 0.0 if outcome.status == "no_solution" else known_s / (1.0 + limits.gap)
 
 
 def solve_tied(problem: Problem, limits: Limits) -> PlanOutcome:
@@ -72,7 +149,7 @@ def solve_by_stage(problem: Problem, limits: Limits) -> PlanOutcome:
     first = limits if left_s == float("inf") else replace(limits, deadline_s=limits.deadline_s - 0.5 * left_s)  # type: ignore[operator]
     equal = exact.solve(problem, first)
     split = problem.job.space.per_stage_degrees
-    search = PoolSearch(problem, limits, split=split, chains=split, known_s=equal.objective_s or float("inf"))
+    search = PoolSearch(problem, limits, split=split, chains=split, known=LeastStep(equal.objective_s or float("inf")))
     bound_s, termination = search.run()
     work = search.work.total(search.num_candidates) + Work.of(equal)
     if equal.plan is None and search.best is None:

@@ -13,9 +13,10 @@ from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.documents.plan import Degrees, Plan, RankMapping, ScheduleSpec, StagePlan
 from stagewright.planner.prediction import evaluate, links_of, slowest_inside, stage_costs, ties_of, wire_ranks
 from stagewright.planner.schedules.schedule import Schedule
+from stagewright.planner.search.choice_tables import ChoiceTables, stage_tables
 from stagewright.planner.search.joined_choice import Choices, JoinedChoices
 from stagewright.planner.search.layer_costs import LayerCosts
-from stagewright.planner.search.order import Order
+from stagewright.planner.search.order import Layout, Order
 from stagewright.planner.search.pipeline_costs import PipelineCosts, Tie, Wiring, pipeline_costs, sent_over
 from stagewright.planner.search.pools import Pool
 from stagewright.planner.search.pricing import MICROBATCH, SHAPE, LayerClasses, configuration_of
@@ -162,6 +163,14 @@ class StageCandidate:
     levels: Levels
 
     @property
+    def layout(self) -> Layout:
+        return self.order
+
+    @property
+    def is_one(self) -> bool:
+        return True
+
+    @property
     def whole(self) -> tuple[int, ...]:
         """Layers before which no stage begins, because they are tied to the one before."""
         return self.problem.uncut
@@ -225,7 +234,14 @@ class StageCandidate:
     @cached_property
     def tables(self) -> StageTables:
         """Prefix sums of the stages for the bounds."""
-        return stage_tables(self)
+        allowed, classes = list(self.levels.allowed), self.problem.classes
+        return stage_tables(
+            [ChoiceTables.of_one(choice.costs, allowed, self.order, classes) for choice in self.choices],
+            [choice.num_ranks for choice in self.choices],
+            [choice.choices.room_bytes * (1 + 1e-12) for choice in self.choices],
+            self.order,
+            classes,
+        )
 
     @cached_property
     def hop_s(self) -> Floats:
@@ -352,83 +368,3 @@ class StageCandidate:
             ),
             prediction=NO_PREDICTION,
         )
-
-
-def stage_tables(candidate: StageCandidate) -> StageTables:
-    """Return the prefix sums of a candidate's stages."""
-    allowed = list(candidate.levels.allowed)
-    each = {choice.key: _choice_rows(choice, candidate.order, allowed) for choice in candidate.choices}
-    rows = [each[choice.key] for choice in candidate.by_stage]
-    live = [vectors[np.argmax(vectors[:, :, 0].sum(axis=1)), :, 0] for vectors in candidate.order.live]
-
-    def stacked(name: str) -> Floats:
-        return np.ascontiguousarray(np.stack([row[name] for row in rows]))
-
-    time = stacked("forward") + stacked("input_grad") + stacked("weight_grad")
-    forward = stacked("forward")
-    return StageTables(
-        forward=forward,
-        input_grad=stacked("input_grad"),
-        weight_grad=stacked("weight_grad"),
-        state=stacked("state"),
-        step=stacked("step"),
-        kept=stacked("kept"),
-        late=stacked("late"),
-        full_kept=stacked("full_kept"),
-        full_late=stacked("full_late"),
-        workspace=stacked("workspace"),
-        saving=stacked("saving").ravel(),
-        latency=stacked("latency").ravel(),
-        live=np.array([vector[0] for vector in live]),
-        late_live=np.array([vector[1] for vector in live]),
-        room=np.array([choice.choices.room_bytes * (1 + 1e-12) for choice in candidate.by_stage]),
-        head=_least_before(time),
-        head_forward=_least_before(forward),
-        rest=_least_behind(time),
-    )
-
-
-def _choice_rows(choice: PoolChoice, order: Order, allowed: list[int]) -> dict[str, Floats]:
-    costs = choice.costs
-    recompute, kept = costs.recompute_s[allowed], costs.kept_bytes[allowed]
-    late = costs.late_bytes[allowed]
-    base = np.lexsort((kept, recompute), axis=0)[0]
-    at = (base, np.arange(costs.num_layers))
-    slower = recompute - recompute[at]
-    saved = np.maximum(kept[at] - kept, late[at] - late)
-    ratio = np.divide(saved, slower, out=np.zeros_like(saved), where=(slower > 0) & (saved > 0))
-    return {
-        "forward": _before(costs.forward_s),
-        "input_grad": _before(costs.input_grad_s + recompute[at]),
-        "weight_grad": _before(costs.weight_grad_of(order)),
-        "state": _before(costs.static_bytes),
-        "step": _before(costs.step_s),
-        "kept": _before(kept.min(axis=0)),
-        "late": _before(late.min(axis=0)),
-        "full_kept": _before(kept[at]),
-        "full_late": _before(late[at]),
-        "workspace": np.minimum(costs.workspace_bytes, costs.split_workspace_bytes)[allowed].min(axis=0),
-        "saving": np.array([ratio.max(initial=0.0)]),
-        "latency": np.array([costs.stage_latency_s]),
-    }
-
-
-def _before(values: Floats) -> Floats:
-    return np.concatenate((np.zeros(1), np.cumsum(values)))
-
-
-def _least_before(prefix: Floats) -> Floats:
-    """Return for each stage the seconds of the layers before a start, each at its least over the stages before."""
-    each = np.diff(prefix, axis=1)
-    least = np.minimum.accumulate(each, axis=0)
-    before = np.vstack((least[:1], least[:-1]))
-    return np.concatenate((np.zeros((len(each), 1)), np.cumsum(before, axis=1)), axis=1)
-
-
-def _least_behind(prefix: Floats) -> Floats:
-    """Return for each stage the seconds of the layers from an end on, each at its least over the stages behind."""
-    each = np.diff(prefix, axis=1)
-    least = np.minimum.accumulate(each[::-1], axis=0)[::-1]
-    behind = np.vstack((least[1:], least[-1:]))
-    total = np.cumsum(behind[:, ::-1], axis=1)[:, ::-1]
-    return np.concatenate((total, np.zeros((len(each), 1))), axis=1)

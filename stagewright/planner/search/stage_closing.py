@@ -13,22 +13,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.search.order import Cut
-from stagewright.planner.search.path_game import play
-from stagewright.planner.search.problem import Partition
-from stagewright.planner.search.stage_candidate import StageCandidate
-from stagewright.planner.search.stage_ranges import GRAPH, KIND_OF, least_path, weighted_path
+from stagewright.planner.search.order import Cut, Layout, Order
+from stagewright.planner.search.path_game import Mixtures, play
+from stagewright.planner.search.problem import Partition, Problem
+from stagewright.planner.search.space import FamilyRule
+from stagewright.planner.search.stage_ranges import GRAPH, KIND_OF, StageTables, least_path, weighted_path
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 FEW_PARTITIONS = 24
 MOST_ROUNDS = 40
+MOST_PATHS = 24
 _TOLERANCE = 1e-9
+
+
+class Closable(Protocol):
+    """What is closed: one candidate, or the least that several of them cost, which has no partitions to simulate."""
+
+    problem: Problem
+    rule: FamilyRule
+    windows: Longs
+
+    @property
+    def is_one(self) -> bool: ...
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def order(self) -> Order: ...
+    @property
+    def whole(self) -> tuple[int, ...]: ...
+    @property
+    def num_microbatches(self) -> int: ...
+    @property
+    def tables(self) -> StageTables: ...
+    @property
+    def hop_s(self) -> Floats: ...
+    def complete(self, cuts: Sequence[int]) -> Partition | None: ...
+    def step_s(self, partition: Partition) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,21 +75,29 @@ class StageCloser:
     ----------
     target_s : asked anew at every step, because incumbents move it.
     found : told each partition that was simulated, with its step on links that never wait.
+    known_s : a bound that is known.
+    cuts : the partition that weighs most at the bound of the last node that stayed open.
+    paths : critical paths to begin with, of any candidates on the same order; those that served a bound are added.
     """
 
-    candidate: StageCandidate
+    candidate: Closable
     target_s: Callable[[], float]
     found: Callable[[Partition, float], None]
     should_stop: Callable[[], bool]
     most_nodes: int = 400
+    most_rounds: int = MOST_ROUNDS
+    known_s: float = 0.0
+    paths: list[Cut] = field(default_factory=list)
     simulated: int = 0
     nodes: int = 0
+    cuts: tuple[int, ...] | None = None
     _paths: list[Cut] = field(default_factory=list)
     _tried: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     def run(self) -> float:
         """Return a lower bound on the step of every partition that was not simulated; the target or more when closed."""
-        waiting = [(0.0, self.candidate.windows)]
+        self._paths = list(self.paths)
+        waiting = [(self.known_s, self.candidate.windows)]
         least = float("inf")
         while waiting:
             at = min(range(len(waiting)), key=lambda index: (waiting[index][0], -index))
@@ -81,7 +116,7 @@ class StageCloser:
 
     @property
     def _kind(self) -> int:
-        return KIND_OF[self.candidate.rule.bound] if self.candidate.order.is_chain else GRAPH
+        return KIND_OF[self.candidate.rule.bound] if self.candidate.layout.is_chain else GRAPH
 
     def _node(self, windows: Longs, bound_s: float) -> tuple[float, list[Longs]]:
         """Return the bound of a node and the parts that are still open; without parts the bound holds for all of it."""
@@ -100,7 +135,7 @@ class StageCloser:
         if not np.isfinite(value):
             return max(target, bound_s), []
         bound_s = max(bound_s, value + profile.step_overhead_s)
-        few = partitions_of(bound, FEW_PARTITIONS)
+        few = partitions_of(bound, FEW_PARTITIONS) if candidate.is_one else None
         if few is not None:
             for partition in few:
                 self._try(partition)
@@ -126,27 +161,44 @@ class StageCloser:
         columns: list[tuple[int, ...]] = []
         points: list[_Point] = []
         new: tuple[int, ...] | None = first
+        solved: Mixtures | None = None
+        above_s = float("inf")  # of what the game can prove: no combination of paths is above the makespan of a mixture
         mixture = np.ones(1)
-        for _ in range(MOST_ROUNDS):
+        for _ in range(self.most_rounds):
             if new is not None:
                 self._try(new)
                 columns.append(new)
                 points.append(self._point(new, recompute))
-                self._add_path(points[-1])
-            lengths = np.array([[path.value(p.costs, p.hop_s, p.tail_s) for p in points] for path in self._paths])
-            solved = play(lengths)
+                above_s = min(above_s, self._add_path(points[-1])[0])
+            solved = play(_lengths(self._paths, points))
             if solved is None:
                 break
             mixture = solved.partitions
             value, cuts = self._weighted(bound, recompute, solved.paths)
             bound_s = max(bound_s, value + extra_s)
             if bound_s >= self.target_s():
+                self._share(solved.paths)
                 return bound_s, []
+            if not candidate.is_one and above_s + extra_s < self.target_s():
+                break
             new = tuple(cuts.tolist())
             new = None if new in columns else new
-            if not self._add_path(_mixed(points, mixture), above_s=solved.value) and new is None:
+            length_s, is_new = self._add_path(_mixed(points, mixture), above_s=solved.value)
+            above_s = min(above_s, length_s)
+            if not is_new and new is None:
                 break
+        if solved is not None:
+            self._share(solved.paths)
+        self.cuts = columns[int(np.argmax(mixture))]
         return bound_s, _branches(windows, columns, mixture)
+
+    def _share(self, weights: Floats) -> None:
+        """Add the paths that have weight to those that other candidates begin with, the latest ones last."""
+        for place in np.flatnonzero(weights > 0).tolist():
+            path = self._paths[place]
+            if not any(known is path for known in self.paths):
+                self.paths.append(path)
+        del self.paths[:-MOST_PATHS]
 
     def _point(self, cuts: tuple[int, ...], recompute: Floats) -> _Point:
         """Return the costs of a partition as the relaxation counts them: recomputation at its fractional least."""
@@ -166,20 +218,20 @@ class StageCloser:
         hops = self.candidate.hop_s[np.arange(len(starts)), starts] if len(starts) else np.zeros(0)
         return _Point(costs, hops, between(tables.step) + tables.latency)
 
-    def _add_path(self, point: _Point, *, above_s: float = 0.0) -> bool:
-        """Keep the critical path at a point unless it is known or no longer than `above_s`; tell whether it was kept."""
-        length, path = self.candidate.order.trace(point.costs, point.hop_s, point.tail_s)
-        if length <= above_s * (1 + _TOLERANCE):
-            return False
+    def _add_path(self, point: _Point, *, above_s: float = 0.0) -> tuple[float, bool]:
+        """Return the makespan at a point, and whether its critical path is new and longer than `above_s`, and so kept."""
+        length_s, path = self.candidate.order.trace(point.costs, point.hop_s, point.tail_s)
+        if length_s <= above_s * (1 + _TOLERANCE):
+            return length_s, False
         for known in self._paths:
             if (
                 known.end_rank == path.end_rank
                 and np.array_equal(known.counts, path.counts)
                 and np.array_equal(known.hops, path.hops)
             ):
-                return False
+                return length_s, False
         self._paths.append(path)
-        return True
+        return length_s, True
 
     def _weighted(self, bound: Floats, recompute: Floats, weights: Floats) -> tuple[float, Longs]:
         """Return the least combination of the paths over all partitions of the node, and where it is."""
@@ -209,6 +261,15 @@ class StageCloser:
         )
 
 
+def _lengths(paths: Sequence[Cut], points: Sequence[_Point]) -> Floats:
+    """Return the length of each path at each point, [C, K]."""
+    counts = np.stack([path.counts.ravel() for path in paths]).astype(np.float64)
+    hops = np.stack([path.hops for path in paths]).astype(np.float64)
+    found = counts @ np.stack([point.costs.ravel() for point in points], axis=1)
+    found += hops @ np.stack([point.hop_s for point in points], axis=1)
+    return found + np.stack([point.tail_s for point in points], axis=1)[[path.end_rank for path in paths]]
+
+
 def _mixed(points: Sequence[_Point], mixture: Floats) -> _Point:
     """Return the mean point."""
     return _Point(
@@ -224,6 +285,8 @@ def _branches(windows: Longs, columns: Sequence[tuple[int, ...]], mixture: Float
     mean = mixture @ places[: len(mixture)]
     spread = mixture @ np.abs(places[: len(mixture)] - mean)
     width = windows[:, 1] - windows[:, 0]
+    if not width.any():
+        return []
     at = int(np.argmax(np.where(width > 0, spread + 1e-6 * width, -1.0)))
     below, above = windows.copy(), windows.copy()
     middle = int(np.clip(np.floor(mean[at]), windows[at, 0], windows[at, 1] - 1))

@@ -6,8 +6,9 @@ prefix sums. `range_bounds` gives for every stage and range a lower bound on the
     P_s = T t_s + head(i) + up          Q_s = T t_s + headF(i) + tail_s      C_s = (T - S + 1 + s) t_s + head(i) + 2 rest(j)
 
 as in `interval_dp` (P for fused backwards, Q for any, C for 1F1B with T > S), where head and rest take each layer's least
-seconds over the choices before and behind. t_s holds a fractional lower bound of the recomputation that memory forces:
-bytes short over the best ratio of bytes saved to seconds. Infinite where a range never fits.
+seconds over the choices before and behind. t_s holds a lower bound of the recomputation that memory forces, the highest
+over a few prices x of a byte: x times the bytes short, less what layers gain by saving at that price (`choice_tables`).
+Infinite where a range never fits.
 
 `least_path` minimises the maximum of the bounds over all cuts into stages; `weighted_path` minimises
 
@@ -28,6 +29,7 @@ from numba import njit
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
+NUM_PRICES = 3
 UNIFORM, GPIPE, FUSED, SPLIT, SERIAL, GRAPH = range(6)
 KIND_OF = {"uniform": UNIFORM, "gpipe": GPIPE, "fused": FUSED, "split": SPLIT, "serial": SERIAL, "graph": GRAPH}
 
@@ -42,7 +44,8 @@ class StageTables:
     kept, late : prefix sums of the bytes of a microbatch at the allowed level that keeps least, before and after I.
     full_kept, full_late : the same at the allowed level of least recomputation.
     workspace : [S, L], least workspace of a layer over the levels.
-    saving : [S], most bytes of one microbatch that a second of recomputation saves.
+    price : [S, NUM_PRICES], seconds for a byte of one microbatch.
+    gain : [S, NUM_PRICES, L + 1], prefix sums of what a layer's level saves at that price less its seconds, at most.
     latency : [S], once a step.
     live, late_live : [S], microbatches before and after their input gradient at the peak.
     room : [S], bytes of a device.
@@ -59,7 +62,8 @@ class StageTables:
     full_kept: Floats
     full_late: Floats
     workspace: Floats
-    saving: Floats
+    price: Floats
+    gain: Floats
     latency: Floats
     live: Floats
     late_live: Floats
@@ -90,7 +94,8 @@ class StageTables:
             self.full_kept,
             self.full_late,
             self.workspace,
-            self.saving,
+            self.price,
+            self.gain,
             self.latency,
             self.live,
             self.late_live,
@@ -119,7 +124,8 @@ def range_bounds(
     full_kept: Floats,
     full_late: Floats,
     workspace: Floats,
-    saving: Floats,
+    price: Floats,
+    gain: Floats,
     latency: Floats,
     live: Floats,
     late_live: Floats,
@@ -155,8 +161,10 @@ def range_bounds(
                 )
                 extra = 0.0
                 short = fixed + most - room[s]
-                if short > 0.0 and saving[s] > 0.0:
-                    extra = short / (saving[s] * (live[s] + late_live[s]))
+                if short > 0.0:
+                    short /= live[s] + late_live[s]
+                    for k in range(price.shape[1]):
+                        extra = max(extra, price[s, k] * short - (gain[s, k, j] - gain[s, k, i]))
                 own = (
                     forward[s, j]
                     - forward[s, i]

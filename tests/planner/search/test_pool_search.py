@@ -8,10 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stagewright.planner.search.brute_force import best_by_stage
+from stagewright.planner.documents import Cluster
+from stagewright.planner.search.brute_force import best_by_stage, best_of_all
 from stagewright.planner.search.limits import Limits
-from stagewright.planner.search.pool_search import PoolSearch
+from stagewright.planner.search.pool_search import ChoiceSets, PoolSearch
+from stagewright.planner.search.problem import Problem
+from stagewright.planner.search.stage_answer import solve_mixed
 from stagewright.planner.search.stage_candidate import StageCandidate
+from stagewright.planner.search.stage_closing import StageCloser
+from stagewright.planner.search.verify import verify_certificate
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -64,3 +69,97 @@ def test_the_search_over_pools_equals_exhaustive_simulation_on_random_small_prob
 def test_the_search_over_pools_equals_exhaustive_simulation_on_five_hundred_random_small_problems() -> None:
     with_plan = sum(_agrees(seed, most_layers=4) for seed in range(1000, 1500))
     assert with_plan >= 250
+
+
+def _whole_agrees(seed: int) -> bool | None:
+    """Check the answer on a mixed cluster; return whether there is a plan, None where the cluster is not mixed.
+
+    The plans are those of all sequences of pools and, on each node group alone, of every schedule of one kind of device.
+    """
+    problem = random_mixed_problem(seed, most_layers=4)
+    if not problem.cluster.is_mixed:
+        return None
+    steps = [_exhaustive_step_s(PoolSearch(problem, Limits(gap=0.0)))]
+    for group in problem.cluster.groups:
+        cluster = Cluster(name=group.name, groups=(group,))
+        part = Problem(problem.profile, cluster, problem.job, group.num_devices, (group.num_devices,))
+        found = best_of_all(part, part.candidates())
+        steps.append(None if found is None else found[0])
+    outcome = solve_mixed(problem, Limits(gap=0.0))
+    least_s = min((step for step in steps if step is not None), default=None)
+    if least_s is None:
+        assert outcome.status == "infeasible"
+        return False
+    assert outcome.status == "optimal"
+    assert outcome.objective_s == pytest.approx(least_s, rel=1e-9)
+    assert outcome.plan is not None
+    assert outcome.plan.cluster.num_devices == problem.cluster.num_devices
+    verify_certificate(outcome.plan, problem.profile)
+    return True
+
+
+def test_an_answer_on_a_mixed_cluster_is_the_best_of_all_pools_and_of_each_group_with_the_others_idle() -> None:
+    assert [_whole_agrees(seed) for seed in range(12)].count(True) >= 4
+
+
+@pytest.mark.soak
+def test_answers_on_two_hundred_mixed_clusters_are_the_best_of_all_pools_and_of_each_group_alone() -> None:
+    assert [_whole_agrees(seed) for seed in range(2000, 2200)].count(True) >= 60
+
+
+def _closer(search: PoolSearch, sets: ChoiceSets, target_s: float) -> StageCloser | None:
+    merged = search._merged(sets)
+    if merged is None:
+        return None
+    return StageCloser(merged, lambda: target_s, found=lambda *_: None, should_stop=lambda: False, most_nodes=20)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_sets_of_choices_cost_together_is_never_above_the_best_plan_of_any_product_of_them(seed: int) -> None:
+    draw, checked = np.random.default_rng(seed), 0
+    problem = random_mixed_problem(3000 + seed, most_layers=4)
+    search = PoolSearch(problem, Limits(gap=0.0), split=problem.job.space.per_stage_degrees)
+    skeletons = list(search.skeletons())
+    for index in draw.permutation(len(skeletons))[:12].tolist():
+        skeleton = skeletons[index]
+        sizes = [len(rows) for _, _, rows in search.rows(skeleton)]
+        if 0 in sizes:
+            continue
+        rows = tuple(np.sort(draw.choice(size, draw.integers(1, size + 1), replace=False)) for size in sizes)
+        for rule in search.rules_for(skeleton):
+            sets = ChoiceSets(skeleton, rule, rows)
+            ones = [
+                search.candidate(skeleton, search._shapes_of(sets, chosen), rule)
+                for chosen in np.ndindex(*(len(each) for each in rows))
+            ]
+            found = [best_by_stage(one) for one in ones if one is not None]
+            least_s = min((pair[0] for pair in found if pair is not None), default=float("inf"))
+            closer = _closer(search, sets, 2.0 * least_s)
+            if closer is not None:
+                assert closer.run() <= least_s * (1 + 1e-9)
+                checked += 1
+    assert checked >= 6
+
+
+def test_halves_of_sets_hold_every_product_once() -> None:
+    problem = random_mixed_problem(3, most_layers=4)
+    search = PoolSearch(problem, Limits(gap=0.0), split=problem.job.space.per_stage_degrees)
+    waiting, ones = [], 0
+    for skeleton in search.skeletons():
+        rows = tuple(np.arange(len(each)) for _, _, each in search.rows(skeleton))
+        if all(len(each) for each in rows):
+            waiting += [ChoiceSets(skeleton, rule, rows) for rule in search.rules_for(skeleton)]
+    waiting = [sets for sets in waiting if search._merged(sets) is not None]
+    seen = set()
+    while waiting:
+        sets = waiting.pop()
+        if sets.num_products > 1:
+            merged = search._merged(sets)
+            assert merged is not None
+            parts = sets.halves(merged)
+            assert sum(part.num_products for part in parts) == sets.num_products
+            waiting += parts
+            continue
+        ones += 1
+        seen.add((sets.skeleton, sets.rule.name, tuple(search._shapes_of(sets))))
+    assert len(seen) == ones > 10
