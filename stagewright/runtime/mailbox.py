@@ -8,8 +8,10 @@ replicas a microbatch's samples are split over the ranks that take them and put 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from stagewright.runtime.stage import Unit
 from stagewright.runtime.topology import Part
 
 Values = Mapping[int, tuple[Tensor, ...]]
+Arriving = tuple[tuple[Part, Pending], ...]
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,18 @@ class StageGraph:
     Parameters
     ----------
     layers : for each edge (source, target), the layers whose values travel.
-    peers : whom this rank exchanges a stage's messages with, by (replica, stage); this rank for its own.
-    is_divided : whether stages have different numbers of replicas, so that messages are parts of a microbatch.
+    peers : from whom this rank receives a stage's messages, by (replica, stage); this rank for its own.
+    is_divided : whether stages have different numbers of replicas or tensor degrees, so that messages are parts of a
+        microbatch.
+    takers : to whom this rank sends a stage's messages, where those are others than its peers.
+    lengths : what part of a sequence a device of the source of an edge has, where that is not all.
     """
 
     layers: Mapping[tuple[int, int], tuple[int, ...]]
     peers: Mapping[tuple[int, int], tuple[Part, ...]]
     is_divided: bool = False
+    takers: Mapping[tuple[int, int], tuple[Part, ...]] = field(default_factory=dict)
+    lengths: Mapping[tuple[int, int], Fraction] = field(default_factory=dict)
 
     def sources(self, stage: int) -> tuple[int, ...]:
         """Stages whose values a stage takes."""
@@ -62,7 +70,7 @@ class Mailbox:
         self._recorder = recorder
         self._keys: dict[Unit, str] = {}
         self._ready: dict[Message, tuple[Tensor, ...]] = {}
-        self._pending: dict[Message, tuple[Pending, ...]] = {}
+        self._pending: dict[Message, Arriving] = {}
         self._posted: set[Message] = set()
         self._taken: set[Message] = set()
         self._counts: dict[tuple[int, int], list[int]] = {}
@@ -166,7 +174,7 @@ class Mailbox:
             if specs is None:
                 return False
             self._pending[message] = tuple(
-                self._transport.receive(message, self._specs_of(part, specs), part.rank)
+                (part, self._transport.receive(message, self._specs_of(part, specs, edge), part.rank))
                 for part in self._graph.peers[action.replica, other]
             )
             self._posted.add(message)
@@ -175,7 +183,8 @@ class Mailbox:
     def _send(self, message: Message, other: int, action: Action) -> None:
         start = self._recorder.clock()
         tensors = self._ready.pop(message)
-        for part in self._graph.peers[message.replica, other]:
+        key = (message.replica, other)
+        for part in self._graph.takers.get(key, self._graph.peers[key]):
             self._transport.send(message, self._values_of(part, tensors), part.rank)
         self._recorder.add(SEND_LANE, action, start, self._recorder.clock())
 
@@ -200,12 +209,17 @@ class Mailbox:
         return any(part.rank != self._rank for part in self._graph.peers[replica, stage])
 
     def _values_of(self, part: Part, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (
-            tuple(value.narrow(0, part.first, part.count) for value in tensors) if self._graph.is_divided else tensors
-        )
+        return tuple(_part_of(value, part) for value in tensors) if self._graph.is_divided else tensors
 
-    def _specs_of(self, part: Part, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(((part.count, *shape[1:]), dtype) for shape, dtype in specs) if self._graph.is_divided else specs
+    def _specs_of(self, part: Part, specs: tuple[TensorSpec, ...], edge: tuple[int, int]) -> tuple[TensorSpec, ...]:
+        """Return the shapes of a part, given those that a device of the edge's source has."""
+        if not self._graph.is_divided:
+            return specs
+        share = (part.sequence[1] - part.sequence[0]) / self._graph.lengths.get(edge, Fraction(1))
+        return tuple(
+            ((part.count, int(shape[1] * share), *shape[2:]) if len(shape) > 2 else (part.count, *shape[1:]), dtype)
+            for shape, dtype in specs
+        )
 
     def _shape_key(self, edge: tuple[int, int], action: Action) -> str:
         return f"shapes/{edge[0]}/{edge[1]}/{self._keys[action.microbatch, action.slice]}"
@@ -216,10 +230,27 @@ def batch_key(batch: Batch, *, is_divided: bool) -> str:
     return repr(sample_key(batch) if is_divided else shape_key(batch))
 
 
-def _wait(parts: tuple[Pending, ...]) -> tuple[Tensor, ...]:
-    """Return the received tensors, complete; parts one behind the other."""
-    received = [part.wait() for part in parts]
-    return received[0] if len(received) == 1 else tuple(torch.cat(values) for values in zip(*received, strict=True))
+def _part_of(value: Tensor, part: Part) -> Tensor:
+    """Return the samples and the part of the sequence that go to another rank."""
+    rows = value.narrow(0, part.first, part.count)
+    if part.sequence == part.held or value.dim() < 3:
+        return rows
+    whole = value.shape[1] / (part.held[1] - part.held[0])
+    begin, end = (int((place - part.held[0]) * whole) for place in part.sequence)
+    return rows.narrow(1, begin, end - begin)
+
+
+def _wait(parts: Arriving) -> tuple[Tensor, ...]:
+    """Return the received tensors, complete: parts of a sequence, and then samples, one behind the other."""
+    received = [(part.first, pending.wait()) for part, pending in parts]
+    rows = [_joined([tensors for _, tensors in run], 1) for _, run in groupby(received, key=lambda each: each[0])]
+    return _joined(rows, 0)
+
+
+def _joined(pieces: Sequence[tuple[Tensor, ...]], dimension: int) -> tuple[Tensor, ...]:
+    if len(pieces) == 1:
+        return pieces[0]
+    return tuple(torch.cat(values, dim=dimension) for values in zip(*pieces, strict=True))
 
 
 def _message(action: Action, source: int, target: int, *, backward: bool) -> Message:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards
 
 
@@ -44,6 +47,10 @@ class Layout(Protocol):
         """Return what of a whole tensor, that of piece `index`, lies in the parameter, flat."""
         ...
 
+    def mean_square(self, gathered: Tensor, dtype: torch.dtype) -> float:
+        """Return the mean of the squares of a whole tensor, from what `gathered` has of it, summed in `dtype`."""
+        ...
+
 
 @dataclass(frozen=True)
 class WholeLayout:
@@ -67,6 +74,10 @@ class WholeLayout:
     def own(self, index: int, whole: Tensor) -> Tensor:
         """Return all of it."""
         return whole.reshape(-1)
+
+    def mean_square(self, gathered: Tensor, dtype: torch.dtype) -> float:
+        """Return that of the tensor."""
+        return mean_square(gathered, dtype)
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,42 @@ class SplitLayout:
         """Return this rank's part."""
         return self.shards.part(whole.view(self.pieces[0].shape), self.parameter).reshape(-1)
 
+    def mean_square(self, gathered: Tensor, dtype: torch.dtype) -> float:
+        """Return that of the whole tensor."""
+        return mean_square(gathered, dtype)
+
+
+@dataclass(frozen=True)
+class RowsLayout:
+    """A parameter that is a tensor-parallel rank's rows of a vocabulary, of which no step needs the others: one sum goes over them."""
+
+    parameter: nn.Parameter
+    group: TensorGroup
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Return the rows."""
+        return (Piece(tuple(self.parameter.shape), False, slice(0, self.parameter.numel())),)
+
+    def gathered(self, value: Tensor) -> list[Tensor]:
+        """Return the rows that are here."""
+        return [value]
+
+    def own(self, index: int, whole: Tensor) -> Tensor:
+        """Return all of them."""
+        return whole.reshape(-1)
+
+    def mean_square(self, gathered: Tensor, dtype: torch.dtype) -> float:
+        """Return that of all ranks' rows; a collective."""
+        total = gathered.new_tensor(mean_square(gathered, dtype), dtype=dtype)
+        dist.all_reduce(total, group=self.group.group)
+        return float(total) / self.group.size
+
+
+def mean_square(value: Tensor, dtype: torch.dtype) -> float:
+    """Return the mean of the squares, summed in `dtype`."""
+    return float(value.norm(dtype=dtype)) ** 2 / value.numel()
+
 
 LayoutOf = Callable[[nn.Parameter], Layout]
 
@@ -117,6 +164,13 @@ def block_matrices(chain: LayerChain) -> frozenset[int]:
         for name in layer.parameters
         if name in named and named[name].dim() in (2, 3)
     )
+
+
+def vocabulary_parameters(chain: LayerChain) -> frozenset[int]:
+    """Return the ids of the parameters of embeddings and heads."""
+    named = dict(chain.model.named_parameters(remove_duplicate=False))
+    ends = [layer for layer in chain.layers if layer.kind in ("embedding", "head")]
+    return frozenset(id(named[name]) for layer in ends for name in layer.parameters if name in named)
 
 
 def whole_layouts(matrices: Collection[int]) -> LayoutOf:

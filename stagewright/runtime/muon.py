@@ -14,7 +14,8 @@ in place of AdamW, which would hold two.
 
 Newton-Schulz runs in bf16, in fp64 where the weights are fp64. Under ZeRO each rank gathers U in that type and makes those
 matrices orthogonal of which it owns elements; it steps its own with its own full-width momentum. What tensor parallelism has
-split each rank of the group gathers in that type, and makes whole matrices orthogonal as its neighbours do.
+split each rank of the group gathers in that type, and makes whole matrices orthogonal as its neighbours do; of a vocabulary
+that is split only the sum of squares goes over the group.
 
 Papers: Jordan et al., Muon, 2024; Liu et al., Muon is Scalable for LLM Training, 2025; Pethick et al., Training Deep Learning
 Models with Norm-Constrained LMOs, ICML 2025.
@@ -61,7 +62,7 @@ def _move(parameter: Tensor, ahead: Tensor, layout: Layout, learning_rate: float
             size = _RMS * max(piece.shape[-2:]) ** 0.5
         else:
             direction = ahead[piece.part]
-            size = _RMS / (float(whole.norm(dtype=ahead.dtype)) / whole.numel() ** 0.5 + _EPSILON)
+            size = _RMS / (layout.mean_square(whole, ahead.dtype) ** 0.5 + _EPSILON)
         target = parameter[piece.part] if parameter.dim() == 1 else parameter
         target.add_(direction.view_as(target), alpha=-learning_rate * size)
 

@@ -137,11 +137,14 @@ class RankLayers:
     def _split_tensors(self, held: frozenset[int]) -> TensorShards:
         """Split this rank's layers over its tensor-parallel group, where it has one."""
         group = self._groups.make_all("tensor", {view.tensor_ranks for view in self._views})
+        model = self._chain.model
+        sharing = self._groups.make_all(
+            "key-value heads",
+            {view.key_value_ranks(key_value_copies(model, view.degrees.tp)) for view in self._views},
+        )
         if group is None:
             return TensorShards()
         degrees = self._topology.degrees
-        copies = key_value_copies(self._chain.model, degrees.tp)
-        sharing = self._groups.make_all("key-value heads", {view.key_value_ranks(copies) for view in self._views})
         return parallelize(
             self._chain,
             sorted(held),

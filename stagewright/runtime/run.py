@@ -26,8 +26,8 @@ from stagewright.runtime.replay import compose, replayed_ranks
 from stagewright.runtime.replay import replay as run_replays
 from stagewright.runtime.report import RunReport, make_replay_report, make_report
 from stagewright.runtime.rescue import is_rescuable, rescue_folder
-from stagewright.runtime.support import check_memory, check_supported, check_world
-from stagewright.runtime.topology import has_unequal_replicas
+from stagewright.runtime.support import check_memory, check_shared_weights, check_supported, check_world
+from stagewright.runtime.topology import has_unequal_replicas, has_unequal_tensors
 from stagewright.runtime.training import TrainingSettings
 
 CHECKS = ("gradients", "memory", "traffic", "time")
@@ -92,6 +92,13 @@ def run_plan(
         raise InvalidArgument(f"steps is {steps}, it must be at least 1", field="steps")
     _refuse_frozen_by_hand(profile)
     check_supported(plan)
+    check_shared_weights(plan, profile)
+    if (emulate or replay is not None) and has_unequal_tensors(plan):
+        raise InvalidArgument(
+            f"stages have tp {[stage.degrees.tp for stage in plan.stages]}, an emulated or replayed run takes equal ones",
+            field="emulate" if emulate else "replay",
+            hint="run the plan with its model",
+        )
     if emulate and has_unequal_replicas(plan):
         raise InvalidArgument(
             f"stages have {[stage.degrees.dp for stage in plan.stages]} replicas, an emulated run takes equal numbers",

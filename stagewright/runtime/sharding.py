@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.planner.link_bytes import UPDATE
 from stagewright.planner.replica_shares import shard_bounds
-from stagewright.runtime.matrix_layout import Piece
+from stagewright.runtime.matrix_layout import Piece, mean_square
 from stagewright.runtime.offload import HostTail
 from stagewright.runtime.reduction import StageKey, Traffic, all_reduce_bytes, local_gradient, squared_norm, sum_partial
 from stagewright.runtime.used_parameters import UsedParameters
@@ -96,6 +96,10 @@ class ShardLayout:
         """Return what of a whole tensor lies in the shard, flat."""
         part, moved = self.pieces[index].part, self.begin - self.offsets[index]
         return whole.reshape(-1)[part.start + moved : part.stop + moved]
+
+    def mean_square(self, gathered: Tensor, dtype: torch.dtype) -> float:
+        """Return that of a whole tensor."""
+        return mean_square(gathered, dtype)
 
 
 class ShardedBucket:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.layerwise import is_layerwise, layerwise_order
+from stagewright.planner.link_bytes import shared_weights
 from stagewright.planner.prediction import device_of
 from stagewright.planner.replica_shares import has_uneven_shares, parts_of_stage, samples_by_replica
 from stagewright.planner.schedules.registry import families
-from stagewright.runtime.topology import has_unequal_replicas
+from stagewright.runtime.topology import has_unequal_replicas, has_unequal_tensors
 
 PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
 
@@ -33,12 +35,13 @@ def check_supported(plan: Plan) -> None:
     for index, stage in enumerate(plan.stages):
         field = f"stages[{index}]"
         degrees = stage.degrees
-        if degrees != first.model_copy(update={"dp": degrees.dp, "zero": degrees.zero}):
+        own = {name: getattr(degrees, name) for name in ("dp", "zero", "tp", "sp", "vocab_parallel")}
+        if degrees != first.model_copy(update=own):
             raise InvalidArgument(
                 f"{field} has degrees {degrees.model_dump()}, stages[0] {first.model_dump()}; the runtime takes degrees that "
-                "differ in dp and zero",
+                "differ in dp, zero, tp, sp and vocab_parallel",
                 field=f"{field}.degrees",
-                hint="plan with equal tp, cp, ep and etp for all stages",
+                hint="plan with equal cp, ep and etp for all stages",
             )
         experts = degrees.ep * degrees.etp
         owners = degrees.num_devices // experts
@@ -55,7 +58,7 @@ def check_supported(plan: Plan) -> None:
             _check_state_shares(plan, index)
         if has_uneven_shares(plan):
             _check_shares(plan, index)
-    if has_unequal_replicas(plan):
+    if has_unequal_replicas(plan) or has_unequal_tensors(plan):
         _check_unequal(plan)
     if first.cp > 1 and plan.schedule.num_slices > 1:
         raise InvalidArgument(
@@ -77,18 +80,14 @@ def _check_matrices(plan: Plan) -> None:
     narrow = plan.job.precision not in ("fp32", "fp64")  # whose masters lie in one flat buffer
     for index, stage in enumerate(plan.stages):
         degrees = stage.degrees
-        cut_twice = degrees.tp > 1 and (degrees.zero > 0 or degrees.vocab_parallel or narrow)
+        cut_twice = degrees.tp > 1 and (degrees.zero > 0 or narrow)
         if degrees.ep * degrees.etp > 1 or cut_twice or (shampoo and (degrees.tp > 1 or degrees.zero)):
             raise InvalidArgument(
                 f"stages[{index}] has {degrees.model_dump(exclude_defaults=True)} with {name}, which is planned and priced so; the "
                 "runtime steps whole matrices"
-                + (
-                    ""
-                    if shampoo
-                    else ", gathered where ZeRO or tensor parallelism in fp32 or fp64 has cut them, without vocab_parallel"
-                ),
+                + ("" if shampoo else ", gathered where ZeRO or tensor parallelism in fp32 or fp64 has cut them"),
                 field=f"stages[{index}].degrees",
-                hint="pin ep=1, zero=0 and tp=1" if shampoo else "pin ep=1, vocab_parallel=off, and tp=1 or zero=0",
+                hint="pin ep=1, zero=0 and tp=1" if shampoo else "pin ep=1, and tp=1 or zero=0",
             )
     family = next((row for row in families() if row.name == plan.schedule.name), None)
     if (family is not None and not family.synchronous) or (shampoo and narrow):
@@ -143,9 +142,9 @@ def check_layerwise_degrees(plan: Plan) -> None:
 
 
 def _check_unequal(plan: Plan) -> None:
-    """Stages of different numbers of replicas: one device a replica, all stages of a rank alike, equal microbatches."""
+    """Stages of different replicas or tensor degrees: whole sequences and experts, all stages of a rank alike, one direction."""
     first, told = plan.stages[0].degrees, plan.schedule.parameters
-    rest = first.tp * first.cp * first.ep * first.etp
+    rest = first.cp * first.ep * first.etp
     mixed = [
         rank
         for rank in range(plan.schedule.num_ranks)
@@ -155,14 +154,37 @@ def _check_unequal(plan: Plan) -> None:
     stated = sorted({"halved", "local_steps", "slice_lengths"} & set(told))
     if rest > 1 or mixed or stated or plan.schedule.name == "dynapipe" or len(plan.schedule.placement) > 1:
         raise InvalidArgument(
-            f"stages have {[stage.degrees.dp for stage in plan.stages]} replicas with tp * cp * ep * etp = {rest}, "
-            f"{plan.schedule.name} on {len(plan.schedule.placement)} model replicas and parameters {stated}; the runtime "
-            "takes them without other degrees, with one direction, equal microbatches and one number a rank",
+            f"stages have {[stage.degrees.dp for stage in plan.stages]} replicas of tp "
+            f"{[stage.degrees.tp for stage in plan.stages]} with cp * ep * etp = {rest}, {plan.schedule.name} on "
+            f"{len(plan.schedule.placement)} model replicas and parameters {stated}; the runtime takes them without other "
+            "degrees, with one direction, equal microbatches and one number a rank",
             field="stages.degrees.dp",
             hint="plan with equal degrees for all stages",
         )
+    is_line = len(plan.stages) == plan.schedule.num_ranks and not plan.schedule.edges and plan.schedule.num_slices == 1
+    if has_unequal_tensors(plan) and not is_line:
+        raise InvalidArgument(
+            f"stages have tp {[stage.degrees.tp for stage in plan.stages]} and sp {[stage.degrees.sp for stage in plan.stages]}; "
+            f"{plan.schedule.name} has {len(plan.stages)} stages on {plan.schedule.num_ranks} ranks, edges {plan.schedule.edges} and "
+            f"{plan.schedule.num_slices} slices; the runtime takes one stage a rank in a line there",
+            field="stages.degrees.tp",
+            hint="take 1f1b, gpipe or zb-h1, or equal degrees for all stages",
+        )
     for index in range(len(plan.stages)):
         samples_by_replica(plan, index)
+
+
+def check_shared_weights(plan: Plan, profile: ModelProfile) -> None:
+    """Raise InvalidArgument where stages that differ in tensor degrees share a weight."""
+    for tie in shared_weights(plan, profile):
+        degrees = {(plan.stages[s].degrees.tp, plan.stages[s].degrees.vocab_parallel) for s in tie.stages}
+        if len(degrees) > 1:
+            raise InvalidArgument(
+                f"stages {sorted(tie.stages)} share a weight, with (tp, vocab_parallel) {sorted(degrees)}; the runtime sums its "
+                "gradients over devices that hold the same part of it",
+                field="stages.degrees.tp",
+                hint="plan with equal tp for these stages, or untie the weight",
+            )
 
 
 def _check_shares(plan: Plan, index: int) -> None:

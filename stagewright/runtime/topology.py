@@ -1,13 +1,15 @@
 """Where one rank stands in a plan: its coordinates, its stages, its peers and its groups.
 
 A pipeline rank is a set of dp x cp x tp devices, listed with tp fastest and dp slowest. Messages of the pipeline go
-between devices with equal coordinates. Gradients of a stage are summed over its data- and context-parallel devices in
+between devices with equal coordinates; where stages differ in replicas or tensor degrees, every device receives the samples and
+the part of the sequence that it works on, of several equal copies from one. Gradients of a stage are summed over its data- and context-parallel devices in
 every model replica of the pipeline, apart for each tensor-parallel coordinate.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 from stagewright.planner.documents.plan import Degrees, Plan
@@ -27,13 +29,21 @@ class Coordinates:
     dp: int
 
 
+WHOLE = (Fraction(0), Fraction(1))
+
+
 @dataclass(frozen=True)
 class Part:
-    """The samples of a rank's microbatch, `first` to `first + count` - 1, that it exchanges with another rank."""
+    """The samples of a rank's microbatch, `first` to `first + count` - 1, that it exchanges with another rank.
+
+    `sequence` is which part of the whole sequence travels, and `held` which one the rank itself has.
+    """
 
     rank: int
     first: int
     count: int
+    sequence: tuple[Fraction, Fraction] = WHOLE
+    held: tuple[Fraction, Fraction] = WHOLE
 
 
 @dataclass(frozen=True)
@@ -157,25 +167,41 @@ class Topology:
             return self.rank
         return self.plan.mapping.pipeline_ranks[pipeline_rank][self._place[1]]
 
-    def parts(self, replica: int, stage: int) -> tuple[Part, ...]:
-        """Return whom this rank exchanges a stage's messages with, and which samples of its microbatch, in their order.
+    def parts(self, replica: int, stage: int, *, is_divided: bool = False) -> tuple[Part, ...]:
+        """Return from whom this rank receives a stage's messages, and which samples of its microbatch, in their order.
 
         A microbatch of all replicas lies over the replicas of a stage in one piece each: where two stages have as many,
         devices at one place exchange all they have, else each exchanges with those whose samples are its own (DAPPLE's
-        split and concatenation).
+        split and concatenation). The same holds for the sequence where it `is_divided` between the two stages, by those that
+        split it. Of devices that hold equal copies, one sends.
         """
+        return self._exchanged(replica, stage, is_divided, receives=True)
+
+    def takers(self, replica: int, stage: int, *, is_divided: bool = False) -> tuple[Part, ...]:
+        """Return to whom this rank sends a stage's messages; none where another sends an equal copy of what it holds."""
+        return self._exchanged(replica, stage, is_divided, receives=False)
+
+    def _exchanged(self, replica: int, stage: int, is_divided: bool, *, receives: bool) -> tuple[Part, ...]:
         own = samples_by_replica(self.plan, self.stages[0][1])
         theirs = samples_by_replica(self.plan, stage)
-        mine = self.num_samples
-        if own == theirs:
+        mine, degrees = self.num_samples, self.plan.stages[stage].degrees
+        is_here = self.plan.schedule.placement[replica][stage] == self.pipeline_rank
+        if is_here or (own == theirs and _tensors(degrees) == _tensors(self.degrees)):
             return (Part(self.holder(replica, stage), 0, mine),)
         ranks = self.plan.mapping.pipeline_ranks[self.plan.schedule.placement[replica][stage]]
+        place = self.coordinates.tp
+        held = sequence_part(self.degrees, place, is_divided)
         begin = sum(own[: self.coordinates.dp])
         found, start = [], 0
-        for rank, share in zip(ranks, theirs, strict=True):
+        for index, share in enumerate(theirs):
             first, end = max(begin, start), min(begin + mine, start + share)
-            if first < end:
-                found.append(Part(rank, first - begin, end - first))
+            for other in range(degrees.tp) if first < end else ():
+                there = sequence_part(degrees, other, is_divided)
+                sequence = max(held[0], there[0]), min(held[1], there[1])
+                sender, taker = ((other, degrees), (place, self.degrees))[:: 1 if receives else -1]
+                if sequence[0] < sequence[1] and _sends(*sender, taker[0], is_divided):
+                    rank = ranks[index * degrees.tp + other]
+                    found.append(Part(rank, first - begin, end - first, sequence, held))
             start += share
         return tuple(found)
 
@@ -239,6 +265,27 @@ def has_unequal_replicas(plan: Plan) -> bool:
     return has_uneven_shares(plan) and any(
         samples_by_replica(plan, index) != samples_by_replica(plan, 0) for index in range(len(plan.stages))
     )
+
+
+def has_unequal_tensors(plan: Plan) -> bool:
+    """Whether stages differ in how tensor parallelism divides what travels between them."""
+    return len({_tensors(stage.degrees) for stage in plan.stages}) > 1
+
+
+def sequence_part(degrees: Degrees, place: int, is_divided: bool) -> tuple[Fraction, Fraction]:
+    """Return which part of a sequence a device at a place of its tensor-parallel group holds between blocks."""
+    if not (is_divided and degrees.sp):
+        return WHOLE
+    return Fraction(place, degrees.tp), Fraction(place + 1, degrees.tp)
+
+
+def _tensors(degrees: Degrees) -> tuple[int, bool]:
+    return degrees.tp, degrees.sp
+
+
+def _sends(place: int, degrees: Degrees, taker: int, is_divided: bool) -> bool:
+    """Whether a device of a tensor-parallel group sends to a taker: the owner of a part, or one of those with equal copies."""
+    return (is_divided and degrees.sp) or taker % degrees.tp == place
 
 
 def coordinates_of(index: int, degrees: Degrees) -> Coordinates:

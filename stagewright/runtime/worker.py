@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 
 import torch
@@ -35,7 +36,15 @@ from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput, WarmUp, warm_up_length
 from stagewright.runtime.local_steps import LocalSteps, outer_step_of
 from stagewright.runtime.mailbox import Mailbox, StageGraph
-from stagewright.runtime.matrix_layout import Layout, LayoutOf, SplitLayout, block_matrices, whole_layouts
+from stagewright.runtime.matrix_layout import (
+    Layout,
+    LayoutOf,
+    RowsLayout,
+    SplitLayout,
+    block_matrices,
+    vocabulary_parameters,
+    whole_layouts,
+)
 from stagewright.runtime.microbatches import division_of, plan_iteration, samples_over_replicas
 from stagewright.runtime.offload import OffloadedOptimizer, last_elements
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer, scale_learning_rate
@@ -47,7 +56,13 @@ from stagewright.runtime.reduction import Bucket, BucketSet
 from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.stage import Unit
 from stagewright.runtime.step_rule import StepRule, scale_gradients, whole_squared_norm
-from stagewright.runtime.topology import StageKey, Topology, has_unequal_replicas, stage_edges
+from stagewright.runtime.topology import (
+    StageKey,
+    Topology,
+    has_unequal_replicas,
+    has_unequal_tensors,
+    stage_edges,
+)
 from stagewright.runtime.weight_versions import VersionedBucket
 
 
@@ -222,7 +237,7 @@ class Worker:
 
     def _layouts(self, buckets: Sequence[Bucket]) -> LayoutOf:
         """Return which tensors lie in what the optimizer of these buckets steps."""
-        matrices = block_matrices(self.chain)
+        matrices, vocabulary = block_matrices(self.chain), vocabulary_parameters(self.chain)
         whole = whole_layouts(matrices)
         shards = {
             id(value): bucket.layout(matrices)
@@ -235,6 +250,9 @@ class Worker:
         def layout_of(parameter: nn.Parameter) -> Layout:
             if id(parameter) in shards:
                 return shards[id(parameter)]
+            group = split.group_of(parameter)
+            if split.is_split(parameter) and id(parameter) in vocabulary and group is not None:
+                return RowsLayout(parameter, group)
             if split.is_split(parameter):
                 return SplitLayout(parameter, id(parameter) in matrices, split, self._count_gather)
             return whole(parameter)
@@ -553,13 +571,34 @@ class Worker:
         return PostValidation(self.settings.rule, self.topology, group, beside, self.settings.device)
 
     def _graph(self) -> StageGraph:
-        placement = self.plan.schedule.placement
-        peers = {
-            (replica, stage): self.topology.parts(replica, stage)
-            for replica in range(len(placement))
-            for stage in range(len(placement[replica]))
-        }
-        return StageGraph(stage_edges(self.plan, self.chain.edges), peers, has_unequal_replicas(self.plan))
+        placement, plan = self.plan.schedule.placement, self.plan
+        edges = stage_edges(plan, self.chain.edges)
+        if not has_unequal_tensors(plan):
+            peers = {
+                (replica, stage): self.topology.parts(replica, stage)
+                for replica in range(len(placement))
+                for stage in range(len(placement[replica]))
+            }
+            return StageGraph(edges, peers, has_unequal_replicas(plan))
+        own, between = self.topology.stages[0][1], self._cuts_between_blocks()
+        beside = {(0, stage): {stage, stage + 1} & {own, own + 1} & between for stage in range(len(placement[0]))}
+        return StageGraph(
+            edges,
+            {key: self.topology.parts(*key, is_divided=bool(cut)) for key, cut in beside.items()},
+            is_divided=True,
+            takers={key: self.topology.takers(*key, is_divided=bool(cut)) for key, cut in beside.items()},
+            lengths={
+                edge: Fraction(1, plan.stages[edge[0]].degrees.tp)
+                for edge in edges
+                if edge[1] in between and plan.stages[edge[0]].degrees.sp
+            },
+        )
+
+    def _cuts_between_blocks(self) -> set[int]:
+        """Return the stages in front of which a block ends and another begins: sequence parallelism has split what they take."""
+        blocks = [index for index, layer in enumerate(self.chain.layers) if layer.kind == "block"]
+        firsts = {stage: each.layer_indices[0] for stage, each in enumerate(self.plan.stages) if each.num_layers}
+        return {stage for stage, first in firsts.items() if blocks and blocks[0] < first <= blocks[-1]}
 
     def _check_reductions(self) -> None:
         reduced = [(a.replica, a.stage) for a in self.actions if a.kind is Kind.REDUCE_GRAD]

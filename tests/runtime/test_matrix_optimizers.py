@@ -26,6 +26,7 @@ CASES = [
     Case("gpipe", 1, 2, optimizer="muon", degrees={"dp": 4, "zero": 3}, weight_decay=0.1, tied=False, **WIDE),
     Case("1f1b", 2, 4, optimizer="muon", by_stage=({"zero": 2}, {"zero": 0}), degrees={"dp": 2}, **WIDE),
     Case("1f1b", 2, 4, optimizer="muon", degrees={"tp": 2}, **{**WIDE, "dropout": 0.0}),
+    Case("1f1b", 2, 4, optimizer="muon", degrees={"tp": 2, "vocab_parallel": True}, **{**WIDE, "dropout": 0.0}),
     Case("1f1b", 2, 4, optimizer="shampoo", degrees={"dp": 2}, clip_norm=0.05, **WIDE),
     Case("chimera", 2, 4, optimizer="shampoo", tied=False, **WIDE),
 ]
@@ -59,7 +60,7 @@ def test_the_updates_that_muon_gathers_are_the_predicted_bytes(rank_pools, case)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("degrees", [{"tp": 2, "dp": 2}, {"tp": 4, "sp": True}], ids=str)
+@pytest.mark.parametrize("degrees", [{"tp": 2, "dp": 2, "vocab_parallel": True}, {"tp": 4, "sp": True}], ids=str)
 def test_the_updates_that_muon_gathers_over_split_matrices_of_a_llama_are_the_predicted_bytes(rank_pools, degrees):
     pytest.importorskip("transformers")
     case = Case(

@@ -301,8 +301,7 @@ def _block(
 
 def _variants(profile: ModelProfile, job: TrainingJob, tp: int) -> list[tuple[int, int]]:
     """Return the (sequence parallel, vocabulary parallel) choices of a tensor degree."""
-    analytic = any(layer.operators for layer in profile.classes.values())
-    sequence = [1, 0] if tp > 1 and analytic else [0]
+    sequence = [1, 0] if tp > 1 and _splits_sequences(profile, tp) else [0]
     vocabulary = [1, 0] if tp > 1 else [0]
     return [
         (sp, vocab)
@@ -311,6 +310,14 @@ def _variants(profile: ModelProfile, job: TrainingJob, tp: int) -> list[tuple[in
         if allows(job.space, "sp", "on" if sp else "off")
         and allows(job.space, "vocab_parallel", "on" if vocab else "off")
     ]
+
+
+def _splits_sequences(profile: ModelProfile, tp: int) -> bool:
+    """Return whether sequence parallelism can be priced: by operators, or of blocks measured whole and cut in `tp`."""
+    blocks = [layer for layer in profile.classes.values() if layer.kind == "block"]
+    if any(layer.operators for layer in profile.classes.values()):
+        return True
+    return bool(blocks) and all({1, tp} <= {cost.tensor_degree for cost in layer.costs} for layer in blocks)
 
 
 def _expert_choices(profile: ModelProfile, job: TrainingJob, tp: int, num_devices: int) -> list[tuple[int, int]]:
