@@ -87,7 +87,7 @@ def _tensors(
     ties = shared_weights(plan, profile)
     dense = unit_parameters(row.table.dense_parameters[inside.start : inside.stop].tolist(), inside.start, ties)
     part = told_part(plan, index, replica).state_share
-    share = 1.0 / num_shards(plan, index) if part is None else part
+    share = 1.0 / num_shards(plan, index) if part is None else part / degrees.cp
     experts = float(row.table.expert_parameters[inside.start : inside.stop].sum())
     owners = expert_shards(degrees) if degrees.zero else 1
     found = dense if degrees.zero >= 2 and num_shards(plan, index) > 1 else [sum(dense)]

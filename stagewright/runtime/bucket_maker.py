@@ -243,7 +243,8 @@ class BucketMaker:
         told = self._plan.stages[stage].state_shares
         if not told or group is None:
             return ()
-        return tuple(told[self._views[rank].coordinates.dp] for rank in dist.get_process_group_ranks(group))
+        cp = self._plan.stages[stage].degrees.cp  # the devices of a replica own equal parts of its share
+        return tuple(told[self._views[rank].coordinates.dp] / cp for rank in dist.get_process_group_ranks(group))
 
     def _replicated(
         self,

@@ -203,15 +203,15 @@ def _check_shares(plan: Plan, index: int) -> None:
 
 
 def _check_state_shares(plan: Plan, index: int) -> None:
-    """Uneven shares of states: one for each replica, over all replicas, each with whole sequences."""
-    degrees, told = plan.stages[index].degrees, sorted({"shard_size", "local_steps"} & set(plan.schedule.parameters))
+    """Uneven shares of states: one for each replica, over all replicas."""
+    told = sorted({"shard_size", "local_steps"} & set(plan.schedule.parameters))
     parts_of_stage(plan, index)
-    if degrees.cp > 1 or told:
+    if told:
         raise InvalidArgument(
-            f"stages[{index}].state_shares is {list(plan.stages[index].state_shares)} with cp {degrees.cp} and parameters {told}; the "
-            "runtime shares states out over replicas alone",
+            f"stages[{index}].state_shares is {list(plan.stages[index].state_shares)} with parameters {told}; the runtime shares "
+            "states out over all replicas",
             field=f"stages[{index}].state_shares",
-            hint="pin cp=1 and leave shard_size and local_steps out, or leave the shares out",
+            hint="leave shard_size and local_steps out, or leave the shares out",
         )
 
 

@@ -57,6 +57,15 @@ STATES = [
         "gpipe",
         1,
         2,
+        by_stage=({"state_shares": (0.75, 0.25)},),
+        degrees={"dp": 2, "cp": 2, "zero": 2},
+        dropout=0.0,
+        dtype="float64",
+    ),
+    Case(
+        "gpipe",
+        1,
+        2,
         by_stage=({"state_shares": (0.6, 0.4)},),
         degrees={"dp": 2, "zero": 1},
         optimizer="muon",
@@ -70,21 +79,21 @@ def test_replicas_with_unlike_shares_of_states_equal_one_process(rank_pools, cas
     assert_equal_to_one_process(rank_pools, case)
 
 
-def test_each_replica_holds_its_share_of_the_states_and_the_ledger_says_so(rank_pools):
+@pytest.mark.parametrize("cp", [1, 2])
+def test_each_replica_holds_its_share_of_the_states_and_the_ledger_says_so(rank_pools, cp):
     pool = rank_pools(4)
-    shares = (0.5, 0.25, 0.15, 0.1)
-    case = Case(
-        "gpipe", 1, 2, by_stage=({"state_shares": shares},), degrees={"dp": 4, "zero": 2}, dropout=0.0, tied=False
-    )
+    shares = (0.5, 0.25, 0.15, 0.1) if cp == 1 else (0.8, 0.2)
+    degrees = {"dp": 4 // cp, "cp": cp, "zero": 2}
+    case = Case("gpipe", 1, 2, by_stage=({"state_shares": shares},), degrees=degrees, dropout=0.0, tied=False)
     prepared = prepare(case, pool.next_number())
     profile = profile_of(split(make_model(case, 2)), sequence_length=LENGTH)
     peaks = peaks_by_device(prepared.plan, profile)
     for rank, memory in enumerate(pool.run("degree_cases.held_states", prepared)):
-        states = evaluate(prepared.plan, profile, replica=rank).prediction.memory[0]
+        states = evaluate(prepared.plan, profile, replica=rank // cp).prediction.memory[0]
         assert memory.optimizer == pytest.approx(states.optimizer, rel=0.01)
         assert memory.states == pytest.approx(states.parameters + states.gradients + states.optimizer, rel=0.01)
         assert peaks[rank] - peaks[0] == pytest.approx(
-            12 * (shares[rank] - shares[0]) * memory.parameters / 4, rel=0.02
+            12 * (shares[rank // cp] - shares[0]) / cp * memory.parameters / 4, rel=0.02
         )
 
 

@@ -21,8 +21,8 @@ NUM_LAYERS = 8
 SIZES = {"activation_bytes": 40e6, "output_bytes": 1e6, "microbatches": (1, 2, 4, 8)}
 
 
-def _planned(planner: str, cluster: Cluster, **space: object) -> Plan:
-    profile = profile_factory(NUM_LAYERS, forward_s=2e-3, parameters=25_000_000, **SIZES)
+def _planned(planner: str, cluster: Cluster, *, sizes: dict[str, object] = SIZES, **space: object) -> Plan:
+    profile = profile_factory(NUM_LAYERS, forward_s=2e-3, parameters=25_000_000, **sizes)
     job = TrainingJob(global_batch=16, sequence_length=128, precision="fp32", space=SearchSpace(**space))
     found = make_plan(profile, cluster, job, planner=planner)
     assert found.plan is not None
@@ -65,4 +65,19 @@ def test_the_exact_planners_plan_with_states_where_memory_is_runs(rank_pools):
     plan = _planned("exact", cluster, schedules=("1f1b", "gpipe"), pins=Pins(pp=1, dp=4), recompute=(Recompute.NONE,))
     (stage,) = plan.stages
     assert stage.state_shares[0] > 2 * stage.state_shares[-1]
+    _assert_equal_to_one_process(rank_pools, plan)
+
+
+def test_the_exact_planners_plan_with_a_tensor_degree_for_each_kind_of_device_runs(rank_pools):
+    """The small devices split layers and sequences, the large ones a microbatch."""
+    large, small = (
+        cluster_factory(2, 1, device=f"device-{size}", flops=300e12, memory_bytes=size, bytes_per_s=50e9)
+        for size in (6e9, 1.2e9)
+    )
+    cluster = mixed_cluster_factory([large, small], bytes_per_s=10e9)
+    sizes = {**SIZES, "output_bytes": 20e6, "tensor_degrees": (1, 2)}
+    space = {"schedules": ("1f1b",), "zero": (0,), "pins": Pins(pp=2), "recompute": (Recompute.NONE,)}
+    plan = _planned("exact", cluster, sizes=sizes, **space)
+    assert [(stage.degrees.tp, stage.degrees.dp) for stage in plan.stages] == [(2, 1), (1, 2)]
+    assert plan.stages[0].degrees.sp
     _assert_equal_to_one_process(rank_pools, plan)

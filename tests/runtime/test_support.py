@@ -70,8 +70,13 @@ def test_uneven_shares_of_states_are_taken_where_replicas_alone_divide_them():
         InvalidDocument, match=r"state_shares are 2 shares of 1 together, the stage has dp 2 and zero 0"
     ):
         check_supported(with_fields(documents(dp=2)[0], state_shares=(0.75, 0.25)))
-    with pytest.raises(InvalidArgument, match=r"stages\[0\].state_shares is \[0.75, 0.25\] with cp 2"):
-        check_supported(with_fields(documents(dp=2, cp=2, zero=1)[0], state_shares=(0.75, 0.25)))
+    plan = with_fields(documents(dp=2, cp=2, zero=1)[0], state_shares=(0.75, 0.25))
+    check_supported(plan)
+    divided = plan.schedule.model_copy(update={"parameters": {"shard_size": 2}})
+    with pytest.raises(
+        InvalidArgument, match=r"stages\[0\].state_shares is \[0.75, 0.25\] with parameters \['shard_size'\]"
+    ):
+        check_supported(plan.model_copy(update={"schedule": divided}))
 
 
 @pytest.mark.parametrize(
