@@ -16,7 +16,6 @@ from stagewright.planner.documents.cluster import Cluster
 from stagewright.planner.documents.outcome import Alternative, PlanOutcome
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.plan_summary import alternative_of
-from stagewright.planner.prediction import evaluate
 from stagewright.planner.search import exact
 from stagewright.planner.search.certified import Space, Work, certified, without_plan
 from stagewright.planner.search.joined_costs import MOST_SHARES
@@ -56,7 +55,7 @@ def solve_mixed(problem: Problem, limits: Limits) -> PlanOutcome:
     alone += [_solve_alone(problem, limits, pool, known) for pool, _ in groups if pool not in first]
     bound_s = min(bound_s, *(_bound_of(outcome, known.least_s(), limits) for outcome in alone))
     work = sum(map(Work.of, alone), search.work.total(search.num_candidates))
-    ranked = [*_ranked(search, limits), *(option for outcome in alone for option in _options(problem, outcome))]
+    ranked = [*_ranked(search, limits), *(option for outcome in alone for option in _options(outcome))]
     if not ranked:
         return without_plan(work, bound_s, termination)
     if bound_s < known.least_s() / (1.0 + limits.gap) * (1 - OPTIMAL_GAP) and termination in ("gap", "optimal"):
@@ -83,26 +82,18 @@ def _part_of(limits: Limits, part: float) -> Limits:
 
 
 def _solve_alone(problem: Problem, limits: Limits, pool: Pool, known: LeastStep) -> PlanOutcome:
-    """Return the answer on one node group whole, all others idle, with every schedule of one kind of device."""
-    group = problem.cluster.group_of(pool.first)
-    cluster = Cluster(name=group.name, groups=(group,))
+    """Return the answer on one node group whole, all others idle, with every schedule of one kind of device.
+
+    The cluster stays whole with that group first: measured seconds of one device stand for another by what is in it.
+    """
+    cluster = used_first(problem.cluster, (pool,))
     part = Problem(problem.profile, cluster, problem.job, pool.num_devices, (pool.num_devices,))
     return exact.solve(part, replace(_part_of(limits, 1.0), known=known))
 
 
-def _options(problem: Problem, outcome: PlanOutcome) -> list[Alternative]:
-    """Return the plans of an answer on one node group as plans on the whole cluster that leave the others idle."""
-    plans = [] if outcome.plan is None else [outcome.plan, *(other.plan for other in outcome.alternatives)]
-    found = []
-    for plan in plans:
-        names = {stage.group for stage in plan.stages}
-        pools = tuple(pool for pool in group_pools(problem.cluster) if pool.group in names)
-        moved = plan.model_copy(
-            update={"cluster": used_first(problem.cluster, pools), "job": problem.job, "certificate": None}
-        )
-        prediction = evaluate(moved, problem.profile).prediction
-        found.append(alternative_of(moved.model_copy(update={"prediction": prediction})))
-    return found
+def _options(outcome: PlanOutcome) -> list[Alternative]:
+    """Return the plans of an answer."""
+    return [*([] if outcome.plan is None else [alternative_of(outcome.plan)]), *outcome.alternatives]
 
 
 def _bound_of(outcome: PlanOutcome, known_s: float, limits: Limits) -> float:

@@ -122,16 +122,15 @@ class StageCloser:
         """Return the bound of a node and the parts that are still open; without parts the bound holds for all of it."""
         candidate, target = self.candidate, self.target_s()
         profile = candidate.problem.profile
-        bound, recompute = candidate.tables.bounds(
-            candidate.num_microbatches,
-            self._kind,
-            profile.action_overhead_s,
-            windows,
-            below_s=target - profile.step_overhead_s,
-        )
-        for place in candidate.whole:
-            bound[:, place, :] = bound[:, :, place] = np.inf
+        question = (candidate.num_microbatches, self._kind, profile.action_overhead_s, windows)
+        below_s = target - profile.step_overhead_s
+        bound, recompute = candidate.tables.bounds(*question, below_s=below_s)
+        self._forbid(bound)
         value, cuts = least_path(bound)
+        if np.isfinite(value):
+            bound, recompute = candidate.tables.raised(bound, recompute, *question, below_s=below_s)
+            self._forbid(bound)
+            value, cuts = least_path(bound)
         if not np.isfinite(value):
             return max(target, bound_s), []
         bound_s = max(bound_s, value + profile.step_overhead_s)
@@ -141,6 +140,11 @@ class StageCloser:
                 self._try(partition)
             return max(bound_s, target), []
         return self._game(windows, bound, recompute, tuple(cuts.tolist()), bound_s)
+
+    def _forbid(self, bound: Floats) -> None:
+        """Leave no range that begins or ends inside layers that stay together."""
+        for place in self.candidate.whole:
+            bound[:, place, :] = bound[:, :, place] = np.inf
 
     def _try(self, cuts: tuple[int, ...]) -> None:
         """Simulate a partition, once."""

@@ -6,7 +6,7 @@ prefix sums. `range_bounds` gives for every stage and range a lower bound on the
     P_s = T t_s + head(i) + up          Q_s = T t_s + headF(i) + tail_s      C_s = (T - S + 1 + s) t_s + head(i) + 2 rest(j)
 
 as in `interval_dp` (P for fused backwards, Q for any, C for 1F1B with T > S), where head and rest take each layer's least
-seconds over the choices before and behind. t_s holds a lower bound of the recomputation that memory forces, the highest
+seconds over the choices before and behind (`sums_around` raises both). t_s holds a lower bound of the recomputation that memory forces, the highest
 over a few prices x of a byte: x times the bytes short, less what layers gain by saving at that price (`choice_tables`).
 Infinite where a range never fits.
 
@@ -83,6 +83,44 @@ class StageTables:
 
         `windows` [S + 1, 2] holds the least and the largest first layer of each stage, and of the end.
         """
+        return self._bounds(
+            self.head, self.head_forward, self.rest, num_microbatches, kind, overhead_s, windows, below_s
+        )
+
+    def raised(
+        self,
+        bound: Floats,
+        recompute: Floats,
+        num_microbatches: int,
+        kind: int,
+        overhead_s: float,
+        windows: Longs,
+        *,
+        below_s: float,
+    ) -> tuple[Floats, Floats]:
+        """Return bounds that see which ranges are left before and behind a stage; as `bounds` for a graph of stages.
+
+        Parameters
+        ----------
+        bound, recompute : what `bounds` returned for the same arguments.
+        """
+        if kind == GRAPH:
+            return bound, recompute
+        time = self.forward + self.input_grad + self.weight_grad
+        around = sums_around(bound, recompute, self.forward, time)
+        return self._bounds(*around, num_microbatches, kind, overhead_s, windows, below_s)
+
+    def _bounds(
+        self,
+        head: Floats,
+        head_forward: Floats,
+        rest: Floats,
+        num_microbatches: int,
+        kind: int,
+        overhead_s: float,
+        windows: Longs,
+        below_s: float,
+    ) -> tuple[Floats, Floats]:
         found: tuple[Floats, Floats] = range_bounds(
             self.forward,
             self.input_grad,
@@ -100,9 +138,9 @@ class StageTables:
             self.live,
             self.late_live,
             self.room,
-            self.head,
-            self.head_forward,
-            self.rest,
+            head,
+            head_forward,
+            rest,
             num_microbatches,
             kind,
             overhead_s,
@@ -195,6 +233,37 @@ def range_bounds(
                 elif j > i + 1 and value >= below_s and kind != 0 and kind != 4:
                     break
     return bound, recompute
+
+
+@njit(cache=True)
+def sums_around(bound: Floats, recompute: Floats, forward: Floats, time: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return (head, head_forward, rest), [S, L + 1], with the stages around one on ranges of finite bound alone.
+
+    A partition below the target has no other ranges, so the stages before one that starts at i take at least head(i), and
+    those behind one that ends at j at least rest(j): shortest paths, where `StageTables` counts every layer at its least.
+    """
+    num_stages, places, _ = bound.shape
+    head = np.full((num_stages, places), np.inf)
+    ahead = np.full((num_stages, places), np.inf)
+    rest = np.full((num_stages, places), np.inf)
+    head[0, 0] = ahead[0, 0] = 0.0
+    for s in range(num_stages - 1):
+        for i in range(places - 1):
+            if head[s, i] == np.inf:
+                continue
+            for j in range(i + 1, places):
+                if bound[s, i, j] < np.inf:
+                    own = head[s, i] + time[s, j] - time[s, i] + recompute[s, i, j]
+                    head[s + 1, j] = min(head[s + 1, j], own)
+                    ahead[s + 1, j] = min(ahead[s + 1, j], ahead[s, i] + forward[s, j] - forward[s, i])
+    rest[num_stages - 1, places - 1] = 0.0
+    for s in range(num_stages - 1, 0, -1):
+        for i in range(places - 1):
+            for j in range(i + 1, places):
+                if bound[s, i, j] < np.inf and rest[s, j] < np.inf:
+                    own = rest[s, j] + time[s, j] - time[s, i] + recompute[s, i, j]
+                    rest[s - 1, i] = min(rest[s - 1, i], own)
+    return head, ahead, rest
 
 
 @njit(cache=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stagewright.planner.documents import Cluster
 from stagewright.planner.search.brute_force import best_by_stage, best_of_all
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.pool_search import ChoiceSets, PoolSearch
@@ -81,7 +80,9 @@ def _whole_agrees(seed: int) -> bool | None:
         return None
     steps = [_exhaustive_step_s(PoolSearch(problem, Limits(gap=0.0)))]
     for group in problem.cluster.groups:
-        cluster = Cluster(name=group.name, groups=(group,))
+        cluster = problem.cluster.model_copy(
+            update={"groups": tuple(sorted(problem.cluster.groups, key=lambda other: other.name != group.name))}
+        )
         part = Problem(problem.profile, cluster, problem.job, group.num_devices, (group.num_devices,))
         found = best_of_all(part, part.candidates())
         steps.append(None if found is None else found[0])
