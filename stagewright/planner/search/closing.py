@@ -3,13 +3,13 @@
     mean path        the multipliers of other candidates of the order (`multipliers`): a bound in a tenth of a millisecond
     light program    stage totals without recomputation and memory: a bound in a few milliseconds
     few partitions   enumerate them (`enumeration`): exact
-    full program     levels and memory rows, same cuts
-    branching        whole layers, levels and workspaces (`branching`): what is found lowers the target of all that follow,
+    whole program    levels and memory rows, same cuts
+    branching        on it: whole layers, levels and workspaces (`branching`): what is found lowers the target of all that follow,
                      no node left is the proof
 
 Cuts belong to the order and not to the candidate, so those that carried a multiplier are kept for all candidates that
 share the order. Kelley's iterates are drawn towards the best point known (Wentges smoothing), which saves half of them; the
-first one towards where another candidate of the order ended. A light program has a third of the full one's columns, so a round of
+first one towards where another candidate of the order ended. A light program has a third of the whole one's columns, so a round of
 it takes a tenth of the time: where the first of an order cannot be closed by it, it goes on for the paths alone, most of which bind
 in the larger programs too.
 """
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from stagewright.planner.search.branching import Branching, Split
 from stagewright.planner.search.candidate_costs import CandidateCosts
-from stagewright.planner.search.cut_program import CutProgram, Form, Point
+from stagewright.planner.search.cut_program import CutProgram, Form, NamedBasis, Point
 from stagewright.planner.search.enumeration import Enumeration, Judge
 from stagewright.planner.search.incumbent import Completion, improve, staircase
 from stagewright.planner.search.limits import Limits
@@ -40,7 +40,7 @@ MOST_PATHS = 16  # mean paths of an order
 MOST_NODES = 200
 LIGHT = Rules(rounds=25, smoothing=0.85, stops_below=True, near=0.0, little=0.0)
 GATHER = Rules(rounds=80, smoothing=0.85, stops_below=False, near=0.0, little=1e-5)
-FULL = Rules(rounds=12, smoothing=0.85, stops_below=False, near=1e-3, little=1e-4)
+ROUNDS = Rules(rounds=12, smoothing=0.85, stops_below=False, near=1e-3, little=1e-4)
 _TOLERANCE = 1e-7
 # A rounded point this far above the incumbent is not improved: the first of a candidate, and the many of its branching, of which
 # those are that are better than all before.
@@ -51,7 +51,7 @@ _PROMISING, _PROMISING_NODE = 1.06, 1.03
 class Closed:
     """What became of a candidate: a bound on all its completions, its best completion, why, and the work done.
 
-    `effort` counts entries of tables that branching went through (`CutProgram.effort`).
+    `program` is where branching can go on with one that is open. `effort` counts entries of tables that branching went through (`CutProgram.effort`).
     """
 
     bound_s: float
@@ -60,6 +60,7 @@ class Closed:
     simulated: int = 0
     num_nodes: int = 0
     effort: float = 0.0
+    program: CutProgram | None = None
 
 
 @dataclass(eq=False)
@@ -71,6 +72,7 @@ class Closer:
     paths: dict[OrderKey, list[MeanPath]] = field(default_factory=dict)
     trees: dict[tuple[OrderKey, bytes], Split] = field(default_factory=dict)
     ends: dict[tuple[OrderKey, Form], Point] = field(default_factory=dict)
+    bases: dict[tuple[OrderKey, Form], NamedBasis] = field(default_factory=dict)
     gathered: set[OrderKey] = field(default_factory=set)
 
     def close(
@@ -94,17 +96,14 @@ class Closer:
             found, made = enumerated
             bound_s = incumbent_s if found is None else found.step_s
             return Closed(bound_s, "enumerated", found, light.simulated + made)
-        full = self._full(costs, target_s, rank_layers)
-        simulated = light.simulated + full.simulated
-        if full.bound_s >= target_s:
-            return Closed(full.bound_s, "full program", simulated=simulated)
-        best: Completion | None = None
-        if full.point is not None:
-            stairs = staircase(costs)
-            starts = [_rounded(costs, full.point), *([] if stairs is None else [stairs])]
-            best, made = _near(costs, starts, _PROMISING * incumbent_s)
-            simulated += made
-        return Closed(max(light.bound_s, full.bound_s), "open", best, simulated)
+        whole = self._whole(costs, target_s, rank_layers)
+        simulated = light.simulated + whole.simulated
+        if whole.bound_s >= target_s:
+            return Closed(whole.bound_s, "whole program", simulated=simulated)
+        stairs = staircase(costs)
+        starts = [_rounded(costs, whole.program.inner_point()), *([] if stairs is None else [stairs])]
+        best, made = _near(costs, starts, _PROMISING * incumbent_s)
+        return Closed(max(light.bound_s, whole.bound_s), "open", best, simulated + made, program=whole.program)
 
     def close_light(self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None) -> Closed:
         """Return what the light program alone proves."""
@@ -131,8 +130,9 @@ class Closer:
         rank_layers: tuple[Longs, Longs] | None,
         judge: Judge,
         most_nodes: int = MOST_NODES,
+        program: CutProgram | None = None,
     ) -> Closed:
-        """Return what branching proves of a candidate that linear programs left open with `bound_s`.
+        """Return what branching proves of a candidate that linear programs left open with `bound_s`, and may go on with its program.
 
         A completion that lowers the incumbent lowers the target by as much.
         """
@@ -150,12 +150,15 @@ class Closer:
                     found, more = improve(costs, bounds)
                     made += more
             simulated += made
-            return None if found is None else judge(found)
+            # What is no better than the incumbent lowers no target, however long its messages wait.
+            return found if found is None or found.step_s >= incumbent_s else judge(found)
 
         pool = self._pool(costs.order)
-        program = CutProgram(costs, pool, form="whole", target_s=target_s, rank_layers=rank_layers)
-        known = pool.number
-        program.start_at(self.ends.get((costs.order.key, "full")))
+        known = pool.next_name
+        if program is None:
+            program = CutProgram(costs, pool, form="whole", target_s=target_s, rank_layers=rank_layers)
+            program.start_from(self.bases.get((costs.order.key, "whole")))
+            program.start_at(self.ends.get((costs.order.key, "whole")))
         branching = Branching(
             program,
             target_s,
@@ -175,8 +178,8 @@ class Closer:
             self.pools[order.key] = PathPool(order)
         return self.pools[order.key]
 
-    def _keep_path(self, costs: CandidateCosts, pool: PathPool, weights: Floats) -> None:
-        path = mean_path(costs, pool, weights)
+    def _keep_path(self, costs: CandidateCosts, pool: PathPool, program: CutProgram) -> None:
+        path = mean_path(costs, pool, *program.weighted())
         if path is not None:
             paths = self.paths.setdefault(costs.order.key, [])
             paths.insert(0, path)
@@ -190,35 +193,38 @@ class Closer:
         Of the first candidate of an order that it cannot close, its paths are gathered where that is asked for.
         """
         key, pool = costs.order.key, self._pool(costs.order)
-        known, enough_s = pool.number, target_s * (1 + 2 * _TOLERANCE)
+        known, enough_s = pool.next_name, target_s * (1 + 2 * _TOLERANCE)
         program = CutProgram(costs, pool, form="light", target_s=enough_s, rank_layers=rank_layers)
+        program.start_from(self.bases.get((key, "light")))
         program.start_at(self.ends.get((key, "light")))
         bound_s, gathers = -np.inf, gathers and key not in self.gathered
         if program.inner_s >= target_s:
             bound_s = program.improve(LIGHT)
         elif not gathers:
-            return _Run(-np.inf, None, 1)
+            return _Run(-np.inf, program)
         if bound_s < enough_s and gathers:
             self.gathered.add(key)
             bound_s = max(bound_s, program.improve(GATHER))
         bound_s = min(bound_s, enough_s) * (1 - _TOLERANCE)
         if bound_s >= target_s:
-            self._keep_path(costs, pool, program.multipliers())
+            self._keep_path(costs, pool, program)
         return self._ended(program, known, bound_s)
 
-    def _full(self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None) -> _Run:
-        """Return the bound of the full program after some rounds."""
+    def _whole(self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None) -> _Run:
+        """Return the bound of the whole program after some rounds."""
         pool = self._pool(costs.order)
-        known, enough_s = pool.number, target_s * (1 + 2 * _TOLERANCE)
-        program = CutProgram(costs, pool, form="full", target_s=enough_s, rank_layers=rank_layers)
-        return self._ended(program, known, min(program.improve(FULL), enough_s) * (1 - _TOLERANCE))
+        known, enough_s = pool.next_name, target_s * (1 + 2 * _TOLERANCE)
+        program = CutProgram(costs, pool, form="whole", target_s=enough_s, rank_layers=rank_layers)
+        program.start_from(self.bases.get((costs.order.key, "whole")))
+        return self._ended(program, known, min(program.improve(ROUNDS), enough_s) * (1 - _TOLERANCE))
 
     def _ended(self, program: CutProgram, known: int, bound_s: float) -> _Run:
-        """Keep what a program found for the other candidates of its order; `known` paths were there before it."""
-        key, point = program.order_key, program.inner_point()
-        self.pools[key].prefer(np.flatnonzero(program.multipliers() > 1e-9), before=known, drops_new=False)
-        self.ends[key, program.form] = point
-        return _Run(bound_s, point, program.simulated)
+        """Keep what a program found for the other candidates of its order; paths had names below `known` before it."""
+        key = program.order_key
+        self.bases[key, program.form] = program.basis()
+        self.pools[key].prefer(program.weighted()[0], before=known, drops_new=False)
+        self.ends[key, program.form] = program.inner_point()
+        return _Run(bound_s, program)
 
 
 def _near(costs: CandidateCosts, starts: Sequence[Longs], most_s: float) -> tuple[Completion | None, int]:
@@ -284,5 +290,8 @@ def _whole(wanted: Floats, total: int, least: list[int] | None = None) -> Longs:
 @dataclass(frozen=True, eq=False)
 class _Run:
     bound_s: float
-    point: Point | None
-    simulated: int
+    program: CutProgram
+
+    @property
+    def simulated(self) -> int:
+        return self.program.simulated

@@ -23,6 +23,7 @@ from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.closing import MOST_NODES, Closed, Closer
 from stagewright.planner.search.completions import Completions
 from stagewright.planner.search.cost_store import CostStore
+from stagewright.planner.search.cut_program import CutProgram
 from stagewright.planner.search.declared_space import DeclaredSpace
 from stagewright.planner.search.incumbent import Completion, improve
 from stagewright.planner.search.limits import Limits, Termination
@@ -36,6 +37,7 @@ MOST_PROGRAMS = 20_000
 MOST_NODES_IN_ALL, MOST_EFFORT = 3_000, 6e10  # the effort is about half a minute's
 # Candidates that are closed, and branched, at once, whatever the number of cores: the answer is the same.
 AT_ONCE, WHOLE_AT_ONCE = 4, 2
+MOST_KEPT = 32  # programs of open candidates: megabytes each
 ROAMED = ((8, 100), (2, 400))  # candidates and moves tried of each
 
 
@@ -63,6 +65,9 @@ class ClosingPass:
     limits: Limits
     work: WorkCount
     _alike: dict[OrderKey, list[int]] = field(default_factory=dict)  # candidates that were not tried together yet
+    _programs: dict[int, CutProgram] = field(
+        default_factory=dict
+    )  # of candidates that are open, which branching goes on with
     _together: dict[int, str] = field(default_factory=dict)  # those that were closed together, and how
 
     def run(self) -> tuple[float, Termination]:
@@ -216,7 +221,10 @@ class ClosingPass:
             costs = self.costs.of(index)
             assert costs is not None
             judge = partial(self.completions.judged, index)
-            return self.closer.close_whole(costs, bound_s, target_s, incumbent_s, rank_layers, judge, most_nodes[place])
+            program = self._programs.pop(index, None)
+            return self.closer.close_whole(
+                costs, bound_s, target_s, incumbent_s, rank_layers, judge, most_nodes[place], program
+            )
 
         return on_cores(branched, range(len(pairs)))
 
@@ -294,5 +302,7 @@ class ClosingPass:
                 self.work.count(closed.reason)
             if closed.completion is not None:
                 self.completions.keep(one.at, closed.completion)
+            if closed.program is not None and len(self._programs) < MOST_KEPT:
+                self._programs[one.at] = closed.program
             bounds.append((one.at, closed.bound_s))
         return bounds

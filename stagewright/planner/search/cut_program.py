@@ -47,7 +47,8 @@ from numba import njit
 from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.caps import recompute_floors
 from stagewright.planner.search.dual_simplex import ABOVE
-from stagewright.planner.search.linear_program import LinearProgram
+from stagewright.planner.search.linear_program import Basis, LinearProgram
+from stagewright.planner.search.memory_rows import add_bytes
 from stagewright.planner.search.order import Cut, OrderKey, pad
 from stagewright.planner.search.path_pool import PathPool
 from stagewright.planner.search.path_rows import Columns, Rules, Steps, add_rows, improve_bound, trace_point
@@ -56,11 +57,12 @@ Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 MOST_LISTED = 80  # layers of a rank up to which every number is tried
-_HELD = 32  # paths that are in the solver's table from the start: what carried a bound last
 _FAR = 16.0  # times the target, where theta ends
 _LONGEST = 1e7  # passes of a microbatch: no step takes as long
 
-Form = Literal["light", "full", "whole"]
+Form = Literal["light", "whole"]
+_ROOM: dict[Form, int] = {"light": 384, "whole": 1280}  # rows there is room for at first
+_Block = tuple[Floats, Floats, Floats]  # rows [m, n], the least and the most of each
 
 # What is whole, in the order in which it decides most.
 ENDS, RANKS, SWITCHES, RAISED_ON_RANKS, STAGES, RAISED, CELLS = range(7)
@@ -98,6 +100,14 @@ class Point:
         return counts
 
 
+class NamedBasis(NamedTuple):
+    """A basis of a program: rows that are no paths, and the names of the paths that bind; and what programs alike share."""
+
+    likeness: tuple[object, ...]
+    fixed: Basis
+    paths: Longs
+
+
 class CutProgram:
     """The program of one candidate below a target, over the paths of its order and more that it finds."""
 
@@ -126,7 +136,8 @@ class CutProgram:
         self._first_path = self._solver.num_rows
         self._map = self._path_columns()
         self._values = np.zeros(self.num_columns)
-        self._known = 0
+        self._names = np.zeros(0, dtype=np.int64)
+        self._next_name = 0
         self._know()
         self.inner, self.inner_s = np.zeros(self.num_columns), np.inf
         self.simulated = 0
@@ -177,7 +188,7 @@ class CutProgram:
         lower[1 : 1 + cells] = ~np.isin(self._stage_of, self._shared)
         cost = np.zeros(count)
         cost[0] = 1.0
-        self._solver = LinearProgram(lower, upper, cost)
+        self._solver = LinearProgram(lower, upper, cost, room=_ROOM[self.form])
         self.num_columns = count
 
     def _may_overfill(self) -> npt.NDArray[np.bool_]:
@@ -200,6 +211,7 @@ class CutProgram:
         return 1 + len(self._cells) + position * len(self._raised_cells) + self._raised_position[cells]
 
     def _rows(self, rank_layers: tuple[Longs, Longs] | None) -> None:
+        """Add the rows that are no paths, all at once."""
         costs, count = self._costs, len(self._cells)
         runs = self._shape[1]
         layers = slice(1, 1 + count)
@@ -216,6 +228,7 @@ class CutProgram:
             ranks = np.zeros((costs.order.num_ranks, self.num_columns))
             ranks[:, layers] = costs.slots.held[:, self._stage_of] * bulk[self._run_of]
             blocks.append((ranks, rank_layers[0].astype(np.float64), rank_layers[1].astype(np.float64)))
+            self._tighten(ranks, rank_layers[1].astype(np.float64))
             blocks += self._floor_rows(ranks)
         if self._raise:
             marked = np.arange(len(self._raised_cells))
@@ -224,13 +237,26 @@ class CutProgram:
             for position in range(len(self._raise)):
                 most[marked, self._raised(position, self._raised_cells)] = 1.0
             blocks.append((most, np.full(len(most), -np.inf), np.zeros(len(most))))
-        self._solver.add(*(np.concatenate(part) for part in zip(*blocks, strict=True)))
         if self.form == "whole":
-            self._run_order_rows()
-        for rank in np.flatnonzero(self._overfull).tolist():
-            self._memory_rows(rank)
+            blocks += self._run_order_rows()
+        if self._overfull.any():
+            blocks += self._memory_rows()
+        self._solver.add(*(np.concatenate(part) for part in zip(*blocks, strict=True)))
 
-    def _floor_rows(self, ranks: Floats) -> list[tuple[Floats, Floats, Floats]]:
+    def _tighten(self, ranks: Floats, most: Floats) -> None:
+        """Lower the columns' limits to what rows of ranks [D, n] leave at their most: the solver goes from limit to limit."""
+        count = len(self._cells)
+        low, high = self._solver.table.low, self._solver.table.high
+        cells = slice(1, 1 + count)
+        least = ranks @ low[: self.num_columns]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            own = np.where(ranks > 0.0, (most[:, None] - least[:, None]) / ranks + low[: self.num_columns], np.inf)
+        left = np.minimum(high[cells], own.min(axis=0)[cells].clip(low[cells]))
+        high[cells] = left
+        for position in range(len(self._raise)):
+            high[self._raised(position, self._raised_cells)] = left[self._raised_cells]
+
+    def _floor_rows(self, ranks: Floats) -> list[_Block]:
         """Return rows, least and most of the floors of recomputation, for rows [D, n] of the ranks' layers."""
         assert self._floors is not None
         rank, costs = self._floors.rank, self._costs
@@ -246,19 +272,14 @@ class CutProgram:
             floors[:, columns] = on_rank * extra_s[self._raised_cells] * self._scale
         return [(floors, self._floors.constant * self._scale, np.full(len(rank), np.inf))]
 
-    def _add_at_most(self, index: Sequence[int] | Longs, value: Sequence[float] | Floats, most: float) -> None:
-        """Add a row that is at most a number; columns that are named twice count twice."""
-        row = np.zeros((1, self.num_columns))
-        np.add.at(row[0], index, value)
-        self._solver.add(row, np.array([-np.inf]), np.array([most]))
-
-    def _run_order_rows(self) -> None:
-        """Keep runs in the model's order: a share of run k + 1 at most up to a stage as of run k.
+    def _run_order_rows(self) -> list[_Block]:
+        """Return rows that keep runs in the model's order: a share of run k + 1 at most up to a stage as of run k.
 
         Layers are contiguous, so either nothing of run k + 1 stands up to the stage or all of run k does. Only stages say
         anything that run k + 1 reaches and behind which run k can stand.
         """
         length, reach = self._costs.runs.length.astype(np.float64), self._costs.reach
+        blocks = []
         for run in range(self._shape[1] - 1):
             first, last = int(np.argmax(reach[:, run + 1])), int(np.flatnonzero(reach[:, run])[-1])
             share = np.where(self._run_of == run, -1.0 / length[run], 0.0)
@@ -266,7 +287,8 @@ class CutProgram:
             ends = np.arange(first + 1, last + 1)
             rows = np.zeros((len(ends), self.num_columns))
             rows[:, 1 : 1 + len(self._cells)] = share * (self._stage_of < ends[:, None])
-            self._solver.add(rows, np.full(len(ends), -np.inf), np.zeros(len(ends)))
+            blocks.append((rows, np.full(len(ends), -np.inf), np.zeros(len(ends))))
+        return blocks
 
     def _wholes(self) -> Wholes:
         """Return what is whole in every completion; the sums of raised layers over ranks become rows."""
@@ -282,13 +304,17 @@ class CutProgram:
         found += [(STAGES, first_row + runs + place) for place in range(len(self._shared))]
         if self._has_rank_rows:
             found += [(RANKS, first_row + runs + len(self._shared) + rank) for rank in range(ranks)]
-        for rank in np.flatnonzero(self._overfull).tolist():
-            cells = self._bulk_cells(rank)
+        overfull = np.flatnonzero(self._overfull)
+        if len(overfull) and self._raise:
+            first_sum = first_row + self._solver.num_rows
+            found += [(RAISED_ON_RANKS, first_sum + place) for place in range(len(overfull) * len(self._raise))]
+            sums = np.zeros((len(overfull), len(self._raise), self.num_columns))
+            bulk_cells = self._raised_cells[self._is_bulk[self._raised_cells]]
+            held = costs.slots.held[overfull][:, self._stage_of[bulk_cells]]
             for position in range(len(self._raise)):
-                row = np.zeros((1, self.num_columns))
-                row[0, self._raised(position, cells)] = costs.slots.held[rank, self._stage_of[cells]]
-                found.append((RAISED_ON_RANKS, first_row + self._solver.num_rows))
-                self._solver.add(row, np.zeros(1), row.sum(axis=1) * costs.num_layers)
+                sums[:, position, self._raised(position, bulk_cells)] = held
+            rows = sums.reshape(-1, self.num_columns)
+            self._solver.add(rows, np.zeros(len(rows)), rows.sum(axis=1) * costs.num_layers)
         kind, variable = (np.array(column) for column in zip(*found, strict=True))
         return Wholes(kind, variable, *self._solver.limits(variable))
 
@@ -298,24 +324,46 @@ class CutProgram:
         of_class = self._costs.classes.run_class
         return np.asarray((of_class == of_class[self._costs.bulk_run])[self._run_of])
 
-    def _bulk_cells(self, rank: int) -> Longs:
-        """Return the cells of the largest class on a rank's stages."""
-        return np.flatnonzero((self._costs.slots.held[rank, self._stage_of] > 0.0) & self._is_bulk)
-
-    def _memory_rows(self, rank: int) -> None:
-        """Add a row for each live vector of a rank."""
-        costs, most = self._costs, int(self._most[rank])
+    def _memory_rows(self) -> list[_Block]:
+        """Return a row for each live vector of the ranks that may be overfull, and what ties their switches."""
+        costs, runs, order = self._costs, self._costs.runs, self._costs.order
+        ranks = np.flatnonzero(self._overfull)
+        number = np.array([len(live) for live in order.live])
+        raised = np.zeros((len(self._raise), len(self._cells)), dtype=np.int64)
+        for position in range(len(self._raise)):
+            raised[position] = self._raised(position, np.arange(len(self._cells)))
+        rows = np.zeros((int(number[ranks].sum()), self.num_columns))
+        first_cell = np.searchsorted(self._stage_of, np.arange(self._shape[0] + 1))
+        levels = np.array(self._raise, dtype=np.int64)
+        add_bytes(
+            costs.slots.stage, costs.slots.live, ranks, number, first_cell, self._run_of, raised,
+            runs.kept_bytes, runs.late_bytes, runs.state_bytes, self._base, levels, rows,
+        )  # fmt: skip
+        least = np.array([self._least_workspace(rank) for rank in ranks.tolist()])
+        ties = []
+        workspace, width = self._rising_workspace(), len(self._raise)
+        is_bulk = self._is_bulk
+        row_rank = np.repeat(np.arange(len(ranks)), number[ranks])
+        for place, rank in enumerate(ranks.tolist()):
+            cells = np.flatnonzero((costs.slots.held[rank, self._stage_of] > 0.0) & is_bulk)
+            before = float(least[place])
+            for position, level in enumerate(self._raise):
+                rise = float(workspace[level]) - before
+                if rise <= 0.0:
+                    continue
+                tie = np.zeros(self.num_columns)
+                tie[raised[position:, cells]] = 1.0
+                switch = self._first_switch + place * width + position
+                tie[switch] = -float(max(self._most[rank], 1))
+                ties.append(tie)
+                rows[row_rank == place, switch] += rise
+                before += rise
         scale = 1.0 / max(costs.capacity_bytes, 1.0)
-        least = self._least_workspace(rank)
-        live = costs.order.live[rank]
-        if self.form == "whole":
-            rows = self._bytes_rows(rank, live, np.zeros(3))
-            switches, rises = self._workspace_switches(rank, least, most)
-            rows[:, switches] += rises
-        else:
-            rows = self._bytes_rows(rank, live, self._workspace_steps(rank, least, most))
-        room = (costs.capacity_bytes - least) * scale
-        self._solver.add(rows * scale, np.full(len(rows), -np.inf), np.full(len(rows), room))
+        room = (costs.capacity_bytes - least[row_rank]) * scale
+        blocks = [(rows * scale, np.full(len(rows), -np.inf), room)]
+        if ties:
+            blocks.append((np.stack(ties), np.full(len(ties), -np.inf), np.zeros(len(ties))))
+        return blocks
 
     def _least_workspace(self, rank: int) -> float:
         """Return what the rank's workspace is at least: on every stage stands some layer that reaches it."""
@@ -326,57 +374,11 @@ class CutProgram:
         sure += [float(workspace[ends[slot.stage]]) for slot in costs.order.slots[rank] if slot.stage in ends]
         return max(sure)
 
-    def _workspace_steps(self, rank: int, least: float, most: int) -> Floats:
-        """Return bytes that a layer of the largest class at each level adds to the row for its workspace, [3].
-
-        A rank of at most m such layers that recomputes any at level l needs that level's workspace w_l, and e_l / m is at
-        most 1 if there are any: with w rising, w >= w_0 + sum_l (w_l - w_{l-1}) (e_l + ... + e_2) / m.
-        """
-        workspace = self._rising_workspace()
-        steps, before = np.zeros(3), least
-        for level in self._raise:
-            rise = max(float(workspace[level]) - before, 0.0)
-            steps[level] = (steps[level - 1] if level > self._base + 1 else 0.0) + rise / max(most, 1)
-            before += rise
-        return steps
-
     def _rising_workspace(self) -> Floats:
         """Return what a layer of the largest class at each level or a stronger one needs at least, [3]."""
         workspace = self._costs.runs.workspace_bytes[:, self._costs.bulk_run].copy()
         workspace[~self._costs.levels] = np.inf
         return np.asarray(np.minimum.accumulate(workspace[::-1])[::-1])
-
-    def _workspace_switches(self, rank: int, least: float, most: int) -> tuple[list[int], list[float]]:
-        """Tie a binary to each level of the largest class on a rank; return the columns and the bytes each one adds."""
-        workspace, cells = self._rising_workspace(), self._bulk_cells(rank)
-        first = self._first_switch + int(self._overfull[:rank].sum()) * len(self._raise)
-        switches, rises, before = [], [], least
-        for position, level in enumerate(self._raise):
-            rise = float(workspace[level]) - before
-            if rise <= 0.0:
-                continue
-            index = np.concatenate([self._raised(p, cells) for p in range(position, len(self._raise))])
-            value = np.append(np.ones(len(index)), -float(max(most, 1)))
-            self._add_at_most(np.append(index, first + position), value, 0.0)
-            switches.append(first + position)
-            rises.append(rise)
-            before += rise
-        return switches, rises
-
-    def _bytes_rows(self, rank: int, live: Floats, steps: Floats) -> Floats:
-        """Return the bytes of a rank at some live vectors [n, 2, V] as rows over the columns, [n, columns]."""
-        runs, of_class = self._costs.runs, self._costs.classes.run_class
-        alike = of_class == of_class[self._costs.bulk_run]
-        rows = np.zeros((len(live), self.num_columns))
-        for place, slot in enumerate(self._costs.order.slots[rank]):
-            cells = np.flatnonzero(self._stage_of == slot.stage)
-            here = self._run_of[cells]
-            each = live[:, 0, place, None, None] * runs.kept_bytes + live[:, 1, place, None, None] * runs.late_bytes
-            rows[:, 1 + cells] += runs.state_bytes[here] + each[:, self._base, here]
-            for position, level in enumerate(self._raise):
-                saved = each[:, level] - each[:, self._base] + steps[level] * alike
-                rows[:, self._raised(position, cells)] += saved[:, here]
-        return rows
 
     def _path_columns(self) -> Columns:
         costs, runs, order, scale = self._costs, self._costs.runs, self._costs.order, self._scale
@@ -411,11 +413,39 @@ class CutProgram:
 
     def _know(self, more: int = 0) -> None:
         """Take the pool's further paths as rows, and make room for more."""
-        pool, first = self._pool, self._known
+        pool = self._pool
         pool.reserve(more)
-        self._known = pool.number
-        table = self._solver.with_room(self._known - first + more)
-        add_rows(table, self._map, pool.counts, pool.ends, first, self._known)
+        names = pool.names[: pool.number]
+        new = np.flatnonzero(names >= self._next_name)
+        self._next_name = pool.next_name
+        table = self._solver.with_room(len(new) + more)
+        add_rows(table, self._map, pool.counts, pool.ends, new)
+        self._names = np.concatenate((self._names, names[new]))
+
+    def basis(self) -> NamedBasis:
+        """Return the last basis, with paths by their names."""
+        found = self._solver.basis()
+        first = self._first_path
+        is_path = found.rows >= first
+        names = self._names[found.rows[is_path] - first]
+        fixed = found._replace(rows=found.rows[~is_path], at_low=found.at_low[~is_path])
+        return NamedBasis(self._likeness, fixed, names)
+
+    def start_from(self, basis: NamedBasis | None) -> None:
+        """Start from the basis of another candidate's program where the two are alike."""
+        if basis is None or basis.likeness != self._likeness:
+            return
+        fixed, places = basis.fixed, np.flatnonzero(np.isin(self._names, basis.paths))
+        self._solver.start_at(
+            fixed._replace(
+                rows=np.concatenate((fixed.rows, self._first_path + places)),
+                at_low=np.concatenate((fixed.at_low, np.ones(len(places), dtype=np.bool_))),
+            )
+        )
+
+    @property
+    def _likeness(self) -> tuple[object, ...]:
+        return self.form, self.num_columns, self._first_path, self._cells.tobytes(), self._raised_cells.tobytes()
 
     def add(self, cut: Cut) -> None:
         """Add a path of the order."""
@@ -426,10 +456,11 @@ class CutProgram:
         """Draw points towards one of another program of the order, or towards layers spread evenly."""
         values = self._even() if inner is None else self._columns_at(inner)
         self.inner = values if self._is_within(values) else self._even()
+        pool = self._pool
         self._know(1)
-        value = trace_point(self._map, self._steps, self._pool.counts, self._pool.ends, self._known, self.inner)
+        value = trace_point(self._map, self._steps, pool.counts, pool.ends, pool.number, self.inner)
         self.simulated += 1
-        self._pool.number += 1
+        pool.grow_to(pool.number + 1)
         self._know()
         self.inner_s = value / self._scale
 
@@ -457,7 +488,8 @@ class CutProgram:
         """
         self._know(2 * rules.rounds + 2)
         pool = self._pool
-        status, bound, value, self._known, traced = improve_bound(
+        known = pool.number
+        status, bound, value, number, traced = improve_bound(
             self._solver.table,
             self._map,
             self._steps,
@@ -469,7 +501,9 @@ class CutProgram:
             self._limit,
             rules,
         )
-        pool.number = self._known
+        pool.grow_to(number)
+        self._names = np.concatenate((self._names, pool.names[known:number]))
+        self._next_name = pool.next_name
         self.inner_s = value / self._scale
         self.simulated += traced
         if status == ABOVE:
@@ -515,8 +549,8 @@ class CutProgram:
         return bool(low[0] - self._solver.activities(last, self._values)[0] > 1e-6 * self._values[0])
 
     def carrying(self) -> Longs:
-        """Return which of the pool's paths bind in the last basis."""
-        return np.flatnonzero(self._solver.binding()[self._first_path :])
+        """Return the names of the paths that bind in the last basis."""
+        return self._names[self._solver.binding()[self._first_path :]]
 
     def _point(self, values: Floats, bound_s: float) -> Point:
         stages, runs = self._shape
@@ -543,9 +577,11 @@ class CutProgram:
             values[self._first_floor :] = point.floors
         return values
 
-    def multipliers(self) -> Floats:
-        """Return the multipliers of the pool's paths, at least zero."""
-        return np.asarray(np.maximum(self._solver.multipliers()[self._first_path :], 0.0))
+    def weighted(self) -> tuple[Longs, Floats]:
+        """Return the names of the paths that have a multiplier, and these, [n]."""
+        weights = self._solver.multipliers()[self._first_path :]
+        chosen = weights > 1e-9
+        return self._names[chosen], weights[chosen]
 
 
 class _FloorLines(NamedTuple):

@@ -6,7 +6,7 @@ family's closed form shows, and rises as searches work on it: by caps here (`ref
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -54,6 +54,7 @@ class DeclaredSpace:
     problem: Problem
     limits: Limits
     work: WorkCount
+    _keys: dict[int, OrderKey] = field(default_factory=dict)
 
     @cached_property
     def levels(self) -> npt.NDArray[np.bool_]:
@@ -174,8 +175,11 @@ class DeclaredSpace:
 
     def key(self, index: int) -> OrderKey:
         """Return the key of a candidate's order."""
-        row = self.priced.shape[int(self.crossed[0][index])]
-        return OrderKey(self.rule(index).name, int(row[PP]), int(row[NUM_MICROBATCHES]), int(self.crossed[2][index]))
+        known = self._keys.get(index)
+        if known is None:
+            ranks, count = self.priced.shape[self.crossed[0][index], [PP, NUM_MICROBATCHES]].tolist()
+            known = self._keys[index] = OrderKey(self.rule(index).name, ranks, count, int(self.crossed[2][index]))
+        return known
 
     def leaders(self, chosen: Longs) -> tuple[Longs, Longs, Longs]:
         """Return which of some candidates lead, which follow, and whom: the equal schedule on the row that leads theirs.

@@ -5,13 +5,14 @@
 Every variable, a column or the activity of a row, is basic or nonbasic at one of its limits. The table holds the basic
 ones of the rows that were looked at as linear forms of the nonbasic ones, [m, n], and reduced costs are the objective
 as such a form; they keep the sign that makes it least, so the objective is a lower bound at any time. A pivot takes the
-basic variable that is furthest beyond a limit (steepest edge, whose norms the dense table gives exactly) against the
-nonbasic one whose reduced cost gets to zero first (Harris' two passes), O(m n).
+basic variable that is furthest beyond a limit (steepest edge, whose norms the dense table gives exactly) against a
+nonbasic one whose reduced cost gets to zero (Harris' two passes): all variables have two limits, so those where that happens
+first go to their other limit as long as the row stays beyond its own (the long step), O(m n).
 
 Rows are known first and enter the table where a solution misses them; rows that are basic say nothing and leave it. So
-programs of hundreds of known rows are solved in tables of tens. Limits may change between solves, columns whose two
-limits are finite go to the one that their reduced cost asks for, and the method goes on from where it was: this needs
-finite limits of all that changes.
+programs of hundreds of known rows are solved in tables of tens. Limits may change between solves, variables go to the one
+that their reduced cost asks for, and the method goes on from where it was, or from the basis of another program that is like
+this one: so all limits are finite.
 
 Nothing rests on the table's rounding: `proved` takes the multipliers alone, clips their signs, and adds up what the rows'
 limits and the columns' limits give in the numbers of the program (Neumaier and Shcherbina, Mathematical Programming 99,
@@ -30,11 +31,13 @@ from numba import njit
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 OPTIMAL, ABOVE, STOPPED = range(3)  # ABOVE: the optimum is proved to be at least the limit, or there is none
 KNOWN, HELD, PIVOTS, CHECKED = range(4)  # entries of Table.size
 _FEASIBLE = 1e-9
 _DUAL = 1e-10
+_NOTHING = 1e-9  # of a reduced cost, that moves no variable to its other limit
 _PIVOT = 1e-7
 _MISSED = 1e-7
 _CLEARLY = 1e-9  # of the limit, by which the table's bound passes it before the multipliers are asked
@@ -73,7 +76,7 @@ class Table(NamedTuple):
 def table_of(lower: Floats, upper: Floats, cost: Floats, room: int) -> Table:
     """Return the table of a program without rows and with room for some; the columns are at their lower limits.
 
-    Costs are at least zero, and limits of columns finite.
+    Costs are at least zero, and limits finite.
     """
     count = len(lower)
     most = count + _SPARE
@@ -130,29 +133,42 @@ def probe(t: Table, variable: int, low: float, high: float, limit: float, most_p
 
     The table stays as it is.
     """
-    held = t.size[HELD]
-    known = t.size[KNOWN] + len(t.at)
-    table, basic, value, norm = (
-        t.table[:held].copy(),
-        t.basic[:held].copy(),
-        t.value[:held].copy(),
-        t.norm[:held].copy(),
-    )
-    nonbasic, reduced, at, place = t.nonbasic.copy(), t.reduced.copy(), t.at.copy(), t.place[:known].copy()
+    own = _copied(t)
     before = (t.low[variable], t.high[variable])
-    if t.place[variable] == -1:
-        _make_room(t)
-        _enter(t, variable - len(t.at))
+    if own.place[variable] == -1:
+        _make_room(own)
+        _enter(own, variable - len(own.at))
     t.low[variable], t.high[variable] = low, high
-    _settle(t)
-    status, row = _iterate(t, limit, t.size[PIVOTS] + most_pivots)
-    ray = np.zeros(len(t.at))
-    bound = proved(t, limit, row if status == ABOVE else -1, ray)
+    _settle(own)
+    status, row = _iterate(own, limit, own.size[PIVOTS] + most_pivots)
+    bound = proved(own, limit, row if status == ABOVE else -1, np.zeros(len(own.at)))
     t.low[variable], t.high[variable] = before
-    t.table[:held], t.basic[:held], t.value[:held], t.norm[:held] = table, basic, value, norm
-    t.nonbasic[:], t.reduced[:], t.at[:], t.place[:known] = nonbasic, reduced, at, place
-    t.size[HELD] = held
+    t.size[PIVOTS] = own.size[PIVOTS]
     return np.inf if bound >= limit else bound
+
+
+@njit(cache=True, no_cpython_wrapper=True)
+def _copied(t: Table) -> Table:
+    """Return a table with a basis of its own over the same program."""
+    held, known = t.size[HELD], t.size[KNOWN] + len(t.at)
+    table, basic, value, norm = (
+        np.empty_like(t.table),
+        np.empty_like(t.basic),
+        np.empty_like(t.value),
+        np.empty_like(t.norm),
+    )
+    table[:held], basic[:held], value[:held], norm[:held] = (
+        t.table[:held],
+        t.basic[:held],
+        t.value[:held],
+        t.norm[:held],
+    )
+    place = np.empty_like(t.place)
+    place[:known] = t.place[:known]
+    return Table(
+        t.rows, t.low, t.high, t.cost, table, basic, value, norm,
+        t.nonbasic.copy(), t.reduced.copy(), t.at.copy(), place, t.size.copy(),
+    )  # fmt: skip
 
 
 @njit(cache=True)
@@ -166,14 +182,16 @@ def proved(t: Table, limit: float, row: int, left: Floats) -> float:
     share = 0.0
     if row >= 0:
         variable = t.basic[row]
-        most = 0.0
         sign = 1.0 if t.value[row] < t.low[variable] else -1.0
         miss = t.low[variable] - t.value[row] if sign > 0.0 else t.value[row] - t.high[variable]
-        total = 0.0
+        total, least = 0.0, 0.0
         for place in range(count):
             total += t.reduced[place] * t.at[place]
-            most = max(most, abs(t.at[place]))
-        share = sign * (max(limit - total, 0.0) + 1e-6 * abs(limit) + 1e-9) / max(miss, 1e-300)
+            low, high = t.low[t.nonbasic[place]], t.high[t.nonbasic[place]]
+            if low < high and (t.at[place] == low) != (t.reduced[place] > 0.0):  # it was passed
+                least = max(least, abs(t.reduced[place]) / max(abs(t.table[row, place]), _PIVOT))
+        share = max((max(limit - total, 0.0) + 1e-6 * abs(limit) + 1e-9) / max(miss, 1e-300), least)
+        share *= sign
     for place in range(count):
         left[place] = t.cost[place]
     bound = 0.0
@@ -186,7 +204,7 @@ def proved(t: Table, limit: float, row: int, left: Floats) -> float:
         if variable < count:
             continue
         end = t.low[variable] if weight > 0.0 else t.high[variable]
-        if weight == 0.0 or not np.isfinite(end):
+        if weight == 0.0:
             continue
         bound += weight * end
         line = t.rows[variable - count]
@@ -224,11 +242,8 @@ def _settle(t: Table) -> None:
         variable = t.nonbasic[place]
         low, high = t.low[variable], t.high[variable]
         end = low if t.reduced[place] > 0.0 else high
-        if abs(t.reduced[place]) <= _DUAL:
+        if abs(t.reduced[place]) <= _NOTHING:
             end = low if abs(t.at[place] - low) <= abs(t.at[place] - high) else high
-        if not np.isfinite(end):  # what rounding left has no cost
-            t.reduced[place] = 0.0
-            end = low if np.isfinite(low) else high
         t.at[place] = end
     for row in range(t.size[HELD]):
         t.value[row] = np.dot(t.table[row], t.at)
@@ -241,6 +256,7 @@ def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
     total = 0.0
     for place in range(count):
         total += t.reduced[place] * t.at[place]
+    passed = np.zeros(count, dtype=np.bool_)
     while True:
         if total >= limit:
             return ABOVE, -1
@@ -249,16 +265,19 @@ def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
             return OPTIMAL, -1
         variable, value = t.basic[row], t.value[row]
         sign, end = (1.0, t.low[variable]) if value < t.low[variable] else (-1.0, t.high[variable])
-        column = _entering(t.table[row], t.reduced, t.at, t.nonbasic, t.low, t.high, sign)
+        little = _MISSED * (1.0 + abs(value))
+        column = _entering(t, row, sign, abs(end - value) - little, passed)
         if column < 0:
-            if abs(end - value) <= _MISSED * (1.0 + abs(value)):
+            if abs(end - value) <= little:
                 t.norm[row] = np.inf  # as good as met, and nothing moves it
                 continue
+            _flip(t, passed)  # from there on the objective rises without an end
             return ABOVE, row
         if t.size[PIVOTS] >= last:
             return STOPPED, -1
         t.size[PIVOTS] += 1
-        step = (end - value) / t.table[row, column]
+        total += _flip(t, passed)
+        step = (end - t.value[row]) / t.table[row, column]
         total += t.reduced[column] * step
         _pivot(t, row, column, step, end)
 
@@ -276,23 +295,58 @@ def _leaving(basic: Longs, value: Floats, norm: Floats, low: Floats, high: Float
 
 
 @njit(cache=True, no_cpython_wrapper=True)
-def _entering(
-    line: Floats, reduced: Floats, at: Floats, nonbasic: Longs, low: Floats, high: Floats, sign: float
-) -> int:
-    """Return the column whose reduced cost gets to zero first when a row's value goes up (sign 1) or down; -1 for none."""
-    most = np.inf
-    for place in range(len(at)):
-        slope = sign * line[place]
-        if abs(slope) > _PIVOT and _may_move(at[place], nonbasic[place], low, high, slope):
-            most = min(most, (abs(reduced[place]) + _DUAL) / abs(slope))
-    best, column = 0.0, -1
-    for place in range(len(at)):
-        slope = sign * line[place]
-        if abs(slope) <= max(_PIVOT, best) or abs(reduced[place]) > most * abs(slope):
+def _entering(t: Table, row: int, sign: float, miss: float, passed: Bools) -> int:
+    """Return the column against which a row whose value has to rise (sign 1) or fall is exchanged; -1 for none.
+
+    Columns whose reduced costs get to zero first go to their other limit, `passed`, as long as that moves the row by less than
+    `miss` (the long step); the first that would move it further, or has no other limit, enters.
+    """
+    line = t.table[row]
+    passed[:] = False
+    while True:
+        most = np.inf
+        for place in range(len(line)):
+            slope = sign * line[place]
+            if (
+                abs(slope) > _PIVOT
+                and not passed[place]
+                and _may_move(t.at[place], t.nonbasic[place], t.low, t.high, slope)
+            ):
+                most = min(most, (abs(t.reduced[place]) + _DUAL) / abs(slope))
+        best, column, gained = 0.0, -1, 0.0
+        for place in range(len(line)):
+            slope = abs(line[place])
+            if slope <= _PIVOT or passed[place] or abs(t.reduced[place]) > most * slope:
+                continue
+            if _may_move(t.at[place], t.nonbasic[place], t.low, t.high, sign * line[place]):
+                gained += slope * (t.high[t.nonbasic[place]] - t.low[t.nonbasic[place]])
+                if slope > best:
+                    best, column = slope, place
+        if column < 0 or gained >= miss:
+            return column
+        miss -= gained
+        for place in range(len(line)):
+            slope = abs(line[place])
+            if slope <= _PIVOT or passed[place] or abs(t.reduced[place]) > most * slope:
+                continue
+            passed[place] = _may_move(t.at[place], t.nonbasic[place], t.low, t.high, sign * line[place])
+
+
+@njit(cache=True, no_cpython_wrapper=True)
+def _flip(t: Table, passed: Bools) -> float:
+    """Put columns at their other limits; return what that adds to the objective."""
+    added = 0.0
+    for place in range(len(passed)):
+        if not passed[place]:
             continue
-        if _may_move(at[place], nonbasic[place], low, high, slope):
-            best, column = abs(slope), place
-    return column
+        variable = t.nonbasic[place]
+        low, high = t.low[variable], t.high[variable]
+        move = high - low if t.at[place] == low else low - high
+        t.at[place] = high if t.at[place] == low else low
+        added += t.reduced[place] * move
+        for row in range(t.size[HELD]):
+            t.value[row] += t.table[row, place] * move
+    return added
 
 
 @njit(cache=True, inline="always", no_cpython_wrapper=True)
@@ -450,34 +504,46 @@ def _drift(t: Table) -> float:
 def _rebuild(t: Table) -> None:
     """Make the table anew from the program's numbers, with the same basis as far as pivots allow."""
     count = len(t.at)
-    wanted = np.zeros(count, dtype=np.bool_)
-    rows = np.empty(t.size[HELD] + count, dtype=np.int64)
-    number = 0
-    for row in range(t.size[HELD]):
-        if t.basic[row] < count:
-            wanted[t.basic[row]] = True
-    for place in range(count):
-        if t.nonbasic[place] >= count:
-            rows[number] = t.nonbasic[place] - count
-            number += 1
+    rows, at_low, wanted = np.empty(count, np.int64), np.empty(count, np.bool_), np.empty(count, np.bool_)
+    number = basis(t, rows, at_low, wanted)
     ends = np.empty(count)
     for column in range(count):
         place = t.place[column]
         ends[column] = t.low[column] if place >= 0 else t.at[-2 - place]
-    row_ends = np.empty(number)
-    for place in range(number):
-        row_ends[place] = t.at[-2 - t.place[count + rows[place]]]
     t.place[count : count + t.size[KNOWN]] = -1
     t.size[HELD] = 0
     for column in range(count):
         t.nonbasic[column], t.reduced[column], t.at[column] = column, t.cost[column], ends[column]
         t.place[column] = -2 - column
-    for place in range(number):
-        _enter(t, rows[place])
-    for row in range(number):
+    start_at(t, rows[:number], at_low[:number], wanted)
+
+
+@njit(cache=True)
+def start_at(t: Table, rows: Longs, at_low: Bools, wanted: Bools) -> None:
+    """Exchange known rows, each at its lower or upper limit, for the wanted columns [n], as far as pivots allow.
+
+    The table holds no row before, and is not settled behind.
+    """
+    for known in rows:
+        _enter(t, known)
+    for row in range(len(rows)):
         best, column = _PIVOT, -1
-        for place in range(count):
-            if t.nonbasic[place] < count and wanted[t.nonbasic[place]] and abs(t.table[row, place]) > best:
+        for place in range(len(wanted)):
+            if t.nonbasic[place] < len(wanted) and wanted[t.nonbasic[place]] and abs(t.table[row, place]) > best:
                 best, column = abs(t.table[row, place]), place
         if column >= 0:
-            _pivot(t, row, column, 0.0, row_ends[row])
+            end = t.low[t.basic[row]] if at_low[row] else t.high[t.basic[row]]
+            _pivot(t, row, column, 0.0, end)
+
+
+@njit(cache=True)
+def basis(t: Table, rows: Longs, at_low: Bools, columns: Bools) -> int:
+    """Fill the known rows at a limit [n], whether it is the lower one, and which columns [n] are basic; return their number."""
+    count, number = len(t.at), 0
+    for place in range(count):
+        variable = t.nonbasic[place]
+        columns[place] = t.place[place] >= 0
+        if variable >= count:
+            rows[number], at_low[number] = variable - count, t.at[place] == t.low[variable]
+            number += 1
+    return number

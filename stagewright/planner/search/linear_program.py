@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,18 +13,28 @@ from stagewright.planner.search.dual_simplex import KNOWN, PIVOTS, Table, table_
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
+_BEYOND = 1e-6  # a row's implied limit is that far from what it can be
 _ROOM = 192  # rows there is room for at first
+
+
+class Basis(NamedTuple):
+    """Rows at a limit [m], whether that is the lower one, and which columns [n] are not at one."""
+
+    rows: Longs
+    at_low: npt.NDArray[np.bool_]
+    columns: npt.NDArray[np.bool_]
 
 
 class LinearProgram:
     """min cost . x with limits on columns and rows; open for more rows and other limits. Kernels solve its `table`.
 
     Variables are the columns 0 .. n - 1, then the activities of the rows in the order in which they were added. Costs are at
-    least zero, limits of columns finite, and so are those that `limit` sets.
+    least zero, limits of columns finite, and so are those that `limit` sets, which never lie beyond those that rows were
+    added under: a row without a limit has the one that the columns imply.
     """
 
-    def __init__(self, lower: Floats, upper: Floats, cost: Floats) -> None:
-        self.table: Table = table_of(lower, upper, cost, _ROOM)
+    def __init__(self, lower: Floats, upper: Floats, cost: Floats, *, room: int = _ROOM) -> None:
+        self.table: Table = table_of(lower, upper, cost, room)
         self.num_columns = len(lower)
 
     @property
@@ -40,9 +52,28 @@ class LinearProgram:
         total = known + len(rows)
         self.with_room(len(rows))
         self.table.rows[known:total] = rows
-        self.table.low[count + known : count + total] = low
-        self.table.high[count + known : count + total] = high
+        least, most = self._reach(rows)
+        self.table.low[count + known : count + total] = np.where(np.isinf(low), np.minimum(least, high), low)
+        self.table.high[count + known : count + total] = np.where(np.isinf(high), np.maximum(most, low), high)
         self.table.size[KNOWN] = total
+
+    def _reach(self, rows: Floats) -> tuple[Floats, Floats]:
+        """Return the least and the most that rows can be within the limits of the columns, and a little."""
+        low, high = self.table.low[: self.num_columns], self.table.high[: self.num_columns]
+        up, down = np.maximum(rows, 0.0), np.minimum(rows, 0.0)
+        least, most = up @ low + down @ high, up @ high + down @ low
+        return least - _BEYOND * (1.0 + np.abs(least)), most + _BEYOND * (1.0 + np.abs(most))
+
+    def basis(self) -> Basis:
+        """Return the last basis."""
+        count = self.num_columns
+        rows, at_low, columns = np.empty(count, np.int64), np.empty(count, np.bool_), np.empty(count, np.bool_)
+        number = dual_simplex.basis(self.table, rows, at_low, columns)
+        return Basis(rows[:number], at_low[:number], columns)
+
+    def start_at(self, basis: Basis) -> None:
+        """Start from a basis, of another program that is like this one, before anything was solved."""
+        dual_simplex.start_at(self.table, *basis)
 
     def with_room(self, number: int) -> Table:
         """Return the table, with room for more rows."""

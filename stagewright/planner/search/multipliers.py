@@ -43,13 +43,13 @@ class MeanPath(NamedTuple):
     visits: Floats
 
 
-def mean_path(costs: CandidateCosts, pool: PathPool, weights: Floats) -> MeanPath | None:
-    """Return the mean of a pool's paths with weights that need not sum to 1; None where they are all zero."""
-    total = float(weights.sum())
-    if total <= 0.0:
+def mean_path(costs: CandidateCosts, pool: PathPool, names: Longs, weights: Floats) -> MeanPath | None:
+    """Return the mean of some of a pool's paths with weights [n] that need not sum to 1; None where there are none."""
+    if not len(names):
         return None
-    chosen = np.flatnonzero(weights)
-    share, stages = weights[chosen] / total, 3 * costs.num_stages
+    of_name = dict(zip(pool.names[: pool.number].tolist(), range(pool.number), strict=True))
+    chosen = np.array([of_name[name] for name in names.tolist()])
+    share, stages = weights / float(weights.sum()), 3 * costs.num_stages
     paths = pool.counts[chosen]
     counts = paths[:, :stages].reshape(len(chosen), 3, -1).astype(np.float64)
     ends = np.zeros(costs.order.num_ranks)

@@ -1,7 +1,7 @@
 """The critical paths that are known of an order, as arrays that grow: what programs over cuts are made of.
 
 A path counts forwards, input gradients and weight gradients of each stage, then a zero, then hops, int32 [3 S + 1 + H], as
-`order.trace_back` does, and ends on a rank. What carried a bound last comes first.
+`order.trace_back` does, and ends on a rank. What carried a bound last comes first; a path's name stays while its place changes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ _ROOM = 64
 
 
 class PathPool:
-    """Paths of one order, the first `number` of `counts` [room, 3 S + 1 + H] and `ends` [room]."""
+    """Paths of one order, the first `number` of `counts` [room, 3 S + 1 + H], `ends` and `names` [room]."""
 
     def __init__(self, order: Order) -> None:
         self.num_stages = order.num_stages
         self.number = 0
         self.counts: Ints = np.zeros((_ROOM, 3 * order.num_stages + 1 + order.num_hops), dtype=np.int32)
         self.ends: Longs = np.zeros(_ROOM, dtype=np.int64)
+        self.names: Longs = np.zeros(_ROOM, dtype=np.int64)
+        self._num_named = 0
 
     def reserve(self, more: int) -> None:
         """Make room for more paths."""
@@ -35,7 +37,8 @@ class PathPool:
             grown = np.zeros((max(room, 2 * len(self.counts)), self.counts.shape[1]), dtype=np.int32)
             grown[: self.number] = self.counts[: self.number]
             self.counts = grown
-            self.ends = np.concatenate((self.ends, np.zeros(len(grown) - len(self.ends), dtype=np.int64)))
+            more_zeros = np.zeros(len(grown) - len(self.ends), dtype=np.int64)
+            self.ends, self.names = np.concatenate((self.ends, more_zeros)), np.concatenate((self.names, more_zeros))
 
     def add(self, cut: Cut) -> None:
         """Add a path behind the others."""
@@ -44,17 +47,34 @@ class PathPool:
         self.counts[self.number, :stages] = cut.counts.ravel()
         self.counts[self.number, stages + 1 :] = cut.hops
         self.ends[self.number] = cut.end_rank
-        self.number += 1
+        self.grow_to(self.number + 1)
+
+    def grow_to(self, number: int) -> None:
+        """Take paths up to `number` that were written behind the known ones; each gets a name that it keeps."""
+        new = number - self.number
+        self.names[self.number : number] = self._num_named + np.arange(new)
+        self._num_named += new
+        self.number = number
+
+    @property
+    def next_name(self) -> int:
+        """The name of the next path that is taken; those of all others are below."""
+        return self._num_named
+
+    def places_of(self, names: Longs) -> Longs:
+        """Return where paths stand that are still here, in the order of their places."""
+        return np.flatnonzero(np.isin(self.names[: self.number], names))
 
     def prefer(self, first: Longs, *, before: int, drops_new: bool) -> None:
-        """Put some paths first, then those from `before` on, then the older ones; at most MOST_KNOWN stay.
+        """Put the paths of some names first, then those from the name `before` on, then the older ones; MOST_KNOWN at most stay.
 
         `drops_new` leaves those from `before` on out, but for the first ones.
         """
-        chosen = np.zeros(self.number, dtype=np.bool_)
-        chosen[first] = True
-        left = np.flatnonzero(~chosen)
-        new, old = left[left >= before], left[left < before]
-        places = np.concatenate((first, *([] if drops_new else [new]), old))[:MOST_KNOWN]
-        self.counts[: len(places)], self.ends[: len(places)] = self.counts[places], self.ends[places]
+        is_first = np.isin(self.names[: self.number], first)
+        is_new = self.names[: self.number] >= before
+        old = np.flatnonzero(~is_first & ~is_new)
+        new = np.flatnonzero(~is_first & is_new)
+        places = np.concatenate((np.flatnonzero(is_first), *([] if drops_new else [new]), old))[:MOST_KNOWN]
+        for part in (self.counts, self.ends, self.names):
+            part[: len(places)] = part[places]
         self.number = len(places)

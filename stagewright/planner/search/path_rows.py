@@ -21,6 +21,9 @@ Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
 
+_BEYOND = 1.0 + 1e-6
+
+
 class Columns(NamedTuple):
     """What columns stand for, and what they cost along a path.
 
@@ -142,15 +145,19 @@ def fill_seconds(c: Columns, values: Floats, seconds: Floats, tail_s: Floats) ->
 
 
 @njit(cache=True)
-def add_rows(t: Table, c: Columns, paths: Ints, ends: Longs, first: int, last: int) -> None:
-    """Let the program know the paths from `first` up to `last`."""
-    count = len(t.at)
-    for place in range(first, last):
-        known = t.size[KNOWN]
-        t.low[count + known] = fill_row(c, paths[place], ends[place], t.rows[known])
-        t.high[count + known] = np.inf
-        t.place[count + known] = -1
-        t.size[KNOWN] = known + 1
+def add_rows(t: Table, c: Columns, paths: Ints, ends: Longs, places: Longs) -> None:
+    """Let the program know the paths at some places."""
+    for place in places:
+        _add_row(t, c, paths[place], ends[place])
+
+
+@njit(cache=True, no_cpython_wrapper=True)
+def _add_row(t: Table, c: Columns, path: Ints, end: int) -> None:
+    count, known = len(t.at), t.size[KNOWN]
+    t.low[count + known] = fill_row(c, path, end, t.rows[known])
+    t.high[count + known] = max(_BEYOND * t.high[0], t.low[count + known])  # no path is negative
+    t.place[count + known] = -1
+    t.size[KNOWN] = known + 1
 
 
 @njit(cache=True, no_cpython_wrapper=True)
@@ -222,7 +229,7 @@ def improve_bound(
                 inner_value = value
                 inner[:] = point
             if value > bound * (1.0 + 1e-7):
-                add_rows(t, c, paths, ends, number, number + 1)
+                _add_row(t, c, paths[number], ends[number])
                 number += 1
             elif near == 0:
                 return OPTIMAL, bound, inner_value, number, traced

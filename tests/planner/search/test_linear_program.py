@@ -102,6 +102,29 @@ def test_other_limits_change_the_optimum_as_in_a_new_program_and_a_probe_changes
     assert compared >= 60
 
 
+def test_the_basis_of_a_program_that_differs_little_leads_to_the_same_optimum_with_fewer_pivots() -> None:
+    compared = afresh = led = 0
+    for seed in range(540, 660):
+        lower, upper, cost, matrix, low, high = _random(seed)
+        first = LinearProgram(lower, upper, cost)
+        first.add(matrix, low, high)
+        _solved(first, _LIMIT)
+        draw = np.random.default_rng(seed)
+        moved = matrix * (1.0 + 1e-3 * draw.random(matrix.shape))
+        programs = LinearProgram(lower, upper, cost), LinearProgram(lower, upper, cost)
+        for program in programs:
+            program.add(moved, low, high)
+        programs[1].start_at(first.basis())
+        before = programs[1].num_pivots
+        values = [_solved(program, _LIMIT) for program in programs]
+        assert values[1] == pytest.approx(values[0], abs=1e-6), seed
+        afresh += programs[0].num_pivots
+        led += programs[1].num_pivots - before
+        compared += np.isfinite(values[0])
+    assert compared >= 30
+    assert led < 0.5 * afresh
+
+
 def test_rows_without_the_objective_are_met_closely_where_the_objective_is_large() -> None:
     compared = 0
     for seed in range(420, 540):

@@ -61,12 +61,12 @@ def test_a_mean_of_random_paths_is_no_longer_than_the_best_completion() -> None:
         for _ in range(4):
             seconds, hops = rng.random((3, costs.num_stages)), rng.random(costs.order.num_hops)
             pool.add(costs.order.trace(seconds, hops, rng.random(costs.order.num_ranks))[1])
-        path = mean_path(costs, pool, rng.random(pool.number))
+        path = mean_path(costs, pool, pool.names[: pool.number], rng.random(pool.number))
         assert path is not None
         assert bound_by(costs, [path], ranges, np.inf) <= step_s * (1 + 1e-9)
         compared += 1
     assert compared >= 10
-    assert mean_path(costs, pool, np.zeros(pool.number)) is None
+    assert mean_path(costs, pool, pool.names[:0], np.zeros(0)) is None
 
 
 def test_a_tree_that_closed_a_candidate_closes_it_again_without_probing() -> None:
