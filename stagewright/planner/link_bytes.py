@@ -252,7 +252,7 @@ def _gradients(
 
 def _shared_gradients(total: Totals, plan: Plan, tie: SharedWeight) -> None:
     degrees, optimizer = plan.stages[min(tie.stages)].degrees, plan.job.optimizer
-    members = _members(plan, min(tie.stages)) * _replicas(plan, tie.stages)
+    members = tied_members(plan, tie)
     if degrees.zero == 0:
         _add(total, "all-reduce/tied", 2 * (members - 1) * tie.num_parameters * optimizer.gradient_bytes * degrees.tp)
         return
@@ -299,7 +299,7 @@ def _host_copies(
     away = sum(offloaded_elements(share, count) for count in buckets) * copies
     for tie in ties:
         if len(tie.stages) > 1 and stage in tie.stages:
-            everyone = _members(plan, min(tie.stages)) * _replicas(plan, tie.stages)
+            everyone = tied_members(plan, tie)
             divided = everyone if plan.stages[min(tie.stages)].degrees.zero else 1
             held = offloaded_elements(share, _padded(tie.num_parameters, divided) / divided)
             away += held * degrees.num_devices * len(_last_holders(plan, tie, stage))
@@ -346,6 +346,11 @@ def _members(plan: Plan, stage: int) -> int:
     """Return the devices of one model replica that sum a stage's gradients."""
     degrees = plan.stages[stage].degrees
     return degrees.cp if local_steps(plan) else degrees.dp * degrees.cp
+
+
+def tied_members(plan: Plan, tie: SharedWeight) -> int:
+    """Return the devices that sum the gradients of a weight that several stages share."""
+    return _members(plan, min(tie.stages)) * _replicas(plan, tie.stages)
 
 
 def _replicas(plan: Plan, stages: Iterable[int]) -> int:

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.cost.layer_table import LEVELS
 from stagewright.planner.cost.measured_cost import worst_source
+from stagewright.planner.cost.memory import ParameterBytes
 from stagewright.planner.cost.memory_actions import streamed_states_s
 from stagewright.planner.cost.options import CostOptions
 from stagewright.planner.cost.trust import expected_error
@@ -39,7 +40,14 @@ from stagewright.planner.documents.plan import Degrees, MemoryItems, Plan, Predi
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.layerwise import changes_of, fewer_replicas
-from stagewright.planner.link_bytes import gathers_by_run, link_bytes, local_steps, sharding_group, shared_weights
+from stagewright.planner.link_bytes import (
+    gathers_by_run,
+    link_bytes,
+    local_steps,
+    sharding_group,
+    shared_weights,
+    tied_members,
+)
 from stagewright.planner.passing_bytes import passing_bytes, step_workspaces
 from stagewright.planner.replica_shares import parts_of_stage, samples_by_replica, told_part
 from stagewright.planner.schedules.action import Action, parse_action
@@ -121,6 +129,7 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
         action_overhead_s=profile.action_overhead_s,
     )
     static = pipeline.static_bytes - _shared_state_bytes(plan, profile, layout, layers)
+    static = static + _unlike_state_bytes(plan, profile, layout, layers)
     static = static + _other_pipelines_bytes(schedule, layout, bounds, layers)
     if schedule.weight_policy in UPDATES_PER_MICROBATCH:
         static[1] = _late_gradient_bytes(schedule, bounds, levels, layers, static[1], pipeline.workspace_bytes)
@@ -370,6 +379,29 @@ def _shared_state_bytes(plan: Plan, profile: ModelProfile, layout: Layout, layer
                 if parameters > 0:
                     shared[:, rank] += row.state_bytes[:, layer] * min(1.0, tie.num_parameters / parameters)
     return shared
+
+
+def _unlike_state_bytes(plan: Plan, profile: ModelProfile, layout: Layout, layers: Sequence[LayerCosts]) -> Floats:
+    """Return what states of weights that several stages share take beyond those of their layers, [3, D]; may be negative.
+
+    The devices of all these stages meet once an iteration, so that ZeRO divides the optimizer's states over all of them, and
+    neither gradients nor weights.
+    """
+    unlike = np.zeros((3, layout.num_ranks))
+    stage_of = {layer: index for index, stage in enumerate(plan.stages) for layer in stage.layer_indices}
+    sizes = ParameterBytes.of(plan.job.optimizer)
+    for tie in shared_weights(plan, profile):
+        if len(tie.stages) == 1 or not any(plan.stages[stage].degrees.zero for stage in tie.stages):
+            continue
+        divided = tied_members(plan, tie) if plan.stages[min(tie.stages)].degrees.zero else 1
+        held = np.array([sizes.parameter, sizes.gradient, (sizes.master + sizes.moments) / divided])
+        for rank, slots in enumerate(layout.slots):
+            inside = [layer for layer in tie.layers if stage_of[layer] in {slot.stage for slot in slots}]
+            if inside:
+                row = layers[stage_of[inside[0]]]
+                share = min(1.0, tie.num_parameters / max(float(row.table.dense_parameters[inside[0]]), 1.0))
+                unlike[:, rank] += tie.num_parameters * held - row.state_bytes[:, inside[0]] * share
+    return unlike
 
 
 def options_of(plan: Plan) -> CostOptions:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("torch")
-from runtime_cases import Case, make_model, prepare
+from runtime_cases import LENGTH, Case, make_model, prepare
+from runtime_documents import profile_of
 from test_schedules import assert_equal_to_one_process
 
 from stagewright.modeling import split
 from stagewright.planner.cost.data_parallel import fsdp_peak_parameter_bytes
 from stagewright.planner.cost.memory import device_state_bytes
+from stagewright.planner.prediction import evaluate
 
 pytestmark = pytest.mark.ranks
 
@@ -130,3 +132,18 @@ def test_each_stage_holds_the_bytes_of_its_own_zero_stage(rank_pools):
         ledger = device_state_bytes(held, 0.0, stage.degrees, prepared.plan.job.optimizer)
         for rank in devices:
             assert results[rank].states == pytest.approx(ledger.total, rel=0.01)
+
+
+@pytest.mark.parametrize("degrees", [{"dp": 2}, *({"dp": 2, "zero": zero} for zero in (1, 2, 3))], ids=str)
+def test_a_weight_that_two_stages_share_is_held_as_the_ledger_says(rank_pools, degrees):
+    """Its states lie over the devices of both stages, its gradients and itself whole on each of them."""
+    pool = rank_pools(4)
+    case = Case("1f1b", 2, 4, degrees=degrees, dropout=0.0, tied=True, width=32)
+    prepared = prepare(case, pool.next_number())
+    profile = profile_of(split(make_model(case, 4)), sequence_length=LENGTH)
+    ledger = evaluate(prepared.plan, profile).prediction.memory
+    for rank, memory in enumerate(pool.run("degree_cases.held_states", prepared)):
+        items = ledger[rank // 2]
+        assert memory.parameters == pytest.approx(items.parameters, rel=0.01)
+        assert memory.gradients == pytest.approx(items.gradients, rel=0.01)
+        assert memory.optimizer == pytest.approx(items.optimizer, rel=0.01)
