@@ -134,11 +134,14 @@ def message_bytes_beside(lowered: Schedule, message_bytes: Floats) -> list[Float
 
 def _beside(lowered: Schedule, rank: int, edges: Sequence[tuple[tuple[int, int], float]]) -> Floats:
     columns = [KIND, REPLICA, STAGE, MICROBATCH, SLICE]
-    place, rows = lowered.placement, lowered.orders[rank][:, columns].tolist()
-    compute = {int(kind) for kind in _COUNTED}
-    taken: dict[
-        tuple[bool, int, int, int, int], int
-    ] = {}  # by whether it goes back and its unit: which computation takes it
+    place, rows = lowered.placement.tolist(), lowered.orders[rank][:, columns].tolist()
+    compute, receives = {int(kind) for kind in _COUNTED}, (Kind.RECV_F, Kind.RECV_B)
+    at_source: dict[int, list[tuple[int, float]]] = {}  # by stage: the other ends of its edges, and what they carry
+    at_target: dict[int, list[tuple[int, float]]] = {}
+    for (source, target), size in edges:
+        at_source.setdefault(source, []).append((target, size))
+        at_target.setdefault(target, []).append((source, size))
+    taken: dict[tuple[bool, int, int, int, int], int] = {}  # by direction and unit: which computation takes it
     position = 0
     for kind, *unit in rows:
         if kind in compute:
@@ -148,17 +151,15 @@ def _beside(lowered: Schedule, rank: int, edges: Sequence[tuple[tuple[int, int],
     change = np.zeros(position + 1)
     position = 0
     for kind, replica, stage, microbatch, slice_index in rows:
-        unit = (microbatch, slice_index)
+        is_back, is_receive = kind in (Kind.B, Kind.I, Kind.RECV_B), kind in receives
+        ends = at_source if is_back == is_receive else at_target
         share = 1.0 if slice_index < 0 else 1.0 / max(lowered.num_slices, 1)
-        is_back = kind in (Kind.B, Kind.I, Kind.RECV_B)
-        for (source, target), size in edges:
-            far = place[replica, source] != place[replica, target]
-            if kind in (Kind.RECV_F, Kind.RECV_B):
-                if far and stage == (source if is_back else target):
-                    _hold(change, max(position - 1, 0), taken.get((is_back, replica, stage, *unit), 0), size * share)
-            elif kind in compute and kind != Kind.W and not far and stage == (target if is_back else source):
-                taker = source if is_back else target
-                _hold(change, position + 1, taken.get((is_back, replica, taker, *unit), 0), size * share)
+        for other, size in ends.get(stage, ()) if is_receive or (kind in compute and kind != Kind.W) else ():
+            is_here = place[replica][stage] == place[replica][other]
+            if is_receive != is_here:  # a receive from another rank, or what is handed over on this one
+                first = max(position - 1, 0) if is_receive else position + 1
+                taker = (is_back, replica, stage if is_receive else other, microbatch, slice_index)
+                _hold(change, first, taken.get(taker, 0), size * share)
         position += kind in compute
     return np.cumsum(change)[:-1]
 
