@@ -161,11 +161,10 @@ class CutProgram:
         costs = self._costs
         stages, runs = self._shape
         reach = costs.reach
-        self._shared = np.flatnonzero(reach.sum(axis=1) > 1)  # stages that several runs reach
+        is_shared = reach.sum(axis=1) > 1
+        self._shared = np.flatnonzero(is_shared)  # stages that several runs reach
         self._cells = np.flatnonzero(reach.ravel())
         self._stage_of, self._run_of = self._cells // runs, self._cells % runs
-        self._position = np.full(stages * runs, -1, dtype=np.int64)
-        self._position[self._cells] = np.arange(len(self._cells))
         self._overfull = self._may_overfill() if self._raise else np.zeros(costs.order.num_ranks, dtype=np.bool_)
         self._raised_cells = np.flatnonzero(costs.slots.held[self._overfull].sum(axis=0)[self._stage_of] > 0.0)
         self._raised_position = np.full(len(self._cells), -1, dtype=np.int64)
@@ -185,7 +184,7 @@ class CutProgram:
             assert self._floors is not None
             upper[self._first_floor :] = self._floors.most * self._scale
         lower = np.zeros(count)
-        lower[1 : 1 + cells] = ~np.isin(self._stage_of, self._shared)
+        lower[1 : 1 + cells] = ~is_shared[self._stage_of]
         cost = np.zeros(count)
         cost[0] = 1.0
         self._solver = LinearProgram(lower, upper, cost, room=_ROOM[self.form])

@@ -61,16 +61,14 @@ class PathPool:
         """The name of the next path that is taken; those of all others are below."""
         return self._num_named
 
-    def places_of(self, names: Longs) -> Longs:
-        """Return where paths stand that are still here, in the order of their places."""
-        return np.flatnonzero(np.isin(self.names[: self.number], names))
-
     def prefer(self, first: Longs, *, before: int, drops_new: bool) -> None:
         """Put the paths of some names first, then those from the name `before` on, then the older ones; MOST_KNOWN at most stay.
 
         `drops_new` leaves those from `before` on out, but for the first ones.
         """
-        is_first = np.isin(self.names[: self.number], first)
+        is_named = np.zeros(self._num_named, dtype=np.bool_)
+        is_named[first] = True
+        is_first = is_named[self.names[: self.number]]
         is_new = self.names[: self.number] >= before
         old = np.flatnonzero(~is_first & ~is_new)
         new = np.flatnonzero(~is_first & is_new)
