@@ -107,8 +107,8 @@ class StageTables:
         if kind == GRAPH:
             return bound, recompute
         time = self.forward + self.input_grad + self.weight_grad
-        around = sums_around(bound, recompute, self.forward, time)
-        return self._bounds(*around, num_microbatches, kind, overhead_s, windows, below_s)
+        head, head_forward, rest = sums_around(bound, recompute, self.forward, time)
+        return self._bounds(head, head_forward, rest, num_microbatches, kind, overhead_s, windows, below_s)
 
     def _bounds(
         self,
