@@ -159,7 +159,7 @@ class CutProgram:
     def _columns(self) -> None:
         """Add theta, then the layers of each run on the stages it reaches, then the raised ones by level."""
         costs = self._costs
-        stages, runs = self._shape
+        _, runs = self._shape
         reach = costs.reach
         is_shared = reach.sum(axis=1) > 1
         self._shared = np.flatnonzero(is_shared)  # stages that several runs reach
