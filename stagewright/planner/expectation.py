@@ -80,13 +80,15 @@ def peak_bytes(evaluation: Evaluation) -> Floats:
     The optimizer's step is an action too: where few activations live, what it needs beside the states is the most.
     """
     pipeline, schedule = evaluation.pipeline, evaluation.schedule
+    unlike = evaluation.unlike_bytes.sum(axis=0)
     held = None
     if schedule.is_synchronous:
         held = peak_activations(schedule, evaluation.stage_bytes, _beside(evaluation))
     if held is None:
-        return pipeline.peak_bytes
+        return np.asarray(pipeline.peak_bytes + unlike)
     above = np.maximum(held, evaluation.step_bytes)
-    return np.asarray(pipeline.static_bytes.sum(axis=0) + pipeline.version_bytes + above + pipeline.base_bytes)
+    static = pipeline.static_bytes.sum(axis=0) + unlike
+    return np.asarray(static + pipeline.version_bytes + above + pipeline.base_bytes)
 
 
 def _beside(evaluation: Evaluation) -> list[Floats] | None:

@@ -91,7 +91,9 @@ class Evaluation:
     """A plan's prediction with all that it was made of.
 
     `host_bytes` [D] is what one device of each rank keeps on its host, `step_bytes` [D] what it needs for the time of an
-    optimizer step beside its states.
+    optimizer step beside its states, `unlike_bytes` [3, D] what its parameters, gradients and optimizer states take beyond
+    the prediction, which like the search counts a weight that several stages share with the layers of each: a run is
+    expected to hold them.
     """
 
     prediction: Prediction
@@ -103,6 +105,7 @@ class Evaluation:
     stage_bytes: tuple[StageBytes, ...]
     host_bytes: Floats
     step_bytes: Floats
+    unlike_bytes: Floats
 
 
 def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -> Evaluation:
@@ -129,7 +132,6 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
         action_overhead_s=profile.action_overhead_s,
     )
     static = pipeline.static_bytes - _shared_state_bytes(plan, profile, layout, layers)
-    static = static + _unlike_state_bytes(plan, profile, layout, layers)
     static = static + _other_pipelines_bytes(schedule, layout, bounds, layers)
     if schedule.weight_policy in UPDATES_PER_MICROBATCH:
         static[1] = _late_gradient_bytes(schedule, bounds, levels, layers, static[1], pipeline.workspace_bytes)
@@ -162,6 +164,7 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
         _stage_bytes(plan, bounds, levels, layers),
         host_bytes=_rank_sum(layout, offloaded),
         step_bytes=step_bytes,
+        unlike_bytes=_unlike_state_bytes(plan, profile, layout, layers),
     )
 
 

@@ -135,15 +135,16 @@ def test_each_stage_holds_the_bytes_of_its_own_zero_stage(rank_pools):
 
 
 @pytest.mark.parametrize("degrees", [{"dp": 2}, *({"dp": 2, "zero": zero} for zero in (1, 2, 3))], ids=str)
-def test_a_weight_that_two_stages_share_is_held_as_the_ledger_says(rank_pools, degrees):
+def test_a_weight_that_two_stages_share_is_held_as_is_expected(rank_pools, degrees):
     """Its states lie over the devices of both stages, its gradients and itself whole on each of them."""
     pool = rank_pools(4)
     case = Case("1f1b", 2, 4, degrees=degrees, dropout=0.0, tied=True, width=32)
     prepared = prepare(case, pool.next_number())
     profile = profile_of(split(make_model(case, 4)), sequence_length=LENGTH)
-    ledger = evaluate(prepared.plan, profile).prediction.memory
+    evaluation = evaluate(prepared.plan, profile)
     for rank, memory in enumerate(pool.run("degree_cases.held_states", prepared)):
-        items = ledger[rank // 2]
-        assert memory.parameters == pytest.approx(items.parameters, rel=0.01)
-        assert memory.gradients == pytest.approx(items.gradients, rel=0.01)
-        assert memory.optimizer == pytest.approx(items.optimizer, rel=0.01)
+        items = evaluation.prediction.memory[rank // 2]
+        parameters, gradients, optimizer = evaluation.unlike_bytes[:, rank // 2]
+        assert memory.parameters == pytest.approx(items.parameters + parameters, rel=0.01)
+        assert memory.gradients == pytest.approx(items.gradients + gradients, rel=0.01)
+        assert memory.optimizer == pytest.approx(items.optimizer + optimizer, rel=0.01)
