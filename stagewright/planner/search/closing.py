@@ -51,7 +51,8 @@ _PROMISING, _PROMISING_NODE = 1.06, 1.03
 class Closed:
     """What became of a candidate: a bound on all its completions, its best completion, why, and the work done.
 
-    `program` is where branching can go on with one that is open. `effort` counts entries of tables that branching went through (`CutProgram.effort`).
+    `program` is where branching can go on with one that is open. `effort` counts entries of tables that branching went
+    through (`CutProgram.effort`).
     """
 
     bound_s: float
@@ -155,9 +156,9 @@ class Closer:
 
         pool = self._pool(costs.order)
         known = pool.next_name
+        counted, spent = (program.simulated, program.effort) if program is not None else (0, 0.0)
         if program is None:
-            program = CutProgram(costs, pool, form="whole", target_s=target_s, rank_layers=rank_layers)
-            program.start_from(self.bases.get((costs.order.key, "whole")))
+            program = self._program(costs, "whole", target_s, rank_layers)
             program.start_at(self.ends.get((costs.order.key, "whole")))
         branching = Branching(
             program,
@@ -169,14 +170,23 @@ class Closer:
         )
         proved_s = branching.run(most_nodes)
         pool.prefer(np.array(list(branching.carrying), dtype=np.int64), before=known, drops_new=True)
-        simulated += program.simulated
+        simulated += program.simulated - counted
+        effort = program.effort - spent
         reason = "branching" if proved_s >= branching.target_s else "open"
-        return Closed(max(bound_s, proved_s), reason, branching.best, simulated, branching.num_nodes, program.effort)
+        return Closed(max(bound_s, proved_s), reason, branching.best, simulated, branching.num_nodes, effort)
 
     def _pool(self, order: Order) -> PathPool:
         if order.key not in self.pools:
             self.pools[order.key] = PathPool(order)
         return self.pools[order.key]
+
+    def _program(
+        self, costs: CandidateCosts, form: Form, target_s: float, rank_layers: tuple[Longs, Longs] | None
+    ) -> CutProgram:
+        """Return a candidate's program, in the basis in which the last one of its order ended."""
+        program = CutProgram(costs, self._pool(costs.order), form=form, target_s=target_s, rank_layers=rank_layers)
+        program.start_from(self.bases.get((costs.order.key, form)))
+        return program
 
     def _keep_path(self, costs: CandidateCosts, pool: PathPool, program: CutProgram) -> None:
         path = mean_path(costs, pool, *program.weighted())
@@ -194,8 +204,7 @@ class Closer:
         """
         key, pool = costs.order.key, self._pool(costs.order)
         known, enough_s = pool.next_name, target_s * (1 + 2 * _TOLERANCE)
-        program = CutProgram(costs, pool, form="light", target_s=enough_s, rank_layers=rank_layers)
-        program.start_from(self.bases.get((key, "light")))
+        program = self._program(costs, "light", enough_s, rank_layers)
         program.start_at(self.ends.get((key, "light")))
         bound_s, gathers = -np.inf, gathers and key not in self.gathered
         if program.inner_s >= target_s:
@@ -212,10 +221,8 @@ class Closer:
 
     def _whole(self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None) -> _Run:
         """Return the bound of the whole program after some rounds."""
-        pool = self._pool(costs.order)
-        known, enough_s = pool.next_name, target_s * (1 + 2 * _TOLERANCE)
-        program = CutProgram(costs, pool, form="whole", target_s=enough_s, rank_layers=rank_layers)
-        program.start_from(self.bases.get((costs.order.key, "whole")))
+        known, enough_s = self._pool(costs.order).next_name, target_s * (1 + 2 * _TOLERANCE)
+        program = self._program(costs, "whole", enough_s, rank_layers)
         return self._ended(program, known, min(program.improve(ROUNDS), enough_s) * (1 - _TOLERANCE))
 
     def _ended(self, program: CutProgram, known: int, bound_s: float) -> _Run:

@@ -222,10 +222,8 @@ class CutProgram:
         some[:, layers] = self._shared[:, None] == self._stage_of
         blocks = [(whole, number, number), (some, np.ones(len(some)), np.full(len(some), float(number.sum())))]
         if rank_layers is not None:
-            of_class = costs.classes.run_class
-            bulk = of_class == of_class[costs.bulk_run]
             ranks = np.zeros((costs.order.num_ranks, self.num_columns))
-            ranks[:, layers] = costs.slots.held[:, self._stage_of] * bulk[self._run_of]
+            ranks[:, layers] = costs.slots.held[:, self._stage_of] * self._is_bulk
             blocks.append((ranks, rank_layers[0].astype(np.float64), rank_layers[1].astype(np.float64)))
             self._tighten(ranks, rank_layers[1].astype(np.float64))
             blocks += self._floor_rows(ranks)
@@ -328,23 +326,35 @@ class CutProgram:
         costs, runs, order = self._costs, self._costs.runs, self._costs.order
         ranks = np.flatnonzero(self._overfull)
         number = np.array([len(live) for live in order.live])
-        raised = np.zeros((len(self._raise), len(self._cells)), dtype=np.int64)
-        for position in range(len(self._raise)):
-            raised[position] = self._raised(position, np.arange(len(self._cells)))
+        cells = np.arange(len(self._cells))
+        raised = np.stack([self._raised(position, cells) for position in range(len(self._raise))])
         rows = np.zeros((int(number[ranks].sum()), self.num_columns))
         first_cell = np.searchsorted(self._stage_of, np.arange(self._shape[0] + 1))
-        levels = np.array(self._raise, dtype=np.int64)
         add_bytes(
-            costs.slots.stage, costs.slots.live, ranks, number, first_cell, self._run_of, raised,
-            runs.kept_bytes, runs.late_bytes, runs.state_bytes, self._base, levels, rows,
+            costs.slots.stage, costs.slots.live, ranks, number, first_cell, self._run_of, raised, runs.kept_bytes,
+            runs.late_bytes, runs.state_bytes, self._base, np.array(self._raise, dtype=np.int64), rows,
         )  # fmt: skip
         least = np.array([self._least_workspace(rank) for rank in ranks.tolist()])
+        rises, ties = self._workspace_switches(ranks, least, raised)
+        of_rank = np.repeat(np.arange(len(ranks)), number[ranks])
+        rows[:, self._first_switch : self._first_switch + rises.size] += _on_own_columns(rises)[of_rank]
+        scale = 1.0 / max(costs.capacity_bytes, 1.0)
+        room = (costs.capacity_bytes - least[of_rank]) * scale
+        return [
+            (rows * scale, np.full(len(rows), -np.inf), room),
+            (ties, np.full(len(ties), -np.inf), np.zeros(len(ties))),
+        ]
+
+    def _workspace_switches(self, ranks: Longs, least: Floats, raised: Longs) -> tuple[Floats, Floats]:
+        """Return the bytes that the binary of each level adds on some ranks, [n, levels], and rows that tie those that add any.
+
+        `raised` [levels, C] are the columns of raised layers.
+        """
+        workspace, held, is_bulk = self._rising_workspace(), self._costs.slots.held, self._is_bulk
+        rises = np.zeros((len(ranks), len(self._raise)))
         ties = []
-        workspace, width = self._rising_workspace(), len(self._raise)
-        is_bulk = self._is_bulk
-        row_rank = np.repeat(np.arange(len(ranks)), number[ranks])
         for place, rank in enumerate(ranks.tolist()):
-            cells = np.flatnonzero((costs.slots.held[rank, self._stage_of] > 0.0) & is_bulk)
+            cells = np.flatnonzero((held[rank, self._stage_of] > 0.0) & is_bulk)
             before = float(least[place])
             for position, level in enumerate(self._raise):
                 rise = float(workspace[level]) - before
@@ -352,17 +362,11 @@ class CutProgram:
                     continue
                 tie = np.zeros(self.num_columns)
                 tie[raised[position:, cells]] = 1.0
-                switch = self._first_switch + place * width + position
-                tie[switch] = -float(max(self._most[rank], 1))
+                tie[self._first_switch + place * len(self._raise) + position] = -float(max(self._most[rank], 1))
                 ties.append(tie)
-                rows[row_rank == place, switch] += rise
+                rises[place, position] = rise
                 before += rise
-        scale = 1.0 / max(costs.capacity_bytes, 1.0)
-        room = (costs.capacity_bytes - least[row_rank]) * scale
-        blocks = [(rows * scale, np.full(len(rows), -np.inf), room)]
-        if ties:
-            blocks.append((np.stack(ties), np.full(len(ties), -np.inf), np.zeros(len(ties))))
-        return blocks
+        return rises, np.array(ties).reshape(-1, self.num_columns)
 
     def _least_workspace(self, rank: int) -> float:
         """Return what the rank's workspace is at least: on every stage stands some layer that reaches it."""
@@ -581,6 +585,14 @@ class CutProgram:
         weights = self._solver.multipliers()[self._first_path :]
         chosen = weights > 1e-9
         return self._names[chosen], weights[chosen]
+
+
+def _on_own_columns(values: Floats) -> Floats:
+    """Return rows [n, n k] with each row of `values` [n, k] in k columns of its own."""
+    count, width = values.shape
+    found = np.zeros((count, count, width))
+    found[np.arange(count), np.arange(count)] = values
+    return found.reshape(count, -1)
 
 
 class _FloorLines(NamedTuple):

@@ -306,30 +306,22 @@ def _entering(t: Table, row: int, sign: float, miss: float, passed: Bools) -> in
     while True:
         most = np.inf
         for place in range(len(line)):
-            slope = sign * line[place]
-            if (
-                abs(slope) > _PIVOT
-                and not passed[place]
-                and _may_move(t.at[place], t.nonbasic[place], t.low, t.high, slope)
-            ):
-                most = min(most, (abs(t.reduced[place]) + _DUAL) / abs(slope))
+            if not passed[place] and _may_move(t, place, sign * line[place]):
+                most = min(most, (abs(t.reduced[place]) + _DUAL) / abs(line[place]))
         best, column, gained = 0.0, -1, 0.0
         for place in range(len(line)):
             slope = abs(line[place])
-            if slope <= _PIVOT or passed[place] or abs(t.reduced[place]) > most * slope:
+            if abs(t.reduced[place]) > most * slope or passed[place] or not _may_move(t, place, sign * line[place]):
                 continue
-            if _may_move(t.at[place], t.nonbasic[place], t.low, t.high, sign * line[place]):
-                gained += slope * (t.high[t.nonbasic[place]] - t.low[t.nonbasic[place]])
-                if slope > best:
-                    best, column = slope, place
+            gained += slope * (t.high[t.nonbasic[place]] - t.low[t.nonbasic[place]])
+            if slope > best:
+                best, column = slope, place
         if column < 0 or gained >= miss:
             return column
         miss -= gained
         for place in range(len(line)):
-            slope = abs(line[place])
-            if slope <= _PIVOT or passed[place] or abs(t.reduced[place]) > most * slope:
-                continue
-            passed[place] = _may_move(t.at[place], t.nonbasic[place], t.low, t.high, sign * line[place])
+            if abs(t.reduced[place]) <= most * abs(line[place]) and not passed[place]:
+                passed[place] = _may_move(t, place, sign * line[place])
 
 
 @njit(cache=True, no_cpython_wrapper=True)
@@ -350,11 +342,12 @@ def _flip(t: Table, passed: Bools) -> float:
 
 
 @njit(cache=True, inline="always", no_cpython_wrapper=True)
-def _may_move(at: float, variable: int, low: Floats, high: Floats, slope: float) -> bool:
-    """Tell whether a nonbasic variable can move so that a row with that slope rises."""
-    if low[variable] == high[variable]:
+def _may_move(t: Table, place: int, slope: float) -> bool:
+    """Tell whether a nonbasic variable can move so that a row with that slope, large enough for a pivot, rises."""
+    low, high = t.low[t.nonbasic[place]], t.high[t.nonbasic[place]]
+    if abs(slope) <= _PIVOT or low == high:
         return False
-    return bool((at == low[variable]) == (slope > 0.0))
+    return bool((t.at[place] == low) == (slope > 0.0))
 
 
 @njit(cache=True, no_cpython_wrapper=True)

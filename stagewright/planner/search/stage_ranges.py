@@ -20,7 +20,7 @@ is the Lagrangian bound: no partition simulates below both target and value. O(S
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ KIND_OF = {"uniform": UNIFORM, "gpipe": GPIPE, "fused": FUSED, "split": SPLIT, "
 
 @dataclass(frozen=True, eq=False)
 class StageTables:
-    """What stages cost, by stage; prefix sums have shape [S, L + 1].
+    """What stages cost, by stage, in the order in which `range_bounds` takes it; prefix sums have shape [S, L + 1].
 
     Parameters
     ----------
@@ -83,9 +83,15 @@ class StageTables:
 
         `windows` [S + 1, 2] holds the least and the largest first layer of each stage, and of the end.
         """
-        return self._bounds(
-            self.head, self.head_forward, self.rest, num_microbatches, kind, overhead_s, windows, below_s
+        found: tuple[Floats, Floats] = range_bounds(
+            *(getattr(self, field.name) for field in fields(self)),
+            num_microbatches,
+            kind,
+            overhead_s,
+            windows,
+            below_s,
         )
+        return found
 
     def raised(
         self,
@@ -108,46 +114,8 @@ class StageTables:
             return bound, recompute
         time = self.forward + self.input_grad + self.weight_grad
         head, head_forward, rest = sums_around(bound, recompute, self.forward, time)
-        return self._bounds(head, head_forward, rest, num_microbatches, kind, overhead_s, windows, below_s)
-
-    def _bounds(
-        self,
-        head: Floats,
-        head_forward: Floats,
-        rest: Floats,
-        num_microbatches: int,
-        kind: int,
-        overhead_s: float,
-        windows: Longs,
-        below_s: float,
-    ) -> tuple[Floats, Floats]:
-        found: tuple[Floats, Floats] = range_bounds(
-            self.forward,
-            self.input_grad,
-            self.weight_grad,
-            self.state,
-            self.step,
-            self.kept,
-            self.late,
-            self.full_kept,
-            self.full_late,
-            self.workspace,
-            self.price,
-            self.gain,
-            self.latency,
-            self.live,
-            self.late_live,
-            self.room,
-            head,
-            head_forward,
-            rest,
-            num_microbatches,
-            kind,
-            overhead_s,
-            windows,
-            below_s,
-        )
-        return found
+        around = replace(self, head=head, head_forward=head_forward, rest=rest)
+        return around.bounds(num_microbatches, kind, overhead_s, windows, below_s=below_s)
 
 
 @njit(cache=True)
