@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -28,7 +28,9 @@ _COLLECTIVES = (
     "reduce_scatter",
     "reduce_scatter_tensor",
 )
-# In which a thread of the backend that has woken its caller lets go of buffers that only the work shows.
+# Where the system names its threads; elsewhere the pause is what they have to let go of a work.
+_THREADS = Path("/proc/self/task")
+_GLOO_WORKER = "(pt_gloo_runloop)"
 _PAUSE_S = 1e-3
 _LONGEST_HOLD_S = 1.0
 KNOWN_VERSIONS = ("2.11", "2.12", "2.13")
@@ -103,7 +105,7 @@ class _LettingGoWork:
         if self._work is None:
             return True
         self._work.wait()
-        time.sleep(_PAUSE_S)  # the work holds what gloo made for itself: let its thread drop that first
+        _wait_for_gloo()  # the work holds what gloo made for itself: let its thread drop that first
         self._work = None
         _wait_until(lambda: sum(value._use_count() for value in self._tensors) <= self._num_references)
         self._tensors = ()
@@ -114,6 +116,23 @@ def _wait_until(done: Callable[[], bool]) -> None:
     give_up_s = time.monotonic() + _LONGEST_HOLD_S
     while not done() and time.monotonic() < give_up_s:
         time.sleep(0)
+
+
+def _wait_for_gloo() -> None:
+    """Wait until no worker of gloo runs: one that sleeps has dropped the work that it was done with."""
+    if _THREADS.is_dir():
+        _wait_until(_gloo_sleeps)
+    else:
+        time.sleep(_PAUSE_S)
+
+
+def _gloo_sleeps() -> bool:
+    for thread in _THREADS.iterdir():
+        with suppress(OSError):  # it ended meanwhile
+            _, name, state = (thread / "stat").read_text().split(maxsplit=3)[:3]
+            if name == _GLOO_WORKER and state == "R":
+                return False
+    return True
 
 
 def _letting_go(collective: Callable[..., Work | None]) -> Callable[..., Work | _LettingGoWork | None]:
@@ -128,7 +147,7 @@ def _letting_go(collective: Callable[..., Work | None]) -> Callable[..., Work | 
         if work is None:
             return None
         work.wait()
-        time.sleep(_PAUSE_S)
+        _wait_for_gloo()
         del work
         _wait_until(lambda: _num_references(tensors) <= before)
         return None
