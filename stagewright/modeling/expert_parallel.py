@@ -25,7 +25,7 @@ al., MoE Parallel Folding, 2025.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,6 +39,8 @@ from stagewright.modeling.expert_capacity import Capacity, Forward, is_experts
 from stagewright.modeling.tensor_collectives import TensorGroup, gather_rows, join, scatter_rows, split
 from stagewright.modeling.tensor_parallel import InnerSplit, TensorShards
 from stagewright.planner.errors import InvalidArgument
+
+OwnExperts = Callable[[Tensor, Tensor], Tensor]  # of rows [N, h] and the expert of each, [N]
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _divide(module: nn.Module, groups: ExpertGroups, shards: TensorShards) -> se
         divided.add(id(made))
     module.num_experts = num_local
     limit = module.forward if isinstance(module.forward, Capacity) else None
-    forward = module.forward if limit is None else limit.forward
+    forward = partial(_run_own, module.forward if limit is None else limit.forward, module)
     module.forward = partial(_run, forward, groups, num_local, limit)
     return divided
 
@@ -152,7 +154,7 @@ def inner_splits(module: nn.Module, group: TensorGroup) -> dict[str, InnerSplit]
 
 
 def _run(
-    forward: Forward,
+    forward: OwnExperts,
     groups: ExpertGroups,
     num_local: int,
     limit: Capacity | None,
@@ -177,7 +179,7 @@ def _run(
 
 
 def _exchange_and_run(
-    forward: Forward,
+    forward: OwnExperts,
     groups: ExpertGroups,
     num_local: int,
     hidden: Tensor,
@@ -205,21 +207,31 @@ def _exchange_and_run(
     return (placed.view(num_tokens, num_choices, -1) * weights[..., None].to(placed.dtype)).sum(1)
 
 
-def _run_split(forward: Forward, group: TensorGroup | None, rows: Tensor, expert: Tensor) -> Tensor:
+def _run_split(forward: OwnExperts, group: TensorGroup | None, rows: Tensor, expert: Tensor) -> Tensor:
     """Return what the experts make of the rows; with a group, of the rows of all its ranks, each by a part of the tensors."""
     if group is None:
-        return _run_all(forward, rows, expert)
+        return forward(rows, expert)
     sizes = [expert.new_empty(1) for _ in range(group.size)]
     dist.all_gather(sizes, expert.new_tensor([len(rows)]), group=group.group)
     counts = [int(size) for size in sizes]
     if not any(counts):
-        return rows
+        return forward(rows, expert)
     everyone = TensorGroup(group.group).gather_rows(expert, counts)
-    return scatter_rows(_run_all(forward, gather_rows(rows, counts, group), everyone), counts, group)
+    return scatter_rows(forward(gather_rows(rows, counts, group), everyone), counts, group)
 
 
-def _run_all(forward: Forward, rows: Tensor, expert: Tensor) -> Tensor:
-    return forward(rows, expert[:, None], torch.ones_like(rows[:, :1])) if len(rows) else rows
+def _run_own(forward: Forward, module: nn.Module, rows: Tensor, expert: Tensor) -> Tensor:
+    """Return what the rank's own experts make of rows, each by one expert.
+
+    Without rows their gradients are zero, and not none: every rank that owns them is done with them at the same place of its
+    backward, where ZeRO scatters them.
+    """
+    if len(rows):
+        return forward(rows, expert[:, None], torch.ones_like(rows[:, :1]))
+    parameters = [value for value in module.parameters(recurse=False) if value.requires_grad]
+    if not parameters:
+        return rows
+    return rows + 0.0 * torch.stack([value.reshape(-1)[0] for value in parameters]).sum()
 
 
 class _Exchange(torch.autograd.Function):

@@ -214,16 +214,20 @@ def _gradients(
     degrees, optimizer = plan.stages[stage].degrees, plan.job.optimizer
     inside = slice(bounds[stage], bounds[stage + 1])
     dense = unit_parameters(row.table.dense_parameters[inside].tolist(), bounds[stage], ties)
-    experts = float(row.table.expert_parameters[inside].sum())
+    experts = row.table.expert_parameters[inside].tolist()
     members, replicas = _members(plan, stage), _replicas(plan, (stage,))
+    units = plan.schedule.num_microbatches * max(plan.schedule.num_slices, 1)
     owners = expert_shards(degrees) * replicas
     copies_of_experts = degrees.num_devices * replicas / owners
     if degrees.zero == 0:
-        _add(total, "all-reduce/edp", 2 * (owners - 1) * experts * optimizer.gradient_bytes * copies_of_experts)
+        _add(total, "all-reduce/edp", 2 * (owners - 1) * sum(experts) * optimizer.gradient_bytes * copies_of_experts)
     else:
-        each = (owners - 1) * _padded(experts, owners) * copies_of_experts
-        _add(total, "reduce-scatter/edp", each * optimizer.gradient_bytes)
-        _add(total, "all-gather/edp", each * optimizer.parameter_bytes)
+        by_layer = degrees.zero >= 2
+        padded = sum(_padded(size, owners) for size in (experts if by_layer else [sum(experts)]))
+        each = (owners - 1) * padded * copies_of_experts
+        gathers = _gathers(plan, schedule, stage, units) if degrees.zero == 3 else 1
+        _add(total, "reduce-scatter/edp", (units if by_layer else 1) * each * optimizer.gradient_bytes)
+        _add(total, "all-gather/edp", gathers * each * optimizer.parameter_bytes)
         _add(total, UPDATE, each * optimizer.gathered_bytes)
     if degrees.zero == 0:
         size = sum(dense) * optimizer.gradient_bytes
@@ -236,7 +240,6 @@ def _gradients(
     padded = (
         sum(dense) if uneven else sum(_padded(size, shards) for size in (dense if degrees.zero >= 2 else [sum(dense)]))
     )
-    units = plan.schedule.num_microbatches * max(plan.schedule.num_slices, 1)
     scatters = units if degrees.zero >= 2 else replicas
     gathers = replicas if degrees.zero < 3 else _gathers(plan, schedule, stage, units)
     groups = members // shards
@@ -288,13 +291,14 @@ def _host_copies(
         return
     inside = slice(bounds[stage], bounds[stage + 1])
     dense = unit_parameters(row.table.dense_parameters[inside].tolist(), bounds[stage], ties)
-    experts = float(row.table.expert_parameters[inside].sum())
+    experts = row.table.expert_parameters[inside].tolist()
     members, replicas = _members(plan, stage), _replicas(plan, (stage,))
     owners = expert_shards(degrees) * replicas if degrees.zero else 1
     shards = min(sharding_group(plan) or members, members) if degrees.zero else 1
     by_layer = degrees.zero >= 2 and members * replicas > 1
     buckets = [_padded(value, shards) / shards for value in (dense if by_layer else [sum(dense)])]
-    buckets.append(_padded(experts, owners) / owners)
+    experts_by_layer = degrees.zero >= 2 and owners > 1
+    buckets += [_padded(value, owners) / owners for value in (experts if experts_by_layer else [sum(experts)])]
     copies = degrees.num_devices * replicas
     away = sum(offloaded_elements(share, count) for count in buckets) * copies
     for tie in ties:

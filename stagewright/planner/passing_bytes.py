@@ -88,10 +88,12 @@ def _tensors(
     dense = unit_parameters(row.table.dense_parameters[inside.start : inside.stop].tolist(), inside.start, ties)
     part = told_part(plan, index, replica).state_share
     share = 1.0 / num_shards(plan, index) if part is None else part / degrees.cp
-    experts = float(row.table.expert_parameters[inside.start : inside.stop].sum())
+    experts = row.table.expert_parameters[inside.start : inside.stop].tolist()
     owners = expert_shards(degrees) if degrees.zero else 1
-    found = dense if degrees.zero >= 2 and num_shards(plan, index) > 1 else [sum(dense)]
-    return [*(size * share for size in found), experts / owners]
+    by_layer = degrees.zero >= 2
+    found = dense if by_layer and num_shards(plan, index) > 1 else [sum(dense)]
+    owned = experts if by_layer and owners > 1 else [sum(experts)]
+    return [*(size * share for size in found), *(size / owners for size in owned)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,15 +114,22 @@ class PassingBytes:
 
 def passing_bytes(plan: Plan, index: int, row: LayerCosts, bounds: Sequence[int]) -> PassingBytes:
     """Return what one device of a stage has on its way, layer by layer."""
-    stage, optimizer, shards = plan.stages[index], plan.job.optimizer, num_shards(plan, index)
-    parameters = row.table.dense_parameters[bounds[index] : bounds[index + 1]]
-    if stage.degrees.zero < 2 or shards == 1:
-        parameters = np.zeros_like(parameters)
-    gradients = parameters * optimizer.gradient_bytes
-    is_cpu = _is_cpu(plan, index)
-    copies = 1.0 if stage.state_shares else 1.0 + 1.0 / shards + is_cpu
+    stage, optimizer, is_cpu = plan.stages[index], plan.job.optimizer, _is_cpu(plan, index)
+    inside = slice(bounds[index], bounds[index + 1])
+    gradients, scattered, gathered = np.zeros((3, inside.stop - inside.start))
+    if stage.degrees.zero < 2:
+        return PassingBytes(gradients, scattered, gathered)
     gathers = is_cpu and stage.degrees.zero == 3 and not stage.state_shares and not gathers_by_run(plan)
-    return PassingBytes(gradients, gradients * copies, parameters * optimizer.parameter_bytes * gathers)
+    for parameters, shards in (
+        (row.table.dense_parameters[inside], num_shards(plan, index)),
+        (row.table.expert_parameters[inside], expert_shards(stage.degrees)),
+    ):
+        if shards > 1:
+            whole = parameters * optimizer.gradient_bytes
+            gradients += whole
+            scattered += whole * (1.0 if stage.state_shares else 1.0 + 1.0 / shards + is_cpu)
+            gathered += parameters * optimizer.parameter_bytes * gathers
+    return PassingBytes(gradients, scattered, gathered)
 
 
 def _is_cpu(plan: Plan, index: int) -> bool:

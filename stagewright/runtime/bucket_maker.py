@@ -1,7 +1,7 @@
 """Which parameters of a rank are reduced together, over which ranks, and who keeps what of their states.
 
 One bucket a stage, one for each set of stages that share parameters, and one for a stage's divided experts; under ZeRO-2
-and 3 one for each layer; with weights that change under way each stage has versions of its own.
+and 3 one for each layer, and one for each layer's divided experts; with weights that change under way each stage has versions of its own.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class BucketMaker:
         self._traffic = traffic
         self._views = views
         self._scattering = Scattering()
-        self._windowed: dict[StageKey, dict[int, ShardedBucket]] = {}  # by stage: bucket of each layer
+        self._windowed: dict[StageKey, list[tuple[int, ShardedBucket]]] = {}  # by stage: buckets with their layers
 
     def windows(self) -> dict[StageKey, GatherWindow]:
         """Return what gathers weights layer by layer, of each stage that does; after `make`."""
@@ -98,8 +98,7 @@ class BucketMaker:
                 buckets += self._buckets_of(parameters, group, holders, shared)
             owners = self._expert_gradient_group(min(shared))
             if experts:
-                zero = min(self._plan.stages[min(shared)].degrees.zero, 1)
-                buckets.append(self._synchronous_bucket("edp", experts, owners, holders, zero, (owners, None)))
+                buckets += self._expert_buckets(experts, owners, holders, min(shared))
         return buckets
 
     def _expert_gradient_group(self, stage: int) -> dist.ProcessGroup | None:
@@ -111,6 +110,47 @@ class BucketMaker:
             if any(other == stage for _, other in view.stages):
                 sets.append(view.expert_gradient_ranks(stage))
         return self._groups.make_all(f"experts {stage}", sets)
+
+    def _expert_buckets(
+        self,
+        experts: dict[str, nn.Parameter],
+        owners: dist.ProcessGroup | None,
+        holders: frozenset[StageKey],
+        stage: int,
+    ) -> list[Bucket]:
+        """Return the buckets of a stage's divided experts: one, or under ZeRO-2 and 3 one for each layer."""
+        zero = self._plan.stages[stage].degrees.zero
+        by_layer = zero >= 2 and owners is not None
+        layers = self._by_layer(experts, stage, ()) if by_layer else {0: experts}
+        made = {
+            index: self._synchronous_bucket("edp", values, owners, holders, zero, (owners, None))
+            for index, values in sorted(layers.items())
+        }
+        if by_layer:
+            self._note_windowed(made, holders, zero)
+        return list(made.values())
+
+    def _by_layer(
+        self, parameters: Mapping[str, nn.Parameter], stage: int, tied: Sequence[str]
+    ) -> dict[int, dict[str, nn.Parameter]]:
+        """Return the trained parameters of each layer of a stage, and by negative numbers each of those that layers share."""
+        layer_of = {
+            name: index
+            for index in reversed(self._plan.stages[stage].layer_indices)
+            for name in self._chain.layers[index].parameters
+        }
+        layers: dict[int, dict[str, nn.Parameter]] = {}
+        for name, value in parameters.items():
+            if value.requires_grad:
+                layers.setdefault(-1 - tied.index(name) if name in tied else layer_of[name], {})[name] = value
+        return layers
+
+    def _note_windowed(self, made: Mapping[int, Bucket], holders: frozenset[StageKey], zero: int) -> None:
+        if zero == 3 and not gathers_by_run(self._plan):
+            for key in holders:
+                self._windowed.setdefault(key, []).extend(
+                    (index, bucket) for index, bucket in made.items() if isinstance(bucket, ShardedBucket)
+                )
 
     def _buckets_of(
         self,
@@ -125,33 +165,26 @@ class BucketMaker:
         zero = self._plan.stages[min(shared)].degrees.zero
         if zero < 2 or group is None or len(shared) > 1 or self._policy is not WeightPolicy.FLUSH:
             return [self._make_bucket(parameters, group, holders, shared)]
-        layer_of = {
-            name: index
-            for index in reversed(self._plan.stages[min(shared)].layer_indices)
-            for name in self._chain.layers[index].parameters
-        }
         tied = [name for tie in self._chain.ties for name in tie.names if name in parameters]
-        layers: dict[int, dict[str, nn.Parameter]] = {}
-        for name, value in parameters.items():
-            if value.requires_grad:
-                layers.setdefault(-1 - tied.index(name) if name in tied else layer_of[name], {})[name] = value
         made: dict[int, Bucket] = {
-            index: self._make_bucket(values, group, holders, shared) for index, values in sorted(layers.items())
+            index: self._make_bucket(values, group, holders, shared)
+            for index, values in sorted(self._by_layer(parameters, min(shared), tied).items())
         }
-        if zero == 3 and not gathers_by_run(self._plan):
-            for key in holders:
-                self._windowed[key] = {i: bucket for i, bucket in made.items() if isinstance(bucket, ShardedBucket)}
+        self._note_windowed(made, holders, zero)
         return list(made.values())
 
-    def _window(self, layers: dict[int, ShardedBucket]) -> GatherWindow:
-        """Return what gathers a stage layer by layer."""
-        found: list[tuple[ShardedBucket, list[nn.Module]]] = []
-        for index, bucket in layers.items():
+    def _window(self, placed: Sequence[tuple[int, ShardedBucket]]) -> GatherWindow:
+        """Return what gathers a stage layer by layer, given its buckets with the layers they belong to."""
+        layers: dict[int, list[ShardedBucket]] = {}
+        for index, bucket in placed:
+            layers.setdefault(index, []).append(bucket)
+        found: list[tuple[list[ShardedBucket], list[nn.Module]]] = []
+        for index, buckets in sorted(layers.items()):
             paths = self._chain.layers[index].modules if index >= 0 else ()
             modules = [self._chain.model.get_submodule(path) for path in paths]
             inside = {id(value) for module in modules for value in module.parameters()}
-            covered = all(id(value) in inside for value in bucket.parameters)
-            found.append((bucket, modules if covered else []))
+            covered = all(id(value) in inside for bucket in buckets for value in bucket.parameters)
+            found.append((buckets, modules if covered else []))
         return GatherWindow(found)
 
     def _elastic_buckets(

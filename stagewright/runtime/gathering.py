@@ -25,15 +25,15 @@ class GatherWindow:
 
     Parameters
     ----------
-    layers : the buckets in layer order, each with the modules that use it. A bucket without modules is gathered for the
-        whole of a forward or backward.
+    layers : the buckets of each layer, in layer order, with the modules that use them. Buckets without modules are gathered
+        for the whole of a forward or backward.
 
     `peak_bytes` is the most that was whole at a time.
     """
 
-    def __init__(self, layers: Sequence[tuple[ShardedBucket, Sequence[nn.Module]]]) -> None:
-        self._loose = [bucket for bucket, modules in layers if not modules]
-        self._buckets = [bucket for bucket, modules in layers if modules]
+    def __init__(self, layers: Sequence[tuple[Sequence[ShardedBucket], Sequence[nn.Module]]]) -> None:
+        self._loose = [bucket for buckets, modules in layers if not modules for bucket in buckets]
+        self._layers = [buckets for buckets, modules in layers if modules]
         self._direction = 0
         self.peak_bytes = 0
         for index, modules in enumerate(modules for _, modules in layers if modules):
@@ -50,28 +50,33 @@ class GatherWindow:
         for bucket in self._loose:
             bucket.start_gather()
             bucket.wait_gathered()
-        if self._buckets:
-            self._buckets[0 if direction > 0 else -1].start_gather()
+        if self._layers:
+            _start(self._layers[0 if direction > 0 else -1])
 
     def end(self) -> None:
         """Free everything."""
         self._direction = 0
-        for bucket in (*self._loose, *self._buckets):
+        for bucket in self._all():
             bucket.reshard()
+
+    def _all(self) -> list[ShardedBucket]:
+        return [*self._loose, *(bucket for buckets in self._layers for bucket in buckets)]
 
     def _need(self, index: int) -> None:
         """Have one layer whole, and its neighbour on the way."""
         if self._direction == 0:
             return
         following = index + self._direction
-        for other, bucket in enumerate(self._buckets):
+        for other, buckets in enumerate(self._layers):
             if other not in (index, following):
-                bucket.reshard()
-        self._buckets[index].start_gather()
-        if 0 <= following < len(self._buckets):
-            self._buckets[following].start_gather()
-        self._buckets[index].wait_gathered()
-        whole = sum(bucket.num_bytes for bucket in (*self._loose, *self._buckets) if bucket.is_whole)
+                for bucket in buckets:
+                    bucket.reshard()
+        _start(self._layers[index])
+        if 0 <= following < len(self._layers):
+            _start(self._layers[following])
+        for bucket in self._layers[index]:
+            bucket.wait_gathered()
+        whole = sum(bucket.num_bytes for bucket in self._all() if bucket.is_whole)
         self.peak_bytes = max(self.peak_bytes, whole)
 
     def _need_with_gradient(self, index: int, output: object) -> None:
@@ -81,6 +86,11 @@ class GatherWindow:
         for value in _tensors(output):
             if value.requires_grad:
                 value.register_hook(lambda _gradient: self._need(index))
+
+
+def _start(buckets: Iterable[ShardedBucket]) -> None:
+    for bucket in buckets:
+        bucket.start_gather()
 
 
 def _tensors(value: object) -> Iterable[Tensor]:

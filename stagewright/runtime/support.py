@@ -43,15 +43,6 @@ def check_supported(plan: Plan) -> None:
                 field=f"{field}.degrees",
                 hint="plan with equal cp, ep and etp for all stages",
             )
-        experts = degrees.ep * degrees.etp
-        owners = degrees.num_devices // experts
-        if experts > 1 and degrees.zero > 1 and owners > 1:
-            raise InvalidArgument(
-                f"zero is {degrees.zero} with ep {degrees.ep} and etp {degrees.etp} on {degrees.num_devices} devices; "
-                f"experts that {owners} devices own are sharded at ZeRO stage 1 only",
-                field=f"{field}.degrees.zero",
-                hint="pin zero=1, or an ep x etp that covers all devices of the stage",
-            )
         if stage.optimizer_offload:
             _check_offload(plan, index)
         if stage.state_shares:

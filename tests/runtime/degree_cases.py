@@ -68,9 +68,9 @@ def ring(length: int) -> tuple[int, float]:
 def sent_in_a_step(prepared: PreparedCase, *, equal_choices: bool = False) -> dict[str, float]:
     """Return the bytes this rank sends in one iteration with its optimizer step; maybe every token chooses the same experts."""
     worker = make_worker(prepared)
-    for name, value in worker.parameters().items():
-        if equal_choices and name.endswith("gate.weight"):
-            value.data.zero_()
+    if equal_choices:
+        weights = worker.weights()
+        worker.load_weights(weights | {name: 0 * weights[name] for name in weights if name.endswith("gate.weight")})
     worker.use_optimizer(OptimizerChoice(prepared.plan.job.optimizer.name, 1e-3))
     name = prepared.case.hugging_face
     worker.run(hugging_face(name)[1] if name else batches_of(prepared, 1)[0], 0)

@@ -27,7 +27,7 @@ def case_of(sizes: dict[str, int], *, zero: int = 0, sp: bool = False, ulysses: 
     if zero and degrees["dp"] * degrees["cp"] == 1:
         return None
     width = degrees["dp"] * degrees["tp"] * degrees["cp"]
-    if degrees["ep"] > 1 and (width % degrees["ep"] or (zero > 1 and width != degrees["ep"])):
+    if degrees["ep"] > 1 and width % degrees["ep"]:
         return None
     if ulysses and NUM_HEADS // degrees["tp"] % degrees["cp"]:
         return None
@@ -76,7 +76,7 @@ def triples() -> list[Case]:
         for zero in range(4)
         for sp in ((False, True) if "tp" in (first, second) else (False,))
     ]
-    found += [case_of({"pp": 2, "dp": 2, "tp": 2, "ep": ep}, zero=zero) for ep in (2, 4) for zero in (0, 1)]
+    found += [case_of({"pp": 2, "dp": 2, "tp": 2, "ep": ep}, zero=zero) for ep in (2, 4) for zero in range(4)]
     return [case for case in found if case is not None]
 
 
@@ -98,6 +98,7 @@ SAMPLE = distinct(
             case_of({"dp": 2, "tp": 2, "cp": 2}, zero=2),
             case_of({"pp": 2, "tp": 2, "cp": 2}),
             case_of({"pp": 2, "dp": 2, "tp": 2, "ep": 4}, zero=1),
+            case_of({"pp": 2, "dp": 2, "tp": 2, "ep": 2}, zero=2),
             case_of({"dp": 2, "cp": 2, "ep": 4}),
         )
         if case is not None

@@ -33,14 +33,7 @@ def documents(**degrees):
 def test_plans_of_equal_degrees_are_taken():
     check_supported(documents()[0])
     check_supported(documents(dp=2, tp=2, sp=True, zero=3)[0])
-
-
-def test_split_experts_and_sharded_owners_beyond_stage_one_are_refused():
-    check_supported(documents(dp=2, ep=2)[0])
-    check_supported(documents(dp=2, tp=2, ep=4, zero=3)[0])
-    check_supported(documents(dp=2, tp=2, ep=2, etp=2, zero=3)[0])
-    with pytest.raises(InvalidArgument, match="sharded at ZeRO stage 1 only"):
-        check_supported(documents(dp=4, ep=2, zero=2)[0])
+    check_supported(documents(dp=4, ep=2, zero=2)[0])
 
 
 @pytest.mark.parametrize("name", ["1f1b-vocab", "pipefb"])

@@ -105,16 +105,24 @@ def test_collectives_inside_the_layers_of_a_llama_are_the_predicted_ones(rank_po
     assert {name: value for name, value in measured.items() if value} == pytest.approx(predicted, rel=1e-9)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(
+    ("recompute", "degrees"),
+    [
+        ("none", {"dp": 2, "ep": 2}),
+        ("full", {"dp": 2, "ep": 2}),
+        ("none", {"dp": 4, "ep": 2, "zero": 2}),
+        ("none", {"dp": 4, "ep": 2, "zero": 3}),
+    ],
+    ids=str,
+)
 def test_the_exchange_with_the_experts_of_a_mixtral_is_the_predicted_one_when_all_tokens_choose_alike(
-    rank_pools, recompute
+    rank_pools, recompute, degrees
 ):
     """Whatever experts they choose: of two ranks with as many tokens, one keeps its own and the other sends its own."""
     pytest.importorskip("transformers")
     profile = profile_from_config(hugging_face("mixtral")[0].config.to_dict(), "mixtral")
     levels = ("none", *[recompute] * (profile.num_layers - 4), "none", "none", "none")
-    degrees = {"dp": 2, "ep": 2}
-    case = Case("gpipe", 1, 2, degrees=degrees, dropout=0.0, hugging_face="mixtral", recompute=levels)
+    case = Case("gpipe", 1, 4 // degrees["dp"], degrees=degrees, dropout=0.0, hugging_face="mixtral", recompute=levels)
     pool = rank_pools(case.world)
     prepared = prepare(case, pool.next_number())
     plan = prepared.plan.model_copy(update={"layer_digest": profile.layer_digest})
