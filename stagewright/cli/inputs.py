@@ -22,6 +22,16 @@ def is_factory(model: str) -> bool:
     return bool(_FACTORY.match(model)) and not Path(model).exists()
 
 
+def is_config(model: str) -> bool:
+    """Tell whether `model` is the path of a Hugging Face configuration, or of a folder with one."""
+    from stagewright.planner.documents.document import read_json
+    from stagewright.planner.models.hugging_face import is_config as has_model_type
+
+    path = Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    return path.is_file() and has_model_type(read_json(path))
+
+
 def load_cluster(text: str, progress: ReportsProgress) -> Cluster:
     """Return the cluster that `--cluster` names; `local` measures this machine."""
     if text == "local":

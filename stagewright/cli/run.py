@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 def run(
     plan_or_model: Annotated[
-        str, typer.Argument(metavar="PLAN_OR_MODEL", help="plan.json, or module:factory / path.py:factory.")
+        str,
+        typer.Argument(
+            metavar="PLAN_OR_MODEL",
+            help="plan.json, or module:factory, path.py:factory or a Hugging Face config.json.",
+        ),
     ],
     torchrun_arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[-- TORCHRUN...]", help="Passed to torchrun.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model's factory; needed with a plan.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's factory or config.json; needed with a plan.")] = None,
     data: Annotated[str | None, typer.Option(help="The data's factory; the model file's `data` unless told.")] = None,
     profile: Annotated[
         Path | None, typer.Option(help="The plan's profile; profile.json beside the plan unless told.")
@@ -74,7 +78,7 @@ def run(
 
     Example: stagewright run out/plan.json --model examples/gpt.py:build --steps 10 -o out/run.json
     """
-    from stagewright.cli.inputs import is_factory, load_cluster
+    from stagewright.cli.inputs import is_config, is_factory, load_cluster
     from stagewright.cli.workflow import (
         Workload,
         best_plan,
@@ -94,7 +98,7 @@ def run(
     checks = tuple(name.strip() for name in check.split(",") if name.strip())
     out = Path("out") if output is None else output.parent
     with progress_bar(quiet=json) as report:
-        if is_factory(plan_or_model):
+        if is_factory(plan_or_model) or is_config(plan_or_model):
             out.mkdir(parents=True, exist_ok=True)
             factory = plan_or_model
             workload = Workload(factory, data, global_batch, sequence_length)
@@ -111,7 +115,7 @@ def run(
                 raise InvalidArgument(
                     "a plan does not name code",
                     field="model",
-                    hint="add --model module:factory or --model path.py:factory",
+                    hint="add --model module:factory, --model path.py:factory or --model config.json",
                 )
             factory = model
             document = _under_autocast(Plan.load(plan_or_model), autocast)

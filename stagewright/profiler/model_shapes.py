@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from stagewright.modeling import Layer, LayerChain
+from stagewright.modeling.hugging_face import is_huggingface
 from stagewright.planner.documents import Collective
 from stagewright.planner.errors import InvalidArgument
 from stagewright.profiler.discover import available_memory_bytes
 from stagewright.profiler.measured_layers import LayerNumbers
 from stagewright.profiler.model_bench import Configuration
-from stagewright.profiler.model_source import ModelSource, is_huggingface
+from stagewright.profiler.model_source import ModelSource
 from stagewright.profiler.settings import ProfileSettings
 from stagewright.profiler.structure import is_expert_parameter, layer_structures
 from stagewright.profiler.tensor_shard import layer_collectives

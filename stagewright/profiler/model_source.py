@@ -18,20 +18,10 @@ from torch import Tensor, nn
 
 from stagewright.modeling import Batch, LayerChain, load_object, split
 from stagewright.modeling.batch import batch_size, slice_batch, to_device
+from stagewright.modeling.guessed_batch import guessed_batch
+from stagewright.modeling.hugging_face import huggingface_model, is_huggingface
 from stagewright.planner.errors import InvalidArgument, StagewrightError
-from stagewright.profiler.guessed_batch import guessed_batch
 from stagewright.profiler.tensor_shard import shard_model
-
-_TASKS = (
-    "CausalLM",
-    "Seq2SeqLM",
-    "MaskedLM",
-    "SpeechSeq2Seq",
-    "CTC",
-    "ImageTextToText",
-    "ImageClassification",
-    "AudioClassification",
-)
 
 
 @dataclass(frozen=True)
@@ -166,65 +156,6 @@ def _refuse_changes(num_layers: int | None, tensor_degree: int) -> None:
             field="model",
             hint="name the model as module:factory",
         )
-
-
-def is_huggingface(reference: str) -> bool:
-    """Whether a reference is the path of a Hugging Face configuration rather than `place:factory`."""
-    path = Path(reference)
-    return path.suffix == ".json" or (path / "config.json").is_file()
-
-
-def huggingface_model(reference: str, *, num_layers: int | None = None) -> nn.Module:
-    """Return a model with random weights from a configuration file; raises InvalidArgument for an unknown one."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise InvalidArgument(
-            f"{reference}: Hugging Face models need transformers", field="model", hint="pip install 'stagewright[hf]'"
-        ) from error
-    path = Path(reference)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise InvalidArgument(f"{reference}: there is no such file", field="model")
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(path))
-    except Exception as error:
-        raise InvalidArgument(f"{reference}: not a known Hugging Face configuration: {error}", field="model") from error
-    if num_layers is not None and hasattr(config, "num_hidden_layers"):
-        config.num_hidden_layers = num_layers
-    if hasattr(config, "use_cache"):
-        config.use_cache = False
-    build = _builder(config)
-    if build is None:
-        raise InvalidArgument(
-            f"{reference}: {type(config).__name__} has no model with a loss that is known here",
-            field="model",
-            hint="name a class under `architectures`, or give module:factory",
-        )
-    try:
-        return build(config)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise InvalidArgument(
-            f"{reference}: no model can be built from it: {type(error).__name__}: {error}",
-            field="model",
-            hint="correct the configuration, or give module:factory",
-        ) from error
-
-
-def _builder(config: Any) -> Callable[[Any], nn.Module] | None:  # noqa: ANN401
-    """Return what builds the class that a configuration names, else the one for its first task that has a loss."""
-    import transformers
-
-    for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)._from_config
-    for task in _TASKS:
-        automatic = getattr(transformers, f"AutoModelFor{task}")
-        if type(config) in automatic._model_mapping:
-            return automatic.from_config
-    return None
 
 
 def first_batch(factory: object, microbatch: int, sequence_length: int) -> Batch:

@@ -9,6 +9,7 @@ from stagewright.modeling.autocast import with_autocast
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.expert_capacity import limit_experts
 from stagewright.modeling.factory import load_object
+from stagewright.modeling.hugging_face import huggingface_model, is_huggingface
 from stagewright.modeling.split import split
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
@@ -18,21 +19,26 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 
 
 def build_model(reference: str, plan: Plan, *, seed: int) -> nn.Module:
-    """Return what the factory makes, in the job's precision; raises InvalidArgument when it makes no module.
+    """Return what the factory or the Hugging Face configuration makes, in the job's precision.
 
-    Experts take no more tokens than the plan's `capacity_factor` allows, where it has one.
+    Raises InvalidArgument when it makes no module. Experts take no more tokens than the plan's `capacity_factor` allows, where it has one.
     """
     torch.manual_seed(seed)
+    model = huggingface_model(reference) if is_huggingface(reference) else _made(reference)
+    factor = plan.schedule.parameters.get("capacity_factor")
+    if factor is not None:
+        limit_experts(model, float(factor))
+    return model.to(DTYPES[plan.job.precision])
+
+
+def _made(reference: str) -> nn.Module:
     factory = load_object(reference)
     if not callable(factory):
         raise InvalidArgument(f"{reference} is no factory", field="model")
     model = factory()
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"{reference} returned {type(model).__name__}, no nn.Module", field="model")
-    factor = plan.schedule.parameters.get("capacity_factor")
-    if factor is not None:
-        limit_experts(model, float(factor))
-    return model.to(DTYPES[plan.job.precision])
+    return model
 
 
 def autocast_type(plan: Plan) -> torch.dtype | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from stagewright.modeling.batch import Batch, batch_size, slice_batch
 from stagewright.modeling.factory import load_object
+from stagewright.modeling.guessed_batch import guessed_batch
+from stagewright.modeling.hugging_face import is_huggingface
 from stagewright.planner.errors import InvalidArgument
 
 
@@ -19,7 +22,7 @@ def open_data(
 ) -> Iterator[Batch]:
     """Yield batches of `samples` samples, the same on every rank.
 
-    Without a reference the model's own file is asked for `data`; a Hugging Face language model gets random tokens.
+    Without a reference the model's own file is asked for `data`; else random inputs are guessed (`guessed_batch`).
 
     Raises
     ------
@@ -27,11 +30,13 @@ def open_data(
     """
     factory = load_object(reference) if reference is not None else _data_beside(model_reference)
     if factory is None:
-        return _random_tokens(model, samples, sequence_length)
+        return _guessed(model, samples, sequence_length)
     return _regroup(_call(factory, samples, sequence_length), samples)
 
 
 def _data_beside(model_reference: str) -> object | None:
+    if is_huggingface(model_reference):
+        return None
     place = model_reference.rpartition(":")[0]
     try:
         return load_object(f"{place}:data")
@@ -76,15 +81,10 @@ def _joined(first: Any, second: Any) -> Any:  # noqa: ANN401
     return torch.cat((first, second)) if isinstance(first, Tensor) and first.dim() else first
 
 
-def _random_tokens(model: nn.Module, samples: int, sequence_length: int) -> Iterator[Batch]:
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if vocabulary is None:
-        raise InvalidArgument(
-            "there is no data for this model",
-            field="data",
-            hint="name a factory that yields batches: --data module:factory",
-        )
-    generator = torch.Generator().manual_seed(0)
-    while True:
-        tokens = torch.randint(vocabulary, (samples, sequence_length), generator=generator)
-        yield {"input_ids": tokens, "labels": tokens}
+def _guessed(model: nn.Module, samples: int, sequence_length: int) -> Iterator[Batch]:
+    """Yield random batches that fit the model, without touching the random numbers that it draws."""
+    for seed in count():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            batch = guessed_batch(model, samples, sequence_length)
+        yield batch

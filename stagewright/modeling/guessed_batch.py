@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewright.modeling import Batch
+from stagewright.modeling.batch import Batch
 from stagewright.planner.errors import InvalidArgument
 
 _NUM_CLASSES = 2

@@ -1,0 +1,65 @@
+"""Models and batches that a run gets from a Hugging Face configuration alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from runtime_documents import plan_of, profile_of  # noqa: E402
+
+from stagewright.cli.inputs import is_config  # noqa: E402
+from stagewright.modeling import split  # noqa: E402
+from stagewright.modeling.hugging_face import huggingface_model  # noqa: E402
+from stagewright.planner.errors import InvalidArgument  # noqa: E402
+from stagewright.runtime.building import build_model, split_as_profiled  # noqa: E402
+from stagewright.runtime.data import open_data  # noqa: E402
+
+VIT = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 16, "num_hidden_layers": 2}
+VIT |= {"num_attention_heads": 2, "intermediate_size": 32, "image_size": 8, "patch_size": 4, "num_labels": 3}
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(VIT))
+    return str(path)
+
+
+def test_a_configuration_is_built_cut_and_fed_like_any_model(config):
+    assert is_config(config)
+    chain = split(huggingface_model(config))
+    profile = profile_of(chain)
+    plan = plan_of(chain, profile, "1f1b", 2, 2)
+    model = build_model(config, plan, seed=3)
+    assert split_as_profiled(model, config, profile, plan, torch.device("cpu")).layer_names == chain.layer_names
+    again = build_model(config, plan, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_guessed_batches_are_the_same_on_every_rank_and_leave_random_numbers_alone(config):
+    model = huggingface_model(config)
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    first, second = (open_data(None, config, model, samples=2, sequence_length=4) for _ in range(2))
+    batches = [next(first), next(first)]
+    assert torch.equal(torch.rand(1), expected)
+    assert batches[0]["pixel_values"].shape == (2, 3, 8, 8)
+    assert torch.equal(batches[0]["pixel_values"], next(second)["pixel_values"])
+    assert not torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
+    assert torch.isfinite(model(**batches[0]).loss)
+
+
+def test_a_plan_or_a_profile_is_no_configuration_and_an_unknown_model_is_named(tmp_path, config):
+    other = tmp_path / "plan.json"
+    other.write_text("{}")
+    assert not is_config(str(other))
+    assert not is_config(str(tmp_path / "absent.json"))
+    assert is_config(str(tmp_path))
+    other.write_text('{"model_type": "no-such"}')
+    with pytest.raises(InvalidArgument, match="not a known Hugging Face configuration"):
+        huggingface_model(str(other))
