@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.expert_capacity import is_experts
 from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards
 
@@ -121,7 +122,10 @@ class SplitLayout:
 
 @dataclass(frozen=True)
 class RowsLayout:
-    """A parameter that is a tensor-parallel rank's rows of a vocabulary, of which no step needs the others: one sum goes over them."""
+    """A parameter that is a rank's rows of a tensor, of which no step needs the others: one sum goes over them.
+
+    A vocabulary's, or vectors of experts.
+    """
 
     parameter: nn.Parameter
     group: TensorGroup
@@ -155,14 +159,19 @@ LayoutOf = Callable[[nn.Parameter], Layout]
 
 
 def block_matrices(chain: LayerChain) -> frozenset[int]:
-    """Return the ids of the parameters that are matrices of the model's blocks, those of experts in stacks included."""
+    """Return the ids of the parameters that are matrices of the model's blocks, those of experts in stacks included.
+
+    Vectors of experts in a stack (biases) are none.
+    """
     named = dict(chain.model.named_parameters(remove_duplicate=False))
+    stacks = [module for module in chain.model.modules() if is_experts(module)]
+    vectors = {id(value) for module in stacks for value in module.parameters(recurse=False) if value.dim() == 2}
     return frozenset(
         id(named[name])
         for layer in chain.layers
         if layer.kind == "block"
         for name in layer.parameters
-        if name in named and named[name].dim() in (2, 3)
+        if name in named and named[name].dim() in (2, 3) and id(named[name]) not in vectors
     )
 
 

@@ -27,6 +27,19 @@ CASES = [
     Case("1f1b", 2, 4, optimizer="muon", by_stage=({"zero": 2}, {"zero": 0}), degrees={"dp": 2}, **WIDE),
     Case("1f1b", 2, 4, optimizer="muon", degrees={"tp": 2}, **{**WIDE, "dropout": 0.0}),
     Case("1f1b", 2, 4, optimizer="muon", degrees={"tp": 2, "vocab_parallel": True}, **{**WIDE, "dropout": 0.0}),
+    Case("gpipe", 1, 2, optimizer="muon", degrees={"dp": 4, "ep": 2}, num_choices=2, **{**WIDE, "dropout": 0.0}),
+    Case(
+        "gpipe",
+        1,
+        2,
+        optimizer="muon",
+        degrees={"dp": 4, "ep": 2, "zero": 3},
+        num_choices=2,
+        **{**WIDE, "dropout": 0.0},
+    ),
+    Case(
+        "gpipe", 1, 2, optimizer="muon", degrees={"dp": 2, "tp": 2, "ep": 4}, num_choices=2, **{**WIDE, "dropout": 0.0}
+    ),
     Case("1f1b", 2, 4, optimizer="shampoo", degrees={"dp": 2}, clip_norm=0.05, **WIDE),
     Case("chimera", 2, 4, optimizer="shampoo", tied=False, **WIDE),
 ]
