@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,23 @@ from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.expert_capacity import is_experts
 from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards
+
+
+@dataclass(frozen=True)
+class TensorKinds:
+    """What an optimizer of whole matrices needs of which parameters, by their ids.
+
+    Parameters
+    ----------
+    matrices : matrices of blocks, several in a stack included.
+    gathered : tensors of which the ranks of a group hold parts and each needs the whole.
+    rows : tensors of which each rank of a group needs its own rows and the sum of all squares: a vocabulary's, and vectors of
+        divided experts.
+    """
+
+    matrices: frozenset[int]
+    gathered: frozenset[int] = frozenset()
+    rows: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -40,16 +57,16 @@ class Layout(Protocol):
         """Return the tensors' elements in the parameter, in order; what no piece covers is padding."""
         ...
 
-    def gathered(self, value: Tensor) -> list[Tensor]:
-        """Return the whole tensor of each piece, flat, from values at the elements of all ranks' parts; a collective."""
+    def gathered(self, value: Tensor) -> Iterator[Tensor]:
+        """Yield the whole tensor of each piece, flat, from values at the elements of all ranks' parts; a collective, to its end."""
         ...
 
     def own(self, index: int, whole: Tensor) -> Tensor:
         """Return what of a whole tensor, that of piece `index`, lies in the parameter, flat."""
         ...
 
-    def mean_square(self, gathered: Tensor, dtype: torch.dtype) -> float:
-        """Return the mean of the squares of a whole tensor, from what `gathered` has of it, summed in `dtype`."""
+    def mean_square(self, index: int, gathered: Tensor, dtype: torch.dtype) -> float:
+        """Return the mean of the squares of a whole tensor, that of piece `index`, from what `gathered` has of it, in `dtype`."""
         ...
 
 
@@ -68,15 +85,15 @@ class WholeLayout:
             count *= size
         return (Piece(self.shape, self.is_matrix, slice(0, count)),)
 
-    def gathered(self, value: Tensor) -> list[Tensor]:
-        """Return the values themselves."""
-        return [value]
+    def gathered(self, value: Tensor) -> Iterator[Tensor]:
+        """Yield the values themselves."""
+        yield value
 
     def own(self, index: int, whole: Tensor) -> Tensor:
         """Return all of it."""
         return whole.reshape(-1)
 
-    def mean_square(self, gathered: Tensor, dtype: torch.dtype) -> float:
+    def mean_square(self, index: int, gathered: Tensor, dtype: torch.dtype) -> float:
         """Return that of the tensor."""
         return mean_square(gathered, dtype)
 
@@ -98,24 +115,18 @@ class SplitLayout:
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """Return the one tensor, by its whole shape."""
-        shape = list(self.parameter.shape)
-        group = self.shards.group_of(self.parameter)
-        assert group is not None
-        shape[self.shards.dimensions[id(self.parameter)]] *= group.size // self.shards.num_copies(self.parameter)
-        return (Piece(tuple(shape), self.is_matrix, slice(0, self.parameter.numel())),)
+        shape = whole_shape(self.parameter, self.shards)
+        return (Piece(shape, self.is_matrix, slice(0, self.parameter.numel())),)
 
-    def gathered(self, value: Tensor) -> list[Tensor]:
-        """Return the tensor, from the parts of the tensor-parallel group."""
-        group = self.shards.group_of(self.parameter)
-        assert group is not None
-        self.sent((group.size - 1.0) * value.numel() * value.element_size())
-        return [self.shards.whole(value.view(self.parameter.shape), self.parameter).reshape(-1)]
+    def gathered(self, value: Tensor) -> Iterator[Tensor]:
+        """Yield the tensor, from the parts of the tensor-parallel group."""
+        yield gathered_over_tensors(value, self.parameter, self.shards, self.sent)
 
     def own(self, index: int, whole: Tensor) -> Tensor:
         """Return this rank's part."""
         return self.shards.part(whole.view(self.pieces[0].shape), self.parameter).reshape(-1)
 
-    def mean_square(self, gathered: Tensor, dtype: torch.dtype) -> float:
+    def mean_square(self, index: int, gathered: Tensor, dtype: torch.dtype) -> float:
         """Return that of the whole tensor."""
         return mean_square(gathered, dtype)
 
@@ -135,19 +146,43 @@ class RowsLayout:
         """Return the rows."""
         return (Piece(tuple(self.parameter.shape), False, slice(0, self.parameter.numel())),)
 
-    def gathered(self, value: Tensor) -> list[Tensor]:
-        """Return the rows that are here."""
-        return [value]
+    def gathered(self, value: Tensor) -> Iterator[Tensor]:
+        """Yield the rows that are here."""
+        yield value
 
     def own(self, index: int, whole: Tensor) -> Tensor:
         """Return all of them."""
         return whole.reshape(-1)
 
-    def mean_square(self, gathered: Tensor, dtype: torch.dtype) -> float:
+    def mean_square(self, index: int, gathered: Tensor, dtype: torch.dtype) -> float:
         """Return that of all ranks' rows; a collective."""
-        total = gathered.new_tensor(mean_square(gathered, dtype), dtype=dtype)
-        dist.all_reduce(total, group=self.group.group)
-        return float(total) / self.group.size
+        return mean_square_of_rows(gathered, self.group, dtype)
+
+
+def whole_shape(parameter: Tensor, shards: TensorShards) -> tuple[int, ...]:
+    """Return the shape of a tensor of which this rank of the tensor-parallel group holds a part."""
+    shape = list(parameter.shape)
+    group = shards.group_of(parameter)
+    assert group is not None
+    shape[shards.dimensions[id(parameter)]] *= group.size // shards.num_copies(parameter)
+    return tuple(shape)
+
+
+def gathered_over_tensors(
+    part: Tensor, parameter: Tensor, shards: TensorShards, sent: Callable[[float], None]
+) -> Tensor:
+    """Return a tensor whole and flat, from the parts of the tensor-parallel group; tells the bytes that this rank sends."""
+    group = shards.group_of(parameter)
+    assert group is not None
+    sent((group.size - 1.0) * part.numel() * part.element_size())
+    return shards.whole(part.view(parameter.shape), parameter).reshape(-1)
+
+
+def mean_square_of_rows(rows: Tensor, group: TensorGroup, dtype: torch.dtype) -> float:
+    """Return the mean of the squares of all ranks' rows, as many on each; a collective."""
+    total = rows.new_tensor(mean_square(rows, dtype), dtype=dtype)
+    dist.all_reduce(total, group=group.group)
+    return float(total) / group.size
 
 
 def mean_square(value: Tensor, dtype: torch.dtype) -> float:

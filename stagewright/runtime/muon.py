@@ -62,7 +62,7 @@ def _move(parameter: Tensor, ahead: Tensor, layout: Layout, learning_rate: float
             size = _RMS * max(piece.shape[-2:]) ** 0.5
         else:
             direction = ahead[piece.part]
-            size = _RMS / (layout.mean_square(whole, ahead.dtype) ** 0.5 + _EPSILON)
+            size = _RMS / (layout.mean_square(index, whole, ahead.dtype) ** 0.5 + _EPSILON)
         target = parameter[piece.part] if parameter.dim() == 1 else parameter
         target.add_(direction.view_as(target), alpha=-learning_rate * size)
 

@@ -21,10 +21,11 @@ Cephalo, 2024.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,14 @@ from torch import Tensor, nn
 from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.planner.link_bytes import UPDATE
 from stagewright.planner.replica_shares import shard_bounds
-from stagewright.runtime.matrix_layout import Piece, mean_square
+from stagewright.runtime.matrix_layout import (
+    Piece,
+    TensorKinds,
+    gathered_over_tensors,
+    mean_square,
+    mean_square_of_rows,
+    whole_shape,
+)
 from stagewright.runtime.offload import HostTail
 from stagewright.runtime.reduction import StageKey, Traffic, all_reduce_bytes, local_gradient, squared_norm, sum_partial
 from stagewright.runtime.used_parameters import UsedParameters
@@ -70,35 +78,77 @@ class Scattering:
             self._bucket = None
 
 
+class _Placed(NamedTuple):
+    """A tensor of a bucket: where it begins in the flat buffer, and its elements in this rank's shard, if any lie there."""
+
+    parameter: nn.Parameter
+    offset: int
+    part: slice
+
+
 @dataclass(frozen=True)
 class ShardLayout:
     """The tensors of one rank's shard.
 
+    Tensors of which tensor parallelism leaves a part here are gathered over its group by every rank of the bucket, one after
+    the other: the ranks of the group own the same elements.
+
     Parameters
     ----------
-    pieces : elements of each tensor that lie in the shard.
-    offsets : where each of these tensors begins in the flat buffer of all shards, and `begin` where this shard does.
-    gather : returns that buffer, from this rank's part of it.
+    placed : the tensors of the bucket.
+    begin : where this shard begins in the flat buffer.
+    kinds : what is needed of which tensor.
+    gather : returns the flat buffer, from this rank's part of it.
+    sent : told the bytes that this rank sends over the tensor-parallel group.
     """
 
-    pieces: tuple[Piece, ...]
-    offsets: tuple[int, ...]
+    placed: tuple[_Placed, ...]
     begin: int
+    kinds: TensorKinds
+    shards: TensorShards
     gather: Callable[[Tensor], Tensor]
+    sent: Callable[[float], None]
 
-    def gathered(self, value: Tensor) -> list[Tensor]:
-        """Return the whole tensor of each piece, flat; every rank of the bucket calls this."""
+    @cached_property
+    def _own(self) -> tuple[_Placed, ...]:
+        return tuple(each for each in self.placed if each.part.start < each.part.stop)
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Return the elements of each tensor that lie in the shard, by the tensor's whole shape."""
+        return tuple(
+            Piece(
+                whole_shape(value, self.shards) if id(value) in self.kinds.gathered else tuple(value.shape),
+                id(value) in self.kinds.matrices,
+                part,
+            )
+            for value, _, part in self._own
+        )
+
+    def gathered(self, value: Tensor) -> Iterator[Tensor]:
+        """Yield the whole tensor of each piece, flat; every rank of the bucket calls this."""
         flat = self.gather(value)
-        sizes = [math.prod(piece.shape) for piece in self.pieces]
-        return [flat[offset : offset + size] for offset, size in zip(self.offsets, sizes, strict=True)]
+        for parameter, offset, part in self.placed:
+            whole = flat[offset : offset + parameter.numel()]
+            if id(parameter) in self.kinds.gathered:
+                whole = gathered_over_tensors(whole, parameter, self.shards, self.sent)
+            if part.start < part.stop:
+                yield whole
 
     def own(self, index: int, whole: Tensor) -> Tensor:
         """Return what of a whole tensor lies in the shard, flat."""
-        part, moved = self.pieces[index].part, self.begin - self.offsets[index]
+        parameter, offset, part = self._own[index]
+        if id(parameter) in self.kinds.gathered:
+            whole = self.shards.part(whole.view(self.pieces[index].shape), parameter)
+        moved = self.begin - offset
         return whole.reshape(-1)[part.start + moved : part.stop + moved]
 
-    def mean_square(self, gathered: Tensor, dtype: torch.dtype) -> float:
+    def mean_square(self, index: int, gathered: Tensor, dtype: torch.dtype) -> float:
         """Return that of a whole tensor."""
+        parameter = self._own[index].parameter
+        group = self.shards.group_of(parameter)
+        if id(parameter) in self.kinds.rows and group is not None:
+            return mean_square_of_rows(gathered, group, dtype)
         return mean_square(gathered, dtype)
 
 
@@ -430,32 +480,27 @@ class ShardedBucket:
     def _unused_parts(self) -> list[slice]:
         """Return the parts of the shard that belong to parameters which never had a gradient."""
         unused = {id(parameter) for parameter in self._used.unused}
-        return [part for parameter, part, _ in self._parts() if id(parameter) in unused]
-
-    def _parts(self) -> list[tuple[nn.Parameter, slice, int]]:
-        """Return the parameters with elements in this rank's shard, where they lie in it, and where the parameter begins."""
         parts, offset = [], 0
         for parameter in self._trained:
-            begin = offset - self._own.start
-            first, last = max(begin, 0), min(begin + parameter.numel(), self._length)
-            if first < last:
-                parts.append((parameter, slice(first, last), offset))
+            part = self._part(parameter, offset)
+            if id(parameter) in unused and part.start < part.stop:
+                parts.append(part)
             offset += parameter.numel()
         return parts
 
-    def layout(self, matrices: Collection[int]) -> ShardLayout:
-        """Return which tensors lie in the shard, given the ids of those parameters that are matrices of blocks."""
-        parts = self._parts()
-        pieces = [
-            Piece(
-                tuple(parameter.shape),
-                id(parameter) in matrices,
-                part,
-            )
-            for parameter, part, offset in parts
-        ]
-        offsets = tuple(offset for *_, offset in parts)
-        return ShardLayout(tuple(pieces), offsets, self._own.start, self._gather_update)
+    def layout(self, kinds: TensorKinds, sent: Callable[[float], None]) -> ShardLayout:
+        """Return which tensors lie in the shard."""
+        placed, offset = [], 0
+        for parameter in self._trained:
+            placed.append(_Placed(parameter, offset, self._part(parameter, offset)))
+            offset += parameter.numel()
+        return ShardLayout(tuple(placed), self._own.start, kinds, self._shards, self._gather_update, sent)
+
+    def _part(self, parameter: nn.Parameter, offset: int) -> slice:
+        """Return where in this rank's shard the elements of a parameter lie that begins at an offset; empty for none."""
+        begin = offset - self._own.start
+        first = max(begin, 0)
+        return slice(first, max(min(begin + parameter.numel(), self._length), first))
 
     def _gather_update(self, value: Tensor) -> Tensor:
         """Return the values of all shards in the flat buffer's order; a collective."""

@@ -66,7 +66,7 @@ def check_supported(plan: Plan) -> None:
 
 
 def _check_matrices(plan: Plan) -> None:
-    """Optimizers of whole matrices: Muon gathers what ZeRO or tensor parallelism has cut, not what both have, Shampoo nothing.
+    """Optimizers of whole matrices: Muon gathers what ZeRO and tensor parallelism have cut, Shampoo nothing.
 
     An expert's matrices are whole wherever it is.
     """
@@ -74,14 +74,13 @@ def _check_matrices(plan: Plan) -> None:
     narrow = plan.job.precision not in ("fp32", "fp64")  # whose masters lie in one flat buffer
     for index, stage in enumerate(plan.stages):
         degrees = stage.degrees
-        cut_twice = degrees.tp > 1 and (degrees.zero > 0 or narrow)
-        if degrees.etp > 1 or cut_twice or (shampoo and (degrees.ep > 1 or degrees.tp > 1 or degrees.zero)):
+        if degrees.etp > 1 or (shampoo and (degrees.tp > 1 or degrees.zero)):
             raise InvalidArgument(
                 f"stages[{index}] has {degrees.model_dump(exclude_defaults=True)} with {name}, which is planned and priced so; the "
                 "runtime steps whole matrices"
-                + ("" if shampoo else ", gathered where ZeRO or tensor parallelism in fp32 or fp64 has cut them"),
+                + ("" if shampoo else ", gathered where ZeRO or tensor parallelism has cut them"),
                 field=f"stages[{index}].degrees",
-                hint="pin ep=1, zero=0 and tp=1" if shampoo else "pin etp=1, and tp=1 or zero=0",
+                hint="pin etp=1, zero=0 and tp=1" if shampoo else "pin etp=1",
             )
     family = next((row for row in families() if row.name == plan.schedule.name), None)
     if (family is not None and not family.synchronous) or (shampoo and narrow):

@@ -7,7 +7,7 @@ layer chain, in a process group that exists. It drops the parameters of the laye
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -41,6 +41,7 @@ from stagewright.runtime.matrix_layout import (
     LayoutOf,
     RowsLayout,
     SplitLayout,
+    TensorKinds,
     block_matrices,
     vocabulary_parameters,
     whole_layouts,
@@ -237,42 +238,34 @@ class Worker:
 
     def _layouts(self, buckets: Sequence[Bucket]) -> LayoutOf:
         """Return which tensors lie in what the optimizer of these buckets steps."""
-        matrices, vocabulary = block_matrices(self.chain), vocabulary_parameters(self.chain)
-        whole = whole_layouts(matrices)
+        kinds, split = self._tensor_kinds(), self._layers.shards
+        whole = whole_layouts(kinds.matrices)
         shards = {
-            id(value): bucket.layout(matrices)
+            id(value): bucket.layout(kinds, self._count_gather)
             for bucket in buckets
             if isinstance(bucket, ShardedBucket)
             for value in bucket.optimized()
         }
-        split, experts = self._layers.shards, self._layers.experts
-        self._refuse_sharded_vectors(buckets, experts - matrices)
 
         def layout_of(parameter: nn.Parameter) -> Layout:
             if id(parameter) in shards:
                 return shards[id(parameter)]
-            if id(parameter) in experts & matrices:
-                return whole(parameter)
             group = split.group_of(parameter)
-            if split.is_split(parameter) and id(parameter) in vocabulary | experts and group is not None:
+            if id(parameter) in kinds.rows and group is not None:
                 return RowsLayout(parameter, group)
-            if split.is_split(parameter):
-                return SplitLayout(parameter, id(parameter) in matrices, split, self._count_gather)
+            if id(parameter) in kinds.gathered:
+                return SplitLayout(parameter, id(parameter) in kinds.matrices, split, self._count_gather)
             return whole(parameter)
 
         return layout_of
 
-    def _refuse_sharded_vectors(self, buckets: Sequence[Bucket], vectors: Collection[int]) -> None:
-        """Vectors of divided experts are of one size over all of them, which no rank sees where their states are divided too."""
-        name = self.plan.job.optimizer.name
-        if name in MATRIX_OPTIMIZERS and any(
-            id(value) in vectors for each in buckets if isinstance(each, ShardedBucket) for value in each.parameters
-        ):
-            raise InvalidArgument(
-                f"{name} steps vectors of divided experts (biases), whose states ZeRO or a narrow precision divides",
-                field="degrees.ep",
-                hint="pin ep=1, or zero=0 in fp32",
-            )
+    def _tensor_kinds(self) -> TensorKinds:
+        """Return what an optimizer of whole matrices needs of this rank's parameters; an expert's matrices are whole here."""
+        matrices, vocabulary = block_matrices(self.chain), vocabulary_parameters(self.chain)
+        experts, split = frozenset(self._layers.experts), self._layers.shards
+        parts = frozenset(id(value) for value in self.chain.model.parameters() if split.is_split(value))
+        rows = parts & (vocabulary | (experts - matrices))
+        return TensorKinds(matrices, parts - experts - rows, rows)
 
     def _count_gather(self, num_bytes: float) -> None:
         self._traffic[SPLIT_UPDATE] = self._traffic.get(SPLIT_UPDATE, 0.0) + num_bytes

@@ -149,7 +149,7 @@ def stepped_types(prepared: PreparedCase) -> tuple[set[str], float]:
     Steps are so small that bf16 weights would never move.
     """
     worker = make_worker(prepared)
-    worker.use_optimizer(OptimizerChoice("sgd", 1e-6))
+    worker.use_optimizer(OptimizerChoice("muon" if prepared.case.optimizer == "muon" else "sgd", 1e-6))
     before = [value.detach().clone() for bucket in worker.buckets.buckets for value in bucket.optimized()]
     worker.run(batches_of(prepared, 1)[0], 0)
     after = [value.detach() for bucket in worker.buckets.buckets for value in bucket.optimized()]

@@ -27,6 +27,16 @@ CASES = [
     Case("1f1b", 2, 4, optimizer="muon", by_stage=({"zero": 2}, {"zero": 0}), degrees={"dp": 2}, **WIDE),
     Case("1f1b", 2, 4, optimizer="muon", degrees={"tp": 2}, **{**WIDE, "dropout": 0.0}),
     Case("1f1b", 2, 4, optimizer="muon", degrees={"tp": 2, "vocab_parallel": True}, **{**WIDE, "dropout": 0.0}),
+    Case("1f1b", 2, 4, optimizer="muon", degrees={"tp": 2, "dp": 2, "zero": 1}, **{**WIDE, "dropout": 0.0}),
+    Case(
+        "gpipe",
+        1,
+        2,
+        optimizer="muon",
+        degrees={"tp": 2, "dp": 2, "sp": True, "vocab_parallel": True, "zero": 3},
+        weight_decay=0.1,
+        **{**WIDE, "dropout": 0.0},
+    ),
     Case("gpipe", 1, 2, optimizer="muon", degrees={"dp": 4, "ep": 2}, num_choices=2, **{**WIDE, "dropout": 0.0}),
     Case(
         "gpipe",
@@ -41,6 +51,7 @@ CASES = [
         "gpipe", 1, 2, optimizer="muon", degrees={"dp": 2, "tp": 2, "ep": 4}, num_choices=2, **{**WIDE, "dropout": 0.0}
     ),
     Case("1f1b", 2, 4, optimizer="shampoo", degrees={"dp": 2}, clip_norm=0.05, **WIDE),
+    Case("gpipe", 1, 2, optimizer="shampoo", degrees={"dp": 4, "ep": 2}, num_choices=2, **{**WIDE, "dropout": 0.0}),
     Case("chimera", 2, 4, optimizer="shampoo", tied=False, **WIDE),
 ]
 
@@ -73,7 +84,16 @@ def test_the_updates_that_muon_gathers_are_the_predicted_bytes(rank_pools, case)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("degrees", [{"tp": 2, "dp": 2, "vocab_parallel": True}, {"tp": 4, "sp": True}], ids=str)
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"tp": 2, "dp": 2, "vocab_parallel": True},
+        {"tp": 4, "sp": True},
+        {"tp": 2, "dp": 2, "zero": 1},
+        {"tp": 2, "dp": 2, "vocab_parallel": True, "zero": 2},
+    ],
+    ids=str,
+)
 def test_the_updates_that_muon_gathers_over_split_matrices_of_a_llama_are_the_predicted_bytes(rank_pools, degrees):
     pytest.importorskip("transformers")
     case = Case(
@@ -88,6 +108,16 @@ def test_the_updates_that_muon_gathers_over_split_matrices_of_a_llama_are_the_pr
     measured = {name: sum(sent.get(name, 0.0) for sent in results) for sent in results for name in sent}
     assert predicted["all-gather/update-tp"] > 0
     assert {name: value for name, value in measured.items() if value} == pytest.approx(predicted, rel=1e-9)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("degrees", [{"tp": 2, "dp": 2}, {"tp": 2, "dp": 2, "zero": 2}], ids=str)
+def test_muon_moves_masters_of_split_weights_in_bf16(rank_pools, degrees):
+    pool = rank_pools(4)
+    case = Case("gpipe", 1, 2, optimizer="muon", degrees=degrees, dropout=0.0, dtype="bfloat16")
+    for types, least_moved in pool.run("degree_cases.stepped_types", prepare(case, pool.next_number())):
+        assert types == {"torch.float32"}
+        assert least_moved > 0
 
 
 @pytest.mark.ranks

@@ -75,9 +75,7 @@ def test_uneven_shares_of_states_are_taken_where_replicas_alone_divide_them():
 @pytest.mark.parametrize(
     ("name", "degrees", "words"),
     [
-        ("muon", {"tp": 2, "dp": 2, "zero": 1}, "'tp': 2, 'zero': 1.* with muon"),
         ("muon", {"dp": 2, "etp": 2}, "'etp': 2.* with muon"),
-        ("shampoo", {"dp": 2, "ep": 2}, "'ep': 2.* with shampoo"),
         ("shampoo", {"dp": 2, "zero": 1}, "'zero': 1.* with shampoo"),
         ("shampoo", {"tp": 2}, "'tp': 2.* with shampoo"),
     ],
