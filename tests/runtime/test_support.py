@@ -9,10 +9,13 @@ from runtime_documents import plan_of, profile_of
 from runtime_models import TinyModel
 
 from stagewright.modeling import split
-from stagewright.planner.documents import Degrees
+from stagewright.planner.catalog import resolve_cluster, resolve_model
+from stagewright.planner.documents import Degrees, Optimizer, TrainingJob
 from stagewright.planner.errors import InvalidArgument, InvalidDocument
+from stagewright.planner.planners.registry import planners
+from stagewright.planner.planning import make_plan
 from stagewright.runtime.run import run_plan
-from stagewright.runtime.support import check_memory, check_supported
+from stagewright.runtime.support import check_memory, check_shared_weights, check_supported
 
 
 def with_shares(plan, *shares):
@@ -139,3 +142,40 @@ def test_another_number_of_ranks_than_the_plans_is_refused_before_a_rank_starts(
     plan, profile = documents()
     with pytest.raises(InvalidArgument, match=r"1 nodes x 3 ranks = 3, the plan has 2"):
         run_plan(plan, profile, model="nothing:imported", torchrun_arguments=("--nproc-per-node=3",))
+
+
+def plans_of(outcome):
+    return [plan for plan in (outcome.plan, *(other.plan for other in outcome.alternatives)) if plan is not None]
+
+
+@pytest.mark.parametrize("name", [row.name for row in planners() if row.name != "exhaustive"])
+def test_what_a_planner_returns_is_taken(name):
+    job = TrainingJob(global_batch=16, sequence_length=512)
+    outcome = make_plan(resolve_model("gpt2"), resolve_cluster("a100-sxm-40g:4x1"), job, planner=name)
+    for plan in plans_of(outcome):
+        check_supported(plan)
+
+
+MIXED = "a100-sxm-40g:4x1+v100-sxm-16g:4x1"
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster", "optimizer"),
+    [
+        ("mixtral-8x7b", "h100-sxm:8x4", "adamw"),  # 8 experts on 32 replicas, ZeRO-3
+        ("qwen1.5-moe-a2.7b", "a100-sxm-40g:8x1", "muon"),
+        ("llama2-13b", "a100-sxm-40g:8x1", "muon"),
+        ("gpt2-xl", MIXED, "adamw"),
+        ("llama2-7b", MIXED, "adamw"),
+    ],
+)
+def test_what_the_exact_planner_returns_is_taken(model, cluster, optimizer):
+    profile = resolve_model(model)
+    job = TrainingJob(
+        global_batch=64, sequence_length=1024, optimizer=Optimizer.standard(optimizer, "bf16"), precision="bf16"
+    )
+    outcome = make_plan(profile, resolve_cluster(cluster), job)
+    assert outcome.plan
+    for plan in plans_of(outcome):
+        check_supported(plan)
+        check_shared_weights(plan, profile)
