@@ -165,22 +165,5 @@ def _alias(value: Tensor) -> Tensor:
 
 
 def _bytes(value: Tensor) -> float:
-    return float(value.numel() * value.element_size())
-
-
-def slice_samples(value: Tensor, group: TensorGroup) -> Tensor:
-    """Return this rank's part of the samples of equal copies; gradients of all parts come back."""
-    return _Pair.apply(value, partial(_own_rows, group=group), partial(_all_rows, group=group))
-
-
-def gather_samples(value: Tensor, group: TensorGroup) -> Tensor:
-    """Return the samples of all ranks; each takes its part of the gradient, which is whole on all of them."""
-    return _Pair.apply(value, partial(_all_rows, group=group), partial(_own_rows, group=group))
-
-
-def _own_rows(value: Tensor, group: TensorGroup) -> Tensor:
-    return value.chunk(group.size)[group.index].clone()
-
-
-def _all_rows(value: Tensor, group: TensorGroup) -> Tensor:
-    return group.gather_rows(value, [len(value)] * group.size)
+    """Return the bytes that travel; none where a layer runs without data to tell the structure of its output."""
+    return 0.0 if value.is_meta else float(value.numel() * value.element_size())

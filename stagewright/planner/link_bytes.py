@@ -29,7 +29,7 @@ from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.cost.memory_actions import offloaded_elements
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile, Recompute
-from stagewright.planner.layerwise import changes_of, fewer_replicas
+from stagewright.planner.layerwise import Gather
 from stagewright.planner.replica_shares import samples_by_replica, told_part
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.lowering.parameters import with_parameter_gathers
@@ -55,10 +55,12 @@ def link_bytes(
     bounds: Sequence[int],
     layers: Sequence[LayerCosts],
     kept_bytes: Sequence[float],
+    gathers: Sequence[Gather] = (),
 ) -> Totals:
     """Return the bytes by "operation/group"; names without bytes are left out.
 
-    `kept_bytes` is what one device of each stage keeps of a microbatch.
+    `kept_bytes` is what one device of each stage keeps of a microbatch, `gathers` are those of each microbatch where stages of one
+    rank differ in degrees.
     """
     total: Totals = {}
     for order in schedule.orders:
@@ -74,10 +76,9 @@ def link_bytes(
                 for stage in edge
             )
             _add(total, "send-receive/pp", sent * plan.schedule.num_microbatches / layout.num_replicas)
-    for change in changes_of(plan):
-        size = float(layers[fewer_replicas(plan, change)].cut_bytes[bounds[change.stage + 1]])
-        devices = plan.stages[change.stage].degrees.num_devices
-        _add(total, "all-gather/reshard", change.sent(size) * devices * plan.schedule.num_microbatches)
+    for gather in gathers:
+        sent = gather.sent_bytes * plan.stages[0].degrees.num_devices * plan.schedule.num_microbatches
+        _add(total, "all-gather/reshard", sent)
     ties = shared_weights(plan, profile)
     for stage, row in enumerate(layers):
         _gradients(total, plan, schedule, stage, row, bounds, ties)

@@ -78,7 +78,7 @@ def _tensors(
     """Return the elements of each tensor that one device's optimizer steps: parameters, or shards of buckets."""
     degrees = plan.stages[index].degrees
     inside = range(bounds[index], bounds[index + 1])
-    if degrees.zero == 0 and plan.job.optimizer.parameter_bytes >= 4:
+    if num_shards(plan, index) == 1 and plan.job.optimizer.parameter_bytes >= 4:
         classes = [profile.classes[profile.layer_classes[layer]] for layer in inside]
         return [
             _largest_share(layer) * float(row.table.dense_parameters[at])
@@ -130,6 +130,22 @@ def passing_bytes(plan: Plan, index: int, row: LayerCosts, bounds: Sequence[int]
             scattered += whole * (1.0 if stage.state_shares else 1.0 + 1.0 / shards + is_cpu)
             gathered += parameters * optimizer.parameter_bytes * gathers
     return PassingBytes(gradients, scattered, gathered)
+
+
+def gathered_elsewhere(plan: Plan, index: int, row: LayerCosts, bounds: Sequence[int]) -> Floats:
+    """Return what a search counts of weights that ZeRO-3 gathers beyond what a stage gathers, [layers].
+
+    Beside a layer's own weights it counts those of the model's largest layer, where the stage gathers its own layers only; and
+    what one device holds alone is not gathered at all.
+    """
+    stage, inside = plan.stages[index], slice(bounds[index], bounds[index + 1])
+    if stage.degrees.zero < 3:
+        return np.zeros(bounds[index + 1] - bounds[index])
+    dense, experts = row.table.dense_parameters, row.table.expert_parameters
+    counted = dense + experts
+    held = (dense * (num_shards(plan, index) > 1) + experts * (expert_shards(stage.degrees) > 1))[inside]
+    beyond = counted[inside] + counted.max(initial=0.0) - held - held.max(initial=0.0)
+    return np.asarray(beyond * plan.job.optimizer.parameter_bytes)
 
 
 def _is_cpu(plan: Plan, index: int) -> bool:

@@ -21,7 +21,7 @@ what is run again. Not modelled: contention between different pairs of ranks, st
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,7 +39,7 @@ from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.plan import Degrees, MemoryItems, Plan, Prediction, ScheduleSpec, StagePlan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
-from stagewright.planner.layerwise import changes_of, fewer_replicas
+from stagewright.planner.layerwise import Gather, changes_of
 from stagewright.planner.link_bytes import (
     gathers_by_run,
     link_bytes,
@@ -48,7 +48,7 @@ from stagewright.planner.link_bytes import (
     shared_weights,
     tied_members,
 )
-from stagewright.planner.passing_bytes import passing_bytes, step_workspaces
+from stagewright.planner.passing_bytes import gathered_elsewhere, passing_bytes, step_workspaces
 from stagewright.planner.replica_shares import parts_of_stage, samples_by_replica, told_part
 from stagewright.planner.schedules.action import Action, parse_action
 from stagewright.planner.schedules.costs import StageCosts
@@ -145,11 +145,15 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
     pipeline = _with_local_steps(pipeline, layout, local_steps(plan))
     offloaded = _offloaded_bytes(plan, bounds, layers)
     pipeline = _with_offload(pipeline, layout, plan, offloaded)
-    pipeline = _with_changes(pipeline, plan, bounds, layers)
+    changes = _changes(plan, profile, layers)
+    pipeline = _with_changes(pipeline, plan, changes)
     costs = stage_costs(pipeline, bounds, levels, layers)
     links = links_of(layout, bounds, layers, wiring)
     timeline = _timed(schedule, costs, links, layout, pipeline.tail_s, pipeline.optimizer_s)
-    prediction = _prediction(plan, profile, schedule, layout, pipeline, timeline, layers, levels, bounds, costs)
+    gathers = [gather for each in changes.values() for row in each for gather in row]
+    prediction = _prediction(
+        plan, profile, schedule, layout, pipeline, timeline, layers, levels, bounds, costs, gathers
+    )
     step_bytes = np.zeros(layout.num_ranks)
     for stage, needed in enumerate(step_workspaces(plan, profile, layers, bounds, replica)):
         ranks = np.unique(schedule.placement[:, stage])
@@ -177,12 +181,13 @@ def _stage_bytes(
         chosen = np.arange(bounds[stage], bounds[stage + 1])
         at = (level[chosen], chosen)
         passing = passing_bytes(plan, stage, row, bounds)
+        elsewhere = gathered_elsewhere(plan, stage, row, bounds)
         found.append(
             StageBytes(
                 row.kept_bytes[at],
                 row.late_bytes[at],
-                row.workspace_bytes[at],
-                row.split_workspace_bytes[at],
+                row.workspace_bytes[at] - elsewhere,
+                row.split_workspace_bytes[at] - elsewhere,
                 gradients=passing.gradients,
                 scattered=passing.scattered,
                 gathered=passing.gathered,
@@ -354,18 +359,33 @@ def _with_offload(pipeline: PipelineCosts, layout: Layout, plan: Plan, offloaded
     )
 
 
+def _changes(plan: Plan, profile: ModelProfile, layers: Sequence[LayerCosts]) -> dict[int, tuple[list[Gather], ...]]:
+    """Return what is gathered in a forward and in a backward where stages of one rank differ in degrees, by the later stage."""
+    changes = changes_of(plan, [profile.classes[name].kind for name in profile.layer_classes])
+    if any(max(change.joins, change.splits) > 1 for change in changes):  # whole sequences cross
+        stages = [
+            stage.model_copy(update={"degrees": stage.degrees.model_copy(update={"sp": False})})
+            for stage in plan.stages
+        ]
+        layers = _layers_by_stage(plan.model_copy(update={"stages": tuple(stages)}), profile)
+    return {
+        change.stage + 1: change.gathers(
+            float(layers[change.stage].cut_bytes[plan.stages[change.stage + 1].layer_indices[0]])
+        )
+        for change in changes
+    }
+
+
 def _with_changes(
-    pipeline: PipelineCosts, plan: Plan, bounds: Sequence[int], layers: Sequence[LayerCosts]
+    pipeline: PipelineCosts, plan: Plan, changes: Mapping[int, tuple[list[Gather], ...]]
 ) -> PipelineCosts:
-    """Return the costs where stages of one rank differ in degrees and samples are gathered between them."""
-    changes = changes_of(plan)
+    """Return the costs with what is gathered between stages of one rank: in the later one's forward and backward."""
     if not changes:
         return pipeline
     costs = pipeline.costs.copy()
-    for change in changes:
-        size = float(layers[fewer_replicas(plan, change)].cut_bytes[bounds[change.stage + 1]])
-        group = group_of(plan.cluster, plan.stages[change.stage].group)
-        costs[1 if change.grows else 0, change.stage + 1] += change.seconds(size, group)
+    for stage, gathers in changes.items():
+        group = group_of(plan.cluster, plan.stages[stage].group)
+        costs[:2, stage] += [sum(gather.seconds(group) for gather in each) for each in gathers]
     return replace(pipeline, costs=costs)
 
 
@@ -648,6 +668,7 @@ def _prediction(
     levels: Sequence[int],
     bounds: Sequence[int],
     costs: StageCosts,
+    gathers: Sequence[Gather],
 ) -> Prediction:
     job = plan.job
     step_s = timeline.makespan_s + profile.step_overhead_s
@@ -670,7 +691,7 @@ def _prediction(
         stage_time_s=tuple(pipeline.costs.sum(axis=0).tolist()),
         exposed_communication_s=float((pipeline.tail_s - _rank_sum(layout, pipeline.optimizer_s)).max()),
         optimizer_s=float(_rank_sum(layout, pipeline.optimizer_s).max()),
-        link_bytes=link_bytes(plan, profile, schedule, layout, bounds, layers, costs.activation.tolist()),
+        link_bytes=link_bytes(plan, profile, schedule, layout, bounds, layers, costs.activation.tolist(), gathers),
         tokens_per_dollar=None if price is None else tokens / step_s / price,
         source=source,
         expected_error=max(expected_error(source, device_of(plan.cluster, stage.group)) for stage in plan.stages),

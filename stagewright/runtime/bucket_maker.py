@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from stagewright.modeling.chain import LayerChain
+from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.link_bytes import gathers_by_run
@@ -264,11 +265,15 @@ class BucketMaker:
             self._traffic,
             purpose=purpose,
             everyone=group,
-            shards=self._layers.shards,
+            shards=self._shards_of(holders),
             shares=self._state_shares(holders, inside) if zero and purpose == "dp" else (),
             by_layer=not gathers_by_run(self._plan),
             scattering=self._scattering,
         )
+
+    def _shards_of(self, holders: frozenset[StageKey]) -> TensorShards:
+        """Return how the parameters of some stages are split: those that share one split it alike."""
+        return self._layers.shards_of(min(stage for _, stage in holders))
 
     def _state_shares(self, holders: frozenset[StageKey], group: dist.ProcessGroup | None) -> tuple[float, ...]:
         """Return which share of a stage's states each rank of the group owns, in its order; none where all own as much."""
@@ -277,7 +282,9 @@ class BucketMaker:
         if not told or group is None:
             return ()
         cp = self._plan.stages[stage].degrees.cp  # the devices of a replica own equal parts of its share
-        return tuple(told[self._views[rank].coordinates.dp] / cp for rank in dist.get_process_group_ranks(group))
+        return tuple(
+            told[self._views[rank].at(stage).coordinates.dp] / cp for rank in dist.get_process_group_ranks(group)
+        )
 
     def _replicated(
         self,
@@ -299,7 +306,7 @@ class BucketMaker:
             group,
             holders,
             self._traffic,
-            self._layers.shards,
+            self._shards_of(holders),
             always=purpose == "edp",
             overlaps=purpose != "tied" and self._plan.schedule.num_replicas == 1,
             bucket_bytes=int(told.get("bucket_bytes", BUCKET_BYTES)),

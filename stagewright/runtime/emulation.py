@@ -116,7 +116,7 @@ class EmulatedWorker:
     def run(self, batch: Batch | None, step: int) -> float | None:
         """Run one iteration; there is no loss."""
         units = {
-            (action.microbatch, action.slice): UnitInput(torch.zeros(1), 1.0)
+            (action.stage, (action.microbatch, action.slice)): UnitInput(torch.zeros(1), 1.0)
             for each in self.steps
             for action in each
             if action.microbatch >= 0

@@ -29,7 +29,7 @@ StageKey = tuple[int, int]  # (replica, stage)
 
 @dataclass(frozen=True)
 class UnitInput:
-    """What one unit, (microbatch, slice), runs on.
+    """What one unit, (microbatch, slice), of a stage runs on.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class UnitInput:
     seed: int | None = None
 
 
-Iteration = Mapping[Unit, UnitInput]
+Iteration = Mapping[tuple[int, Unit], UnitInput]  # by stage and unit
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Interpreter:
         """Run one iteration: every action of `steps`, then wait for what is still on its way."""
         self._iteration = iteration
         self._last_backwards = _last_full_backwards(steps)
-        self._mailbox.begin({unit: given.batch for unit, given in iteration.items()})
+        self._mailbox.begin({unit: given.batch for (_, unit), given in iteration.items()})
         begin = 0
         if self._swap is not None:
             self._swap.begin()
@@ -196,7 +196,7 @@ class Interpreter:
         stage = self._stages[action.replica, action.stage]
         received = self._mailbox.take_values(action)
         self._buckets.before_forward((action.replica, action.stage), action.microbatch)
-        given = self._iteration[_unit(action)]
+        given = self._iteration[action.stage, _unit(action)]
         start = self._recorder.clock()
         values = stage.forward(_unit(action), given.batch, received, given.seed)
         self._buckets.after_pass((action.replica, action.stage))
@@ -212,7 +212,7 @@ class Interpreter:
         result = stage.backward(
             _unit(action),
             gradients,
-            loss_weight=self._iteration[_unit(action)].loss_weight,
+            loss_weight=self._iteration[action.stage, _unit(action)].loss_weight,
             split=action.kind is Kind.I,
         )
         self._buckets.after_pass((action.replica, action.stage))

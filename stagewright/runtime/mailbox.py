@@ -2,7 +2,8 @@
 
 For each edge (source stage, target stage) of the stage graph, a message is the values of those layers of the source that
 the target needs, in layer order; a gradient message is the gradients of the same tensors. Two stages on one rank hand
-over without a copy. Where several targets use one value its gradients are summed. Between stages of different numbers of
+over without a copy; where their degrees differ samples and sequences are divided anew (`resharding`). Where several targets use one
+value its gradients are summed. Between stages of different numbers of
 replicas a microbatch's samples are split over the ranks that take them and put one behind the other where they come from several.
 """
 
@@ -21,6 +22,7 @@ from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.simulation.timeline import SEND_LANE
 from stagewright.runtime.communication import Message, Pending, PointToPoint, ShapeBook, TensorSpec
 from stagewright.runtime.recorder import Recorder
+from stagewright.runtime.resharding import Resharding
 from stagewright.runtime.stage import Unit
 from stagewright.runtime.topology import Part
 
@@ -40,6 +42,7 @@ class StageGraph:
         microbatch.
     takers : to whom this rank sends a stage's messages, where those are others than its peers.
     lengths : what part of a sequence a device of the source of an edge has, where that is not all.
+    reshardings : what happens on edges between stages of this rank with unlike degrees.
     """
 
     layers: Mapping[tuple[int, int], tuple[int, ...]]
@@ -47,6 +50,7 @@ class StageGraph:
     is_divided: bool = False
     takers: Mapping[tuple[int, int], tuple[Part, ...]] = field(default_factory=dict)
     lengths: Mapping[tuple[int, int], Fraction] = field(default_factory=dict)
+    reshardings: Mapping[tuple[int, int], Resharding] = field(default_factory=dict)
 
     def sources(self, stage: int) -> tuple[int, ...]:
         """Stages whose values a stage takes."""
@@ -126,6 +130,8 @@ class Mailbox:
             self._counts[edge] = [len(values[layer]) for layer in self._graph.layers[edge]]
             if self._is_remote(action.replica, target):
                 self._shapes.publish(self._shape_key(edge, action), tensors)
+            if edge in self._graph.reshardings:
+                tensors = self._graph.reshardings[edge].values(tensors)
             self._ready[_message(action, action.stage, target, backward=False)] = tensors
 
     def take_gradients(self, action: Action) -> dict[int, tuple[Tensor, ...]]:
@@ -143,8 +149,10 @@ class Mailbox:
     def put_gradients(self, action: Action, gradients: Values) -> None:
         """Hand a backward's input gradients to the stages they belong to."""
         for source in self._graph.sources(action.stage):
-            layers = self._graph.layers[source, action.stage]
-            tensors = tuple(value for layer in layers for value in gradients[layer])
+            edge = (source, action.stage)
+            tensors = tuple(value for layer in self._graph.layers[edge] for value in gradients[layer])
+            if edge in self._graph.reshardings:
+                tensors = self._graph.reshardings[edge].gradients(tensors)
             self._ready[_message(action, source, action.stage, backward=True)] = tensors
 
     def send_values(self, action: Action) -> None:

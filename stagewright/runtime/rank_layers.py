@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from stagewright.modeling.tensor_parallel import TensorShards, key_value_copies,
 from stagewright.modeling.unfilled import fill_layers
 from stagewright.modeling.vocabulary_loss import vocabulary_loss
 from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
-from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.documents.profile import Recompute
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules.action import Action
@@ -45,7 +46,6 @@ class RankLayers:
 
     Attributes
     ----------
-    shards : how tensors are split over the tensor-parallel group.
     experts : ids of the parameters of divided experts.
     """
 
@@ -72,17 +72,18 @@ class RankLayers:
         fill_layers(chain, held, device)
         move_to(chain.model, device)
         self._sink = WeightGradientSink()
-        self.shards = self._split_tensors(held)
-        self.experts = self._divide_experts(held)
+        self._shards = self._split_tensors()
+        self.experts = self._divide_experts()
         if splits_backward:
             defer_weight_gradients(chain.model, self._sink)
         recompute_layers(chain, self._recompute_levels())
 
+    def shards_of(self, stage: int) -> TensorShards:
+        """Return how the tensors of a stage are split over its tensor-parallel group."""
+        return self._shards[stage]
+
     def stages(self, actions: Sequence[Action]) -> dict[StageKey, Stage]:
         """Return this rank's stages by replica and stage, for these actions."""
-        loss_context: Callable[[], AbstractContextManager[object]] = nullcontext
-        if self.shards.group and self._topology.degrees.vocab_parallel:
-            loss_context = partial(vocabulary_loss, self.shards.group)
         context = self._context_attention()
         return {
             (replica, stage): Stage(
@@ -90,12 +91,18 @@ class RankLayers:
                 stage,
                 replica,
                 self._sink,
-                loss_context=loss_context,
+                loss_context=self._loss_context(stage),
                 context=context,
                 keeps_storages=bool(swaps(actions)),
             )
             for replica, stage in self._topology.stages
         }
+
+    def _loss_context(self, stage: int) -> Callable[[], AbstractContextManager[object]]:
+        group = self.shards_of(stage).group
+        if group is None or not self._plan.stages[stage].degrees.vocab_parallel:
+            return nullcontext
+        return partial(vocabulary_loss, group)
 
     def positions(self, index: int) -> Tensor:
         """Return the positions of one context-parallel part; the layout is the plan's `context_layout`."""
@@ -108,18 +115,22 @@ class RankLayers:
             )
         return positions_of(index, self._topology.degrees.cp, self._plan.job.sequence_length, layout)
 
-    def _divide_experts(self, held: frozenset[int]) -> set[int]:
+    def _divide_experts(self) -> set[int]:
         """Divide this rank's experts, where the plan does; returns the ids of their parameters."""
         experts = self._groups.make_all("experts", {view.expert_ranks for view in self._views})
         tensors = self._groups.make_all("expert tensors", {view.expert_tensor_ranks for view in self._views})
         if experts is None and tensors is None:
             return set()
-        groups = ExpertGroups(
-            None if experts is None else TensorGroup(experts, self._traffic, "ep"),
-            None if tensors is None else TensorGroup(tensors, self._traffic, "etp"),
-            None if self._topology.degrees.sp else self.shards.group,
-        )
-        return divide_experts(self._chain, sorted(held), groups, self.shards)
+        found: set[int] = set()
+        for stage in sorted({stage for _, stage in self._topology.stages}):
+            shards = self.shards_of(stage)
+            groups = ExpertGroups(
+                None if experts is None else TensorGroup(experts, self._traffic, "ep"),
+                None if tensors is None else TensorGroup(tensors, self._traffic, "etp"),
+                None if self._plan.stages[stage].degrees.sp else shards.group,
+            )
+            found |= divide_experts(self._chain, self._plan.stages[stage].layer_indices, groups, shards)
+        return found
 
     def _context_attention(self) -> Callable[[], ContextAttention] | None:
         """Return what makes the attention over this rank's context-parallel group, where it has one."""
@@ -134,26 +145,30 @@ class RankLayers:
         positions = [torch.cat(parts[first : first + size]) for first in range(0, degrees.cp, size)]
         return lambda: ContextAttention(groups, positions)
 
-    def _split_tensors(self, held: frozenset[int]) -> TensorShards:
-        """Split this rank's layers over its tensor-parallel group, where it has one."""
-        group = self._groups.make_all("tensor", {view.tensor_ranks for view in self._views})
-        model = self._chain.model
-        sharing = self._groups.make_all(
-            "key-value heads",
-            {view.key_value_ranks(key_value_copies(model, view.degrees.tp)) for view in self._views},
-        )
-        if group is None:
-            return TensorShards()
-        degrees = self._topology.degrees
-        return parallelize(
-            self._chain,
-            sorted(held),
-            TensorGroup(group, self._traffic),
-            self._sink,
-            sharing=None if sharing is None else TensorGroup(sharing, self._traffic),
-            sequence_parallel=degrees.sp,
-            vocabulary_parallel=degrees.vocab_parallel,
-        )
+    def _split_tensors(self) -> dict[int, TensorShards]:
+        """Split this rank's layers over the tensor-parallel groups of their stages, where they have one."""
+        held = sorted({stage for _, stage in self._topology.stages})
+        found = {stage: TensorShards() for stage in held}
+        for kind in dict.fromkeys(_split_of(stage.degrees) for stage in self._plan.stages):
+            alike = {index for index, stage in enumerate(self._plan.stages) if _split_of(stage.degrees) == kind}
+            views = [view.at(stage) for view in self._views for _, stage in view.stages if stage in alike]
+            group = self._groups.make_all("tensor", {view.tensor_ranks for view in views})
+            copies = key_value_copies(self._chain.model, kind.tp)
+            sharing = self._groups.make_all("key-value heads", {view.key_value_ranks(copies) for view in views})
+            mine = [stage for stage in held if stage in alike]
+            if group is None or not mine:
+                continue
+            shards = parallelize(
+                self._chain,
+                [layer for stage in mine for layer in self._plan.stages[stage].layer_indices],
+                TensorGroup(group, self._traffic),
+                self._sink,
+                sharing=None if sharing is None else TensorGroup(sharing, self._traffic),
+                sequence_parallel=kind.sp,
+                vocabulary_parallel=kind.vocab_parallel,
+            )
+            found |= dict.fromkeys(mine, shards)
+        return found
 
     def _recompute_levels(self) -> dict[int, Recompute]:
         return {
@@ -163,3 +178,15 @@ class RankLayers:
                 self._plan.stages[index].layer_indices, self._plan.stages[index].recompute_levels(), strict=True
             )
         }
+
+
+class _Split(NamedTuple):
+    """How a stage splits tensors."""
+
+    tp: int
+    sp: bool
+    vocab_parallel: bool
+
+
+def _split_of(degrees: Degrees) -> _Split:
+    return _Split(degrees.tp, degrees.sp and degrees.tp > 1, degrees.vocab_parallel and degrees.tp > 1)

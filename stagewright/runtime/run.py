@@ -26,7 +26,13 @@ from stagewright.runtime.replay import compose, replayed_ranks
 from stagewright.runtime.replay import replay as run_replays
 from stagewright.runtime.report import RunReport, make_replay_report, make_report
 from stagewright.runtime.rescue import is_rescuable, rescue_folder
-from stagewright.runtime.support import check_memory, check_shared_weights, check_supported, check_world
+from stagewright.runtime.support import (
+    check_layerwise_model,
+    check_memory,
+    check_shared_weights,
+    check_supported,
+    check_world,
+)
 from stagewright.runtime.topology import has_unequal_replicas, has_unequal_tensors
 from stagewright.runtime.training import TrainingSettings
 
@@ -93,6 +99,13 @@ def run_plan(
     _refuse_frozen_by_hand(profile)
     check_supported(plan)
     check_shared_weights(plan, profile)
+    check_layerwise_model(plan, profile)
+    if is_layerwise(plan) and (emulate or replay is not None):
+        raise InvalidArgument(
+            "layers with degrees of their own are neither emulated nor replayed",
+            field="emulate" if emulate else "replay",
+            hint="run the plan with its model",
+        )
     if (emulate or replay is not None) and has_unequal_tensors(plan):
         raise InvalidArgument(
             f"stages have tp {[stage.degrees.tp for stage in plan.stages]}, an emulated or replayed run takes equal ones",
@@ -103,12 +116,6 @@ def run_plan(
         raise InvalidArgument(
             f"stages have {[stage.degrees.dp for stage in plan.stages]} replicas, an emulated run takes equal numbers",
             field="emulate",
-            hint="run the plan with its model",
-        )
-    if is_layerwise(plan) and (emulate or replay is not None):
-        raise InvalidArgument(
-            "layers with degrees of their own are neither emulated nor replayed",
-            field="emulate" if emulate else "replay",
             hint="run the plan with its model",
         )
     check_world(plan, torchrun_arguments)
@@ -138,7 +145,7 @@ def run_plan(
             seed=seed,
             training=_located(training or TrainingSettings()),
             emulate=emulate,
-            rescue=rescue and evaluation.schedule.is_synchronous and is_rescuable(plan) and not is_layerwise(plan),
+            rescue=rescue and evaluation.schedule.is_synchronous and is_rescuable(plan),
         )
         job.save()
         if replayed is not None:

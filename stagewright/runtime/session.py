@@ -24,7 +24,6 @@ from stagewright.modeling.kept_memory import allocator_name
 from stagewright.modeling.speed_probe import SpeedProbe, stolen_seconds
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
-from stagewright.planner.layerwise import is_layerwise
 from stagewright.planner.prediction import Evaluation
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.runtime.building import build_model, split_as_profiled
@@ -33,7 +32,6 @@ from stagewright.runtime.data import open_data
 from stagewright.runtime.emulation import EmulatedWorker
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
 from stagewright.runtime.job import RunJob
-from stagewright.runtime.layerwise import LayerwiseWorker
 from stagewright.runtime.measurement import Measurement, probes_around
 from stagewright.runtime.memory import RankMemory, measure_memory
 from stagewright.runtime.microbatches import samples_of
@@ -45,8 +43,6 @@ from stagewright.runtime.status import StatusFile
 from stagewright.runtime.torch_adapter import default_store
 from stagewright.runtime.training import WARM_UP_STEPS, checkpoint_folder, find_checkpoint, mark_latest
 from stagewright.runtime.worker import Worker, WorkerSettings
-
-Trainer = Worker | LayerwiseWorker
 
 
 class Session:
@@ -120,15 +116,13 @@ class Session:
         )
         worker.close()
 
-    def _worker(self, chain: LayerChain) -> Trainer:
+    def _worker(self, chain: LayerChain) -> Worker:
         """Return what runs this rank's part of the plan."""
         settings = WorkerSettings(self._device, seed=self._job.seed)
 
         def at_action(position: int) -> None:
             self._status.at(self._rank, self._step, position)
 
-        if is_layerwise(self._plan):
-            return LayerwiseWorker(self._plan, chain, settings, at_action=at_action)
         store = dist.PrefixStore("worker", default_store())
         return Worker(self._plan, self._schedule, chain, settings, store=store, at_action=at_action)
 
@@ -164,7 +158,7 @@ class Session:
 
     def _check(
         self,
-        worker: Trainer,
+        worker: Worker,
         batches: list[Batch],
         reference: ReferenceRun | None,
         shapes: dict[str, tuple[int, ...]],
@@ -184,7 +178,7 @@ class Session:
         worker.use_optimizer(None)
         return gradients, weights
 
-    def _train_setup(self, worker: Trainer, batches: Iterator[Batch]) -> list[RankMemory]:
+    def _train_setup(self, worker: Worker, batches: Iterator[Batch]) -> list[RankMemory]:
         """Make the job's optimizer, let its states come into being, and measure the memory of one step."""
         training = self._job.training
         worker.use_optimizer(training_choice(self._plan, training))
@@ -198,7 +192,7 @@ class Session:
             self._enter("loading")
             self._trained = load_checkpoint(worker, find_checkpoint(training.load))
             next(islice(batches, self._trained, self._trained), None)
-        if self._rescue is not None and isinstance(worker, Worker):
+        if self._rescue is not None:
             self._rescue.worker, self._rescue.first_step = worker, self._trained
         if training.load is None:
             self._enter("warming up")
@@ -215,7 +209,7 @@ class Session:
         return everyone
 
     def _timed(
-        self, worker: Trainer | EmulatedWorker, batches: Iterator[Batch | None], probe: SpeedProbe | None = None
+        self, worker: Worker | EmulatedWorker, batches: Iterator[Batch | None], probe: SpeedProbe | None = None
     ) -> Measurement:
         """Run the timed steps; returns their times and losses, the spans of the median one, bytes sent in one, and probes.
 
@@ -269,18 +263,18 @@ class Session:
             stolen_share=stolen,
         )
 
-    def _run(self, worker: Trainer | EmulatedWorker, batch: Batch | None, step: int) -> float | None:
+    def _run(self, worker: Worker | EmulatedWorker, batch: Batch | None, step: int) -> float | None:
         loss = worker.run(batch, step)
         self._step += 1
         return loss
 
-    def _train(self, worker: Trainer | EmulatedWorker, batch: Batch | None) -> float | None:
+    def _train(self, worker: Worker | EmulatedWorker, batch: Batch | None) -> float | None:
         """Run the next training step; its number decides random numbers and learning rate, whatever ran before it."""
         loss = self._run(worker, batch, self._trained)
         self._trained += 1
         return loss
 
-    def _save(self, worker: Trainer | EmulatedWorker, *, is_last: bool) -> None:
+    def _save(self, worker: Worker | EmulatedWorker, *, is_last: bool) -> None:
         """Write a checkpoint where one is due; every rank calls this."""
         training = self._job.training
         if training.save is None or isinstance(worker, EmulatedWorker):

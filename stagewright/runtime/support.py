@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument
-from stagewright.planner.layerwise import is_layerwise, layerwise_order
+from stagewright.planner.layerwise import is_layerwise
 from stagewright.planner.link_bytes import shared_weights
 from stagewright.planner.prediction import device_of
 from stagewright.planner.replica_shares import has_uneven_shares, parts_of_stage, samples_by_replica
@@ -27,10 +28,6 @@ def check_supported(plan: Plan) -> None:
             field="schedule.name",
             hint="take 1f1b; --pin vocab_parallel=on cuts the output layer over a tensor-parallel group",
         )
-    if is_layerwise(plan):
-        check_layerwise_degrees(plan)
-        _check_autocast(plan)
-        return
     first = plan.stages[0].degrees
     for index, stage in enumerate(plan.stages):
         field = f"stages[{index}]"
@@ -49,7 +46,9 @@ def check_supported(plan: Plan) -> None:
             _check_state_shares(plan, index)
         if has_uneven_shares(plan):
             _check_shares(plan, index)
-    if has_unequal_replicas(plan) or has_unequal_tensors(plan):
+    if is_layerwise(plan):
+        _check_layerwise(plan)
+    elif has_unequal_replicas(plan) or has_unequal_tensors(plan):
         _check_unequal(plan)
     if first.cp > 1 and plan.schedule.num_slices > 1:
         raise InvalidArgument(
@@ -106,31 +105,50 @@ def _check_offload(plan: Plan, index: int) -> None:
         )
 
 
-def check_layerwise_degrees(plan: Plan) -> None:
-    """Raise InvalidArgument unless all stages stand behind each other on one rank, replicated and tensor-parallel only."""
-    spec = plan.schedule
-    if spec.num_ranks != 1 or spec.orders != (layerwise_order(len(plan.stages), spec.num_microbatches),):
+def _check_layerwise(plan: Plan) -> None:
+    """Layers of one rank with degrees of their own: replicas and tensor degrees, equal microbatches, whole sequences."""
+    told = sorted({"halved", "local_steps", "updates", "pipelines", "slice_lengths"} & set(plan.schedule.parameters))
+    if told or plan.schedule.num_slices > 1 or len(plan.schedule.placement) > 1 or plan.schedule.name == "dynapipe":
         raise InvalidArgument(
-            f"schedule {spec.name} has {spec.num_ranks} pipeline ranks; layers with degrees of their own run on one, each "
-            "microbatch forward and back before the next",
+            f"schedule {plan.schedule.name} has {plan.schedule.num_slices} slices, {len(plan.schedule.placement)} model replicas and "
+            f"parameters {told}; layers with degrees of their own take equal microbatches of whole sequences, one direction and "
+            "one number of steps",
             field="schedule",
             hint="take `layerwise_schedule`",
         )
-    if plan.job.precision not in ("fp32", "fp64") or plan.job.optimizer.name in MATRIX_OPTIMIZERS:
-        raise InvalidArgument(
-            f"the plan trains in {plan.job.precision} with {plan.job.optimizer.name}; layers with degrees of their own take fp32 and "
-            "fp64, and elementwise optimizers",
-            field="job.precision",
-            hint="plan with --precision fp32 and --optimizer adamw",
-        )
     for index, stage in enumerate(plan.stages):
         degrees = stage.degrees
-        plain = degrees.model_copy(update={"dp": 1, "tp": 1})
-        if plain != type(degrees)() or stage.batch_shares or stage.state_shares or stage.optimizer_offload:
+        rest = degrees.cp * degrees.ep * degrees.etp
+        if rest > 1 or stage.batch_shares or stage.state_shares:
             raise InvalidArgument(
-                f"stages[{index}] has {degrees.model_dump(exclude_defaults=True)}; layers with degrees of their own take dp and tp",
+                f"stages[{index}] has {degrees.model_dump(exclude_defaults=True)}, batch_shares {list(stage.batch_shares)} and "
+                f"state_shares {list(stage.state_shares)}; layers with degrees of their own take dp, tp, sp, vocab_parallel and zero, "
+                "and even shares",
                 field=f"stages[{index}].degrees",
-                hint="pin sp=off, vocab_parallel=off and zero=0",
+                hint="pin cp=1, ep=1 and etp=1, and leave the shares out",
+            )
+
+
+def check_layerwise_model(plan: Plan, profile: ModelProfile) -> None:
+    """Raise InvalidArgument where layers with degrees of their own are no chain, or split logits would change their degrees."""
+    if not is_layerwise(plan):
+        return
+    if profile.edges is not None:
+        raise InvalidArgument(
+            f"{profile.name} is no chain, its layers have degrees of their own",
+            field="stages",
+            hint="plan without --per-stage-degrees",
+        )
+    kinds = [profile.classes[name].kind for name in profile.layer_classes]
+    for index, (stage, following) in enumerate(pairwise(plan.stages)):
+        layer = following.layer_indices[0]
+        splits = any(each.degrees.vocab_parallel and each.degrees.tp > 1 for each in (stage, following))
+        if splits and (kinds[layer - 1], kinds[layer]) == ("head", "loss"):
+            raise InvalidArgument(
+                f"stages {index} and {index + 1} have {stage.degrees.model_dump(exclude_defaults=True)} and "
+                f"{following.degrees.model_dump(exclude_defaults=True)}; a head with vocab_parallel keeps its degrees up to the loss",
+                field=f"stages[{index + 1}].degrees",
+                hint="give head and loss one stage, or pin vocab_parallel=off",
             )
 
 
@@ -169,11 +187,12 @@ def _check_unequal(plan: Plan) -> None:
 
 def check_shared_weights(plan: Plan, profile: ModelProfile) -> None:
     """Raise InvalidArgument where stages that differ in tensor degrees share a weight."""
+    names = ("tp", "vocab_parallel", *(("sp",) if is_layerwise(plan) else ()))
     for tie in shared_weights(plan, profile):
-        degrees = {(plan.stages[s].degrees.tp, plan.stages[s].degrees.vocab_parallel) for s in tie.stages}
+        degrees = {tuple(getattr(plan.stages[stage].degrees, name) for name in names) for stage in tie.stages}
         if len(degrees) > 1:
             raise InvalidArgument(
-                f"stages {sorted(tie.stages)} share a weight, with (tp, vocab_parallel) {sorted(degrees)}; the runtime sums its "
+                f"stages {sorted(tie.stages)} share a weight, with ({', '.join(names)}) {sorted(degrees)}; the runtime sums its "
                 "gradients over devices that hold the same part of it",
                 field="stages.degrees.tp",
                 hint="plan with equal tp for these stages, or untie the weight",

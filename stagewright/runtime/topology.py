@@ -48,10 +48,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Topology:
-    """One rank's view of a plan's mapping."""
+    """One rank's view of a plan's mapping.
+
+    Parameters
+    ----------
+    stage : in whose degrees coordinates are given, where the rank's stages differ; the first of them unless told.
+    """
 
     plan: Plan
     rank: int
+    stage: int | None = None
+
+    def at(self, stage: int) -> Topology:
+        """Return the view in the degrees of one stage."""
+        return Topology(self.plan, self.rank, stage)
 
     @cached_property
     def _place(self) -> tuple[int, int]:
@@ -78,10 +88,14 @@ class Topology:
             if holder == self.pipeline_rank
         )
 
+    @property
+    def _own(self) -> int:
+        return self.stages[0][1] if self.stage is None else self.stage
+
     @cached_property
     def degrees(self) -> Degrees:
-        """Degrees of this rank's stages."""
-        return self.plan.stages[self.stages[0][1]].degrees
+        """Degrees of the stage."""
+        return self.plan.stages[self._own].degrees
 
     @cached_property
     def coordinates(self) -> Coordinates:
@@ -182,7 +196,7 @@ class Topology:
         return self._exchanged(replica, stage, is_divided, receives=False)
 
     def _exchanged(self, replica: int, stage: int, is_divided: bool, *, receives: bool) -> tuple[Part, ...]:
-        own = samples_by_replica(self.plan, self.stages[0][1])
+        own = samples_by_replica(self.plan, self._own)
         theirs = samples_by_replica(self.plan, stage)
         mine, degrees = self.num_samples, self.plan.stages[stage].degrees
         is_here = self.plan.schedule.placement[replica][stage] == self.pipeline_rank
@@ -208,7 +222,7 @@ class Topology:
     @property
     def num_samples(self) -> int:
         """Samples of a microbatch on this rank."""
-        return samples_by_replica(self.plan, self.stages[0][1])[self.coordinates.dp]
+        return samples_by_replica(self.plan, self._own)[self.coordinates.dp]
 
     def gradient_ranks(self, stage: int) -> tuple[int, ...]:
         """Return the global ranks that sum a stage's gradients with this one: they hold the same shard of its parameters.
@@ -217,6 +231,7 @@ class Topology:
         """
         alone = "local_steps" in self.plan.schedule.parameters
         ranks: list[int] = []
+        own = self.at(stage).coordinates
         for row in self.plan.schedule.placement:
             members = self.plan.mapping.pipeline_ranks[row[stage]]
             degrees = self.plan.stages[stage].degrees
@@ -224,7 +239,7 @@ class Topology:
             ranks += [
                 rank
                 for rank, place in zip(members, places, strict=True)
-                if place.tp == self.coordinates.tp and (place.dp == self.coordinates.dp or not alone)
+                if place.tp == own.tp and (place.dp == own.dp or not alone)
             ]
         return tuple(sorted(set(ranks)))
 

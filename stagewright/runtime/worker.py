@@ -7,7 +7,7 @@ layer chain, in a process group that exists. It drops the parameters of the laye
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,12 +21,13 @@ from stagewright.modeling.batch import Batch, batch_size, select_samples, slice_
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.seeding import microbatch_seed
 from stagewright.modeling.slicing import divide_sequence, equal_lengths, select_sequence, sequence_length
+from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.cost.memory_actions import offloaded_elements
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.link_bytes import HOST_COPY, SPLIT_UPDATE
-from stagewright.planner.replica_shares import has_uneven_shares
+from stagewright.planner.replica_shares import has_uneven_shares, samples_by_replica
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
 from stagewright.runtime.batch_shares import replica_part, replica_weight
@@ -54,6 +55,7 @@ from stagewright.runtime.post_validation import PostValidation
 from stagewright.runtime.rank_layers import RankLayers
 from stagewright.runtime.recorder import Recorder, now_s
 from stagewright.runtime.reduction import Bucket, BucketSet
+from stagewright.runtime.resharding import make_reshardings
 from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.stage import Unit
 from stagewright.runtime.step_rule import StepRule, scale_gradients, whole_squared_norm
@@ -230,19 +232,20 @@ class Worker:
             parameters += zip(mine, last_elements(sizes, away), strict=True)
             counts.append((bucket, away))
         if not any(away for _, away in counts):
-            return make_optimizer(choice, [parameter for parameter, _ in parameters], self._layouts(self._stepped(key)))
+            return make_optimizer(choice, [parameter for parameter, _ in parameters], self._layouts(key))
         made = OffloadedOptimizer(partial(make_optimizer, choice), parameters, self._count_copy)
         for bucket, away in counts:
             self._keep_on_host(bucket, away)
         return made
 
-    def _layouts(self, buckets: Sequence[Bucket]) -> LayoutOf:
-        """Return which tensors lie in what the optimizer of these buckets steps."""
-        kinds, split = self._tensor_kinds(), self._layers.shards
+    def _layouts(self, key: StageKey) -> LayoutOf:
+        """Return which tensors lie in what the optimizer of a stage's OPT steps."""
+        split = self._layers.shards_of(key[1])
+        kinds = self._tensor_kinds(split)
         whole = whole_layouts(kinds.matrices)
         shards = {
             id(value): bucket.layout(kinds, self._count_gather)
-            for bucket in buckets
+            for bucket in self._stepped(key)
             if isinstance(bucket, ShardedBucket)
             for value in bucket.optimized()
         }
@@ -259,10 +262,10 @@ class Worker:
 
         return layout_of
 
-    def _tensor_kinds(self) -> TensorKinds:
-        """Return what an optimizer of whole matrices needs of this rank's parameters; an expert's matrices are whole here."""
+    def _tensor_kinds(self, split: TensorShards) -> TensorKinds:
+        """Return what an optimizer of whole matrices needs of parameters split so; an expert's matrices are whole here."""
         matrices, vocabulary = block_matrices(self.chain), vocabulary_parameters(self.chain)
-        experts, split = frozenset(self._layers.experts), self._layers.shards
+        experts = frozenset(self._layers.experts)
         parts = frozenset(id(value) for value in self.chain.model.parameters() if split.is_split(value))
         rows = parts & (vocabulary | (experts - matrices))
         return TensorKinds(matrices, parts - experts - rows, rows)
@@ -341,7 +344,7 @@ class Worker:
         self._set_learning_rates(step)
         interpreter.run(steps, iteration)
         losses = [
-            float(loss) * iteration[unit].loss_weight
+            float(loss) * iteration[stage.index, unit].loss_weight
             for stage in self.stages.values()
             for unit, loss in stage.losses.items()
         ]
@@ -352,7 +355,8 @@ class Worker:
         updates = 1 if self._division is None else self._division.num_updates
         if self._outer_step is not None:  # each replica's loss is a mean of its own
             updates *= self.topology.degrees.dp
-        return sum(losses) / updates if losses and self.topology.coordinates.tp == 0 else None
+        is_first_copy = self.topology.at(len(self.plan.stages) - 1).coordinates.tp == 0
+        return sum(losses) / updates if losses and is_first_copy else None
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -374,63 +378,72 @@ class Worker:
             self.groups.close()
 
     def iteration(self, batch: Batch, step: int) -> Iteration:
-        """Return this rank's units: its replica's microbatches, whole or in slices of their sequence."""
+        """Return what this rank's stages run on: their replica's microbatches, whole or in slices of their sequence."""
         if self._division is None:
             return self._dynamic(batch, step)[1]
-        division, topology = self._division, self.topology
-        expected = samples_over_replicas(self.plan, division)
+        expected = samples_over_replicas(self.plan, self._division)
         if batch_size(batch) != expected:
             raise InvalidArgument(
-                f"the batch has {batch_size(batch)} samples, the plan takes {len(division.sizes)} microbatches over "
+                f"the batch has {batch_size(batch)} samples, the plan takes {len(self._division.sizes)} microbatches over "
                 f"{self.plan.stages[0].degrees.dp} replicas with {expected} in all",
                 field="data",
             )
-        share = replica_weight(self.plan, topology.stages[0][1], topology.coordinates.dp)
-        count = len(division.sizes)
-        first = self.topology.coordinates.dp * count
-        used = {action.microbatch for action in self.actions if action.kind is Kind.F}
-        units: dict[Unit, UnitInput] = {}
-        for index in sorted(used):
-            part = to_device(self._part(batch, index), self.settings.device)
-            seed = microbatch_seed(self.settings.seed, step, first + index)
-            weight = division.share(index) * (share if self._outer_step is None else 1)
-            if self.topology.degrees.cp > 1:
-                mine = self._layers.positions(self.topology.coordinates.cp)
-                piece = select_sequence(part, self.chain.model, mine, self.plan.job.sequence_length)
-                units[index, -1] = UnitInput(piece.batch, piece.loss_weight * weight, seed)
-                continue
-            if not self._is_sliced:
-                units[index, -1] = UnitInput(part, weight, seed)
-                continue
-            for position, piece in enumerate(divide_sequence(part, self.chain.model, self._slice_lengths(part))):
-                units[index, position] = UnitInput(piece.batch, piece.loss_weight * weight, seed)
-        return units
+        used = {(action.stage, action.microbatch) for action in self.actions if action.kind is Kind.F}
+        alike: dict[tuple[tuple[int, ...], int], dict[Unit, UnitInput]] = {}
+        found: dict[tuple[int, Unit], UnitInput] = {}
+        for stage, index in sorted(used):
+            key = (samples_by_replica(self.plan, stage), index)
+            if key not in alike:
+                alike[key] = self._units(batch, step, stage, index)
+            found |= {(stage, unit): given for unit, given in alike[key].items()}
+        return found
 
-    def _part(self, batch: Batch, microbatch: int) -> Batch:
-        """Return this rank's samples of a microbatch.
+    def _units(self, batch: Batch, step: int, stage: int, index: int) -> dict[Unit, UnitInput]:
+        """Return the units of one microbatch at a stage."""
+        assert self._division is not None
+        division, topology = self._division, self.topology.at(stage)
+        share = replica_weight(self.plan, stage, topology.coordinates.dp)
+        part = to_device(self._part(batch, stage, index), self.settings.device)
+        seed = microbatch_seed(self.settings.seed, step, topology.coordinates.dp * len(division.sizes) + index)
+        weight = division.share(index) * (share if self._outer_step is None else 1)
+        if topology.degrees.cp > 1:
+            mine = self._layers.positions(topology.coordinates.cp)
+            piece = select_sequence(part, self.chain.model, mine, self.plan.job.sequence_length)
+            return {(index, -1): UnitInput(piece.batch, piece.loss_weight * weight, seed)}
+        if not self._is_sliced:
+            return {(index, -1): UnitInput(part, weight, seed)}
+        pieces = divide_sequence(part, self.chain.model, self._slice_lengths(part))
+        return {
+            (index, position): UnitInput(piece.batch, piece.loss_weight * weight, seed)
+            for position, piece in enumerate(pieces)
+        }
+
+    def _part(self, batch: Batch, stage: int, microbatch: int) -> Batch:
+        """Return this rank's samples of a microbatch at a stage.
 
         Each replica of stage 0 has a piece of the batch, and a microbatch of its own from it; stages with another number of
         replicas divide the microbatches of all those among them.
         """
         assert self._division is not None
+        count, place = self.plan.stages[stage].degrees.dp, self.topology.at(stage).coordinates.dp
         if has_uneven_shares(self.plan):
-            stage = self.topology.stages[0][1]
-            return replica_part(batch, self.plan, stage, self.topology.coordinates.dp, microbatch)
-        sizes, first, place = self._division.sizes, self.plan.stages[0].degrees.dp, self.topology.coordinates.dp
+            return replica_part(batch, self.plan, stage, place, microbatch)
+        sizes, first = self._division.sizes, self.plan.stages[0].degrees.dp
         start, size, each = sum(sizes[:microbatch]), sizes[microbatch], self._division.samples
-        if first == self.topology.degrees.dp:
+        if first == count:
             return slice_batch(batch, place * each + start, size)
         whole = torch.cat([torch.arange(size) + start + replica * each for replica in range(first)])
-        return select_samples(batch, whole.chunk(self.topology.degrees.dp)[place])
+        return select_samples(batch, whole.chunk(count)[place])
 
     def _dynamic(self, batch: Batch, step: int) -> tuple[tuple[tuple[Action, ...], ...], Iteration]:
         """Return this rank's steps and units for a batch whose microbatches and order are made for it."""
         made = plan_iteration(self.plan, batch)
         units = {
-            (index, -1): UnitInput(
+            (stage, (index, -1)): UnitInput(
                 to_device(part, self.settings.device), weight, microbatch_seed(self.settings.seed, step, index)
             )
             for index, (part, weight) in enumerate(zip(made.microbatches, made.weights, strict=True))
+            for stage in sorted({stage for _, stage in self.topology.stages})
         }
         return tuple(made.schedule.actions(self.topology.pipeline_rank)), units
 
@@ -581,13 +594,15 @@ class Worker:
     def _graph(self) -> StageGraph:
         placement, plan = self.plan.schedule.placement, self.plan
         edges = stage_edges(plan, self.chain.edges)
-        if not has_unequal_tensors(plan):
+        kinds = [layer.kind for layer in self.chain.layers]
+        reshardings = make_reshardings(plan, kinds, self.groups, self._traffic)
+        if plan.schedule.num_ranks == 1 or not has_unequal_tensors(plan):
             peers = {
                 (replica, stage): self.topology.parts(replica, stage)
                 for replica in range(len(placement))
                 for stage in range(len(placement[replica]))
             }
-            return StageGraph(edges, peers, has_unequal_replicas(plan))
+            return StageGraph(edges, peers, has_unequal_replicas(plan), reshardings=reshardings)
         own, between = self.topology.stages[0][1], self._cuts_between_blocks()
         beside = {(0, stage): {stage, stage + 1} & {own, own + 1} & between for stage in range(len(placement[0]))}
         return StageGraph(

@@ -7,8 +7,9 @@ import pytest
 
 from stagewright.planner.cost.even_plan import even_plan
 from stagewright.planner.cost.step_time import Choice
-from stagewright.planner.documents import Degrees, Optimizer, Plan, Recompute, TrainingJob
+from stagewright.planner.documents import Degrees, Optimizer, Plan, Recompute, StagePlan, TrainingJob
 from stagewright.planner.expectation import peak_bytes, peaks_by_device
+from stagewright.planner.layerwise import layerwise_schedule
 from stagewright.planner.prediction import evaluate
 from stagewright.testing import cluster_factory, profile_factory
 
@@ -67,3 +68,16 @@ def test_a_backward_under_zero_2_makes_one_layers_gradients_while_anothers_are_o
     spared = LAYERS * one / 2  # half of the gradients that stay under stage 1
     step = evaluate(plan_of(kind, optimizer="sgd", zero=1), PROFILE).step_bytes[0]
     assert found - whole == pytest.approx((1.0 + on_its_way) * one - spared - step, abs=100 * LAYERS)
+
+
+def test_a_stage_gathers_no_layer_of_another():
+    """A small layer in a stage of its own: a search counts the model's largest layer beside it, a run never has that."""
+    sizes = [PARAMETERS, 10 * PARAMETERS]
+    profile = profile_factory(2, forward_s=1e-3, parameters=sizes, microbatches=(1,), activation_bytes=1.0)
+    plan = plan_of("cuda", zero=3)
+    degrees = (Degrees(dp=2, zero=3), Degrees(dp=2))
+    stages = tuple(StagePlan(layers=(index, index + 1), degrees=each) for index, each in enumerate(degrees))
+    update = {"num_layers": 2, "layer_digest": profile.layer_digest, "stages": stages}
+    plan = plan.model_copy(update={**update, "schedule": layerwise_schedule(2, 1, 1)})
+    found = evaluate(plan, profile).stage_bytes[0].workspace
+    assert found == pytest.approx([2 * 4.0 * PARAMETERS], rel=0.01)

@@ -32,7 +32,6 @@ from stagewright.runtime.checkpoint import canonical_names, load_checkpoint, sav
 from stagewright.runtime.gradient_check import Comparison, compare, reference_shapes
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.handover import continue_from, held_state
-from stagewright.runtime.layerwise import LayerwiseWorker
 from stagewright.runtime.memory import measure_memory
 from stagewright.runtime.microbatches import IGNORED, samples_of
 from stagewright.runtime.optimizers import OptimizerChoice
@@ -212,7 +211,7 @@ class _Compared(NamedTuple):
 
 
 def _compared(
-    worker: Worker | LayerwiseWorker,
+    worker: Worker,
     batches: Sequence[Batch],
     optimizer: OptimizerChoice,
     reference: ReferenceRun | None,
@@ -505,38 +504,3 @@ def _tokens(prepared: PreparedCase) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(prepared.plan.job.sequence_length)
     size = (samples_of(prepared.plan, prepared.schedule), prepared.plan.job.sequence_length)
     return tuple(torch.randint(VOCABULARY, size, generator=generator) for _ in range(2))
-
-
-@dataclass(frozen=True)
-class LayerwiseResult:
-    """What one rank found."""
-
-    gradients: Comparison
-    weights: Comparison
-    loss: float | None
-    reference_loss: float | None
-    sent: dict[str, float]
-    states: dict[str, tuple[int, ...]]
-
-
-def layerwise_training(argument: tuple[PreparedCase, Plan]) -> LayerwiseResult:
-    """Compare the gradients of layers with degrees of their own, and their weights after clipped steps, with one process."""
-    prepared, plan = argument
-    case = prepared.case
-    model = make_model(case, 2)
-    generator = torch.Generator().manual_seed(3)
-    size = (plan.job.global_batch, LENGTH)
-    batches = [tuple(torch.randint(VOCABULARY, size, generator=generator) for _ in range(2)) for _ in range(2)]
-    optimizer = OptimizerChoice("adamw", 1e-2, weight_decay=0.1)
-    reference = None
-    if dist.get_rank() == 0:
-        whole = split(copy.deepcopy(model))
-        reference = run_reference(
-            whole, batches, microbatch=size[0], seed=1, device=CPU, optimizer=optimizer, clip_norm=case.clip_norm
-        )
-    chain = split(model)
-    shapes = reference_shapes(chain)
-    worker = LayerwiseWorker(plan, chain, WorkerSettings(CPU, seed=1, clip_norm=case.clip_norm), groups=GROUPS)
-    compared = _compared(worker, batches, optimizer, reference, shapes)
-    states = {name: tuple(value.shape) for name, value in worker.optimizer_states()["exp_avg"].items()}
-    return LayerwiseResult(**compared._asdict(), states=states)

@@ -8,7 +8,7 @@ depths and over two partitions of each, balanced by time and balanced by memory 
 joined by sum t + (B - 1) max t, which can fall below the time of any real schedule.
 
 On the common Problem a strategy of a layer is its recomputation level (CKPT); DP, SDP (ZeRO-3) and TP are the
-configuration's, equal for all layers, so R is zero. With `per_stage_degrees` layers of one pipeline rank also choose DP and TP,
+configuration's, equal for all layers, so R is zero. With `per_stage_degrees` layers of one pipeline rank also choose DP, SDP and TP,
 with R between them (`galvatron_layers`); those plans and the ones of equal degrees are ranked by the common simulator.
 """
 
@@ -37,6 +37,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 UNITS = 400
+_ZERO = (0, 3)  # DP and SDP
 
 
 def layer_strategies(
@@ -112,16 +113,17 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
     """Return the best plan of equal degrees and, where stages may differ, of degrees by layer."""
     uniform = _EQUAL.solve(problem, limits)
     space = problem.job.space
-    plain = (("pp", 1), ("cp", 1), ("ep", 1), ("sp", "off"), ("vocab_parallel", "off"), ("zero", 0))
+    plain = (("pp", 1), ("cp", 1), ("ep", 1), ("etp", 1))
     if not space.per_stage_degrees or problem.profile.trained_ties:
         return uniform
-    if not all(allows(space, name, value) for name, value in plain) or 0 not in space.zero:
+    zero_stages = [zero for zero in _ZERO if zero in space.zero and allows(space, "zero", zero)]
+    if not zero_stages or not all(allows(space, name, value) for name, value in plain):
         return uniform
     plans: list[tuple[float, Plan]] = []
     for samples in divisors(problem.job.global_batch):
         if limits.reached() is not None:
             break
-        found = layerwise_plan(problem, samples, layer_strategies, _EQUAL.name)
+        found = layerwise_plan(problem, samples, layer_strategies, _EQUAL.name, zero_stages)
         if found is not None and len(found[1].stages) > 1:
             plans.append(found)
     return with_plans(problem, limits, uniform, plans)
@@ -131,7 +133,7 @@ _EQUAL = table_planner(
     "galvatron",
     "Miao et al., Galvatron: Efficient Transformer Training over Multiple GPUs Using Automatic Parallelism, VLDB 2022",
     _solve_one,
-    reach=Reach(tensor=True, zero=(0, 3), axis_orders=True),
+    reach=Reach(tensor=True, zero=_ZERO, axis_orders=True),
     lower_bound=lambda table: table.least_rate_s,
     objective="sum t + (B - 1) max t, seconds",
     aliases=("galvatron-bmw",),

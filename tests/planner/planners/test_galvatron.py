@@ -51,8 +51,9 @@ PROFILE = profile_factory(
 )
 
 
-def _planned(*, by_stage: bool) -> Plan:
-    space = SearchSpace(schedules=("1f1b",), pins=Pins(pp=1), zero=(0,), per_stage_degrees=by_stage)
+def _planned(*, by_stage: bool, sp: str = "off", zero: tuple[int, ...] = (0,)) -> Plan:
+    pins = Pins(pp=1, sp=None if sp == "any" else sp)
+    space = SearchSpace(schedules=("1f1b",), pins=pins, zero=zero, per_stage_degrees=by_stage)
     job = TrainingJob(global_batch=16, sequence_length=128, precision="fp32", space=space)
     found = make_plan(PROFILE, cluster_factory(2, 1, bytes_per_s=5e9), job, planner="galvatron")
     assert found.plan is not None
@@ -79,6 +80,22 @@ def test_layers_that_differ_take_degrees_of_their_own_and_beat_every_uniform_pla
     assert plan.prediction.link_bytes["all-gather/reshard"] == 16 * 8e6
 
 
+def test_sequences_are_divided_where_tensors_are_and_joined_again_in_front_of_replicas():
+    plan = _planned(by_stage=True, sp="any")
+    assert [(stage.degrees.dp, stage.degrees.tp, stage.degrees.sp) for stage in plan.stages] == [
+        (2, 1, False),
+        (1, 2, True),
+    ]
+    # beside the samples of the forward, the backward gathers the gradient of the half of each sequence that is elsewhere
+    assert plan.prediction.link_bytes["all-gather/reshard"] == 2 * 16 * 8e6
+
+
+def test_replicas_divide_states_where_the_optimizers_step_is_shorter_than_what_gathers_leave_open():
+    plain, sharded = _planned(by_stage=True), _planned(by_stage=True, zero=(0, 3))
+    assert [(stage.degrees.dp, stage.degrees.zero) for stage in sharded.stages] == [(2, 3), (1, 0)]
+    assert sharded.prediction.step_time_s < plain.prediction.step_time_s
+
+
 def test_the_plan_by_layer_is_the_least_simulated_step_of_every_choice_of_degrees():
     plan = _planned(by_stage=True)
     steps = {
@@ -94,4 +111,4 @@ def test_replicas_that_do_not_nest_are_refused():
     first, second = plan.stages
     odd = plan.model_copy(update={"stages": (first, second.model_copy(update={"degrees": Degrees(dp=3)}))})
     with pytest.raises(InvalidDocument, match="replicas of one must divide those of the other"):
-        changes_of(odd)
+        changes_of(odd, ["block"] * 5)
