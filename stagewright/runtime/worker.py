@@ -603,7 +603,7 @@ class Worker:
                 for stage in range(len(placement[replica]))
             }
             return StageGraph(edges, peers, has_unequal_replicas(plan), reshardings=reshardings)
-        own, between = self.topology.stages[0][1], self._cuts_between_blocks()
+        own, between = self.topology.stages[0][1], self._cuts_behind_blocks()
         beside = {(0, stage): {stage, stage + 1} & {own, own + 1} & between for stage in range(len(placement[0]))}
         return StageGraph(
             edges,
@@ -617,11 +617,14 @@ class Worker:
             },
         )
 
-    def _cuts_between_blocks(self) -> set[int]:
-        """Return the stages in front of which a block ends and another begins: sequence parallelism has split what they take."""
+    def _cuts_behind_blocks(self) -> set[int]:
+        """Return the stages in front of which a block ends: sequence parallelism has split what they take.
+
+        What follows the last block takes parts too, and joins them.
+        """
         blocks = [index for index, layer in enumerate(self.chain.layers) if layer.kind == "block"]
         firsts = {stage: each.layer_indices[0] for stage, each in enumerate(self.plan.stages) if each.num_layers}
-        return {stage for stage, first in firsts.items() if blocks and blocks[0] < first <= blocks[-1]}
+        return {stage for stage, first in firsts.items() if blocks and blocks[0] < first <= blocks[-1] + 1}
 
     def _check_reductions(self) -> None:
         reduced = [(a.replica, a.stage) for a in self.actions if a.kind is Kind.REDUCE_GRAD]

@@ -29,6 +29,10 @@ CASES = [
         "gpipe", 2, 3, replicas=(2, 1), by_stage=({"tp": 2, "dp": 1, "sp": True}, {}), num_blocks=4, tied=False, **EXACT
     ),
 ]
+CASES += [  # cut behind the last block, with parts of sequences in front of the cut or wanted behind it
+    Case("1f1b", 2, 3, by_stage=({"layers": (0, 5), "sp": True}, {"layers": (5, 8), "tp": 1, "dp": 2}), **TWO_BY_TWO),
+    Case("1f1b", 2, 3, by_stage=({"layers": (0, 5)}, {"layers": (5, 8), "sp": True}), **TWO_BY_TWO),
+]
 WIDE = [
     Case(
         "1f1b",
