@@ -2,13 +2,16 @@
 
     python benchmarks/search.py [CASE ...] [--growth]
     python benchmarks/search.py --plot
+    python benchmarks/search.py --first-run [CASE ...]
 
 Seconds run from parsed documents to the answer, processor seconds of this process beside the clock's; a first small
 solve loads the compiled code before either runs. Each case of the catalogue is solved twice (`again_`): the second time finds
 the orders that the process keeps, as a service or a second question about the same cluster does. Results go to `benchmarks/results/search.json`; a run of some cases
 replaces those and keeps the others. `--plot` draws the growth from that file into `benchmarks/results/search_growth.svg`,
 as `--growth` does at its end: seconds over devices and over layers, both axes logarithmic, with the exponent of a power
-law through the points.
+law through the points. `--first-run` measures what an installation's very first search waits for: each case in a new process
+with an empty folder of compiled functions, then in another with what that left, both from the process's start to its end
+with all of its children's processor seconds; into `benchmarks/results/first_run.json`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +32,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.machine import machine
 from stagewright.planner.catalog import resolve_cluster, resolve_model
+from stagewright.planner.compiling import compiled_by_two
 from stagewright.planner.documents import TrainingJob
 from stagewright.planner.planning import make_plan
 
 RESULT = Path(__file__).parent / "results" / "search.json"
+FIRST_RUN = RESULT.with_name("first_run.json")
 PLOT = RESULT.with_name("search_growth.svg")
 CASES = {
     "gpt3-64": ("gpt3-175b", "a100-sxm-80g:8x8", 1536, 2048),
@@ -87,6 +96,42 @@ def measure(name: str) -> dict[str, object]:
     }
 
 
+def children_cpu_s() -> float:
+    """Return the processor seconds of the processes that this one has waited for, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure_first_run(name: str) -> dict[str, object]:
+    """Return one case's seconds in a process that finds nothing compiled, and in the next one."""
+    row: dict[str, object] = {"case": name}
+    with tempfile.TemporaryDirectory() as folder:
+        for prefix in ("first", "later"):
+            wall, cpu = time.perf_counter(), children_cpu_s()
+            subprocess.run(
+                [sys.executable, __file__, "--plan-only", name],
+                env={**os.environ, "NUMBA_CACHE_DIR": folder},
+                check=True,
+            )
+            row |= {f"{prefix}_wall_s": time.perf_counter() - wall, f"{prefix}_cpu_s": children_cpu_s() - cpu}
+    return row
+
+
+def keep(path: Path, command: str, row: dict[str, object]) -> None:
+    """Put a case's row in place of its last one in a result file."""
+    known = json.loads(path.read_text())["cases"] if path.exists() else []
+    cases = [case for case in known if case["case"] != row["case"]] + [row]
+    path.write_text(json.dumps({**machine(command), "cases": cases}, indent=2) + "\n")
+
+
+def plan(name: str) -> None:
+    """Plan a case once, as `stagewright plan` does, compiling what is not."""
+    model, cluster, batch, length = CASES[name]
+    with compiled_by_two():
+        job = TrainingJob(global_batch=batch, sequence_length=length)
+        make_plan(resolve_model(model), resolve_cluster(cluster), job)
+
+
 def power(points: Sequence[tuple[float, float]]) -> float:
     """Return the exponent of the power law through points (x, seconds), by least squares of logarithms."""
     logs = [(math.log(x), math.log(y)) for x, y in points]
@@ -142,6 +187,10 @@ def main() -> None:
     parser.add_argument(
         "--plot", action="store_true", help=f"draw {PLOT.name} from the result file and measure nothing"
     )
+    parser.add_argument(
+        "--first-run", action="store_true", help="measure the first search of an installation and a later one"
+    )
+    parser.add_argument("--plan-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     unknown = [name for name in arguments.cases if name not in known_cases]
     if unknown:
@@ -149,19 +198,27 @@ def main() -> None:
     if arguments.plot:
         PLOT.write_text(plot(json.loads(RESULT.read_text())["cases"]))
         return
+    if arguments.plan_only or arguments.first_run:
+        for name in arguments.cases or CASES:
+            if name not in CASES:
+                parser.error(f"{name} is of the growth; --first-run measures {', '.join(CASES)}")
+            if arguments.plan_only:
+                plan(name)
+            else:
+                row = measure_first_run(name)
+                print(json.dumps(row), flush=True)
+                keep(FIRST_RUN, "python benchmarks/search.py --first-run", row)
+        return
     names = arguments.cases or ([] if arguments.growth else list(CASES))
     if arguments.growth:
         names = [*names, *DEVICES, *LAYERS]
-    make_plan(
-        resolve_model("gpt2"), resolve_cluster("a100-sxm-80g:4x1"), TrainingJob(global_batch=8, sequence_length=512)
-    )
+    small = TrainingJob(global_batch=8, sequence_length=512)
+    with compiled_by_two():
+        make_plan(resolve_model("gpt2"), resolve_cluster("a100-sxm-80g:4x1"), small)
     for name in names:
         row = measure(name)
         print(json.dumps(row), flush=True)
-        known = json.loads(RESULT.read_text())["cases"] if RESULT.exists() else []
-        cases = [case for case in known if case["case"] != name] + [row]
-        result = {**machine("python benchmarks/search.py"), "cases": cases}
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        keep(RESULT, "python benchmarks/search.py", row)
     if arguments.growth:
         PLOT.write_text(plot(json.loads(RESULT.read_text())["cases"]))
 

@@ -8,6 +8,7 @@ schedule, which compiles the same functions, in another order, into the same cac
 A function is compiled by one of the two alone. Before a process compiles a function that the cache lacks, it takes the
 lock of that function and looks again, so that the other one waits and then loads. Callers lock before what they call and
 calls make no cycles, so no two wait for each other. Where locks cannot be had, both compile, and nothing else changes.
+Both make machine code only for what Python calls (`machine_code`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from types import FunctionType
 from typing import Protocol, cast
 
 from stagewright.planner.cores import num_cores
+from stagewright.planner.machine_code import for_what_python_calls
 
 _LOCKED_BYTES = 2**31 - 1
 
@@ -139,14 +141,15 @@ class SharedCache:
 
 @contextmanager
 def compiled_by_two(report: Callable[[int], None] = lambda done: None) -> Iterator[None]:
-    """Let a helper process compile beside this one, should anything have to be compiled; on one core do nothing.
+    """Let a helper process compile beside this one, should anything have to be compiled; on one core do it alone.
 
     `report` is told 0 when compilation begins and 1 when the work of this process is done, if it did.
     """
     if num_cores() < 2:
-        yield
+        with for_what_python_calls():
+            yield
         return
-    with tempfile.TemporaryFile() as locks:
+    with for_what_python_calls(), tempfile.TemporaryFile() as locks:
         helper = Helper(locks.fileno(), report)
         shared = share_caches(locks.fileno(), helper)
         try:
@@ -229,4 +232,5 @@ if __name__ == "__main__":
         compile_now()
     else:
         share_caches(int(sys.argv[1]), None)
-        _plan_from_the_end()
+        with for_what_python_calls():
+            _plan_from_the_end()
