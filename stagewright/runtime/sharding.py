@@ -308,7 +308,7 @@ class ShardedBucket:
         """
         if not self._by_microbatch:
             self._scatter()
-        if self._across is not None:
+        if self._across is not None and self._level:
             self.land()
             gradient = self._shard_gradient()
             self._summing = dist.all_reduce(gradient, group=self._across, async_op=True)
@@ -556,7 +556,12 @@ class ShardedBucket:
                     view.copy_(local_gradient(parameter))
                     parameter.grad = None
         if self._group is None:
-            self._add(flat)
+            if self._level or self._across is None:
+                self._add(flat)
+                return
+            # Masters are whole on each rank: gradients are summed in their own type, as ZeRO's are.
+            self._flight = (_Works((dist.all_reduce(flat, group=self._across, async_op=True),)), flat, flat)
+            self._count_traffic("all-reduce", all_reduce_bytes(flat, self._across))
             return
         if self._is_even:
             mine = flat.new_empty(self._length)

@@ -46,11 +46,14 @@ CASES = [
     ),
     Case("gpipe", 1, 2, degrees={"dp": 4, "zero": 3}, by_stage=({"state_shares": (0.5, 0.25, 0.15, 0.1)},)),
     Case("interleaved", 2, 4, degrees={"dp": 2}, by_stage=tuple({"zero": zero} for zero in (2, 0, 3, 1)), tied=False),
+    Case("1f1b", 2, 3, degrees={"dp": 2}, dtype="bfloat16"),
+    Case("gpipe", 1, 3, degrees={"dp": 2, "zero": 1}, dtype="bfloat16"),
+    Case("gpipe", 1, 2, degrees={"dp": 4, "zero": 3}, dtype="bfloat16"),
 ]
 
 
 def case_id(case: Case) -> str:
-    return f"{case.schedule}-{case.num_ranks}-{case.degrees}-{case.tied}-{case.parameters}{case.replicas or ''}{case.shares or ''}{case.by_stage or ''}"
+    return f"{case.schedule}-{case.num_ranks}-{case.degrees}-{case.tied}-{case.parameters}{case.replicas or ''}{case.shares or ''}{case.by_stage or ''}{case.dtype}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -60,7 +63,8 @@ def test_bytes_sent_are_the_predicted_ones(rank_pools, case):
     prepared = prepare(case, pool.next_number())
     chunks = case.num_chunks or (2 * case.num_waves if case.num_waves else 2)
     chain = split(make_model(case, case.num_ranks * chunks))
-    profile = profile_of(chain, sequence_length=LENGTH, output_bytes=BOUNDARY_BYTES)
+    width = 0.5 if case.dtype == "bfloat16" else 1.0
+    profile = profile_of(chain, sequence_length=LENGTH, output_bytes=width * BOUNDARY_BYTES)
     predicted = evaluate(prepared.plan, profile).prediction.link_bytes
     results = pool.run("degree_cases.sent_in_a_step", prepared)
     measured = {name: sum(sent.get(name, 0.0) for sent in results) for sent in results for name in sent}
