@@ -4,8 +4,8 @@ numba makes it for every function: it optimises the function together with all t
 the lot. A function that five others call is so optimised and emitted six times, one below those thirty times. Only what
 Python calls needs machine code of its own. Inside `for_what_python_calls` the others (`no_cpython_wrapper`, and numba's
 own) are kept as intermediate code, simplified a little, and are optimised and emitted within those that Python calls.
-Results do not change, nor does the code that numba would inline; the first search of an installation takes about two
-thirds of the processor's time. This reaches into numba's own parts: versions that are not known compile as they always do.
+Results do not change, nor does the code that numba would inline; the first search of an installation takes less
+of the processor's time. This reaches into numba's own parts: versions that are not known compile as they always do.
 
 Cached functions are numba's usual ones, as object code or as bitcode, so that processes outside of this load them.
 """
