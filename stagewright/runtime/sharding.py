@@ -480,27 +480,21 @@ class ShardedBucket:
     def _unused_parts(self) -> list[slice]:
         """Return the parts of the shard that belong to parameters which never had a gradient."""
         unused = {id(parameter) for parameter in self._used.unused}
-        parts, offset = [], 0
-        for parameter in self._trained:
-            part = self._part(parameter, offset)
-            if id(parameter) in unused and part.start < part.stop:
-                parts.append(part)
-            offset += parameter.numel()
-        return parts
+        return [part for parameter, _, part in self._placed() if id(parameter) in unused and part.start < part.stop]
 
     def layout(self, kinds: TensorKinds, sent: Callable[[float], None]) -> ShardLayout:
         """Return which tensors lie in the shard."""
+        return ShardLayout(self._placed(), self._own.start, kinds, self._shards, self._gather_update, sent)
+
+    def _placed(self) -> tuple[_Placed, ...]:
         placed, offset = [], 0
         for parameter in self._trained:
-            placed.append(_Placed(parameter, offset, self._part(parameter, offset)))
+            begin = offset - self._own.start
+            first = max(begin, 0)
+            part = slice(first, max(min(begin + parameter.numel(), self._length), first))
+            placed.append(_Placed(parameter, offset, part))
             offset += parameter.numel()
-        return ShardLayout(tuple(placed), self._own.start, kinds, self._shards, self._gather_update, sent)
-
-    def _part(self, parameter: nn.Parameter, offset: int) -> slice:
-        """Return where in this rank's shard the elements of a parameter lie that begins at an offset; empty for none."""
-        begin = offset - self._own.start
-        first = max(begin, 0)
-        return slice(first, max(min(begin + parameter.numel(), self._length), first))
+        return tuple(placed)
 
     def _gather_update(self, value: Tensor) -> Tensor:
         """Return the values of all shards in the flat buffer's order; a collective."""
