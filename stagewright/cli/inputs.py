@@ -25,10 +25,10 @@ def is_factory(model: str) -> bool:
 def is_config(model: str) -> bool:
     """Tell whether `model` is the path of a Hugging Face configuration, or of a folder with one."""
     from stagewright.planner.documents.document import read_json
+    from stagewright.planner.models.hugging_face import config_path
     from stagewright.planner.models.hugging_face import is_config as has_model_type
 
-    path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
+    path = config_path(model)
     return path.is_file() and has_model_type(read_json(path))
 
 

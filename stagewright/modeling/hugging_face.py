@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.models.hugging_face import config_path
 
 _TASKS = (
     "CausalLM",
@@ -24,9 +24,8 @@ _TASKS = (
 
 
 def is_huggingface(reference: str) -> bool:
-    """Whether a reference is the path of a Hugging Face configuration rather than `place:factory`."""
-    path = Path(reference)
-    return path.suffix == ".json" or (path / "config.json").is_file()
+    """Whether a reference is the path of a Hugging Face configuration, or of its folder, rather than `place:factory`."""
+    return config_path(reference).suffix == ".json"
 
 
 def huggingface_model(reference: str, *, num_layers: int | None = None) -> nn.Module:
@@ -37,10 +36,9 @@ def huggingface_model(reference: str, *, num_layers: int | None = None) -> nn.Mo
         raise InvalidArgument(
             f"{reference}: Hugging Face models need transformers", field="model", hint="pip install 'stagewright[hf]'"
         ) from error
-    path = Path(reference)
-    path = path / "config.json" if path.is_dir() else path
+    path = config_path(reference)
     if not path.is_file():
-        raise InvalidArgument(f"{reference}: there is no such file", field="model")
+        raise InvalidArgument(f"{path}: there is no such file", field="model")
     try:
         config = transformers.AutoConfig.from_pretrained(str(path))
     except Exception as error:

@@ -21,6 +21,7 @@ from stagewright.modeling.batch import batch_size, slice_batch, to_device
 from stagewright.modeling.guessed_batch import guessed_batch
 from stagewright.modeling.hugging_face import huggingface_model, is_huggingface
 from stagewright.planner.errors import InvalidArgument, StagewrightError
+from stagewright.planner.models.hugging_face import config_name, config_path
 from stagewright.profiler.tensor_shard import shard_model
 
 
@@ -47,8 +48,7 @@ class ModelSource:
         if self.module is not None or self.reference is None:
             return type(self.module).__name__
         if is_huggingface(self.reference):
-            path = Path(self.reference)
-            return path.parent.name if path.name == "config.json" and path.parent.name else path.stem
+            return config_name(config_path(self.reference))
         place, _, factory = self.reference.rpartition(":")
         return f"{Path(place).stem}:{factory}"
 

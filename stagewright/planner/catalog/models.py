@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 
 from stagewright.planner.catalog.data_file import read_entries, shortened, suggestion
 from stagewright.planner.documents.document import Count, Name, Part, read_json
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument, InvalidDocument
 from stagewright.planner.models.convolutional import alexnet, resnet, vgg
-from stagewright.planner.models.hugging_face import is_config, profile_from_config
+from stagewright.planner.models.hugging_face import config_name, config_path, is_config, profile_from_config
 from stagewright.planner.models.recurrent import gnmt
 
 
@@ -69,15 +68,12 @@ def resolve_model(text: str | Mapping[str, object]) -> ModelProfile:
     wanted = text.strip()
     if not wanted:
         raise InvalidArgument("the model is empty", field="model", hint=_FORMS)
-    path = Path(wanted)
+    path = config_path(wanted)
     for entry in model_entries():
         if wanted.lower() == entry.name:
             return entry.profile()
-    if path.is_dir():
-        path = path / "config.json"
     if path.is_file() or wanted.endswith(".json"):
-        name = path.parent.resolve().name if path.name == "config.json" else path.stem
-        return profile_from_object(read_json(path), name=name or "model", source=str(path))
+        return profile_from_object(read_json(path), name=config_name(path), source=str(path))
     names = [entry.name for entry in model_entries()]
     raise InvalidArgument(
         f"there is no model {text!r}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
@@ -20,6 +21,17 @@ _GRAPHS: Mapping[str, Callable[[ConfigFields, str], ModelProfile]] = {
 }
 
 MODEL_TYPES = tuple(sorted({*DECODERS, *_GRAPHS}))
+
+
+def config_path(reference: str) -> Path:
+    """Return the path of a configuration that is given by its own path or by that of its folder."""
+    path = Path(reference)
+    return path / "config.json" if path.is_dir() else path
+
+
+def config_name(path: Path) -> str:
+    """Return the name of a model by its configuration's path: a file called config.json is named after its folder."""
+    return (path.resolve().parent.name if path.name == "config.json" else path.stem) or "model"
 
 
 def is_config(value: object) -> bool:

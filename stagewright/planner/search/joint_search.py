@@ -12,11 +12,11 @@ the bounds of what was left open. Everything that is enumerated here is the decl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from stagewright.planner.search.closing import Closer
+from stagewright.planner.lanes import Lanes
 from stagewright.planner.search.closing_pass import ClosingPass
 from stagewright.planner.search.completions import Completions
 from stagewright.planner.search.cost_store import CostStore
@@ -24,7 +24,7 @@ from stagewright.planner.search.declared_space import DeclaredSpace
 from stagewright.planner.search.exact_levels import with_exact_levels
 from stagewright.planner.search.first_incumbents import FirstIncumbents
 from stagewright.planner.search.limits import Limits, Termination
-from stagewright.planner.search.order_reach import OrderReach
+from stagewright.planner.search.order_closing import OrderClosing, Outcome, Request
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.work_count import WorkCount
 
@@ -72,5 +72,13 @@ class JointSearch:
         stopped = FirstIncumbents(*parts, self.limits, self.work).find()
         if stopped is not None:
             return float(min(self.space.bound_s.min(), self.completions.incumbent_s)), stopped
-        reach, closer = OrderReach(self.space, self.costs), Closer(self.limits)
-        return ClosingPass(*parts, reach, closer, self.limits, self.work).run()
+        return self._closed()
+
+    def _closed(self) -> tuple[float, Termination]:
+        """Close what the first incumbents left: on all cores, or on one where other parts of a search have the others."""
+        most = None if self.limits.known is None else 1
+        lanes: Lanes[Request, Outcome] = Lanes(lambda request: closing.answer(request), self._is_late, most=most)
+        limits = replace(self.limits, should_stop=lanes.should_stop)
+        closing = OrderClosing(self.space, self.costs, self.completions, limits)
+        with lanes:
+            return ClosingPass(self.space, self.completions, lanes, self.limits, self.work).run()

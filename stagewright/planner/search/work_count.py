@@ -20,6 +20,13 @@ class WorkCount:
         if number:
             self.pruned[reason] = self.pruned.get(reason, 0) + number
 
+    def add(self, other: WorkCount) -> None:
+        """Add the work that another counted."""
+        self.evaluated += other.evaluated
+        self.simulated += other.simulated
+        for reason, number in other.pruned.items():
+            self.count(reason, number)
+
     def total(self, num_candidates: int) -> Work:
         """Return the work so far of a search of so many candidates."""
         return Work(num_candidates, self.evaluated, self.simulated, self.pruned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -57,11 +58,18 @@ def test_programs_bound_the_best_simulated_completion_and_whole_layers_prove_mor
 
 
 def test_answers_and_counters_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = 0
+    counted, fork, forks = 0, os.fork, []
+
+    def counted_fork() -> int:
+        forks.append(fork())
+        return forks[-1]
+
+    monkeypatch.setattr("stagewright.planner.lanes.FORKS_AFTER_S", -1.0)
+    monkeypatch.setattr(os, "fork", counted_fork)
     for seed in range(16):
         answers = []
         for cores in (1, 3):
-            monkeypatch.setattr("stagewright.planner.cores.num_cores", lambda cores=cores: cores)
+            monkeypatch.setattr("stagewright.planner.lanes.num_cores", lambda cores=cores: cores)
             search = JointSearch.of(random_problem(seed, most_layers=6), Limits(gap=0.0))
             bound_s, _ = search.run()
             found, work = search.completions, search.work
@@ -70,6 +78,7 @@ def test_answers_and_counters_do_not_depend_on_the_number_of_cores(monkeypatch: 
         assert answers[0] == answers[1], seed
         counted += answers[0][3]
     assert counted >= 6
+    assert len(forks) >= 6
 
 
 @pytest.mark.soak

@@ -1,0 +1,249 @@
+"""Work on the cores of this machine in forks of this process, where threads would wait for the interpreter's lock.
+
+Requests belong to owners. All requests of an owner go to one lane, one after the other, so what answers them may keep what it
+learns of an owner. Where that and the request are all that an answer depends on, answers are the same with any number of lanes.
+An owner's first requests go to the lane that is free first.
+
+The first lane is this process. The others are forked from it when enough work has been seen to pay for it: they begin with all that
+this process knows, compiled functions too, and share its memory until either writes. A fork runs nothing but `answer`, holds no
+lock of another thread, and ends with its pipe. What a lane that died had to do is done here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from types import TracebackType
+from typing import Generic, NoReturn, TypeVar
+
+from stagewright.planner.cores import num_cores
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+Asked = list[tuple[int, Request]]  # requests with their places
+
+FORKS_AFTER_S = 0.1  # of work: a fork takes about a tenth of it
+_POLL_S = 0.02
+
+
+class Lanes(Generic[Request, Answer]):
+    """Answers requests here and in forks; a context, which ends the forks.
+
+    Parameters
+    ----------
+    answer : of a request, here and in forks; both travel by pickle.
+    should_stop : asked while others work; forks ask `Lanes.should_stop`, which then is true there too.
+    most : lanes, this process among them; None for one a core.
+    forks_after_s : seconds of work before there are any; None for FORKS_AFTER_S.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Request], Answer],
+        should_stop: Callable[[], bool] | None = None,
+        *,
+        most: int | None = None,
+        forks_after_s: float | None = None,
+    ) -> None:
+        self._answer = answer
+        self._should_stop = should_stop
+        self._most = most
+        self._forks_after_s = FORKS_AFTER_S if forks_after_s is None else forks_after_s
+        self._seconds = 0.0  # of work here, until there are forks
+        self._forks: list[_Fork] = []
+        self._lane_of: dict[Hashable, _Fork | None] = {}  # None is this process
+        self._parent: Connection | None = None  # in a fork
+        self._tokens = _Tokens()
+
+    def __enter__(self) -> Lanes[Request, Answer]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for fork in self._forks:
+            fork.end()
+        self._forks.clear()
+        self._tokens.close()
+
+    def should_stop(self) -> bool:
+        """Tell whether the work is to end: in a fork, when something came through its pipe while it works."""
+        if self._parent is not None:
+            return self._parent.poll()
+        return self._should_stop is not None and self._should_stop()
+
+    def answers(self, requests: Sequence[tuple[Hashable, Request]]) -> list[Answer]:
+        """Return the answers of (owner, request) in their order; raises what `answer` raises."""
+        groups: dict[Hashable, Asked[Request]] = {}
+        for place, (owner, request) in enumerate(requests):
+            groups.setdefault(owner, []).append((place, request))
+        if len(groups) > 1 and not self._forks and self._seconds > self._forks_after_s:
+            self._fork()
+        if not self._forks:
+            found = dict(self._answered([(place, request) for place, (_, request) in enumerate(requests)]))
+        else:
+            found = self._shared(groups)
+        return [found[place] for place in range(len(requests))]
+
+    def _shared(self, groups: dict[Hashable, Asked[Request]]) -> dict[int, Answer]:
+        """Return the answers by place: every lane has those of its owners to do, then takes new owners one by one."""
+        new = [asked for owner, asked in groups.items() if owner not in self._lane_of]
+        self._tokens.put(len(new))
+        own: dict[_Fork | None, Asked[Request]] = {lane: [] for lane in (None, *self._forks)}
+        for owner, asked in groups.items():
+            if owner in self._lane_of:
+                own[self._lane_of[owner]] += asked
+        for fork in self._forks:
+            fork.ask(own[fork], new)
+        by_lane: dict[_Fork | None, list[tuple[int, Answer]]] = {None: self._worked(own[None], new)}
+        for fork in self._forks:
+            by_lane[fork] = self._received(fork)
+        self._bury()
+        found: dict[int, Answer] = {}
+        lane_of_place: dict[int, _Fork | None] = {}
+        for lane, answered in by_lane.items():
+            found |= answered
+            lane_of_place |= dict.fromkeys(dict(answered), lane)
+        for owner, asked in groups.items():
+            lost = [(place, request) for place, request in asked if place not in found]
+            found |= self._answered(lost)
+            lane = lane_of_place.get(asked[0][0])
+            self._lane_of.setdefault(owner, lane if lane in self._forks else None)
+        return found
+
+    def _worked(self, own: Asked[Request], new: Sequence[Asked[Request]]) -> list[tuple[int, Answer]]:
+        """Return the answers of a lane's own requests, and of those of new owners that no other lane took before."""
+        found = self._answered(own)
+        while (place := self._tokens.take()) is not None:
+            found += self._answered(new[place])
+        return found
+
+    def _answered(self, asked: Asked[Request]) -> list[tuple[int, Answer]]:
+        begin_s = time.perf_counter()
+        found = [(place, self._answer(request)) for place, request in asked]
+        self._seconds += time.perf_counter() - begin_s
+        return found
+
+    def _received(self, fork: _Fork) -> list[tuple[int, Answer]]:
+        """Return the answers of a fork; nothing where it died."""
+        told = False
+        try:
+            while not fork.pipe.poll(_POLL_S):
+                if not told and self.should_stop():
+                    fork.pipe.send(None)
+                    told = True
+            found, error = fork.pipe.recv()
+        except (EOFError, OSError):
+            fork.is_dead = True
+            return []
+        if error is not None:
+            raise error
+        answered: list[tuple[int, Answer]] = found
+        return answered
+
+    def _bury(self) -> None:
+        """Forget forks that died; their owners begin anew here."""
+        for fork in [fork for fork in self._forks if fork.is_dead]:
+            fork.end()
+            self._forks.remove(fork)
+            self._lane_of = {owner: None if lane is fork else lane for owner, lane in self._lane_of.items()}
+
+    def _fork(self) -> None:
+        """Make the other lanes; what was seen of owners before is known to all of them."""
+        self._forks_after_s = float("inf")
+        number = num_cores() if self._most is None else self._most
+        for _ in range(number - 1 if _can_fork() else 0):
+            ours, theirs = Pipe()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: see above
+                process = os.fork()
+            if process == 0:
+                ours.close()
+                self._serve(theirs)
+            theirs.close()
+            self._forks.append(_Fork(process, ours))
+
+    def _serve(self, pipe: Connection) -> NoReturn:
+        """Answer what comes through the pipe until it closes."""
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for fork in self._forks:
+                fork.pipe.close()
+            self._parent = pipe
+            while True:
+                asked = pipe.recv()
+                if asked is None:  # a stop that came when all was done
+                    continue
+                pipe.send(self._told(*asked))
+        except (EOFError, OSError):
+            pass
+        finally:
+            os._exit(0)
+
+    def _told(
+        self, own: Asked[Request], new: Sequence[Asked[Request]]
+    ) -> tuple[list[tuple[int, Answer]], Exception | None]:
+        try:
+            return self._worked(own, new), None
+        except Exception as error:
+            return [], error
+
+
+class _Tokens:
+    """Numbers that lanes take one by one, each number once, through a pipe: no lane that dies leaves a lock behind."""
+
+    _BYTES = 4
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+
+    def put(self, count: int) -> None:
+        """Offer 0, .., count - 1, when all that was offered before is taken."""
+        os.write(self._write, b"".join(place.to_bytes(self._BYTES, "little") for place in range(count)))
+
+    def take(self) -> int | None:
+        """Return a number that nobody has taken; None when there is none left."""
+        try:
+            return int.from_bytes(os.read(self._read, self._BYTES), "little")
+        except BlockingIOError:
+            return None
+
+    def close(self) -> None:
+        """End."""
+        os.close(self._read)
+        os.close(self._write)
+
+
+@dataclass(eq=False)
+class _Fork:
+    """A fork of this process, and its pipe's end here."""
+
+    process: int
+    pipe: Connection
+    is_dead: bool = False
+
+    def ask(self, own: object, new: object) -> None:
+        """Ask for answers; whether the fork still lives shows when they are received."""
+        try:
+            self.pipe.send((own, new))
+        except OSError:
+            self.is_dead = True
+
+    def end(self) -> None:
+        """End the fork, whatever it does: it holds nothing that anyone else needs."""
+        self.pipe.close()
+        try:
+            os.kill(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+def _can_fork() -> bool:
+    return sys.platform == "linux"

@@ -1,0 +1,119 @@
+"""Work in forks of this process: who answers what, errors, stops and deaths."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from stagewright.planner.lanes import Lanes
+
+
+class Counting:
+    """Answers (owner, number) with the process, and how many of the owner's requests were answered there."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+
+    def __call__(self, request: tuple[str, int]) -> tuple[int, int, int]:
+        owner, number = request
+        if number < 0:
+            raise ValueError(f"number {number} of {owner}")
+        time.sleep(0.01)
+        self.seen[owner] += 1
+        return os.getpid(), self.seen[owner], number
+
+
+def asked(*owners: str) -> list[tuple[str, tuple[str, int]]]:
+    return [(owner, (owner, place)) for place, owner in enumerate(owners)]
+
+
+def test_an_owner_stays_in_one_lane_and_answers_keep_their_order() -> None:
+    with Lanes(Counting(), most=3, forks_after_s=0.0) as lanes:
+        lanes.answers(asked("a"))
+        first = lanes.answers(asked("a", "b", "c", "d", "a", "b", "c", "d"))
+        second = lanes.answers(asked("d", "c", "b", "a"))
+    assert [number for _, _, number in first] == list(range(8))
+    assert len({process for process, _, _ in first}) == 3
+    assert os.getpid() in {process for process, _, _ in first}
+    lane_of = dict(zip("abcd", (process for process, _, _ in first), strict=False))
+    assert [process for process, _, _ in second] == [lane_of[owner] for owner in "dcba"]
+    # What `a` left before there were forks is known in whichever lane has it now.
+    assert [seen for _, seen, _ in first] == [2, 1, 1, 1, 3, 2, 2, 2]
+    assert [seen for _, seen, _ in second] == [3, 3, 3, 4]
+
+
+def test_little_work_is_done_here() -> None:
+    with Lanes(Counting(), most=3, forks_after_s=60.0) as lanes:
+        answers = [process for _ in range(3) for process, _, _ in lanes.answers(asked("a", "b"))]
+    assert set(answers) == {os.getpid()}
+
+
+@pytest.mark.parametrize("owners", ["ab", "ba"])
+def test_an_error_in_any_lane_is_raised_here(owners: str) -> None:
+    with Lanes(Counting(), most=2, forks_after_s=0.0) as lanes:
+        lanes.answers(asked("a"))
+        lanes.answers(asked("a", "b"))
+        with pytest.raises(ValueError, match="number -1 of b"):
+            lanes.answers([(owner, (owner, -1 if owner == "b" else 0)) for owner in owners])
+
+
+def test_a_lane_that_dies_is_done_without() -> None:
+    with Lanes(Counting(), most=2, forks_after_s=0.0) as lanes:
+        lanes.answers(asked("a"))
+        (other,) = {process for process, _, _ in lanes.answers(asked("a", "b"))} - {os.getpid()}
+        os.kill(other, signal.SIGKILL)
+        answers = lanes.answers(asked("a", "b", "a", "b"))
+        assert [number for _, _, number in answers] == [0, 1, 2, 3]
+        assert {process for process, _, _ in answers} == {os.getpid()}
+    with pytest.raises(ProcessLookupError):
+        os.kill(other, 0)
+
+
+def test_a_stop_reaches_every_lane() -> None:
+    begin_s = time.monotonic()
+    lanes: Lanes[str, tuple[int, float]]
+
+    def wait(owner: str) -> tuple[int, float]:
+        while not lanes.should_stop() and time.monotonic() - begin_s < 60.0:
+            time.sleep(0.001)
+        return os.getpid(), time.monotonic() - begin_s
+
+    with Lanes(wait, lambda: time.monotonic() - begin_s > 0.5, most=2, forks_after_s=-1.0) as lanes:
+        answers = lanes.answers([("a", "a"), ("b", "b")])
+        assert len({process for process, _ in answers}) == 2
+        assert all(0.5 < seconds < 30.0 for _, seconds in answers)
+        # The stop was of those answers: a lane is asked again as before.
+        assert len({process for process, _ in lanes.answers([("a", "a"), ("b", "b")])}) == 2
+
+
+def test_forks_end_with_their_context_and_with_this_process(tmp_path: Path) -> None:
+    with Lanes(Counting(), most=2, forks_after_s=-1.0) as lanes:
+        (other,) = {process for process, _, _ in lanes.answers(asked("a", "b"))} - {os.getpid()}
+    with pytest.raises(ProcessLookupError):
+        os.kill(other, 0)
+    note = tmp_path / "fork"
+    parent = os.fork()
+    if parent == 0:
+        lanes = Lanes(Counting(), most=2, forks_after_s=-1.0)
+        (other,) = {process for process, _, _ in lanes.answers(asked("a", "b"))} - {os.getpid()}
+        note.write_text(str(other))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(parent, 0)
+    other = int(note.read_text())
+    for _ in range(1000):
+        if not _is_running(other):
+            return
+        time.sleep(0.01)
+    raise AssertionError("a fork outlived its parent")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
