@@ -27,7 +27,7 @@ import numpy as np
 
 from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.cost.memory_actions import offloaded_elements
-from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile, Recompute
 from stagewright.planner.layerwise import Gather
 from stagewright.planner.replica_shares import samples_by_replica, told_part
@@ -202,6 +202,17 @@ def unit_parameters(dense: Sequence[float], first: int, ties: Iterable[SharedWei
     return own + shared
 
 
+def reduced_parameters(row: LayerCosts, inside: slice, degrees: Degrees) -> tuple[list[float], list[float]]:
+    """Return the parameters of some layers that are summed over all replicas, and those that are over their experts' owners.
+
+    Experts that nothing divides are summed with the rest of their layer.
+    """
+    dense, experts = row.table.dense_parameters[inside], row.table.expert_parameters[inside]
+    if degrees.ep * degrees.etp == 1:
+        return (dense + experts).tolist(), [0.0] * len(experts)
+    return dense.tolist(), experts.tolist()
+
+
 def _gradients(
     total: Totals,
     plan: Plan,
@@ -214,8 +225,8 @@ def _gradients(
     """Add what the gradients and sharded weights of one stage send."""
     degrees, optimizer = plan.stages[stage].degrees, plan.job.optimizer
     inside = slice(bounds[stage], bounds[stage + 1])
-    dense = unit_parameters(row.table.dense_parameters[inside].tolist(), bounds[stage], ties)
-    experts = row.table.expert_parameters[inside].tolist()
+    together, experts = reduced_parameters(row, inside, degrees)
+    dense = unit_parameters(together, bounds[stage], ties)
     members, replicas = _members(plan, stage), _replicas(plan, (stage,))
     units = plan.schedule.num_microbatches * max(plan.schedule.num_slices, 1)
     owners = expert_shards(degrees) * replicas
@@ -274,7 +285,7 @@ def _outer_step(
     if every is None:
         return
     inside = slice(bounds[stage], bounds[stage + 1])
-    weights = sum(unit_parameters(row.table.dense_parameters[inside].tolist(), bounds[stage], ties))
+    weights = sum(unit_parameters(reduced_parameters(row, inside, degrees)[0], bounds[stage], ties))
     weights += sum(
         tie.num_parameters for tie in ties if len(tie.stages) > 1 and stage in tie.stages
     )  # every holder of a shared weight has a copy
@@ -291,8 +302,8 @@ def _host_copies(
     if not share:
         return
     inside = slice(bounds[stage], bounds[stage + 1])
-    dense = unit_parameters(row.table.dense_parameters[inside].tolist(), bounds[stage], ties)
-    experts = row.table.expert_parameters[inside].tolist()
+    together, experts = reduced_parameters(row, inside, degrees)
+    dense = unit_parameters(together, bounds[stage], ties)
     members, replicas = _members(plan, stage), _replicas(plan, (stage,))
     owners = expert_shards(degrees) * replicas if degrees.zero else 1
     shards = min(sharding_group(plan) or members, members) if degrees.zero else 1
@@ -354,8 +365,9 @@ def _members(plan: Plan, stage: int) -> int:
 
 
 def tied_members(plan: Plan, tie: SharedWeight) -> int:
-    """Return the devices that sum the gradients of a weight that several stages share."""
-    return _members(plan, min(tie.stages)) * _replicas(plan, tie.stages)
+    """Return the devices that sum the gradients of a weight that several stages share: all that hold one of these."""
+    held = {row[stage]: stage for row in plan.schedule.placement for stage in tie.stages}
+    return sum(_members(plan, stage) for stage in held.values())
 
 
 def _replicas(plan: Plan, stages: Iterable[int]) -> int:

@@ -27,6 +27,7 @@ from stagewright.planner.documents.profile import LayerClass, ModelProfile
 from stagewright.planner.link_bytes import (
     gathers_by_run,
     local_steps,
+    reduced_parameters,
     sharding_group,
     shared_weights,
     unit_parameters,
@@ -85,10 +86,10 @@ def _tensors(
             for layer, at in zip(classes, inside, strict=True)
         ]
     ties = shared_weights(plan, profile)
-    dense = unit_parameters(row.table.dense_parameters[inside.start : inside.stop].tolist(), inside.start, ties)
+    together, experts = reduced_parameters(row, slice(inside.start, inside.stop), degrees)
+    dense = unit_parameters(together, inside.start, ties)
     part = told_part(plan, index, replica).state_share
     share = 1.0 / num_shards(plan, index) if part is None else part / degrees.cp
-    experts = row.table.expert_parameters[inside.start : inside.stop].tolist()
     owners = expert_shards(degrees) if degrees.zero else 1
     by_layer = degrees.zero >= 2
     found = dense if by_layer and num_shards(plan, index) > 1 else [sum(dense)]

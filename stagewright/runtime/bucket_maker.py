@@ -104,7 +104,8 @@ class BucketMaker:
 
     def _expert_gradient_group(self, stage: int) -> dist.ProcessGroup | None:
         """Make the groups of ranks that own the same experts of a stage; returns this rank's."""
-        if self._topology.degrees.ep * self._topology.degrees.etp == 1:
+        degrees = self._plan.stages[stage].degrees
+        if degrees.ep * degrees.etp == 1:
             return None
         sets = []
         for view in self._views:

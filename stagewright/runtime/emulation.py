@@ -23,12 +23,13 @@ from stagewright.planner.schedules.schedule import Schedule
 from stagewright.runtime.communication import PointToPoint, ShapeBook
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, UnitInput
-from stagewright.runtime.mailbox import Mailbox, StageGraph
+from stagewright.runtime.mailbox import Mailbox
 from stagewright.runtime.peer_swap import make_swap, traffic_of
 from stagewright.runtime.recorder import Recorder, now_s
 from stagewright.runtime.reduction import BucketSet, ReplicatedBucket
 from stagewright.runtime.stage import Unit, Values
-from stagewright.runtime.topology import StageKey, Topology, stage_edges
+from stagewright.runtime.stage_graph import make_stage_graph
+from stagewright.runtime.topology import StageKey, Topology
 
 
 class EmulatedStage:
@@ -85,8 +86,8 @@ class EmulatedWorker:
         self._traffic: dict[str, float] = {}
         self._at_action = at_action
         groups = groups or Groups()
-        edges = stage_edges(plan, profile.edge_indices)
-        sent = {layer for layers in edges.values() for layer in layers}
+        graph = make_stage_graph(plan, self.topology, profile.edge_indices, ())
+        sent = {layer for layers in graph.layers.values() for layer in layers}
         self._stages = {
             key: EmulatedStage(
                 key[1],
@@ -102,14 +103,7 @@ class EmulatedWorker:
         }
         self._optimizer_s = evaluation.prediction.optimizer_s / max(len(self.topology.stages), 1)
         self._transport = PointToPoint(groups, torch.device("cpu"), len(plan.stages))
-        peers = {
-            (replica, stage): self.topology.parts(replica, stage)
-            for replica, row in enumerate(plan.schedule.placement)
-            for stage in range(len(row))
-        }
-        self._mailbox = Mailbox(
-            StageGraph(edges, peers), self.topology.rank, self._transport, ShapeBook(store), self.recorder
-        )
+        self._mailbox = Mailbox(graph, self._transport, ShapeBook(store), self.recorder)
         self._swap = make_swap(schedule, self.topology, groups, torch.device("cpu"))
         self._buckets = BucketSet(self._bucket(plan, profile, groups, stage) for stage in range(len(plan.stages)))
 

@@ -10,65 +10,30 @@ replicas a microbatch's samples are split over the ranks that take them and put 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from stagewright.modeling.batch import Batch, sample_key, shape_key
+from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.simulation.timeline import SEND_LANE
 from stagewright.runtime.communication import Message, Pending, PointToPoint, ShapeBook, TensorSpec
 from stagewright.runtime.recorder import Recorder
-from stagewright.runtime.resharding import Resharding
 from stagewright.runtime.stage import Unit
+from stagewright.runtime.stage_graph import StageGraph
 from stagewright.runtime.topology import Part
 
 Values = Mapping[int, tuple[Tensor, ...]]
 Arriving = tuple[tuple[Part, Pending], ...]
 
 
-@dataclass(frozen=True)
-class StageGraph:
-    """Which stage sends which layers' values to which stage, and where the stages are.
-
-    Parameters
-    ----------
-    layers : for each edge (source, target), the layers whose values travel.
-    peers : from whom this rank receives a stage's messages, by (replica, stage); this rank for its own.
-    is_divided : whether stages have different numbers of replicas or tensor degrees, so that messages are parts of a
-        microbatch.
-    takers : to whom this rank sends a stage's messages, where those are others than its peers.
-    lengths : what part of a sequence a device of the source of an edge has, where that is not all.
-    reshardings : what happens on edges between stages of this rank with unlike degrees.
-    """
-
-    layers: Mapping[tuple[int, int], tuple[int, ...]]
-    peers: Mapping[tuple[int, int], tuple[Part, ...]]
-    is_divided: bool = False
-    takers: Mapping[tuple[int, int], tuple[Part, ...]] = field(default_factory=dict)
-    lengths: Mapping[tuple[int, int], Fraction] = field(default_factory=dict)
-    reshardings: Mapping[tuple[int, int], Resharding] = field(default_factory=dict)
-
-    def sources(self, stage: int) -> tuple[int, ...]:
-        """Stages whose values a stage takes."""
-        return tuple(source for source, target in self.layers if target == stage)
-
-    def targets(self, stage: int) -> tuple[int, ...]:
-        """Stages that take a stage's values."""
-        return tuple(target for source, target in self.layers if source == stage)
-
-
 class Mailbox:
     """Messages of one rank; keys are `communication.Message`."""
 
-    def __init__(
-        self, graph: StageGraph, rank: int, transport: PointToPoint, shapes: ShapeBook, recorder: Recorder
-    ) -> None:
+    def __init__(self, graph: StageGraph, transport: PointToPoint, shapes: ShapeBook, recorder: Recorder) -> None:
         self._graph = graph
-        self._rank = rank
         self._transport = transport
         self._shapes = shapes
         self._recorder = recorder
@@ -81,7 +46,8 @@ class Mailbox:
 
     def begin(self, batches: Mapping[Unit, Batch]) -> None:
         """Start an iteration on these units."""
-        self._keys = {unit: batch_key(batch, is_divided=self._graph.is_divided) for unit, batch in batches.items()}
+        alike, is_divided = self._graph.has_one_length, self._graph.is_divided
+        self._keys = {unit: "" if alike else batch_key(batch, is_divided=is_divided) for unit, batch in batches.items()}
 
     def finish(self) -> None:
         """Wait until all sends have left; nothing may be left over."""
@@ -92,11 +58,11 @@ class Mailbox:
 
     def messages_here(self, action: Action) -> set[Message]:
         """Return the messages of a SEND_F of another rank that come to this one."""
-        if self._is_remote(action.replica, action.stage):
+        if self._graph.is_remote(action.replica, action.stage):
             return {
                 _message(action, action.stage, target, backward=False)
                 for target in self._graph.targets(action.stage)
-                if not self._is_remote(action.replica, target)
+                if not self._graph.is_remote(action.replica, target)
             }
         return set()
 
@@ -128,7 +94,7 @@ class Mailbox:
             edge = (action.stage, target)
             tensors = tuple(value for layer in self._graph.layers[edge] for value in values[layer])
             self._counts[edge] = [len(values[layer]) for layer in self._graph.layers[edge]]
-            if self._is_remote(action.replica, target):
+            if self._graph.is_remote(action.replica, target):
                 self._shapes.publish(self._shape_key(edge, action), tensors)
             if edge in self._graph.reshardings:
                 tensors = self._graph.reshardings[edge].values(tensors)
@@ -158,21 +124,21 @@ class Mailbox:
     def send_values(self, action: Action) -> None:
         """Send a stage's values to every stage on another rank that takes them."""
         for target in self._graph.targets(action.stage):
-            if self._is_remote(action.replica, target):
-                self._send(_message(action, action.stage, target, backward=False), target, action)
+            if self._graph.is_remote(action.replica, target):
+                self._send(_message(action, action.stage, target, backward=False), action)
 
     def send_gradients(self, action: Action) -> None:
         """Send a stage's input gradients to every stage on another rank that they belong to."""
         for source in self._graph.sources(action.stage):
-            if self._is_remote(action.replica, source):
-                self._send(_message(action, source, action.stage, backward=True), source, action)
+            if self._graph.is_remote(action.replica, source):
+                self._send(_message(action, source, action.stage, backward=True), action)
 
     def post(self, action: Action, *, wait: bool) -> bool:
         """Post the receives of a RECV action, unless they are posted; False when shapes are unknown and `wait` is not."""
         backward = action.kind is Kind.RECV_B
         stages = self._graph.targets(action.stage) if backward else self._graph.sources(action.stage)
         for other in stages:
-            if not self._is_remote(action.replica, other):
+            if not self._graph.is_remote(action.replica, other):
                 continue
             edge = (action.stage, other) if backward else (other, action.stage)
             message = _message(action, *edge, backward=backward)
@@ -183,16 +149,16 @@ class Mailbox:
                 return False
             self._pending[message] = tuple(
                 (part, self._transport.receive(message, self._specs_of(part, specs, edge), part.rank))
-                for part in self._graph.peers[action.replica, other]
+                for part in self._graph.peers[action.replica, *edge]
             )
             self._posted.add(message)
         return True
 
-    def _send(self, message: Message, other: int, action: Action) -> None:
+    def _send(self, message: Message, action: Action) -> None:
         start = self._recorder.clock()
         tensors = self._ready.pop(message)
-        key = (message.replica, other)
-        for part in self._graph.takers.get(key, self._graph.peers[key]):
+        hop = (message.replica, message.source, message.target)
+        for part in self._graph.takers.get(hop, self._graph.peers[hop]):
             self._transport.send(message, self._values_of(part, tensors), part.rank)
         self._recorder.add(SEND_LANE, action, start, self._recorder.clock())
 
@@ -213,9 +179,6 @@ class Mailbox:
             offset += count
         return result
 
-    def _is_remote(self, replica: int, stage: int) -> bool:
-        return any(part.rank != self._rank for part in self._graph.peers[replica, stage])
-
     def _values_of(self, part: Part, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(_part_of(value, part) for value in tensors) if self._graph.is_divided else tensors
 
@@ -223,11 +186,8 @@ class Mailbox:
         """Return the shapes of a part, given those that a device of the edge's source has."""
         if not self._graph.is_divided:
             return specs
-        share = (part.sequence[1] - part.sequence[0]) / self._graph.lengths.get(edge, Fraction(1))
-        return tuple(
-            ((part.count, int(shape[1] * share), *shape[2:]) if len(shape) > 2 else (part.count, *shape[1:]), dtype)
-            for shape, dtype in specs
-        )
+        there = self._graph.source_pieces.get(edge, 1)
+        return tuple((_shape_of(part, shape, there), dtype) for shape, dtype in specs)
 
     def _shape_key(self, edge: tuple[int, int], action: Action) -> str:
         return f"shapes/{edge[0]}/{edge[1]}/{self._keys[action.microbatch, action.slice]}"
@@ -238,27 +198,65 @@ def batch_key(batch: Batch, *, is_divided: bool) -> str:
     return repr(sample_key(batch) if is_divided else shape_key(batch))
 
 
+def _shape_of(part: Part, shape: Sequence[int], num_there: int) -> tuple[int, ...]:
+    """Return the shape of a part, given that of a device with so many pieces of a sequence.
+
+    Raises InvalidArgument for a part of a tensor that has no sequence.
+    """
+    if len(shape) > 2:
+        return (part.count, shape[1] * len(part.pieces) // num_there, *shape[2:])
+    if len(part.pieces) < part.held:
+        raise InvalidArgument(
+            f"a tensor of shape {tuple(shape)} goes from one stage to another that divides sequences unlike, and has none",
+            field="stages.degrees",
+            hint="plan with equal tp, sp and cp for both stages",
+        )
+    return (part.count, *shape[1:])
+
+
 def _part_of(value: Tensor, part: Part) -> Tensor:
-    """Return the samples and the part of the sequence that go to another rank."""
+    """Return the samples and the pieces of the sequence that go to another rank."""
     rows = value.narrow(0, part.first, part.count)
-    if part.sequence == part.held or value.dim() < 3:
+    if len(part.pieces) == part.held or value.dim() < 3:
         return rows
-    whole = value.shape[1] / (part.held[1] - part.held[0])
-    begin, end = (int((place - part.held[0]) * whole) for place in part.sequence)
-    return rows.narrow(1, begin, end - begin)
+    pieces = rows.unflatten(1, (part.held, -1))
+    first, count = part.pieces[0], len(part.pieces)
+    if part.pieces == tuple(range(first, first + count)):
+        return pieces.narrow(1, first, count).flatten(1, 2)
+    return pieces[:, list(part.pieces)].flatten(1, 2)
 
 
 def _wait(parts: Arriving) -> tuple[Tensor, ...]:
-    """Return the received tensors, complete: parts of a sequence, and then samples, one behind the other."""
-    received = [(part.first, pending.wait()) for part, pending in parts]
-    rows = [_joined([tensors for _, tensors in run], 1) for _, run in groupby(received, key=lambda each: each[0])]
-    return _joined(rows, 0)
+    """Return the received tensors, complete: pieces of sequences in their places, and then samples, one behind the other."""
+    received = [(part, pending.wait()) for part, pending in parts]
+    runs = groupby(received, key=lambda each: each[0].first)
+    return _behind_each_other([_complete(list(run)) for _, run in runs], 0)
 
 
-def _joined(pieces: Sequence[tuple[Tensor, ...]], dimension: int) -> tuple[Tensor, ...]:
-    if len(pieces) == 1:
-        return pieces[0]
-    return tuple(torch.cat(values, dim=dimension) for values in zip(*pieces, strict=True))
+def _complete(run: Sequence[tuple[Part, tuple[Tensor, ...]]]) -> tuple[Tensor, ...]:
+    """Return some samples' tensors from those that hold pieces of their sequences."""
+    order = tuple(piece for part, _ in run for piece in part.pieces)
+    if order == tuple(range(len(order))):
+        return _behind_each_other([tensors for _, tensors in run], 1)
+    return tuple(
+        _in_places([(part, value) for (part, _), value in zip(run, values, strict=True)])
+        for values in zip(*(tensors for _, tensors in run), strict=True)
+    )
+
+
+def _in_places(run: Sequence[tuple[Part, Tensor]]) -> Tensor:
+    part, value = run[0]
+    each = value.shape[1] // len(part.pieces)
+    whole = value.new_empty((value.shape[0], part.held, each, *value.shape[2:]))
+    for part, value in run:
+        whole[:, list(part.pieces)] = value.unflatten(1, (len(part.pieces), each))
+    return whole.flatten(1, 2)
+
+
+def _behind_each_other(parts: Sequence[tuple[Tensor, ...]], dimension: int) -> tuple[Tensor, ...]:
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(torch.cat(values, dim=dimension) for values in zip(*parts, strict=True))
 
 
 def _message(action: Action, source: int, target: int, *, backward: bool) -> Message:

@@ -25,10 +25,10 @@ from stagewright.modeling.vocabulary_loss import vocabulary_loss
 from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
 from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.documents.profile import Recompute
-from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.schedules.action import Action
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.peer_swap import swaps
+from stagewright.runtime.sequence_pieces import context_layout
 from stagewright.runtime.stage import Stage
 from stagewright.runtime.topology import StageKey, Topology
 
@@ -106,14 +106,9 @@ class RankLayers:
 
     def positions(self, index: int) -> Tensor:
         """Return the positions of one context-parallel part; the layout is the plan's `context_layout`."""
-        layout = str(self._plan.schedule.parameters.get("context_layout", "contiguous"))
-        if layout not in ("contiguous", "striped", "zigzag"):
-            raise InvalidArgument(
-                f"there is no context layout {layout!r}",
-                field="schedule.parameters.context_layout",
-                hint="contiguous, striped or zigzag",
-            )
-        return positions_of(index, self._topology.degrees.cp, self._plan.job.sequence_length, layout)
+        return positions_of(
+            index, self._topology.degrees.cp, self._plan.job.sequence_length, context_layout(self._plan)
+        )
 
     def _divide_experts(self) -> set[int]:
         """Divide this rank's experts, where the plan does; returns the ids of their parameters."""

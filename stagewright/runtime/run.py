@@ -108,7 +108,8 @@ def run_plan(
         )
     if (emulate or replay is not None) and has_unequal_tensors(plan):
         raise InvalidArgument(
-            f"stages have tp {[stage.degrees.tp for stage in plan.stages]}, an emulated or replayed run takes equal ones",
+            f"stages have tp {[stage.degrees.tp for stage in plan.stages]} and cp {[stage.degrees.cp for stage in plan.stages]}, an "
+            "emulated or replayed run takes equal ones",
             field="emulate" if emulate else "replay",
             hint="run the plan with its model",
         )

@@ -14,6 +14,7 @@ from stagewright.planner.link_bytes import shared_weights
 from stagewright.planner.prediction import device_of
 from stagewright.planner.replica_shares import has_uneven_shares, parts_of_stage, samples_by_replica
 from stagewright.planner.schedules.registry import families
+from stagewright.runtime.sequence_pieces import num_pieces
 from stagewright.runtime.topology import has_unequal_replicas, has_unequal_tensors
 
 PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
@@ -28,18 +29,7 @@ def check_supported(plan: Plan) -> None:
             field="schedule.name",
             hint="take 1f1b; --pin vocab_parallel=on cuts the output layer over a tensor-parallel group",
         )
-    first = plan.stages[0].degrees
     for index, stage in enumerate(plan.stages):
-        field = f"stages[{index}]"
-        degrees = stage.degrees
-        own = {name: getattr(degrees, name) for name in ("dp", "zero", "tp", "sp", "vocab_parallel")}
-        if degrees != first.model_copy(update=own):
-            raise InvalidArgument(
-                f"{field} has degrees {degrees.model_dump()}, stages[0] {first.model_dump()}; the runtime takes degrees that "
-                "differ in dp, zero, tp, sp and vocab_parallel",
-                field=f"{field}.degrees",
-                hint="plan with equal cp, ep and etp for all stages",
-            )
         if stage.optimizer_offload:
             _check_offload(plan, index)
         if stage.state_shares:
@@ -48,11 +38,14 @@ def check_supported(plan: Plan) -> None:
             _check_shares(plan, index)
     if is_layerwise(plan):
         _check_layerwise(plan)
-    elif has_unequal_replicas(plan) or has_unequal_tensors(plan):
-        _check_unequal(plan)
-    if first.cp > 1 and plan.schedule.num_slices > 1:
+    else:
+        _check_ranks(plan)
+        if has_unequal_replicas(plan) or has_unequal_tensors(plan):
+            _check_unequal(plan)
+    cp = max(stage.degrees.cp for stage in plan.stages)
+    if cp > 1 and plan.schedule.num_slices > 1:
         raise InvalidArgument(
-            f"cp is {first.cp} and num_slices {plan.schedule.num_slices}, a sequence is divided one way only",
+            f"cp is {cp} and num_slices {plan.schedule.num_slices}, a sequence is divided one way only",
             field="schedule.num_slices",
         )
     if plan.job.precision not in PRECISIONS:
@@ -152,35 +145,42 @@ def check_layerwise_model(plan: Plan, profile: ModelProfile) -> None:
             )
 
 
+def _check_ranks(plan: Plan) -> None:
+    """Stages of one rank divide samples, tensors, sequences and experts alike."""
+    names = ("dp", "tp", "sp", "cp", "ulysses", "ep", "etp")
+    for rank in range(plan.schedule.num_ranks):
+        held = sorted({s for row in plan.schedule.placement for s, at in enumerate(row) if at == rank})
+        found = {tuple(getattr(plan.stages[stage].degrees, name) for name in names) for stage in held}
+        if len(found) > 1:
+            raise InvalidArgument(
+                f"stages {held} stand on pipeline rank {rank}, with ({', '.join(names)}) {sorted(found)}; the runtime takes stages "
+                "of one rank that differ in zero and vocab_parallel, or in all of these where one rank holds all stages",
+                field=f"stages[{held[-1]}].degrees",
+                hint="plan with equal degrees for all stages of a rank",
+            )
+
+
 def _check_unequal(plan: Plan) -> None:
-    """Stages of different replicas or tensor degrees: whole sequences and experts, all stages of a rank alike, one direction."""
-    first, told = plan.stages[0].degrees, plan.schedule.parameters
-    rest = first.cp * first.ep * first.etp
-    mixed = [
-        rank
-        for rank in range(plan.schedule.num_ranks)
-        if len({plan.stages[s].degrees.dp for row in plan.schedule.placement for s, at in enumerate(row) if at == rank})
-        > 1
-    ]
-    stated = sorted({"halved", "local_steps", "slice_lengths"} & set(told))
-    if rest > 1 or mixed or stated or plan.schedule.name == "dynapipe" or len(plan.schedule.placement) > 1:
+    """Stages of different replicas, tensor or context degrees: whole microbatches of one size, one direction."""
+    stated = sorted({"halved", "local_steps", "slice_lengths"} & set(plan.schedule.parameters))
+    if stated or plan.schedule.name == "dynapipe" or len(plan.schedule.placement) > 1:
         raise InvalidArgument(
             f"stages have {[stage.degrees.dp for stage in plan.stages]} replicas of tp "
-            f"{[stage.degrees.tp for stage in plan.stages]} with cp * ep * etp = {rest}, {plan.schedule.name} on "
-            f"{len(plan.schedule.placement)} model replicas and parameters {stated}; the runtime takes them without other "
-            "degrees, with one direction, equal microbatches and one number a rank",
+            f"{[stage.degrees.tp for stage in plan.stages]} and cp {[stage.degrees.cp for stage in plan.stages]}, "
+            f"{plan.schedule.name} on {len(plan.schedule.placement)} model replicas and parameters {stated}; the runtime takes them "
+            "with one direction and equal microbatches",
             field="stages.degrees.dp",
             hint="plan with equal degrees for all stages",
         )
-    is_line = len(plan.stages) == plan.schedule.num_ranks and not plan.schedule.edges and plan.schedule.num_slices == 1
-    if has_unequal_tensors(plan) and not is_line:
+    if has_unequal_tensors(plan) and (plan.schedule.edges or plan.schedule.num_slices > 1):
         raise InvalidArgument(
-            f"stages have tp {[stage.degrees.tp for stage in plan.stages]} and sp {[stage.degrees.sp for stage in plan.stages]}; "
-            f"{plan.schedule.name} has {len(plan.stages)} stages on {plan.schedule.num_ranks} ranks, edges {plan.schedule.edges} and "
-            f"{plan.schedule.num_slices} slices; the runtime takes one stage a rank in a line there",
-            field="stages.degrees.tp",
-            hint="take 1f1b, gpipe or zb-h1, or equal degrees for all stages",
+            f"stages have tp {[stage.degrees.tp for stage in plan.stages]}, sp {[stage.degrees.sp for stage in plan.stages]} and cp "
+            f"{[stage.degrees.cp for stage in plan.stages]}; {plan.schedule.name} has edges {plan.schedule.edges} and "
+            f"{plan.schedule.num_slices} slices; the runtime takes whole sequences and stages in a line there",
+            field="stages.degrees",
+            hint="take a schedule without slices and edges, or equal degrees for all stages",
         )
+    num_pieces(plan)
     for index in range(len(plan.stages)):
         samples_by_replica(plan, index)
 

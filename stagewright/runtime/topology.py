@@ -1,21 +1,22 @@
 """Where one rank stands in a plan: its coordinates, its stages, its peers and its groups.
 
 A pipeline rank is a set of dp x cp x tp devices, listed with tp fastest and dp slowest. Messages of the pipeline go
-between devices with equal coordinates; where stages differ in replicas or tensor degrees, every device receives the samples and
-the part of the sequence that it works on, of several equal copies from one. Gradients of a stage are summed over its data- and context-parallel devices in
-every model replica of the pipeline, apart for each tensor-parallel coordinate.
+between devices with equal coordinates; where stages differ in replicas, tensor or context degrees, every device receives the
+samples and the parts of the sequence that it works on, of several equal copies from one. Gradients of a stage are summed over its
+data- and context-parallel devices in every model replica of the pipeline, apart for each tensor-parallel coordinate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 
 from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.link_bytes import sharding_group
 from stagewright.planner.replica_shares import has_uneven_shares, samples_by_replica
+from stagewright.runtime.sequence_pieces import context_layout, num_pieces, pieces_held
 
 StageKey = tuple[int, int]  # (replica, stage)
 
@@ -29,21 +30,18 @@ class Coordinates:
     dp: int
 
 
-WHOLE = (Fraction(0), Fraction(1))
-
-
 @dataclass(frozen=True)
 class Part:
     """The samples of a rank's microbatch, `first` to `first + count` - 1, that it exchanges with another rank.
 
-    `sequence` is which part of the whole sequence travels, and `held` which one the rank itself has.
+    Of the `held` equal pieces of a sequence that the rank itself has, `pieces` travel, in this order.
     """
 
     rank: int
     first: int
     count: int
-    sequence: tuple[Fraction, Fraction] = WHOLE
-    held: tuple[Fraction, Fraction] = WHOLE
+    pieces: tuple[int, ...] = (0,)
+    held: int = 1
 
 
 @dataclass(frozen=True)
@@ -181,43 +179,61 @@ class Topology:
             return self.rank
         return self.plan.mapping.pipeline_ranks[pipeline_rank][self._place[1]]
 
-    def parts(self, replica: int, stage: int, *, is_divided: bool = False) -> tuple[Part, ...]:
+    def parts(self, replica: int, stage: int, *, is_split: bool = False) -> tuple[Part, ...]:
         """Return from whom this rank receives a stage's messages, and which samples of its microbatch, in their order.
 
         A microbatch of all replicas lies over the replicas of a stage in one piece each: where two stages have as many,
         devices at one place exchange all they have, else each exchanges with those whose samples are its own (DAPPLE's
-        split and concatenation). The same holds for the sequence where it `is_divided` between the two stages, by those that
-        split it. Of devices that hold equal copies, one sends.
+        split and concatenation). The same holds for sequences, by those that divide them over context-parallel devices and,
+        where sequence parallelism `is_split` between the two stages, over tensor-parallel ones. Of devices that hold equal
+        copies, one sends.
         """
-        return self._exchanged(replica, stage, is_divided, receives=True)
+        return self._exchanged(replica, stage, is_split, receives=True)
 
-    def takers(self, replica: int, stage: int, *, is_divided: bool = False) -> tuple[Part, ...]:
+    def takers(self, replica: int, stage: int, *, is_split: bool = False) -> tuple[Part, ...]:
         """Return to whom this rank sends a stage's messages; none where another sends an equal copy of what it holds."""
-        return self._exchanged(replica, stage, is_divided, receives=False)
+        return self._exchanged(replica, stage, is_split, receives=False)
 
-    def _exchanged(self, replica: int, stage: int, is_divided: bool, *, receives: bool) -> tuple[Part, ...]:
+    def _exchanged(self, replica: int, stage: int, is_split: bool, *, receives: bool) -> tuple[Part, ...]:
         own = samples_by_replica(self.plan, self._own)
         theirs = samples_by_replica(self.plan, stage)
         mine, degrees = self.num_samples, self.plan.stages[stage].degrees
         is_here = self.plan.schedule.placement[replica][stage] == self.pipeline_rank
-        if is_here or (own == theirs and _tensors(degrees) == _tensors(self.degrees)):
+        if is_here or (own == theirs and _divided(degrees) == _divided(self.degrees)):
             return (Part(self.holder(replica, stage), 0, mine),)
-        ranks = self.plan.mapping.pipeline_ranks[self.plan.schedule.placement[replica][stage]]
-        place = self.coordinates.tp
-        held = sequence_part(self.degrees, place, is_divided)
-        begin = sum(own[: self.coordinates.dp])
-        found, start = [], 0
-        for index, share in enumerate(theirs):
-            first, end = max(begin, start), min(begin + mine, start + share)
-            for other in range(degrees.tp) if first < end else ():
-                there = sequence_part(degrees, other, is_divided)
-                sequence = max(held[0], there[0]), min(held[1], there[1])
-                sender, taker = ((other, degrees), (place, self.degrees))[:: 1 if receives else -1]
-                if sequence[0] < sequence[1] and _sends(*sender, taker[0], is_divided):
-                    rank = ranks[index * degrees.tp + other]
-                    found.append(Part(rank, first - begin, end - first, sequence, held))
-            start += share
+        found = []
+        for place, first, count in self._shared_samples(own, theirs):
+            for rank, other in self._devices_of_replica(replica, stage, place):
+                sender, taker = ((other, degrees), (self.coordinates, self.degrees))[:: 1 if receives else -1]
+                if _sends(*sender, taker[0].tp, is_split):
+                    pieces, held = self._shared_pieces(degrees, other, is_split)
+                    found += [Part(rank, first, count, pieces, held)] if pieces else []
         return tuple(found)
+
+    def _shared_samples(self, own: Sequence[int], theirs: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Return with which replicas of another stage this rank shares samples, the first of its own ones, and how many."""
+        begin, start, found = sum(own[: self.coordinates.dp]), 0, []
+        for replica, share in enumerate(theirs):
+            first, end = max(begin, start), min(begin + self.num_samples, start + share)
+            if first < end:
+                found.append((replica, first - begin, end - first))
+            start += share
+        return found
+
+    def _devices_of_replica(self, replica: int, stage: int, place: int) -> list[tuple[int, Coordinates]]:
+        """Return the devices of a data-parallel replica of a stage, with their positions."""
+        degrees = self.plan.stages[stage].degrees
+        ranks = self.plan.mapping.pipeline_ranks[self.plan.schedule.placement[replica][stage]]
+        size = degrees.tp * degrees.cp
+        return [(ranks[index], coordinates_of(index, degrees)) for index in range(place * size, (place + 1) * size)]
+
+    def _shared_pieces(self, degrees: Degrees, other: Coordinates, is_split: bool) -> tuple[tuple[int, ...], int]:
+        """Return which of this rank's pieces of a sequence another device has too, and how many it has."""
+        total, layout = num_pieces(self.plan), context_layout(self.plan)
+        place = self.coordinates
+        held = pieces_held(self.degrees, place.cp, place.tp, total, layout, is_split=is_split)
+        there = set(pieces_held(degrees, other.cp, other.tp, total, layout, is_split=is_split))
+        return tuple(index for index, piece in enumerate(held) if piece in there), len(held)
 
     @property
     def num_samples(self) -> int:
@@ -283,24 +299,17 @@ def has_unequal_replicas(plan: Plan) -> bool:
 
 
 def has_unequal_tensors(plan: Plan) -> bool:
-    """Whether stages differ in how tensor parallelism divides what travels between them."""
-    return len({_tensors(stage.degrees) for stage in plan.stages}) > 1
+    """Whether stages differ in how tensor and context parallelism divide what travels between them."""
+    return len({_divided(stage.degrees) for stage in plan.stages}) > 1
 
 
-def sequence_part(degrees: Degrees, place: int, is_divided: bool) -> tuple[Fraction, Fraction]:
-    """Return which part of a sequence a device at a place of its tensor-parallel group holds between blocks."""
-    if not (is_divided and degrees.sp):
-        return WHOLE
-    return Fraction(place, degrees.tp), Fraction(place + 1, degrees.tp)
+def _divided(degrees: Degrees) -> tuple[int, bool, int]:
+    return degrees.tp, degrees.sp, degrees.cp
 
 
-def _tensors(degrees: Degrees) -> tuple[int, bool]:
-    return degrees.tp, degrees.sp
-
-
-def _sends(place: int, degrees: Degrees, taker: int, is_divided: bool) -> bool:
-    """Whether a device of a tensor-parallel group sends to a taker: the owner of a part, or one of those with equal copies."""
-    return (is_divided and degrees.sp) or taker % degrees.tp == place
+def _sends(place: Coordinates, degrees: Degrees, taker: int, is_split: bool) -> bool:
+    """Whether a device sends to one at `taker` of a tensor-parallel group: the owner of a part, or one of those with equal copies."""
+    return (is_split and degrees.sp) or taker % degrees.tp == place.tp
 
 
 def coordinates_of(index: int, degrees: Degrees) -> Coordinates:

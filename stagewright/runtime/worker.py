@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 
 import torch
@@ -36,7 +35,7 @@ from stagewright.runtime.communication import Message, PointToPoint, ShapeBook
 from stagewright.runtime.groups import Groups
 from stagewright.runtime.interpreter import Interpreter, Iteration, UnitInput, WarmUp, warm_up_length
 from stagewright.runtime.local_steps import LocalSteps, outer_step_of
-from stagewright.runtime.mailbox import Mailbox, StageGraph
+from stagewright.runtime.mailbox import Mailbox
 from stagewright.runtime.matrix_layout import (
     Layout,
     LayoutOf,
@@ -58,14 +57,9 @@ from stagewright.runtime.reduction import Bucket, BucketSet
 from stagewright.runtime.resharding import make_reshardings
 from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.stage import Unit
+from stagewright.runtime.stage_graph import StageGraph, make_stage_graph
 from stagewright.runtime.step_rule import StepRule, scale_gradients, whole_squared_norm
-from stagewright.runtime.topology import (
-    StageKey,
-    Topology,
-    has_unequal_replicas,
-    has_unequal_tensors,
-    stage_edges,
-)
+from stagewright.runtime.topology import StageKey, Topology
 from stagewright.runtime.weight_versions import VersionedBucket
 
 
@@ -172,7 +166,7 @@ class Worker:
         self.windows = maker.windows()
         self.buckets = BucketSet(buckets, self.windows)
         self.transport = PointToPoint(self.groups, settings.device, len(plan.stages))
-        self._mailbox = Mailbox(self._graph(), self.topology.rank, self.transport, ShapeBook(store), self.recorder)
+        self._mailbox = Mailbox(self._graph(), self.transport, ShapeBook(store), self.recorder)
         self._check_reductions()
         self._validation = self._make_validation()
         self._swap = make_swap(schedule, self.topology, self.groups, settings.device)
@@ -592,39 +586,9 @@ class Worker:
         return PostValidation(self.settings.rule, self.topology, group, beside, self.settings.device)
 
     def _graph(self) -> StageGraph:
-        placement, plan = self.plan.schedule.placement, self.plan
-        edges = stage_edges(plan, self.chain.edges)
         kinds = [layer.kind for layer in self.chain.layers]
-        reshardings = make_reshardings(plan, kinds, self.groups, self._traffic)
-        if plan.schedule.num_ranks == 1 or not has_unequal_tensors(plan):
-            peers = {
-                (replica, stage): self.topology.parts(replica, stage)
-                for replica in range(len(placement))
-                for stage in range(len(placement[replica]))
-            }
-            return StageGraph(edges, peers, has_unequal_replicas(plan), reshardings=reshardings)
-        own, between = self.topology.stages[0][1], self._cuts_behind_blocks()
-        beside = {(0, stage): {stage, stage + 1} & {own, own + 1} & between for stage in range(len(placement[0]))}
-        return StageGraph(
-            edges,
-            {key: self.topology.parts(*key, is_divided=bool(cut)) for key, cut in beside.items()},
-            is_divided=True,
-            takers={key: self.topology.takers(*key, is_divided=bool(cut)) for key, cut in beside.items()},
-            lengths={
-                edge: Fraction(1, plan.stages[edge[0]].degrees.tp)
-                for edge in edges
-                if edge[1] in between and plan.stages[edge[0]].degrees.sp
-            },
-        )
-
-    def _cuts_behind_blocks(self) -> set[int]:
-        """Return the stages in front of which a block ends: sequence parallelism has split what they take.
-
-        What follows the last block takes parts too, and joins them.
-        """
-        blocks = [index for index, layer in enumerate(self.chain.layers) if layer.kind == "block"]
-        firsts = {stage: each.layer_indices[0] for stage, each in enumerate(self.plan.stages) if each.num_layers}
-        return {stage for stage, first in firsts.items() if blocks and blocks[0] < first <= blocks[-1] + 1}
+        reshardings = make_reshardings(self.plan, kinds, self.groups, self._traffic)
+        return make_stage_graph(self.plan, self.topology, self.chain.edges, kinds, reshardings)
 
     def _check_reductions(self) -> None:
         reduced = [(a.replica, a.stage) for a in self.actions if a.kind is Kind.REDUCE_GRAD]

@@ -106,21 +106,28 @@ def test_divided_slices_of_a_divided_sequence_are_refused():
         check_supported(plan.model_copy(update={"schedule": sliced}))
 
 
-def test_stages_that_differ_in_context_or_expert_degrees_are_refused():
+def with_degrees(plan, *degrees):
+    stages = tuple(
+        stage.model_copy(update={"degrees": Degrees(**own)}) for stage, own in zip(plan.stages, degrees, strict=True)
+    )
+    return plan.model_copy(update={"stages": stages})
+
+
+def test_stages_that_differ_in_any_degree_are_taken_one_a_rank():
     plan, _ = documents(dp=2)
-    sharded = plan.stages[1].model_copy(update={"degrees": Degrees(dp=2, zero=3)})
-    check_supported(plan.model_copy(update={"stages": (plan.stages[0], sharded)}))
-    other = plan.stages[1].model_copy(update={"degrees": Degrees(cp=2)})
-    with pytest.raises(InvalidArgument, match=r"stages\[1\] has degrees"):
-        check_supported(plan.model_copy(update={"stages": (plan.stages[0], other)}))
+    check_supported(with_degrees(plan, {"dp": 2}, {"dp": 2, "zero": 3}))
+    check_supported(with_degrees(plan, {"dp": 2}, {"cp": 2}))
+    check_supported(with_degrees(plan, {"dp": 2, "ep": 2}, {"tp": 2, "etp": 2}))
 
 
-def test_stages_of_different_numbers_of_replicas_are_taken_without_other_degrees():
+def test_stages_of_different_numbers_of_replicas_are_taken_with_other_degrees():
     chain = split(TinyModel(3))
     profile = profile_of(chain)
     check_supported(plan_of(chain, profile, "1f1b", 2, 4, microbatch=3, replicas=(1, 3)))
-    with pytest.raises(InvalidArgument, match=r"stages have \[1, 3\] replicas of tp \[1, 1\] with cp \* ep \* etp = 2"):
-        check_supported(plan_of(chain, profile, "1f1b", 2, 4, microbatch=3, replicas=(1, 3), degrees=Degrees(cp=2)))
+    check_supported(plan_of(chain, profile, "1f1b", 2, 4, microbatch=3, replicas=(1, 3), degrees=Degrees(cp=2)))
+    local = plan_of(chain, profile, "1f1b", 2, 4, microbatch=3, replicas=(1, 3), parameters={"local_steps": 2})
+    with pytest.raises(InvalidArgument, match=r"\[1, 3\] replicas of tp \[1, 1\] and cp \[1, 1\], .*\['local_steps'\]"):
+        check_supported(local)
 
 
 @pytest.mark.parametrize("name", ["gradient", "speed"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
 
 pytest.importorskip("torch")
@@ -14,7 +12,7 @@ from test_schedules import assert_equal_to_one_process
 from stagewright.modeling import split
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.prediction import evaluate
-from stagewright.runtime.support import check_shared_weights, check_supported
+from stagewright.runtime.support import check_shared_weights
 from stagewright.runtime.topology import Part, Topology
 
 pytestmark = pytest.mark.ranks
@@ -81,21 +79,15 @@ def test_every_device_receives_once_what_it_works_on(rank_pools, case):
 def test_one_of_equal_copies_is_sent_and_each_part_of_a_sequence_by_its_owner():
     """Two devices that split sequences, two replicas that hold whole ones: both halves of a sample go to its replica."""
     plan = prepare(CASES[1], 0).plan  # replicas 0 and 1, tensor-parallel devices 2 and 3
-    first, second = (Fraction(0), Fraction(1, 2)), (Fraction(1, 2), Fraction(1))
-    assert Topology(plan, 0).takers(0, 1, is_divided=True) == (Part(2, 0, 1, first), Part(3, 0, 1, second))
-    assert Topology(plan, 3).takers(0, 0, is_divided=True) == (
-        Part(0, 0, 1, second, second),
-        Part(1, 1, 1, second, second),
-    )
+    first, second = (0,), (1,)  # of the two pieces of a sequence
+    assert Topology(plan, 0).takers(0, 1, is_split=True) == (Part(2, 0, 1, first, 2), Part(3, 0, 1, second, 2))
+    assert Topology(plan, 3).takers(0, 0, is_split=True) == (Part(0, 0, 1), Part(1, 1, 1))
     assert Topology(plan, 3).takers(0, 0) == ()
-    assert Topology(plan, 2).takers(0, 0) == (Part(0, 0, 1), Part(1, 1, 1))
-    assert Topology(plan, 3).parts(0, 0) == (Part(0, 0, 1), Part(1, 1, 1))
+    assert Topology(plan, 2).takers(0, 0) == (Part(0, 0, 1, (0, 1), 2), Part(1, 1, 1, (0, 1), 2))
+    assert Topology(plan, 3).parts(0, 0) == (Part(0, 0, 1, (0, 1), 2), Part(1, 1, 1, (0, 1), 2))
 
 
 def test_what_the_runtime_does_not_take_is_refused_by_name():
-    chunks = Case("interleaved", 2, 4, num_chunks=2, by_stage=({}, {"tp": 1, "dp": 2}) * 2, **TWO_BY_TWO)
-    with pytest.raises(InvalidArgument, match="one stage a rank in a line"):
-        check_supported(prepare(chunks, 0).plan)
     tied = Case(**{**vars(CASES[0]), "tied": True})
     profile = profile_of(split(make_model(tied, 4)))
     with pytest.raises(InvalidArgument, match=r"share a weight, with \(tp, vocab_parallel\)"):
