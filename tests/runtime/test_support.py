@@ -186,3 +186,15 @@ def test_what_the_exact_planner_returns_is_taken(model, cluster, optimizer):
     for plan in plans_of(outcome):
         check_supported(plan)
         check_shared_weights(plan, profile)
+
+
+def test_a_plan_whose_stages_divide_sequences_unlike_is_taken_as_the_exact_planner_returns_it():
+    profile = resolve_model("mixtral-8x7b")
+    job = TrainingJob(
+        global_batch=256, sequence_length=4096, optimizer=Optimizer.standard("adamw", "bf16"), precision="bf16"
+    )
+    outcome = make_plan(profile, resolve_cluster("a100-sxm-80g:8x2+v100-sxm-32g:8x4"), job)
+    assert any(len({stage.degrees.cp for stage in plan.stages}) > 1 for plan in plans_of(outcome))
+    for plan in plans_of(outcome):
+        check_supported(plan)
+        check_shared_weights(plan, profile)
