@@ -4,7 +4,7 @@
     python benchmarks/search.py --plot
     python benchmarks/search.py --first-run [CASE ...]
 
-Seconds run from parsed documents to the answer, processor seconds of this process beside the clock's; a first small
+Seconds run from parsed documents to the answer, processor seconds of all cores beside the clock's; a first small
 solve loads the compiled code before either runs. Each case of the catalogue is solved twice (`again_`): the second time finds
 the orders that the process keeps, as a service or a second question about the same cluster does. Results go to `benchmarks/results/search.json`; a run of some cases
 replaces those and keeps the others. `--plot` draws the growth from that file into `benchmarks/results/search_growth.svg`,
@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.machine import machine
+from benchmarks.machine import children_cpu_s, cpu_seconds, machine
 from stagewright.planner.catalog import resolve_cluster, resolve_model
 from stagewright.planner.compiling import compiled_by_two
 from stagewright.planner.documents import TrainingJob
@@ -75,9 +74,9 @@ def measure(name: str) -> dict[str, object]:
     job = TrainingJob(global_batch=batch, sequence_length=length)
     seconds: dict[str, float] = {}
     for prefix in ("", "again_") if name in CASES else ("",):
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), cpu_seconds()
         outcome = make_plan(profile, machines, job)
-        seconds |= {f"{prefix}wall_s": time.perf_counter() - wall, f"{prefix}cpu_s": time.process_time() - cpu}
+        seconds |= {f"{prefix}wall_s": time.perf_counter() - wall, f"{prefix}cpu_s": cpu_seconds() - cpu}
     certificate = outcome.plan.certificate if outcome.plan is not None else None
     return {
         "case": name,
@@ -94,12 +93,6 @@ def measure(name: str) -> dict[str, object]:
         "pruned": {} if certificate is None else certificate.pruned,
         **seconds,
     }
-
-
-def children_cpu_s() -> float:
-    """Return the processor seconds of the processes that this one has waited for, and of theirs."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def measure_first_run(name: str) -> dict[str, object]:
