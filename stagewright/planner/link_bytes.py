@@ -260,9 +260,7 @@ def _gradients(
         _add(total, "reduce-scatter/dp", scatters * copies * optimizer.gradient_bytes)
         _add(total, "all-gather/dp", gathers * copies * optimizer.parameter_bytes)
         _add(total, UPDATE, replicas * copies * optimizer.gathered_bytes)
-    # What a shard sums is as wide as its master weights.
-    shard_bytes = max(4.0, optimizer.gradient_bytes) if optimizer.parameter_bytes < 4 else optimizer.gradient_bytes
-    _add(total, "all-reduce/dp", 2 * (groups * replicas - 1) * padded * shard_bytes * degrees.tp)
+    _add(total, "all-reduce/dp", 2 * (groups * replicas - 1) * padded * optimizer.gradient_bytes * degrees.tp)
 
 
 def _shared_gradients(total: Totals, plan: Plan, tie: SharedWeight) -> None:

@@ -3,12 +3,14 @@
 An optimizer's step: Adam and AdamW make the square roots of the second moment and their quotient: on processors, where a
 tensor is stepped after the other, two copies of the largest of them; on accelerators, which step all together, one copy of
 all. Under ZeRO, and where weights narrower than 32 bits have masters, a tensor is a whole bucket's shard: a stage's at
-stage 1, a layer's beyond. States that come from the host are there with what is made of them, a piece after the other.
+stage 1, a layer's beyond. Where gradients are narrower than what is stepped they are widened, a piece after the other, and
+what is made of them is there for a piece too. So it is of states that come from the host, beside them.
 Gradients that are scattered to equal shards arrive in a shard of their own, and gloo sums them in a copy of all; equal
 shards of the weights leave in a copy.
 
-A backward under ZeRO-2 and 3: whole gradients of the layer at work, and what the layer behind it has on its way. With
-ZeRO-3 on gloo the next layer's weights come in a copy.
+A backward under ZeRO-2 and 3: whole gradients of the layer at work, and what the layer behind it has on its way. Under
+ZeRO-3 the weights of the layer at work are whole, and the next one's come: on gloo in a copy, and from masters in a shard of
+their own type.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy.typing as npt
 
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.cost.memory import expert_shards
-from stagewright.planner.cost.memory_actions import PIECE_ELEMENTS
+from stagewright.planner.cost.memory_actions import PIECE_ELEMENTS, widened_elements
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile
 from stagewright.planner.link_bytes import (
@@ -65,12 +67,14 @@ def _stage_workspace(plan: Plan, index: int, tensors: Sequence[float]) -> float:
     if shards > 1 and not stage.state_shares:
         scattered = optimizer.gradient_bytes * (1 + shards if is_cpu else 1) if stage.degrees.zero == 1 else 0.0
         sent = largest * max(scattered, optimizer.parameter_bytes)
-    if optimizer.name not in ("adam", "adamw", "custom"):
-        return sent
+    makes_copies, widens = optimizer.name in ("adam", "adamw", "custom"), optimizer.parameter_bytes < 4
+    copies = (_COPIES_ONE_BY_ONE if is_cpu else _COPIES_TOGETHER) * makes_copies
     staying = [size * (1.0 - stage.optimizer_offload) for size in tensors]
-    needed = _COPIES_ONE_BY_ONE * max(staying, default=0.0) if is_cpu else _COPIES_TOGETHER * sum(staying)
+    most = max(staying, default=0.0)
+    most_widened = min(widened_elements("cpu" if is_cpu else "cuda"), most)
+    needed = (1 + copies) * most_widened if widens else copies * (most if is_cpu else sum(staying))
     piece = min(PIECE_ELEMENTS, largest * stage.optimizer_offload)
-    return max(sent, width * needed, piece * (optimizer.state_bytes + _COPIES_ONE_BY_ONE * width))
+    return max(sent, width * needed, piece * (optimizer.state_bytes + (copies + widens) * width))
 
 
 def _tensors(
@@ -105,48 +109,41 @@ class PassingBytes:
     ----------
     gradients : whole ones of the layer.
     scattered : on their way while the layer before runs.
-    gathered : beside the weights that come.
+    whole : weights that are gathered; copied : beside them while they come.
+    at_once : all weights of the stage, where a run of forwards or backwards gathers them together.
     """
 
     gradients: Floats
     scattered: Floats
-    gathered: Floats
+    whole: Floats
+    copied: Floats
+    at_once: float = 0.0
 
 
 def passing_bytes(plan: Plan, index: int, row: LayerCosts, bounds: Sequence[int]) -> PassingBytes:
     """Return what one device of a stage has on its way, layer by layer."""
     stage, optimizer, is_cpu = plan.stages[index], plan.job.optimizer, _is_cpu(plan, index)
     inside = slice(bounds[index], bounds[index + 1])
-    gradients, scattered, gathered = np.zeros((3, inside.stop - inside.start))
+    gradients, scattered, whole, copied = np.zeros((4, inside.stop - inside.start))
     if stage.degrees.zero < 2:
-        return PassingBytes(gradients, scattered, gathered)
-    gathers = is_cpu and stage.degrees.zero == 3 and not stage.state_shares and not gathers_by_run(plan)
+        return PassingBytes(gradients, scattered, whole, copied)
+    is_gathered, copies = stage.degrees.zero == 3, is_cpu and not stage.state_shares
     for parameters, shards in (
         (row.table.dense_parameters[inside], num_shards(plan, index)),
         (row.table.expert_parameters[inside], expert_shards(stage.degrees)),
     ):
         if shards > 1:
-            whole = parameters * optimizer.gradient_bytes
-            gradients += whole
-            scattered += whole * (1.0 if stage.state_shares else 1.0 + 1.0 / shards + is_cpu)
-            gathered += parameters * optimizer.parameter_bytes * gathers
-    return PassingBytes(gradients, scattered, gathered)
-
-
-def gathered_elsewhere(plan: Plan, index: int, row: LayerCosts, bounds: Sequence[int]) -> Floats:
-    """Return what a search counts of weights that ZeRO-3 gathers beyond what a stage gathers, [layers].
-
-    Beside a layer's own weights it counts those of the model's largest layer, where the stage gathers its own layers only; and
-    what one device holds alone is not gathered at all.
-    """
-    stage, inside = plan.stages[index], slice(bounds[index], bounds[index + 1])
-    if stage.degrees.zero < 3:
-        return np.zeros(bounds[index + 1] - bounds[index])
-    dense, experts = row.table.dense_parameters, row.table.expert_parameters
-    counted = dense + experts
-    held = (dense * (num_shards(plan, index) > 1) + experts * (expert_shards(stage.degrees) > 1))[inside]
-    beyond = counted[inside] + counted.max(initial=0.0) - held - held.max(initial=0.0)
-    return np.asarray(beyond * plan.job.optimizer.parameter_bytes)
+            all_gradients = parameters * optimizer.gradient_bytes
+            gradients += all_gradients
+            scattered += all_gradients * (1.0 if stage.state_shares else 1.0 + 1.0 / shards + is_cpu)
+            whole += parameters * optimizer.parameter_bytes * is_gathered
+            narrow = 1.0 / shards if optimizer.parameter_bytes < 4 else 0.0  # of the masters that leave
+            copied += parameters * optimizer.parameter_bytes * is_gathered * (copies + narrow)
+    if gathers_by_run(plan):
+        return PassingBytes(
+            gradients, scattered, np.zeros(len(whole)), np.zeros(len(whole)), at_once=float(whole.sum())
+        )
+    return PassingBytes(gradients, scattered, whole, copied)
 
 
 def _is_cpu(plan: Plan, index: int) -> bool:

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.cost.layer_table import LEVELS
 from stagewright.planner.cost.measured_cost import worst_source
-from stagewright.planner.cost.memory import ParameterBytes
+from stagewright.planner.cost.memory import ParameterBytes, expert_shards
 from stagewright.planner.cost.memory_actions import streamed_states_s
 from stagewright.planner.cost.options import CostOptions
 from stagewright.planner.cost.trust import expected_error
@@ -47,8 +47,9 @@ from stagewright.planner.link_bytes import (
     sharding_group,
     shared_weights,
     tied_members,
+    unit_parameters,
 )
-from stagewright.planner.passing_bytes import gathered_elsewhere, passing_bytes, step_workspaces
+from stagewright.planner.passing_bytes import num_shards, passing_bytes, step_workspaces
 from stagewright.planner.replica_shares import parts_of_stage, samples_by_replica, told_part
 from stagewright.planner.schedules.action import Action, parse_action
 from stagewright.planner.schedules.costs import StageCosts
@@ -168,7 +169,8 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
         _stage_bytes(plan, bounds, levels, layers),
         host_bytes=_rank_sum(layout, offloaded),
         step_bytes=step_bytes,
-        unlike_bytes=_unlike_state_bytes(plan, profile, layout, layers),
+        unlike_bytes=_unlike_state_bytes(plan, profile, layout, layers)
+        - _spared_shards(plan, profile, layout, bounds, layers),
     )
 
 
@@ -181,16 +183,17 @@ def _stage_bytes(
         chosen = np.arange(bounds[stage], bounds[stage + 1])
         at = (level[chosen], chosen)
         passing = passing_bytes(plan, stage, row, bounds)
-        elsewhere = gathered_elsewhere(plan, stage, row, bounds)
         found.append(
             StageBytes(
                 row.kept_bytes[at],
                 row.late_bytes[at],
-                row.workspace_bytes[at] - elsewhere,
-                row.split_workspace_bytes[at] - elsewhere,
+                row.table.workspace_bytes[at],
+                row.table.split_workspace_bytes[at],
                 gradients=passing.gradients,
                 scattered=passing.scattered,
-                gathered=passing.gathered,
+                whole=passing.whole,
+                copied=passing.copied,
+                at_once=passing.at_once,
             )
         )
     return tuple(found)
@@ -425,6 +428,27 @@ def _unlike_state_bytes(plan: Plan, profile: ModelProfile, layout: Layout, layer
                 share = min(1.0, tie.num_parameters / max(float(row.table.dense_parameters[inside[0]]), 1.0))
                 unlike[:, rank] += tie.num_parameters * held - row.state_bytes[:, inside[0]] * share
     return unlike
+
+
+def _spared_shards(
+    plan: Plan, profile: ModelProfile, layout: Layout, bounds: Sequence[int], layers: Sequence[LayerCosts]
+) -> Floats:
+    """Return the bytes [3, D] of weights that the ledger counts and a run does not hold.
+
+    Under ZeRO-3 weights narrower than 32 bits are gathered from their masters, so that there is no shard of them beside; where
+    masters lie on the host there is one.
+    """
+    spared, optimizer, ties = np.zeros(layout.num_stages), plan.job.optimizer, shared_weights(plan, profile)
+    for index, (stage, row) in enumerate(zip(plan.stages, layers, strict=True)):
+        if stage.degrees.zero < 3 or stage.optimizer_offload or ParameterBytes.of(optimizer).master == 0:
+            continue
+        inside = slice(bounds[index], bounds[index + 1])
+        dense = sum(unit_parameters(row.table.dense_parameters[inside].tolist(), inside.start, ties))
+        experts = float(row.table.expert_parameters[inside].sum())
+        for parameters, shards in ((dense, num_shards(plan, index)), (experts, expert_shards(stage.degrees))):
+            if shards > 1:
+                spared[index] += parameters * optimizer.parameter_bytes / shards
+    return np.stack([_rank_sum(layout, spared), *np.zeros((2, layout.num_ranks))])
 
 
 def options_of(plan: Plan) -> CostOptions:

@@ -44,11 +44,12 @@ def compare(
 
     `values` are this rank's by the name the worker has for a parameter.
     """
-    device, dtype = worker.settings.device, next(iter(worker.chain.model.parameters())).dtype
+    device = worker.settings.device
+    dtype = torch.promote_types(next(iter(worker.chain.model.parameters())).dtype, torch.float32)
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     flat = torch.empty(count, dtype=dtype, device=device)
     if reference is not None:
-        flat = torch.cat([reference[name].reshape(-1).to(device) for name in shapes])
+        flat = torch.cat([reference[name].reshape(-1).to(device, dtype) for name in shapes])
     dist.broadcast(flat, 0)
     expected, offset = {}, 0
     for name, shape in shapes.items():

@@ -42,7 +42,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     layout = self._layouts[id(parameter)]
-                    self._step_one(parameter, parameter.grad, layout, self.state[parameter], group)
+                    self._step_one(parameter, parameter.grad.to(parameter.dtype), layout, self.state[parameter], group)
 
     @abstractmethod
     def _step_one(

@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from stagewright.runtime.offload import OffloadedOptimizer
+from stagewright.runtime.piecewise_optimizer import PiecewiseOptimizer
 from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.torch_adapter import cpu_allocation_changes
 from stagewright.runtime.worker import Worker
@@ -89,7 +89,7 @@ def _parameters(worker: Worker) -> list[Tensor]:
 def _optimizer_states(worker: Worker) -> list[object]:
     found: list[object] = []
     for each in worker.optimizers:
-        if isinstance(each, OffloadedOptimizer):
+        if isinstance(each, PiecewiseOptimizer):
             found += each.held_states()
         else:
             found += [value for state in each.state.values() for value in state.values()]

@@ -1,12 +1,15 @@
-"""The single-process reference: the whole model, one microbatch after another, on one device."""
+"""The single-process reference: the whole model, one microbatch after another, on one device.
+
+Weights below 32 bits have fp32 masters, as a run has them: what the optimizer steps, and what changes are told of.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
 from stagewright.modeling.chain import LayerChain
@@ -48,10 +51,11 @@ def run_reference(
     """
     model = chain.model.to(device)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    masters = _masters(model)
     stepper = (
         None
         if optimizer is None
-        else make_optimizer(optimizer, model.parameters(), whole_layouts(block_matrices(chain)))
+        else make_optimizer(optimizer, masters.values(), whole_layouts(_of_masters(block_matrices(chain), masters)))
     )
     gradients: dict[str, Tensor] = {}
     losses = []
@@ -70,15 +74,42 @@ def run_reference(
             if learning_rate_factor is not None and optimizer is not None:
                 for group in stepper.param_groups:
                     group["lr"] = optimizer.learning_rate * learning_rate_factor(step)
-            stepper.step()
+            _step(stepper, masters)
     model.zero_grad(set_to_none=True)
     changes = {}
     with torch.no_grad():
         for name, value in model.named_parameters():
             if stepper is not None and value.requires_grad:
-                changes[name] = value - before[name]
+                changes[name] = masters[value].detach() - before[name]
             value.copy_(before[name])
     return ReferenceRun(gradients, changes, tuple(losses))
+
+
+def _masters(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
+    """Return what is stepped for each parameter: itself, or a copy in fp32 of a narrower one."""
+    return {
+        value: nn.Parameter(value.detach().float(), requires_grad=value.requires_grad)
+        if value.element_size() < 4
+        else value
+        for value in model.parameters()
+    }
+
+
+def _of_masters(parameters: Iterable[int], masters: Mapping[nn.Parameter, nn.Parameter]) -> frozenset[int]:
+    """Return the ids of the masters of some parameters, which are given by id."""
+    chosen = frozenset(parameters)
+    return frozenset(id(master) for value, master in masters.items() if id(value) in chosen)
+
+
+def _step(stepper: torch.optim.Optimizer, masters: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    for value, master in masters.items():
+        if master is not value:
+            master.grad = None if value.grad is None else value.grad.to(master.dtype)
+    stepper.step()
+    with torch.no_grad():
+        for value, master in masters.items():
+            if master is not value:
+                value.copy_(master)
 
 
 def _accumulate(chain: LayerChain, batch: Batch, *, microbatch: int, seed: int, step: int) -> float:

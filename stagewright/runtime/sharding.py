@@ -1,7 +1,8 @@
 """ZeRO: optimizer states, gradients and parameters of a bucket divided over the ranks that hold it.
 
 All parameters of the bucket lie one behind the other in one flat buffer, padded to n equal shards; rank i owns shard i,
-with the only copy of its optimizer states (and of its fp32 master weights when the parameters are narrower).
+with the only copy of its optimizer states (and of its fp32 master weights when the parameters are narrower). Gradients stay
+in the parameters' own type, as they are summed and sent; the optimizer's step widens them.
 
     stage 1   gradients accumulate whole; one reduce-scatter each iteration; step on the shard; one all-gather
     stage 2   a reduce-scatter after each microbatch, summed into the shard's gradient; the rest as stage 1
@@ -219,7 +220,8 @@ class ShardedBucket:
         master = torch.float32 if own.element_size() < 4 else own.dtype
         vanishes = level >= 3 and self._count > 1
         self._shard = nn.Parameter(own.detach().to(master, copy=vanishes or master != own.dtype))
-        self._gradients = torch.zeros_like(self._flat) if level == 1 else None
+        self._shard.grad_dtype = self._flat.dtype
+        self._gradients = torch.zeros_like(self._flat) if level <= 1 else None
         self._shard.grad = self._home_of_gradient()
         self._away: HostTail | None = None  # of the masters
         self.narrow: Tensor | None = None
@@ -465,11 +467,11 @@ class ShardedBucket:
 
     def _home_of_gradient(self) -> Tensor:
         """Return where the shard's gradient lies: in the whole gradients where those stay, else on its own."""
-        if self._gradients is not None and self._gradients.dtype == self._shard.dtype:
+        if self._gradients is not None:
             return self._gradients[self._own]
         if self._shard.grad is not None:
             return self._shard.grad
-        return torch.zeros_like(self._shard)
+        return torch.zeros_like(self._shard, dtype=self._flat.dtype)
 
     def _attach(self) -> None:
         """Let the parameters' gradients lie in the whole buffer, where there is one."""
@@ -553,7 +555,7 @@ class ShardedBucket:
             if self._level or self._across is None:
                 self._add(flat)
                 return
-            # Masters are whole on each rank: gradients are summed in their own type, as ZeRO's are.
+            # Masters are whole on each rank.
             self._flight = (_Works((dist.all_reduce(flat, group=self._across, async_op=True),)), flat, flat)
             self._count_traffic("all-reduce", all_reduce_bytes(flat, self._across))
             return
@@ -588,11 +590,11 @@ class ShardedBucket:
     def _gather(self, *, wait: bool) -> dist.Work | _Works | None:
         """Gather all shards into the flat buffer; returns what to wait for when `wait` is not."""
         recurs = self.narrow is not None and not wait
-        shard = self.narrow if recurs else self._shard.detach().to(self._flat.dtype)
         if self._group is None:
-            if shard.data_ptr() != self._flat.data_ptr():
-                self._flat.copy_(shard)
+            if self._shard.data_ptr() != self._flat.data_ptr():
+                self._flat.copy_(self._shard.detach())
             return None
+        shard = self.narrow if recurs else self._shard.detach().to(self._flat.dtype)
         self._count_traffic("all-gather", (self._count - 1) / self._count * self._bytes)
         is_in_place = shard.untyped_storage().data_ptr() == self._flat.untyped_storage().data_ptr()
         if not self._is_even:

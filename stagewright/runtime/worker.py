@@ -47,9 +47,10 @@ from stagewright.runtime.matrix_layout import (
     whole_layouts,
 )
 from stagewright.runtime.microbatches import division_of, plan_iteration, samples_over_replicas
-from stagewright.runtime.offload import OffloadedOptimizer, last_elements
+from stagewright.runtime.offload import last_elements
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer, scale_learning_rate
 from stagewright.runtime.peer_swap import make_swap, traffic_of
+from stagewright.runtime.piecewise_optimizer import PiecewiseOptimizer, has_narrow_gradients
 from stagewright.runtime.post_validation import PostValidation
 from stagewright.runtime.rank_layers import RankLayers
 from stagewright.runtime.recorder import Recorder, now_s
@@ -225,9 +226,10 @@ class Worker:
             away = offloaded_elements(self.plan.stages[last].optimizer_offload, sum(sizes))
             parameters += zip(mine, last_elements(sizes, away), strict=True)
             counts.append((bucket, away))
-        if not any(away for _, away in counts):
+        narrow = any(has_narrow_gradients(parameter) for parameter, _ in parameters)
+        if choice.name in MATRIX_OPTIMIZERS or not (narrow or any(away for _, away in counts)):
             return make_optimizer(choice, [parameter for parameter, _ in parameters], self._layouts(key))
-        made = OffloadedOptimizer(partial(make_optimizer, choice), parameters, self._count_copy)
+        made = PiecewiseOptimizer(partial(make_optimizer, choice), parameters, self._count_copy)
         for bucket, away in counts:
             self._keep_on_host(bucket, away)
         return made
@@ -277,7 +279,7 @@ class Worker:
     def host_bytes(self) -> float:
         """Return the bytes of optimizer states that this rank keeps in host memory."""
         masters = [bucket.host_bytes() for bucket in self.buckets.buckets if isinstance(bucket, ShardedBucket)]
-        states = [each.host_bytes() for each in self.optimizers if isinstance(each, OffloadedOptimizer)]
+        states = [each.host_bytes() for each in self.optimizers if isinstance(each, PiecewiseOptimizer)]
         return sum(masters) + sum(states)
 
     def gradients(self) -> dict[str, Tensor]:

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from stagewright.planner.cost.even_plan import even_plan
+from stagewright.planner.cost.memory_actions import widened_elements
 from stagewright.planner.cost.step_time import Choice
 from stagewright.planner.documents import Degrees, Optimizer, Plan, Recompute, StagePlan, TrainingJob
 from stagewright.planner.expectation import peak_bytes, peaks_by_device
 from stagewright.planner.layerwise import layerwise_schedule
 from stagewright.planner.prediction import evaluate
+from stagewright.planner.schedules.action import Kind
 from stagewright.testing import cluster_factory, profile_factory
 
 LAYERS, PARAMETERS = 4, 1_000_000
@@ -42,6 +44,20 @@ def plan_of(kind: str, *, optimizer: str = "adamw", precision: str = "fp32", **d
 def test_a_step_needs_what_its_optimizer_and_its_shards_make(kind, optimizer, zero, copies):
     evaluation = evaluate(plan_of(kind, optimizer=optimizer, zero=zero), PROFILE)
     assert evaluation.step_bytes.tolist() == pytest.approx([copies * LAYERS * PARAMETERS * 4])
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "copies", "elements"),
+    [
+        ("cpu", "adamw", 1 + 2, 2**20),  # the widened gradients of a piece, and two copies
+        ("cuda", "adamw", 1 + 1, LAYERS * PARAMETERS),
+        ("cpu", "sgd-momentum", 1, 2**20),
+    ],
+)
+def test_a_step_on_narrow_gradients_widens_a_piece(kind, optimizer, copies, elements):
+    plan = plan_of(kind, optimizer=optimizer, precision="bf16")
+    assert evaluate(plan, PROFILE).step_bytes.tolist() == [copies * 4.0 * elements]
+    assert elements == min(LAYERS * PARAMETERS, widened_elements(kind))
 
 
 def test_where_few_activations_live_the_step_is_the_peak():
@@ -79,5 +95,5 @@ def test_a_stage_gathers_no_layer_of_another():
     stages = tuple(StagePlan(layers=(index, index + 1), degrees=each) for index, each in enumerate(degrees))
     update = {"num_layers": 2, "layer_digest": profile.layer_digest, "stages": stages}
     plan = plan.model_copy(update={**update, "schedule": layerwise_schedule(2, 1, 1)})
-    found = evaluate(plan, profile).stage_bytes[0].workspace
-    assert found == pytest.approx([2 * 4.0 * PARAMETERS], rel=0.01)
+    found = evaluate(plan, profile).stage_bytes[0].need(Kind.F, 1.0)
+    assert found == pytest.approx(4.0 * PARAMETERS, rel=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -14,8 +15,9 @@ from test_schedules import assert_equal_to_one_process
 
 from stagewright.modeling import split
 from stagewright.planner.prediction import evaluate
-from stagewright.runtime import offload
-from stagewright.runtime.offload import OffloadedOptimizer, last_elements
+from stagewright.runtime import piecewise_optimizer
+from stagewright.runtime.offload import last_elements
+from stagewright.runtime.piecewise_optimizer import PiecewiseOptimizer
 
 SHARES = ({"optimizer_offload": 1.0}, {"optimizer_offload": 0.4})
 
@@ -111,10 +113,10 @@ def test_training_goes_on_under_a_plan_that_keeps_other_states_on_the_host(rank_
 
 def test_the_device_holds_one_piece_at_most_beside_what_stays(monkeypatch):
     """Ten numbers, six of them away in pieces of four and two: after the step the device has the states of four."""
-    monkeypatch.setattr(offload, "PIECE_ELEMENTS", 4)
+    monkeypatch.setattr(piecewise_optimizer, "PIECE_ELEMENTS", 4)
     parameter = torch.nn.Parameter(torch.arange(10.0))
     copied = []
-    stepper = OffloadedOptimizer(lambda given: torch.optim.Adam(given, lr=0.1), [(parameter, 6)], copied.append)
+    stepper = PiecewiseOptimizer(lambda given: torch.optim.Adam(given, lr=0.1), [(parameter, 6)], copied.append)
     parameter.grad = torch.ones(10)
     for _ in range(2):
         stepper.step()
@@ -129,6 +131,23 @@ def test_the_device_holds_one_piece_at_most_beside_what_stays(monkeypatch):
         plain.step()
     assert torch.equal(parameter, expected)
     assert torch.equal(stepper.state[parameter]["exp_avg"], plain.state[expected]["exp_avg"])
+
+
+def test_masters_are_stepped_piece_by_piece_on_gradients_in_bf16(monkeypatch):
+    """Ten masters in pieces of four, four and two: the bits of a step on all of the widened gradient."""
+    monkeypatch.setattr(piecewise_optimizer, "widened_elements", lambda kind: 4)
+    masters, expected = (torch.nn.Parameter(torch.arange(10.0)) for _ in range(2))
+    masters.grad_dtype = torch.bfloat16
+    stepper = PiecewiseOptimizer(partial(torch.optim.AdamW, lr=0.1), [(masters, 0)], lambda _: None)
+    plain = torch.optim.AdamW([expected], lr=0.1)
+    for step in range(2):
+        masters.grad = torch.linspace(-1, step, 10).bfloat16()
+        expected.grad = masters.grad.float()
+        stepper.step()
+        plain.step()
+    assert [value.numel() for value in stepper.held_states() if value.dim()] == [4, 4, 4, 4, 2, 2]
+    assert torch.equal(masters, expected)
+    assert stepper.host_bytes() == 0
 
 
 def test_the_last_elements_of_several_tensors_are_counted_from_the_end():

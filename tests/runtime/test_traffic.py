@@ -49,6 +49,7 @@ CASES = [
     Case("1f1b", 2, 3, degrees={"dp": 2}, dtype="bfloat16"),
     Case("gpipe", 1, 3, degrees={"dp": 2, "zero": 1}, dtype="bfloat16"),
     Case("gpipe", 1, 2, degrees={"dp": 4, "zero": 3}, dtype="bfloat16"),
+    Case("gpipe", 1, 2, degrees={"dp": 4, "zero": 1}, parameters={"shard_size": 2}, dtype="bfloat16"),
 ]
 
 

@@ -21,6 +21,8 @@ from math import isqrt
 from stagewright.planner.errors import Infeasible
 
 PIECE_ELEMENTS = 2**22  # whose optimizer states come from the host at once
+# Gradients of so many elements are widened at once: an accelerator takes long to begin a step, and has more memory.
+_WIDENED_ELEMENTS, _WIDENED_ELEMENTS_OF_CPU = 2**25, 2**20
 
 
 class ActionKind(StrEnum):
@@ -49,6 +51,11 @@ class ChosenActions:
     actions: tuple[LayerAction, ...]
     kept_bytes: float
     exposed_s: float
+
+
+def widened_elements(kind: str) -> int:
+    """Return how many elements a device of a kind steps at a time where their gradients are narrower than their masters."""
+    return _WIDENED_ELEMENTS_OF_CPU if kind == "cpu" else _WIDENED_ELEMENTS
 
 
 def recompute_action(

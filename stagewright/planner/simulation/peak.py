@@ -18,6 +18,10 @@ behind it has scattered, f, is on its way meanwhile:
 
     need_B = max over l of  k_0 + ... + k_(l-1) + max(max(k_l, g_l) + w_l + f_(l+1), 2 g_l, f_l)
 
+Where ZeRO-3 gathers weights, a layer's own p are whole and so are those of the next one in the direction of the work, which
+come in copies c: beside layer l stand p_l + p_(l-1) + c_(l-1) in a backward, p_l + p_(l+1) + c_(l+1) in a forward; and as it
+begins, c of its first layer too.
+
 A receive is posted before the action in front of the one that takes it, so its buffer stands beside that action, and
 beside all in between where it was posted earlier; a value that another stage of the same rank takes later stands beside
 what runs meanwhile. That counts beside backwards: w is the larger of a layer's forward and backward, nearly always the
@@ -50,7 +54,8 @@ class StageBytes:
     workspace : highest temporary use; split_workspace : that of an input gradient alone, above the larger of kept and late.
     gradients : whole ones that a backward makes for a time.
     scattered : gradients on their way while the layer before runs back.
-    gathered : for a time beside the layer's weights, while the layer behind runs back.
+    whole : weights that are gathered for the layer and for the one that runs before or after it; copied : copies in which they
+        come. Where a run gathers all at once, `at_once` stand beside every layer in place of both.
     """
 
     kept: Floats
@@ -59,27 +64,45 @@ class StageBytes:
     split_workspace: Floats
     gradients: Floats | None = None
     scattered: Floats | None = None
-    gathered: Floats | None = None
+    whole: Floats | None = None
+    copied: Floats | None = None
+    at_once: float = 0.0
 
     def need(self, kind: Kind, share: float) -> float:
         """Return the most that one unit's action holds, of a unit that is `share` of a microbatch."""
         if not len(self.kept):
             return 0.0
         kept, late = self.kept * share, self.late * share
-        gradients, scattered, gathered = (
-            np.zeros(len(kept)) if each is None else each for each in (self.gradients, self.scattered, self.gathered)
+        gradients, scattered = (
+            np.zeros(len(kept)) if each is None else each for each in (self.gradients, self.scattered)
         )
-        before, coming = np.cumsum(kept) - kept, np.append(0.0, gathered[:-1])
+        before, weights, arriving = np.cumsum(kept) - kept, self._beside(kind), self._arriving(kind)
         if kind is Kind.W:
             return float(max(late.sum(), gradients.sum()) + scattered.max())
         if kind is Kind.B:
             making = np.maximum(kept, gradients) + self.workspace + np.append(scattered[1:], 0.0)
             leaving = np.maximum(2 * gradients, scattered)
-            return float((before + np.maximum(making, leaving) + coming).max())
+            need = before + np.maximum(making, leaving) + weights
+            return float(max(need.max(), kept.sum() + arriving))
         if kind is Kind.I:
             behind = late.sum() - np.cumsum(late)
-            return float((before + np.maximum(kept, late) + self.split_workspace + behind + coming).max())
-        return float((np.cumsum(kept) + self.workspace).max())
+            need = before + np.maximum(kept, late) + self.split_workspace + behind + weights
+            return float(max(need.max(), kept.sum() + arriving))
+        return float(max((np.cumsum(kept) + self.workspace + weights).max(), arriving))
+
+    def _beside(self, kind: Kind) -> Floats:
+        """Return the gathered weights that stand beside each layer, [layers]."""
+        if self.whole is None or self.copied is None:
+            return np.full(len(self.kept), self.at_once)
+        coming = self.whole + self.copied
+        return self.whole + (np.append(coming[1:], 0.0) if kind is Kind.F else np.append(0.0, coming[:-1]))
+
+    def _arriving(self, kind: Kind) -> float:
+        """Return the gathered weights as a forward or a backward begins, before its first layer computes."""
+        if self.whole is None or self.copied is None:
+            return 0.0
+        coming = self.whole + self.copied
+        return float((coming[:2] if kind is Kind.F else coming[-2:]).sum())
 
 
 def peak_activations(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.lowering import lower
@@ -128,8 +131,25 @@ def test_whole_gradients_come_as_a_layers_kept_bytes_go():
         bare.split_workspace,
         gradients=np.array([4.0, 20.0]),
         scattered=np.array([6.0, 30.0]),
-        gathered=np.array([0.0, 0.0]),
     )
     assert peak_activations(generate("1f1b", ScheduleRequest(1, 2)), [passing]).tolist() == [
         max(1 + 2 * 20, 4 + 2 + 30)
     ]
+
+
+def test_weights_that_come_stand_beside_the_layer_at_work_and_its_next_one_only():
+    """Three layers of weights 1, 5 and 2 that keep 10 each: the forward goes up to 10 + 10 + 5 + 2, the backward begins with 2 + 5."""
+    bare = stage([10, 10, 10], [3, 3, 3])
+    given = StageBytes(
+        bare.kept,
+        bare.late,
+        bare.workspace,
+        bare.split_workspace,
+        whole=np.array([1.0, 5.0, 2.0]),
+        copied=np.array([1.0, 5.0, 2.0]),
+    )
+    assert given.need(Kind.F, 1.0) == max(10 + 3 + 1 + 2 * 5, 20 + 3 + 5 + 2 * 2, 30 + 3 + 2)
+    assert given.need(Kind.B, 1.0) == max(30 + 3 + 2 + 2 * 5, 20 + 3 + 5 + 2 * 1, 30 + 2 * (2 + 5))
+    heavy = replace(given, copied=np.array([1.0, 5.0, 20.0]))
+    assert heavy.need(Kind.B, 1.0) == 30 + (2 + 20) + (5 + 5)
+    assert replace(bare, at_once=8.0).need(Kind.B, 1.0) == 30 + 3 + 8
