@@ -10,7 +10,7 @@ For the gradients of S bytes on one device, on m data- and context-parallel devi
 
 over all of them (S_w: bytes of the weights). Under ZeRO a buffer is padded to m equal shards: a whole stage at stage 1, a
 layer at stages 2 and 3. With shards over p < m devices (`shard_size`) m / p groups scatter and gather apart, and the shards
-are all-reduced over all groups once. Uneven shards have no padding: each goes to, or comes from, its owner by itself, which is a
+are all-reduced over all groups once. Uneven shards (stated ones, and those of Shampoo, whose tiles stay whole) have no padding: each goes to, or comes from, its owner by itself, which is a
 reduction to one device or a broadcast in place of a scatter or a gather of all, of as many bytes. Experts are summed over the devices that own the same ones. BPipe lends what a stage keeps of a microbatch and gets it back: its bytes twice. A weight that layers of several stages
 share is summed once over the devices of all of them (at stages above 0: reduce-scatter and all-gather); one whose layers
 lie on one stage is a buffer of its own. Optimizer states that lie on the host come to the device and go back, their bytes twice
@@ -235,7 +235,8 @@ def _gradients(
         _add(total, "all-reduce/edp", 2 * (owners - 1) * sum(experts) * optimizer.gradient_bytes * copies_of_experts)
     else:
         by_layer = degrees.zero >= 2
-        padded = sum(_padded(size, owners) for size in (experts if by_layer else [sum(experts)]))
+        filled = 1 if divides_by_tiles(plan) else owners
+        padded = sum(_padded(size, filled) for size in (experts if by_layer else [sum(experts)]))
         each = (owners - 1) * padded * copies_of_experts
         gathers = _gathers(plan, schedule, stage, units) if degrees.zero == 3 else 1
         _add(total, "reduce-scatter/edp", (units if by_layer else 1) * each * optimizer.gradient_bytes)
@@ -248,10 +249,8 @@ def _gradients(
         _add(total, "all-reduce/dp", 2 * (members * replicas - 1) * size * degrees.tp * updates)
         return
     shards = min(sharding_group(plan) or members, members)
-    uneven = bool(plan.stages[stage].state_shares)
-    padded = (
-        sum(dense) if uneven else sum(_padded(size, shards) for size in (dense if degrees.zero >= 2 else [sum(dense)]))
-    )
+    filled = shards if has_even_shards(plan, stage) else 1
+    padded = sum(_padded(size, filled) for size in (dense if degrees.zero >= 2 else [sum(dense)]))
     scatters = units if degrees.zero >= 2 else replicas
     gathers = replicas if degrees.zero < 3 else _gathers(plan, schedule, stage, units)
     groups = members // shards
@@ -269,7 +268,8 @@ def _shared_gradients(total: Totals, plan: Plan, tie: SharedWeight) -> None:
     if degrees.zero == 0:
         _add(total, "all-reduce/tied", 2 * (members - 1) * tie.num_parameters * optimizer.gradient_bytes * degrees.tp)
         return
-    copies = (members - 1) * _padded(tie.num_parameters, members) * degrees.tp
+    filled = 1 if divides_by_tiles(plan) else members
+    copies = (members - 1) * _padded(tie.num_parameters, filled) * degrees.tp
     _add(total, "reduce-scatter/tied", copies * optimizer.gradient_bytes)
     _add(total, "all-gather/tied", copies * optimizer.parameter_bytes)
     _add(total, UPDATE, copies * optimizer.gathered_bytes)
@@ -354,6 +354,16 @@ def local_steps(plan: Plan) -> int | None:
     """Return after how many steps replicas meet (DiLoCo); None where they do in each."""
     told = plan.schedule.parameters.get("local_steps")
     return None if told is None else int(told)
+
+
+def divides_by_tiles(plan: Plan) -> bool:
+    """Return whether ZeRO cuts matrices between bands of tiles only, since its optimizer keeps statistics of whole ones."""
+    return plan.job.optimizer.name == "shampoo"
+
+
+def has_even_shards(plan: Plan, stage: int) -> bool:
+    """Return whether ZeRO divides a stage's states into shards of one length, the last one padded."""
+    return not plan.stages[stage].state_shares and not divides_by_tiles(plan)
 
 
 def _members(plan: Plan, stage: int) -> int:

@@ -28,6 +28,7 @@ from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile
 from stagewright.planner.link_bytes import (
     gathers_by_run,
+    has_even_shards,
     local_steps,
     reduced_parameters,
     sharding_group,
@@ -127,7 +128,7 @@ def passing_bytes(plan: Plan, index: int, row: LayerCosts, bounds: Sequence[int]
     gradients, scattered, whole, copied = np.zeros((4, inside.stop - inside.start))
     if stage.degrees.zero < 2:
         return PassingBytes(gradients, scattered, whole, copied)
-    is_gathered, copies = stage.degrees.zero == 3, is_cpu and not stage.state_shares
+    is_gathered, copies = stage.degrees.zero == 3, is_cpu and has_even_shards(plan, index)
     for parameters, shards in (
         (row.table.dense_parameters[inside], num_shards(plan, index)),
         (row.table.expert_parameters[inside], expert_shards(stage.degrees)),
@@ -135,7 +136,7 @@ def passing_bytes(plan: Plan, index: int, row: LayerCosts, bounds: Sequence[int]
         if shards > 1:
             all_gradients = parameters * optimizer.gradient_bytes
             gradients += all_gradients
-            scattered += all_gradients * (1.0 if stage.state_shares else 1.0 + 1.0 / shards + is_cpu)
+            scattered += all_gradients * (1.0 + 1.0 / shards + is_cpu if has_even_shards(plan, index) else 1.0)
             whole += parameters * optimizer.parameter_bytes * is_gathered
             narrow = 1.0 / shards if optimizer.parameter_bytes < 4 else 0.0  # of the masters that leave
             copied += parameters * optimizer.parameter_bytes * is_gathered * (copies + narrow)

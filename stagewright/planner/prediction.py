@@ -77,6 +77,7 @@ from stagewright.planner.simulation.peak import StageBytes
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.planner.simulation.versions import versions_beside_the_master
+from stagewright.planner.statistics_bytes import unlike_statistics_bytes
 from stagewright.planner.version_work import with_version_work
 
 Floats = npt.NDArray[np.float64]
@@ -93,8 +94,8 @@ class Evaluation:
 
     `host_bytes` [D] is what one device of each rank keeps on its host, `step_bytes` [D] what it needs for the time of an
     optimizer step beside its states, `unlike_bytes` [3, D] what its parameters, gradients and optimizer states take beyond
-    the prediction, which like the search counts a weight that several stages share with the layers of each: a run is
-    expected to hold them.
+    the prediction, which like the search counts a weight that several stages share with the layers of each, and Shampoo's
+    statistics as those of square tiles: a run is expected to hold them.
     """
 
     prediction: Prediction
@@ -170,7 +171,8 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
         host_bytes=_rank_sum(layout, offloaded),
         step_bytes=step_bytes,
         unlike_bytes=_unlike_state_bytes(plan, profile, layout, layers)
-        - _spared_shards(plan, profile, layout, bounds, layers),
+        - _spared_shards(plan, profile, layout, bounds, layers)
+        + np.outer((0.0, 0.0, 1.0), _rank_sum(layout, unlike_statistics_bytes(plan, profile, layers))),
     )
 
 

@@ -15,11 +15,12 @@ from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument
-from stagewright.planner.link_bytes import gathers_by_run
+from stagewright.planner.link_bytes import divides_by_tiles, gathers_by_run
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
 from stagewright.runtime.gathering import GatherWindow
 from stagewright.runtime.gradient_buffer import BUCKET_BYTES
 from stagewright.runtime.groups import Groups
+from stagewright.runtime.matrix_layout import block_matrices
 from stagewright.runtime.predicted_weights import predictor_of
 from stagewright.runtime.rank_layers import RankLayers
 from stagewright.runtime.reduction import Bucket, Purpose, ReplicatedBucket
@@ -268,6 +269,7 @@ class BucketMaker:
             everyone=group,
             shards=self._shards_of(holders),
             shares=self._state_shares(holders, inside) if zero and purpose == "dp" else (),
+            whole_tiles=block_matrices(self._chain) if divides_by_tiles(self._plan) else (),
             by_layer=not gathers_by_run(self._plan),
             scattering=self._scattering,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,7 @@ from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.expert_capacity import is_experts
 from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards
+from stagewright.planner.cost.matrix_optimizer import BLOCK
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,54 @@ class Piece:
     shape : of the tensor.
     is_matrix : the tensor is a matrix of a block, or several in a stack.
     part : where the elements lie in the parameter.
+    first : the first element of the tensor that is one of them.
+    place : of the tensor among those of which the parameter holds elements; None where it is the only one.
     """
 
     shape: tuple[int, ...]
     is_matrix: bool
     part: slice
+    first: int = 0
+    place: int | None = None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """At most BLOCK x BLOCK neighbouring elements of a matrix, or of one in a stack: the `number`-th of the tensor's tiles.
+
+    `rows` are those of all matrices of the stack, one under the other.
+    """
+
+    number: int
+    rows: slice
+    columns: slice
+
+
+def tiles(shape: Sequence[int], first: int, count: int) -> Iterator[Tile]:
+    """Yield those of a tensor's tiles that lie in `count` elements from `first` on, where bands of tiles begin and end."""
+    height, width = shape[-2:]
+    number = 0
+    for top in range(0, math.prod(shape) // width, height):
+        for upper in range(top, top + height, BLOCK):
+            rows = slice(upper, min(upper + BLOCK, top + height))
+            for left in range(0, width, BLOCK):
+                if first <= rows.start * width < first + count:
+                    yield Tile(number, rows, slice(left, min(left + BLOCK, width)))
+                number += 1
+
+
+def statistics_key(place: int | None, number: int) -> str:
+    """Return how the names of a tile's statistics end: by the tensor's place among several, and the tile's number."""
+    return f".{number}" if place is None else f"@{place}.{number}"
+
+
+def nearest_band(shape: Sequence[int], element: int) -> int:
+    """Return the element of a tensor nearest to another at which a band of tiles begins, or behind the last one."""
+    height, width = shape[-2:]
+    matrix, inside = divmod(element, height * width)
+    below = inside // (BLOCK * width) * BLOCK * width
+    above = min(below + BLOCK * width, height * width)
+    return matrix * height * width + (below if inside - below <= above - inside else above)
 
 
 class Layout(Protocol):

@@ -8,7 +8,9 @@ Matrices are cut into pieces of at most 1,024 x 1,024. With a piece's gradient G
     M <- mu M + D,  W <- (1 - lr decay) W - lr M
 
 Roots come from an eigendecomposition; eigenvalues are raised by a millionth of the largest. Statistics, roots and moments are
-in the type of what is stepped. Every tensor is whole where it is stepped: statistics of parts would be another method's.
+in the type of what is stepped. A piece is whole where it is stepped, since statistics of parts would be another method's: where
+ZeRO divides a bucket it cuts matrices between bands of pieces only (`sharding`), so that each piece has one owner, nothing but the
+weights is gathered, and shares of a bucket differ by up to a band.
 
 Papers: Gupta et al., Shampoo, ICML 2018; Shi et al., A Distributed Data-Parallel PyTorch Implementation of the Distributed Shampoo
 Optimizer, 2023 (pieces and grafting).
@@ -21,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewright.planner.cost.matrix_optimizer import BLOCK, STEPS_BETWEEN_ROOTS
-from stagewright.runtime.matrix_layout import Layout
+from stagewright.planner.cost.matrix_optimizer import STEPS_BETWEEN_ROOTS
+from stagewright.runtime.matrix_layout import Layout, Piece, statistics_key, tiles
 from stagewright.runtime.matrix_optimizer import MatrixOptimizer
 
 _BETA = 0.999
@@ -31,7 +33,7 @@ _RAISED = 1e-6
 
 
 class Shampoo(MatrixOptimizer):
-    """Steps parameters that are whole tensors, whose layouts have one piece; weight decay is decoupled."""
+    """Steps whole tensors, or parts that hold whole bands of a matrix's pieces; weight decay is decoupled."""
 
     def _step_one(
         self, parameter: nn.Parameter, gradient: Tensor, layout: Layout, state: dict[str, Tensor], group: dict[str, Any]
@@ -44,27 +46,25 @@ class Shampoo(MatrixOptimizer):
         count = int(state["step"])
         second = state["exp_avg_sq"].mul_(_BETA).addcmul_(gradient, gradient, value=1 - _BETA)
         direction = gradient / ((second / (1 - _BETA**count)).sqrt() + _EPSILON)
-        if layout.pieces[0].is_matrix:
-            _precondition(direction, gradient, state, renews=count % STEPS_BETWEEN_ROOTS == 1)
+        for piece in layout.pieces:
+            if piece.is_matrix:
+                _precondition(direction, gradient, piece, state, renews=count % STEPS_BETWEEN_ROOTS == 1)
         state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(state["momentum_buffer"], alpha=-group["lr"])
 
 
-def _precondition(direction: Tensor, gradient: Tensor, state: dict[str, Tensor], *, renews: bool) -> None:
-    """Turn the direction of each piece, in place, keeping its size; add to the piece's statistics."""
-    rows, columns = gradient.shape[-2:]
-    stack, onto = gradient.view(-1, rows, columns), direction.view(-1, rows, columns)
-    number = 0
-    for index in range(len(stack)):
-        for top in range(0, rows, BLOCK):
-            for left in range(0, columns, BLOCK):
-                place = (index, slice(top, top + BLOCK), slice(left, left + BLOCK))
-                _precondition_piece(onto[place], stack[place], state, f".{number}", renews=renews)
-                number += 1
+def _precondition(direction: Tensor, gradient: Tensor, piece: Piece, state: dict[str, Tensor], *, renews: bool) -> None:
+    """Turn the direction of each tile of a matrix, in place, keeping its size; add to the tile's statistics."""
+    width = piece.shape[-1]
+    onto, rows = (value.view(-1)[piece.part].view(-1, width) for value in (direction, gradient))
+    above = piece.first // width
+    for tile in tiles(piece.shape, piece.first, rows.numel()):
+        place = (slice(tile.rows.start - above, tile.rows.stop - above), tile.columns)
+        _precondition_tile(onto[place], rows[place], state, statistics_key(piece.place, tile.number), renews=renews)
 
 
-def _precondition_piece(
+def _precondition_tile(
     direction: Tensor, gradient: Tensor, state: dict[str, Tensor], name: str, *, renews: bool
 ) -> None:
     for side, product in (("left", gradient @ gradient.mT), ("right", gradient.mT @ gradient)):

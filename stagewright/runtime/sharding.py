@@ -11,7 +11,8 @@ in the parameters' own type, as they are summed and sent; the optimizer's step w
 Under stages 2 and 3 a bucket is one layer (FSDP's unit): its gradients are scattered as soon as a full backward has
 finished them, so that whole gradients of two layers at most exist at a time; `gathering` gathers layer by layer.
 
-Replicas may own unlike shares (Cephalo): each shard is then reduced to its owner and broadcast from it, without padding.
+Replicas may own unlike shares (Cephalo): each shard is then reduced to its owner and broadcast from it, without padding. So are
+the shards of a bucket whose matrices are cut between bands of tiles only, for an optimizer that needs tiles whole (Shampoo).
 
 With fewer shards than ranks (HSDP, MiCS, the replicas of a bidirectional pipeline) the shards' gradients are all-reduced
 over the ranks that own the same one. Elementwise optimizers step exactly as on whole parameters.
@@ -22,7 +23,7 @@ Cephalo, 2024.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -41,6 +42,9 @@ from stagewright.runtime.matrix_layout import (
     gathered_over_tensors,
     mean_square,
     mean_square_of_rows,
+    nearest_band,
+    statistics_key,
+    tiles,
     whole_shape,
 )
 from stagewright.runtime.offload import HostTail
@@ -122,8 +126,11 @@ class ShardLayout:
                 whole_shape(value, self.shards) if id(value) in self.kinds.gathered else tuple(value.shape),
                 id(value) in self.kinds.matrices,
                 part,
+                self.begin + part.start - offset,
+                place,
             )
-            for value, _, part in self._own
+            for place, (value, offset, part) in enumerate(self.placed)
+            if part.start < part.stop
         )
 
     def gathered(self, value: Tensor) -> Iterator[Tensor]:
@@ -169,6 +176,7 @@ class ShardedBucket:
     traffic : counts bytes sent by ring algorithms.
     shards : how tensor parallelism has split the parameters.
     shares : of the elements that each rank of the group owns, where they differ.
+    whole_tiles : ids of the matrices that are cut between bands of tiles only.
     purpose : `dp` or `tied`, in the names of the traffic.
     by_layer : at stage 3, UNSHARD leaves the gathering to a `gathering.GatherWindow`.
     scattering : shared by the rank's buckets.
@@ -187,6 +195,7 @@ class ShardedBucket:
         everyone: dist.ProcessGroup | None = None,
         shards: TensorShards | None = None,
         shares: Sequence[float] = (),
+        whole_tiles: Collection[int] = (),
         by_layer: bool = False,
         scattering: Scattering | None = None,
     ) -> None:
@@ -204,12 +213,8 @@ class ShardedBucket:
         self._shards = shards or TensorShards()
         self._count = 1 if group is None else group.size()
         index = 0 if group is None else dist.get_group_rank(group, dist.get_rank())
-        total = sum(parameter.numel() for parameter in self._trained)
-        if shares:
-            self._bounds = shard_bounds(total, shares)
-        else:
-            self._bounds = tuple(place * -(-total // self._count) for place in range(self._count + 1))
-        self._is_even = not shares
+        self._is_even = not shares and not whole_tiles
+        self._bounds = self._shard_bounds(shares, whole_tiles)
         self._size = self._bounds[-1]
         self._own = slice(self._bounds[index], self._bounds[index + 1])
         self._length = self._own.stop - self._own.start
@@ -238,6 +243,21 @@ class ShardedBucket:
                 parameter.register_post_accumulate_grad_hook(self._take_note)
         self._attach()
         self.reshard()
+
+    def _shard_bounds(self, shares: Sequence[float], whole_tiles: Collection[int]) -> tuple[int, ...]:
+        """Return where the shards of the flat buffer begin, and its end."""
+        total = sum(parameter.numel() for parameter in self._trained)
+        if self._is_even:
+            return tuple(place * -(-total // self._count) for place in range(self._count + 1))
+        bounds = shard_bounds(total, shares or [1 / self._count] * self._count)
+        offset, found = 0, list(bounds)
+        for parameter in self._trained:
+            if id(parameter) in whole_tiles:
+                for place, bound in enumerate(bounds):
+                    if offset < bound < offset + parameter.numel():
+                        found[place] = offset + nearest_band(parameter.shape, bound - offset)
+            offset += parameter.numel()
+        return tuple(found)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -418,22 +438,60 @@ class ShardedBucket:
         """Return copies of the optimizer's states by key and name, gathered from all shards."""
         result: dict[str, dict[str, Tensor]] = {}
         for key, value in optimizer.state.get(self._shard, {}).items():
-            if isinstance(value, Tensor) and value.dim():
+            if isinstance(value, Tensor) and value.dim() and "@" not in key:
                 result[key] = self._named(self._gathered(value))
-            elif isinstance(value, Tensor):
+            elif isinstance(value, Tensor) and "@" not in key:
                 result[key] = {name: value.clone() for name, _ in self._names()}
+        for key, value in self._statistics(optimizer).items():
+            kind, _, place = key.partition("@")
+            place, _, number = place.partition(".")
+            result.setdefault(f"{kind}.{number}", {})[self._names()[int(place)][0]] = value
+        return result
+
+    def _statistics(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return copies of the statistics of all ranks' tiles by their keys; a collective."""
+        found = optimizer.state.get(self._shard, {}).items()
+        own = {key: value for key, value in found if "@" in key}
+        if self._group is None:
+            return {key: value.clone() for key, value in own.items()}
+        shapes = {key: tuple(value.shape) for key, value in own.items()}
+        everyone: list[dict[str, tuple[int, ...]]] = [{}] * self._count
+        dist.all_gather_object(everyone, shapes, group=self._group)
+        result: dict[str, Tensor] = {}
+        for place, each in enumerate(everyone):
+            for key, shape in sorted(each.items()):
+                value = own[key].clone() if key in own else self._shard.new_empty(shape)
+                dist.broadcast(value, dist.get_global_rank(self._group, place), group=self._group)
+                result[key] = value
         return result
 
     def load_states(self, optimizer: torch.optim.Optimizer, values: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Set the optimizer's states."""
-        state: dict[str, Tensor] = {}
+        state = self._own_statistics(values)
         for key, found in values.items():
             one = next((found[name] for name, _ in self._names() if name in found), None)
-            if one is None:
+            if one is None or "." in key:
                 continue
             state[key] = self._own_part(found) if one.dim() else one.clone()
         if state:
             optimizer.state[self._shard] = state
+
+    def _own_statistics(self, values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return, of statistics by key and name, those of the tiles that lie in this rank's shard."""
+        state: dict[str, Tensor] = {}
+        kinds = sorted({key.partition(".")[0] for key in values if "." in key})
+        for place, ((name, _), (parameter, offset, part)) in enumerate(
+            zip(self._names(), self._placed() if kinds else (), strict=bool(kinds))
+        ):
+            if parameter.dim() < 2 or part.start == part.stop:
+                continue
+            first = self._own.start + part.start - offset
+            for tile in tiles(parameter.shape, first, part.stop - part.start):
+                for kind in kinds:
+                    value = values.get(f"{kind}.{tile.number}", {}).get(name)
+                    if value is not None:
+                        state[kind + statistics_key(place, tile.number)] = value.clone()
+        return state
 
     def _own_part(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return this rank's shard of whole values."""

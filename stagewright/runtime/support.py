@@ -60,28 +60,25 @@ def check_supported(plan: Plan) -> None:
 def _check_matrices(plan: Plan) -> None:
     """Optimizers of whole matrices: Muon gathers what ZeRO and tensor parallelism have cut, Shampoo nothing.
 
-    An expert's matrices are whole wherever it is.
+    An expert's matrices are whole wherever it is, and ZeRO leaves Shampoo's tiles whole.
     """
     name, shampoo = plan.job.optimizer.name, plan.job.optimizer.name == "shampoo"
-    narrow = plan.job.precision not in ("fp32", "fp64")  # whose masters lie in one flat buffer
     for index, stage in enumerate(plan.stages):
         degrees = stage.degrees
-        if degrees.etp > 1 or (shampoo and (degrees.tp > 1 or degrees.zero)):
+        if degrees.etp > 1 or (shampoo and degrees.tp > 1):
             raise InvalidArgument(
                 f"stages[{index}] has {degrees.model_dump(exclude_defaults=True)} with {name}, which is planned and priced so; the "
                 "runtime steps whole matrices"
                 + ("" if shampoo else ", gathered where ZeRO or tensor parallelism has cut them"),
                 field=f"stages[{index}].degrees",
-                hint="pin etp=1, zero=0 and tp=1" if shampoo else "pin etp=1",
+                hint="pin etp=1 and tp=1" if shampoo else "pin etp=1",
             )
     family = next((row for row in families() if row.name == plan.schedule.name), None)
-    if (family is not None and not family.synchronous) or (shampoo and narrow):
+    if family is not None and not family.synchronous:
         raise InvalidArgument(
-            f"optimizer {name} with {plan.schedule.name} in {plan.job.precision}: the runtime takes it under synchronous schedules"
-            + (", shampoo in fp32 and fp64" if shampoo else ""),
+            f"optimizer {name} with {plan.schedule.name}: the runtime takes it under synchronous schedules",
             field="job.optimizer.name",
-            hint="plan with --optimizer adamw, or a synchronous schedule"
-            + (" and --precision fp32" if shampoo else ""),
+            hint="plan with --optimizer adamw, or a synchronous schedule",
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from stagewright.modeling import split
 from stagewright.modeling.expert_capacity import Capacity, capacity_of
 from stagewright.modeling.tensor_collectives import TensorGroup
+from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.runtime.gradient_check import compare, reference_shapes
 from stagewright.runtime.memory import RankMemory, state_memory
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
@@ -127,7 +128,8 @@ def held_states(prepared: PreparedCase) -> RankMemory:
     """Return what this rank holds after a step of the job's optimizer."""
     worker = make_worker(prepared)
     worker.use_optimizer(OptimizerChoice(prepared.plan.job.optimizer.name, 1e-2))
-    worker.run(batches_of(prepared, 1)[0], 0)
+    name = prepared.case.hugging_face
+    worker.run(hugging_face(name)[1] if name else batches_of(prepared, 1)[0], 0)
     return state_memory(worker)
 
 
@@ -149,7 +151,8 @@ def stepped_types(prepared: PreparedCase) -> tuple[set[str], float]:
     Steps are so small that bf16 weights would never move.
     """
     worker = make_worker(prepared)
-    worker.use_optimizer(OptimizerChoice("muon" if prepared.case.optimizer == "muon" else "sgd", 1e-6))
+    name = prepared.case.optimizer
+    worker.use_optimizer(OptimizerChoice(name if name in MATRIX_OPTIMIZERS else "sgd", 1e-6))
     before = [value.detach().clone() for bucket in worker.buckets.buckets for value in bucket.optimized()]
     worker.run(batches_of(prepared, 1)[0], 0)
     after = [value.detach() for bucket in worker.buckets.buckets for value in bucket.optimized()]

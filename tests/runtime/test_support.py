@@ -79,7 +79,6 @@ def test_uneven_shares_of_states_are_taken_where_replicas_alone_divide_them():
     ("name", "degrees", "words"),
     [
         ("muon", {"dp": 2, "etp": 2}, "'etp': 2.* with muon"),
-        ("shampoo", {"dp": 2, "zero": 1}, "'zero': 1.* with shampoo"),
         ("shampoo", {"tp": 2}, "'tp': 2.* with shampoo"),
     ],
 )

@@ -19,8 +19,8 @@ Optimizer, 2023) preconditions blocks of at most b x b, b = 1,024, with G <- L^(
     roots          25 (p^3 + q^3) / 100   an eigendecomposition of both, once in 100 steps
 
 and holds L, R and their roots, 2 (p^2 + q^2) numbers of 4 bytes: 16 bytes a parameter of full square blocks, with grafting's
-second moment and the momentum 24. Blocks lie inside the tensor shards and have one owner each, so nothing is gathered that
-the weights' own all-gather does not carry.
+second moment and the momentum 24 (`planner.statistics_bytes` says what a run holds beyond that). Blocks lie inside the tensor
+shards and have one owner each, so nothing is gathered that the weights' own all-gather does not carry.
 
 Only matrices of blocks count; embeddings, heads, norms and biases are stepped elementwise, as all three papers do. Not
 modelled: their second moment beside Muon's one (states are counted as if all parameters were the matrices'), layers that
@@ -69,10 +69,11 @@ def matrix_step_s(name: str, layer: LayerClass, groups: RankGroups, roofline: Ro
     """Return what an optimizer's matrices add to one layer's step on one device, before ZeRO divides it; 0 for others."""
     if name not in MATRIX_OPTIMIZERS or layer.kind != "block" or layer.backward != "full":
         return 0.0
-    return sum(_operator_s(name, operator, groups, roofline) for operator in layer.operators if _is_matrix(operator))
+    return sum(_operator_s(name, operator, groups, roofline) for operator in layer.operators if is_matrix(operator))
 
 
-def _is_matrix(operator: Operator) -> bool:
+def is_matrix(operator: Operator) -> bool:
+    """Return whether an operator of a block has a matrix, or one for each of its groups."""
     return operator.parameters > 0 and operator.output_features > 0 and operator.inner_features > 0
 
 
