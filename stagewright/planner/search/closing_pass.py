@@ -29,7 +29,7 @@ Longs = npt.NDArray[np.int64]
 MOST_PROGRAMS = 20_000
 MOST_NODES_IN_ALL, MOST_EFFORT = 3_000, 6e10  # the effort is about half a minute's
 # Candidates that are tried, and branched, at once, whatever the number of cores: the answer is the same.
-AT_ONCE, WHOLE_AT_ONCE = 16, 8
+AT_ONCE, WHOLE_AT_ONCE = 32, 16
 ROAMED = ((8, 100), (2, 400))  # candidates and moves tried of each
 
 
