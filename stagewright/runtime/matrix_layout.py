@@ -80,6 +80,12 @@ def tiles(shape: Sequence[int], first: int, count: int) -> Iterator[Tile]:
                 number += 1
 
 
+def num_tiles(shape: Sequence[int]) -> int:
+    """Return how many tiles a matrix has, or a stack of them."""
+    height, width = shape[-2:]
+    return math.prod(shape[:-2]) * -(-height // BLOCK) * -(-width // BLOCK)
+
+
 def statistics_key(place: int | None, number: int) -> str:
     """Return how the names of a tile's statistics end: by the tensor's place among several, and the tile's number."""
     return f".{number}" if place is None else f"@{place}.{number}"

@@ -28,6 +28,7 @@ from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.runtime.gradient_buffer import BUCKET_BYTES, GradientBuffer
 from stagewright.runtime.ring import Ring
+from stagewright.runtime.tile_statistics import is_statistics, own_statistics, whole_statistics
 from stagewright.runtime.used_parameters import UsedParameters
 
 StageKey = tuple[int, int]  # (replica, stage)
@@ -420,10 +421,17 @@ class ReplicatedBucket:
         """Return copies of the optimizer's states by key and name."""
         result: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.parameters.items():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
+            found = optimizer.state.get(parameter, {})
+            for key, value in found.items():
+                if isinstance(value, Tensor) and not is_statistics(key):
                     whole = self.shards.whole(value, parameter) if value.shape == parameter.shape else value
                     result.setdefault(key, {})[name] = whole.clone()
+            statistics = {key: value for key, value in found.items() if is_statistics(key)}
+            experts = self.shards.groups.get(id(parameter))
+            for key, value in (
+                whole_statistics(statistics, parameter.shape, experts, parameter.device).items() if statistics else ()
+            ):
+                result.setdefault(key, {})[name] = value
         return result
 
     def load_states(self, optimizer: torch.optim.Optimizer, values: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -432,8 +440,12 @@ class ReplicatedBucket:
             state = {
                 key: self.shards.part(found[name], parameter).clone() if found[name].dim() else found[name].clone()
                 for key, found in values.items()
-                if name in found
+                if name in found and not is_statistics(key)
             }
+            whole = {key: found[name] for key, found in values.items() if is_statistics(key) and name in found}
+            if whole:
+                mine = own_statistics(whole, parameter.shape, self.shards.groups.get(id(parameter)))
+                state |= {key: value.clone() for key, value in mine.items()}
             if parameter.requires_grad and state:
                 optimizer.state[parameter] = state
 

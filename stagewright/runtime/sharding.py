@@ -49,6 +49,8 @@ from stagewright.runtime.matrix_layout import (
 )
 from stagewright.runtime.offload import HostTail
 from stagewright.runtime.reduction import StageKey, Traffic, all_reduce_bytes, local_gradient, squared_norm, sum_partial
+from stagewright.runtime.shampoo import Shampoo
+from stagewright.runtime.tile_statistics import everyones, is_statistics, own_statistics, whole_statistics
 from stagewright.runtime.used_parameters import UsedParameters
 
 
@@ -442,35 +444,34 @@ class ShardedBucket:
                 result[key] = self._named(self._gathered(value))
             elif isinstance(value, Tensor) and "@" not in key:
                 result[key] = {name: value.clone() for name, _ in self._names()}
-        for key, value in self._statistics(optimizer).items():
-            kind, _, place = key.partition("@")
-            place, _, number = place.partition(".")
-            result.setdefault(f"{kind}.{number}", {})[self._names()[int(place)][0]] = value
+        for name, values in self._statistics(optimizer).items():
+            for key, value in values.items():
+                result.setdefault(key, {})[name] = value
         return result
 
-    def _statistics(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Return copies of the statistics of all ranks' tiles by their keys; a collective."""
-        found = optimizer.state.get(self._shard, {}).items()
-        own = {key: value for key, value in found if "@" in key}
-        if self._group is None:
-            return {key: value.clone() for key, value in own.items()}
-        shapes = {key: tuple(value.shape) for key, value in own.items()}
-        everyone: list[dict[str, tuple[int, ...]]] = [{}] * self._count
-        dist.all_gather_object(everyone, shapes, group=self._group)
-        result: dict[str, Tensor] = {}
-        for place, each in enumerate(everyone):
-            for key, shape in sorted(each.items()):
-                value = own[key].clone() if key in own else self._shard.new_empty(shape)
-                dist.broadcast(value, dist.get_global_rank(self._group, place), group=self._group)
-                result[key] = value
-        return result
+    def _statistics(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+        """Return copies of the statistics of all tiles by name and key; a collective where there are any."""
+        own = {key: value for key, value in optimizer.state.get(self._shard, {}).items() if "@" in key}
+        if not isinstance(optimizer, Shampoo):
+            return {}
+        device = self._shard.device
+        everyone = [own] if self._group is None else everyones(own, self._group, device)
+        found: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self._names()}
+        names = [name for name, _ in self._names()]
+        for key, value in ((key, value) for each in everyone for key, value in each.items()):
+            kind, _, place = key.partition("@")
+            found[names[int(place.partition(".")[0])]][f"{kind}.{place.partition('.')[2]}"] = value
+        return {
+            name: whole_statistics(found[name], parameter.shape, self._shards.groups.get(id(parameter)), device)
+            for name, parameter in self._names()
+        }
 
     def load_states(self, optimizer: torch.optim.Optimizer, values: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Set the optimizer's states."""
         state = self._own_statistics(values)
         for key, found in values.items():
             one = next((found[name] for name, _ in self._names() if name in found), None)
-            if one is None or "." in key:
+            if one is None or is_statistics(key):
                 continue
             state[key] = self._own_part(found) if one.dim() else one.clone()
         if state:
@@ -479,18 +480,19 @@ class ShardedBucket:
     def _own_statistics(self, values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return, of statistics by key and name, those of the tiles that lie in this rank's shard."""
         state: dict[str, Tensor] = {}
-        kinds = sorted({key.partition(".")[0] for key in values if "." in key})
-        for place, ((name, _), (parameter, offset, part)) in enumerate(
-            zip(self._names(), self._placed() if kinds else (), strict=bool(kinds))
-        ):
-            if parameter.dim() < 2 or part.start == part.stop:
+        if not any(is_statistics(key) for key in values):
+            return state
+        for place, ((name, parameter), (_, offset, part)) in enumerate(zip(self._names(), self._placed(), strict=True)):
+            whole = {key: found[name] for key, found in values.items() if is_statistics(key) and name in found}
+            if not whole or part.start == part.stop:
                 continue
+            mine = own_statistics(whole, parameter.shape, self._shards.groups.get(id(parameter)))
             first = self._own.start + part.start - offset
-            for tile in tiles(parameter.shape, first, part.stop - part.start):
-                for kind in kinds:
-                    value = values.get(f"{kind}.{tile.number}", {}).get(name)
-                    if value is not None:
-                        state[kind + statistics_key(place, tile.number)] = value.clone()
+            numbers = {tile.number for tile in tiles(parameter.shape, first, part.stop - part.start)}
+            for key, value in mine.items():
+                kind, _, number = key.partition(".")
+                if int(number) in numbers:
+                    state[kind + statistics_key(place, int(number))] = value.clone()
         return state
 
     def _own_part(self, values: Mapping[str, Tensor]) -> Tensor:
