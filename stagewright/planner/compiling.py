@@ -14,6 +14,7 @@ Both make machine code only for what Python calls (`machine_code`).
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 import tempfile
@@ -69,10 +70,11 @@ class Helper:
         self._locks = locks
         self._report = report
         self._process: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
 
     def start(self) -> None:
-        """Start the process, once."""
-        if self._process is None:
+        """Start the process, once; a fork of this one starts none."""
+        if self._process is None and os.getpid() == self._owner:
             self._report(0)
             command = [sys.executable, "-m", "stagewright.planner.compiling", str(self._locks)]
             self._process = subprocess.Popen(

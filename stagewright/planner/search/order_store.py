@@ -6,6 +6,7 @@ first where they take more than MOST_BYTES. Nothing of a search's answer depends
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -97,8 +98,14 @@ class OrderStore:
                 self.num_bytes -= bytes_of(self._made.popitem(last=False)[1])
         return made
 
+    def unlock(self) -> None:
+        """Let go of a lock that a thread of another process held when this one was forked from it."""
+        self._lock = Lock()
+
 
 ORDERS = OrderStore()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=ORDERS.unlock)
 
 
 def bytes_of(made: Layout | Schedule) -> int:

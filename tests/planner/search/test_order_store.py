@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -43,6 +45,17 @@ def test_a_second_search_makes_no_order_and_answers_the_same(monkeypatch):
     second = solve(random_problem(4), Limits(gap=0.0))
     assert made == []
     assert first == second
+
+
+def test_a_fork_finds_the_store_open_whatever_a_thread_does():
+    key, rule = OrderKey("1f1b", 2, 4, 1), next(rule for rule in RULES if rule.name == "1f1b")
+    with order_store.ORDERS._lock:  # as a thread holds it at the moment of the fork
+        fork = os.fork()
+        if fork == 0:
+            signal.alarm(60)
+            order_store.ORDERS.order(key, rule)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) == 0
 
 
 def test_what_was_not_asked_for_the_longest_time_goes_first(monkeypatch):
