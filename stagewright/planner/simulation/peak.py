@@ -95,7 +95,7 @@ class StageBytes:
         if self.whole is None or self.copied is None:
             return np.full(len(self.kept), self.at_once)
         coming = self.whole + self.copied
-        return self.whole + (np.append(coming[1:], 0.0) if kind is Kind.F else np.append(0.0, coming[:-1]))
+        return np.asarray(self.whole + (np.append(coming[1:], 0.0) if kind is Kind.F else np.append(0.0, coming[:-1])))
 
     def _arriving(self, kind: Kind) -> float:
         """Return the gathered weights as a forward or a backward begins, before its first layer computes."""
