@@ -171,6 +171,7 @@ MIXED = "a100-sxm-40g:4x1+v100-sxm-16g:4x1"
         ("mixtral-8x7b", "h100-sxm:8x4", "adamw"),  # 8 experts on 32 replicas, ZeRO-3
         ("qwen1.5-moe-a2.7b", "a100-sxm-40g:8x1", "muon"),
         ("llama2-13b", "a100-sxm-40g:8x1", "muon"),
+        ("gpt2-xl", "a100-sxm-40g:8x1", "shampoo"),
         ("gpt2-xl", MIXED, "adamw"),
         ("llama2-7b", MIXED, "adamw"),
     ],
