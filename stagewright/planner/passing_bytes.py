@@ -58,16 +58,21 @@ def step_workspaces(
     ]
 
 
-def _stage_workspace(plan: Plan, index: int, tensors: Sequence[float]) -> float:
-    """Return the bytes given the elements of what one device's optimizer steps."""
+def _stage_workspace(plan: Plan, index: int, shards: Sequence[tuple[float, int]]) -> float:
+    """Return the bytes given the elements of what one device's optimizer steps, each with the number of its shards.
+
+    All gradients are scattered at once, and weights gathered one tensor after the other.
+    """
     stage, optimizer = plan.stages[index], plan.job.optimizer
     width = max(4.0, optimizer.parameter_bytes)
     is_cpu = _is_cpu(plan, index)
+    tensors = [size for size, _ in shards]
     largest, sent = max(tensors, default=0.0), 0.0
-    shards = num_shards(plan, index)
-    if shards > 1 and not stage.state_shares:
-        scattered = optimizer.gradient_bytes * (1 + shards if is_cpu else 1) if stage.degrees.zero == 1 else 0.0
-        sent = largest * max(scattered, optimizer.parameter_bytes)
+    divided = [] if stage.state_shares else [(size, count) for size, count in shards if count > 1]
+    if divided:
+        scattered = sum(size * (1 + count if is_cpu else 1) for size, count in divided) * (stage.degrees.zero == 1)
+        gathered = max(size for size, _ in divided)
+        sent = max(scattered * optimizer.gradient_bytes, gathered * optimizer.parameter_bytes)
     makes_copies, widens = optimizer.name in ("adam", "adamw", "custom"), optimizer.parameter_bytes < 4
     copies = (_COPIES_ONE_BY_ONE if is_cpu else _COPIES_TOGETHER) * makes_copies
     staying = [size * (1.0 - stage.optimizer_offload) for size in tensors]
@@ -80,14 +85,14 @@ def _stage_workspace(plan: Plan, index: int, tensors: Sequence[float]) -> float:
 
 def _tensors(
     plan: Plan, profile: ModelProfile, index: int, row: LayerCosts, bounds: Sequence[int], replica: int | None
-) -> list[float]:
-    """Return the elements of each tensor that one device's optimizer steps: parameters, or shards of buckets."""
+) -> list[tuple[float, int]]:
+    """Return the elements of each tensor that one device's optimizer steps, parameters or shards of buckets, and how many shards."""
     degrees = plan.stages[index].degrees
     inside = range(bounds[index], bounds[index + 1])
     if num_shards(plan, index) == 1 and plan.job.optimizer.parameter_bytes >= 4:
         classes = [profile.classes[profile.layer_classes[layer]] for layer in inside]
         return [
-            _largest_share(layer) * float(row.table.dense_parameters[at])
+            (_largest_share(layer) * float(row.table.dense_parameters[at]), 1)
             for layer, at in zip(classes, inside, strict=True)
         ]
     ties = shared_weights(plan, profile)
@@ -99,7 +104,7 @@ def _tensors(
     by_layer = degrees.zero >= 2
     found = dense if by_layer and num_shards(plan, index) > 1 else [sum(dense)]
     owned = experts if by_layer and owners > 1 else [sum(experts)]
-    return [*(size * share for size in found), *(size / owners for size in owned)]
+    return [*((size * share, num_shards(plan, index)) for size in found), *((size / owners, owners) for size in owned)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +113,8 @@ class PassingBytes:
 
     Parameters
     ----------
-    gradients : whole ones of the layer.
-    scattered : on their way while the layer before runs.
+    gradients : whole ones of the layer, of divided experts and of all else, [2, layers].
+    scattered : what these are on their way, [2, layers].
     whole : weights that are gathered; copied : beside them while they come.
     at_once : all weights of the stage, where a run of forwards or backwards gathers them together.
     """
@@ -125,18 +130,17 @@ def passing_bytes(plan: Plan, index: int, row: LayerCosts, bounds: Sequence[int]
     """Return what one device of a stage has on its way, layer by layer."""
     stage, optimizer, is_cpu = plan.stages[index], plan.job.optimizer, _is_cpu(plan, index)
     inside = slice(bounds[index], bounds[index + 1])
-    gradients, scattered, whole, copied = np.zeros((4, inside.stop - inside.start))
+    whole, copied = np.zeros((2, inside.stop - inside.start))
+    gradients, scattered = np.zeros((2, 2, inside.stop - inside.start))
     if stage.degrees.zero < 2:
         return PassingBytes(gradients, scattered, whole, copied)
     is_gathered, copies = stage.degrees.zero == 3, is_cpu and has_even_shards(plan, index)
-    for parameters, shards in (
-        (row.table.dense_parameters[inside], num_shards(plan, index)),
-        (row.table.expert_parameters[inside], expert_shards(stage.degrees)),
-    ):
+    together, experts = (np.array(each) for each in reduced_parameters(row, inside, stage.degrees))
+    kinds = ((experts, expert_shards(stage.degrees)), (together, num_shards(plan, index)))
+    for place, (parameters, shards) in enumerate(kinds):
         if shards > 1:
-            all_gradients = parameters * optimizer.gradient_bytes
-            gradients += all_gradients
-            scattered += all_gradients * (1.0 + 1.0 / shards + is_cpu if has_even_shards(plan, index) else 1.0)
+            gradients[place] = parameters * optimizer.gradient_bytes
+            scattered[place] = gradients[place] * (1.0 + 1.0 / shards + is_cpu if has_even_shards(plan, index) else 1.0)
             whole += parameters * optimizer.parameter_bytes * is_gathered
             narrow = 1.0 / shards if optimizer.parameter_bytes < 4 else 0.0  # of the masters that leave
             copied += parameters * optimizer.parameter_bytes * is_gathered * (copies + narrow)

@@ -44,6 +44,7 @@ from stagewright.planner.link_bytes import (
     gathers_by_run,
     link_bytes,
     local_steps,
+    reduced_parameters,
     sharding_group,
     shared_weights,
     tied_members,
@@ -445,9 +446,9 @@ def _spared_shards(
         if stage.degrees.zero < 3 or stage.optimizer_offload or ParameterBytes.of(optimizer).master == 0:
             continue
         inside = slice(bounds[index], bounds[index + 1])
-        dense = sum(unit_parameters(row.table.dense_parameters[inside].tolist(), inside.start, ties))
-        experts = float(row.table.expert_parameters[inside].sum())
-        for parameters, shards in ((dense, num_shards(plan, index)), (experts, expert_shards(stage.degrees))):
+        together, experts = reduced_parameters(row, inside, stage.degrees)
+        dense = sum(unit_parameters(together, inside.start, ties))
+        for parameters, shards in ((dense, num_shards(plan, index)), (sum(experts), expert_shards(stage.degrees))):
             if shards > 1:
                 spared[index] += parameters * optimizer.parameter_bytes / shards
     return np.stack([_rank_sum(layout, spared), *np.zeros((2, layout.num_ranks))])

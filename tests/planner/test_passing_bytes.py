@@ -9,6 +9,7 @@ from stagewright.planner.cost.even_plan import even_plan
 from stagewright.planner.cost.memory_actions import widened_elements
 from stagewright.planner.cost.step_time import Choice
 from stagewright.planner.documents import Degrees, Optimizer, Plan, Recompute, StagePlan, TrainingJob
+from stagewright.planner.documents.operator import Architecture
 from stagewright.planner.expectation import peak_bytes, peaks_by_device
 from stagewright.planner.layerwise import layerwise_schedule
 from stagewright.planner.prediction import evaluate
@@ -58,6 +59,24 @@ def test_a_step_on_narrow_gradients_widens_a_piece(kind, optimizer, copies, elem
     plan = plan_of(kind, optimizer=optimizer, precision="bf16")
     assert evaluate(plan, PROFILE).step_bytes.tolist() == [copies * 4.0 * elements]
     assert elements == min(LAYERS * PARAMETERS, widened_elements(kind))
+
+
+def test_gradients_of_divided_experts_and_of_the_rest_are_scattered_at_once():
+    """Half of the parameters are experts', over 2 x 2 devices: a quarter of the rest with gloo's copy of all, half of a half of them."""
+    classes = {
+        name: layer.model_copy(update={"expert_parameters": PARAMETERS // 2}) for name, layer in PROFILE.classes.items()
+    }
+    update = {"classes": classes, "architecture": Architecture(num_experts=2, experts_per_token=1)}
+    profile, cluster = PROFILE.model_copy(update=update), plan_of("cpu").cluster
+    (group,) = cluster_factory(4, 1).groups
+    (own,) = cluster.groups
+    cluster = cluster.model_copy(update={"groups": (group.model_copy(update={"device": own.device}),)})
+    optimizer = Optimizer.standard("sgd-momentum", "fp32")
+    job = TrainingJob(global_batch=4, sequence_length=128, precision="fp32", optimizer=optimizer)
+    choice = Choice(Degrees(dp=4, ep=2, zero=1), 1, 1, 1, "gpipe", Recompute.NONE)
+    found = evaluate(even_plan(profile, cluster, job, choice), profile).step_bytes
+    dense, experts = 0.5 / 4 * (1 + 4), 0.25 / 2 * (1 + 2)
+    assert found.tolist() == [pytest.approx((dense + experts) * LAYERS * PARAMETERS * 4)]
 
 
 def test_where_few_activations_live_the_step_is_the_peak():

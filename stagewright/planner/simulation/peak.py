@@ -13,14 +13,19 @@ and the peak of a rank is the largest, over its actions, of what other units hol
 the largest sum of live bytes and, apart from it, the largest workspace of any layer of the rank: never less, and more where
 the two do not meet, as with recomputation on a rank of several stages.
 
-Where whole gradients come and go under ZeRO-2 and 3, those of a layer g come as its kept bytes go, and what the layer
-behind it has scattered, f, is on its way meanwhile:
+Under ZeRO-2 and 3 whole gradients come and go. A layer has some of each kind, in the order in which a backward finishes them:
+divided experts, then all else. Those of a kind, g, come as kept bytes go, and leave scattered, f, which is on its way until the
+next of any kind leave: with h on its way from before,
 
-    need_B = max over l of  k_0 + ... + k_(l-1) + max(max(k_l, g_l) + w_l + f_(l+1), 2 g_l, f_l)
+    need_B = max over l, kinds of  k_0 + ... + k_(l-1) + max(k_l + w_l + h, g + w_l + h, 2 g, f)
+
+A weight gradient that runs alone finishes those of all layers, and they leave one after the other: r those that are left,
+
+    need_W = max over l, kinds of  r + max(2 g, f)
 
 Where ZeRO-3 gathers weights, a layer's own p are whole and so are those of the next one in the direction of the work, which
-come in copies c: beside layer l stand p_l + p_(l-1) + c_(l-1) in a backward, p_l + p_(l+1) + c_(l+1) in a forward; and as it
-begins, c of its first layer too.
+arrive in copies c as the layer begins: beside layer l stand p_l + p_(l-1), and c_(l-1) with k_l, in a backward, p_l + p_(l+1) +
+c_(l+1) in a forward; and as either begins, c of its first layer too.
 
 A receive is posted before the action in front of the one that takes it, so its buffer stands beside that action, and
 beside all in between where it was posted earlier; a value that another stage of the same rank takes later stands beside
@@ -52,8 +57,8 @@ class StageBytes:
     ----------
     kept : from the forward until the backward; late : between input and weight gradient.
     workspace : highest temporary use; split_workspace : that of an input gradient alone, above the larger of kept and late.
-    gradients : whole ones that a backward makes for a time.
-    scattered : gradients on their way while the layer before runs back.
+    gradients : whole ones that a backward makes for a time, by kind, [kinds, layers].
+    scattered : what these are on their way, [kinds, layers].
     whole : weights that are gathered for the layer and for the one that runs before or after it; copied : copies in which they
         come. Where a run gathers all at once, `at_once` stand beside every layer in place of both.
     """
@@ -73,29 +78,53 @@ class StageBytes:
         if not len(self.kept):
             return 0.0
         kept, late = self.kept * share, self.late * share
-        gradients, scattered = (
-            np.zeros(len(kept)) if each is None else each for each in (self.gradients, self.scattered)
-        )
-        before, weights, arriving = np.cumsum(kept) - kept, self._beside(kind), self._arriving(kind)
+        whole, coming = self._beside(kind)
         if kind is Kind.W:
-            return float(max(late.sum(), gradients.sum()) + scattered.max())
-        if kind is Kind.B:
-            making = np.maximum(kept, gradients) + self.workspace + np.append(scattered[1:], 0.0)
-            leaving = np.maximum(2 * gradients, scattered)
-            need = before + np.maximum(making, leaving) + weights
-            return float(max(need.max(), kept.sum() + arriving))
+            return max(float(late.sum()), self._leaving())
+        if kind is Kind.F:
+            return max(float((np.cumsum(kept) + self.workspace + whole + coming).max()), self._arriving(kind))
+        before, begun = np.cumsum(kept) - kept, float(kept.sum()) + self._arriving(kind)
         if kind is Kind.I:
             behind = late.sum() - np.cumsum(late)
-            need = before + np.maximum(kept, late) + self.split_workspace + behind + weights
-            return float(max(need.max(), kept.sum() + arriving))
-        return float(max((np.cumsum(kept) + self.workspace + weights).max(), arriving))
+            need = before + np.maximum(kept + coming, late) + self.split_workspace + behind + whole
+            return max(float(need.max()), begun)
+        on_its_way = 0.0
+        for layer in reversed(range(len(kept))):
+            held, workspace = float(before[layer] + whole[layer]), float(self.workspace[layer])
+            begun = max(begun, held + float(kept[layer] + coming[layer]) + workspace + on_its_way)
+            for gradients, scattered in self._passing(layer):
+                begun = max(begun, held + max(gradients + workspace + on_its_way, 2 * gradients, scattered))
+                workspace, on_its_way = (
+                    0.0,
+                    scattered,
+                )  # the most is in front of the first kind: experts are the larger part
+        return begun
 
-    def _beside(self, kind: Kind) -> Floats:
-        """Return the gathered weights that stand beside each layer, [layers]."""
+    def _passing(self, layer: int) -> list[tuple[float, float]]:
+        """Return whole and scattered gradients of a layer by kind, of those kinds that it has."""
+        if self.gradients is None or self.scattered is None:
+            return []
+        pairs = zip(self.gradients[:, layer].tolist(), self.scattered[:, layer].tolist(), strict=True)
+        return [pair for pair in pairs if pair[0] > 0]
+
+    def _leaving(self) -> float:
+        """Return the most that a weight gradient holds of gradients, which leave from the first layer on."""
+        if self.gradients is None:
+            return 0.0
+        left, most = float(self.gradients.sum()), 0.0
+        for layer in range(len(self.kept)):
+            for gradients, scattered in self._passing(layer):
+                left -= gradients
+                most = max(most, left + max(2 * gradients, scattered))
+        return most
+
+    def _beside(self, kind: Kind) -> tuple[Floats, Floats]:
+        """Return the gathered weights beside each layer, and the copies in which those of the next one arrive, [layers] each."""
         if self.whole is None or self.copied is None:
-            return np.full(len(self.kept), self.at_once)
-        coming = self.whole + self.copied
-        return np.asarray(self.whole + (np.append(coming[1:], 0.0) if kind is Kind.F else np.append(0.0, coming[:-1])))
+            return np.full(len(self.kept), self.at_once), np.zeros(len(self.kept))
+        if kind is Kind.F:
+            return self.whole + np.append(self.whole[1:], 0.0), np.append(self.copied[1:], 0.0)
+        return self.whole + np.append(0.0, self.whole[:-1]), np.append(0.0, self.copied[:-1])
 
     def _arriving(self, kind: Kind) -> float:
         """Return the gathered weights as a forward or a backward begins, before its first layer computes."""

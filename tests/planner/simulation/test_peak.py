@@ -129,16 +129,16 @@ def test_whole_gradients_come_as_a_layers_kept_bytes_go():
         bare.late,
         bare.workspace,
         bare.split_workspace,
-        gradients=np.array([4.0, 20.0]),
-        scattered=np.array([6.0, 30.0]),
+        gradients=np.array([[0.0, 0.0], [4.0, 20.0]]),
+        scattered=np.array([[0.0, 0.0], [6.0, 30.0]]),
     )
     assert peak_activations(generate("1f1b", ScheduleRequest(1, 2)), [passing]).tolist() == [
         max(1 + 2 * 20, 4 + 2 + 30)
     ]
 
 
-def test_weights_that_come_stand_beside_the_layer_at_work_and_its_next_one_only():
-    """Three layers of weights 1, 5 and 2 that keep 10 each: the forward goes up to 10 + 10 + 5 + 2, the backward begins with 2 + 5."""
+def test_weights_that_arrive_stand_beside_the_layer_at_work_and_its_next_one_only():
+    """Three layers of weights 1, 5 and 2 that keep 10 each; those of the next one come in a copy."""
     bare = stage([10, 10, 10], [3, 3, 3])
     given = StageBytes(
         bare.kept,
@@ -153,3 +153,12 @@ def test_weights_that_come_stand_beside_the_layer_at_work_and_its_next_one_only(
     heavy = replace(given, copied=np.array([1.0, 5.0, 20.0]))
     assert heavy.need(Kind.B, 1.0) == 30 + (2 + 20) + (5 + 5)
     assert replace(bare, at_once=8.0).need(Kind.B, 1.0) == 30 + 3 + 8
+
+
+def test_gradients_of_experts_leave_before_those_of_the_rest_of_their_layer():
+    """Two layers of experts (gradients of 6, 15 on their way) and of all else (2, 5): never more than one kind is on its way."""
+    bare = stage([4, 4], [1, 1])
+    given = replace(bare, gradients=np.array([[6.0, 6.0], [2.0, 2.0]]), scattered=np.array([[15.0, 15.0], [5.0, 5.0]]))
+    # The last layer's experts are on their way beside its other gradients.
+    assert given.need(Kind.B, 1.0) == 4 + 2 + 15
+    assert given.need(Kind.W, 1.0) == (2 + 6 + 2) + 15
