@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
@@ -78,6 +79,8 @@ class Lanes(Generic[Request, Answer]):
 
     def answers(self, requests: Sequence[tuple[Hashable, Request]]) -> list[Answer]:
         """Return the answers of (owner, request) in their order; raises what `answer` raises."""
+        if not requests:
+            return []
         groups: dict[Hashable, Asked[Request]] = {}
         for place, (owner, request) in enumerate(requests):
             groups.setdefault(owner, []).append((place, request))
@@ -103,16 +106,11 @@ class Lanes(Generic[Request, Answer]):
         for fork in self._forks:
             by_lane[fork] = self._received(fork)
         self._bury()
-        found: dict[int, Answer] = {}
-        lane_of_place: dict[int, _Fork | None] = {}
-        for lane, answered in by_lane.items():
-            found |= answered
-            lane_of_place |= dict.fromkeys(dict(answered), lane)
+        found = {place: answer for answered in by_lane.values() for place, answer in answered}
+        lane_of_place = {place: lane for lane, answered in by_lane.items() for place, _ in answered}
         for owner, asked in groups.items():
-            lost = [(place, request) for place, request in asked if place not in found]
-            found |= self._answered(lost)
-            lane = lane_of_place.get(asked[0][0])
-            self._lane_of.setdefault(owner, lane if lane in self._forks else None)
+            found |= self._answered([(place, request) for place, request in asked if place not in found])
+            self._lane_of.setdefault(owner, lane_of_place.get(asked[0][0]))  # what was lost is done here
         return found
 
     def _worked(self, own: Asked[Request], new: Sequence[Asked[Request]]) -> list[tuple[int, Answer]]:
@@ -156,7 +154,7 @@ class Lanes(Generic[Request, Answer]):
         """Make the other lanes; what was seen of owners before is known to all of them."""
         self._forks_after_s = float("inf")
         number = num_cores() if self._most is None else self._most
-        for _ in range(number - 1 if _can_fork() else 0):
+        for _ in range(number - 1 if sys.platform == "linux" else 0):
             ours, theirs = Pipe()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: see above
@@ -230,20 +228,12 @@ class _Fork:
 
     def ask(self, own: object, new: object) -> None:
         """Ask for answers; whether the fork still lives shows when they are received."""
-        try:
+        with suppress(OSError):
             self.pipe.send((own, new))
-        except OSError:
-            self.is_dead = True
 
     def end(self) -> None:
         """End the fork, whatever it does: it holds nothing that anyone else needs."""
         self.pipe.close()
-        try:
+        with suppress(ProcessLookupError, ChildProcessError):
             os.kill(self.process, signal.SIGKILL)
             os.waitpid(self.process, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-
-
-def _can_fork() -> bool:
-    return sys.platform == "linux"

@@ -440,9 +440,11 @@ class ShardedBucket:
         """Return copies of the optimizer's states by key and name, gathered from all shards."""
         result: dict[str, dict[str, Tensor]] = {}
         for key, value in optimizer.state.get(self._shard, {}).items():
-            if isinstance(value, Tensor) and value.dim() and "@" not in key:
+            if not isinstance(value, Tensor) or is_statistics(key):
+                continue
+            if value.dim():
                 result[key] = self._named(self._gathered(value))
-            elif isinstance(value, Tensor) and "@" not in key:
+            else:
                 result[key] = {name: value.clone() for name, _ in self._names()}
         for name, values in self._statistics(optimizer).items():
             for key, value in values.items():
@@ -451,9 +453,9 @@ class ShardedBucket:
 
     def _statistics(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
         """Return copies of the statistics of all tiles by name and key; a collective where there are any."""
-        own = {key: value for key, value in optimizer.state.get(self._shard, {}).items() if "@" in key}
         if not isinstance(optimizer, Shampoo):
             return {}
+        own = {key: value for key, value in optimizer.state.get(self._shard, {}).items() if is_statistics(key)}
         device = self._shard.device
         everyone = [own] if self._group is None else everyones(own, self._group, device)
         found: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self._names()}

@@ -94,10 +94,8 @@ class StageBytes:
             begun = max(begun, held + float(kept[layer] + coming[layer]) + workspace + on_its_way)
             for gradients, scattered in self._passing(layer):
                 begun = max(begun, held + max(gradients + workspace + on_its_way, 2 * gradients, scattered))
-                workspace, on_its_way = (
-                    0.0,
-                    scattered,
-                )  # the most is in front of the first kind: experts are the larger part
+                # The most is in front of the first kind: experts are the larger part.
+                workspace, on_its_way = 0.0, scattered
         return begun
 
     def _passing(self, layer: int) -> list[tuple[float, float]]:
