@@ -149,7 +149,7 @@ def plan(
 
 def _reproof_text(reproof: Reproof | None) -> str:
     if reproof is None:
-        return "the bound itself was not proved again: this kind of space is not enumerated by the check\n"
+        return "the bound itself was not proved again: of a frontier, and of other planners, only the plan is checked\n"
     return (
         f"{reproof.candidates} candidates enumerated anew: {reproof.reproved} proved again by arithmetic, "
         f"{reproof.programs} rest on linear programs, {reproof.attacked} of these completed and simulated "

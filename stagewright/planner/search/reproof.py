@@ -18,21 +18,22 @@ against the ones that plans are scored with on a sample of configurations.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.documents.plan import Certificate, Plan
-from stagewright.planner.documents.profile import ModelProfile
+from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument, InvalidDocument, InvalidSchedule
-from stagewright.planner.prediction import evaluate
+from stagewright.planner.prediction import evaluate, rank_devices
 from stagewright.planner.search.incumbent import balanced
 from stagewright.planner.search.pricing import NUM_MICROBATCHES, PP, Priced, configuration_of
 from stagewright.planner.search.problem import Candidate, Partition, Problem
 from stagewright.planner.search.space import FamilyRule, schedule_sizes
 
-_TOLERANCE = 1e-6
+TOLERANCE = 1e-6
 NUM_ATTACKED = 24
 NUM_COMPARED = 32
 
@@ -54,35 +55,30 @@ class Reproof:
     programs: int
     attacked: int
 
+    def __add__(self, other: Reproof) -> Reproof:
+        """Return what was proved again of two parts of a space."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Reproof(*(mine + theirs for mine, theirs in pairs))
 
-def reprove(plan: Plan, profile: ModelProfile) -> Reproof | None:
-    """Return what holds by arithmetic; None for a space of another kind than equal degrees and least step time.
 
-    Raises InvalidDocument where the space is not the one that was counted, or where a plan is below the bound.
+def reprove_equal_degrees(problem: Problem, bound_s: float) -> Reproof:
+    """Return what of a bound holds by arithmetic over the space of equal degrees on all stages.
+
+    Raises InvalidDocument where a plan is below the bound.
     """
-    certificate = plan.certificate
-    if certificate is None or profile.edges is not None or not _is_equal_degrees(plan, certificate):
-        return None
-    problem = _problem(plan, profile, certificate)
     _compare_prices(problem)
     priced = problem.priced.take(np.flatnonzero(_memory_admits(problem, problem.priced)))
     open_ones: list[tuple[float, int, FamilyRule, int]] = []
     candidates = 0
     for row in range(len(priced)):
         ranks, count = int(priced.shape[row, PP]), int(priced.shape[row, NUM_MICROBATCHES])
-        sizes = schedule_sizes(problem.rules, plan.job.space, ranks, count, profile.num_layers)
+        sizes = schedule_sizes(problem.rules, problem.job.space, ranks, count, problem.profile.num_layers)
         for rule, chunks in sizes:
             candidates += 1
-            bound_s = least_step_s(priced, row, problem.classes.counts, rule)
-            if bound_s < certificate.bound * (1 - _TOLERANCE):
-                open_ones.append((bound_s, row, rule, chunks))
-    if candidates != certificate.candidates and not certificate.pruned.get("not priced"):
-        raise InvalidDocument(
-            f"the certificate counts {certificate.candidates} candidates, the declared space has {candidates}",
-            field="certificate.candidates",
-            hint="plan again with this version",
-        )
-    attacked = _attack(problem, priced, open_ones, certificate.bound)
+            least_s = least_step_s(priced, row, problem.classes.counts, rule)
+            if least_s < bound_s * (1 - TOLERANCE):
+                open_ones.append((least_s, row, rule, chunks))
+    attacked = _attack(problem, priced, open_ones, bound_s)
     return Reproof(candidates, candidates - len(open_ones), len(open_ones), attacked)
 
 
@@ -99,29 +95,6 @@ def least_step_s(priced: Priced, row: int, numbers: npt.NDArray[np.int32], rule:
     if rule.bound == "serial":
         bounds.append(whole * count)
     return float(max(bounds))
-
-
-def _is_equal_degrees(plan: Plan, certificate: Certificate) -> bool:
-    space = certificate.space
-    return (
-        certificate.objective_name == "step_time_s"
-        and space.get("degrees") == "equal on all stages"
-        and "target" not in space
-        and "most_bytes" not in space
-        and not plan.cluster.is_mixed
-        and not plan.job.space.per_stage_degrees
-        and not plan.job.space.ties
-        and plan.planner == "exact"
-    )
-
-
-def _problem(plan: Plan, profile: ModelProfile, certificate: Certificate) -> Problem:
-    """Return the question that the certificate answers."""
-    counts = certificate.space["devices"]
-    if not isinstance(counts, list) or not counts:
-        raise InvalidDocument("the certificate's space names no devices", field="certificate.space.devices")
-    numbers = tuple(int(count) for count in counts)
-    return Problem(profile, plan.cluster, plan.job, max(numbers), numbers)
 
 
 def _memory_admits(problem: Problem, priced: Priced) -> npt.NDArray[np.bool_]:
@@ -170,12 +143,23 @@ def _attack(
         except (InvalidArgument, InvalidSchedule):
             continue
         for plan in plans:
-            found = evaluate(plan, problem.profile).prediction
-            fits = max(found.peak_memory_bytes) <= problem.capacity_bytes
-            if fits and found.step_time_s < bound_s * (1 - _TOLERANCE):
-                raise InvalidDocument(
-                    f"{candidate.summary} takes {found.step_time_s!r} s, the certificate says nothing is below {bound_s!r}",
-                    field="certificate.bound",
-                )
+            scored = plan.model_copy(update={"prediction": evaluate(plan, problem.profile).prediction})
+            refuse_plan_below(scored, candidate.summary, bound_s, [problem.capacity_bytes] * plan.schedule.num_ranks)
         attacked += 1
     return attacked
+
+
+def refuse_plan_below(plan: Plan, summary: str, bound_s: float, rooms: Sequence[float]) -> None:
+    """Raise InvalidDocument for a scored plan that takes less than a certificate's bound, its peaks in the ranks' rooms of bytes."""
+    step_s = plan.prediction.step_time_s
+    fits = all(peak <= room for peak, room in zip(plan.prediction.peak_memory_bytes, rooms, strict=True))
+    if fits and step_s < bound_s * (1 - TOLERANCE):
+        raise InvalidDocument(
+            f"{summary} takes {step_s!r} s, the certificate says nothing is below {bound_s!r}",
+            field="certificate.bound",
+        )
+
+
+def rank_rooms(plan: Plan) -> list[float]:
+    """Return the bytes that a plan may use of a device of each pipeline rank."""
+    return [device.memory_bytes * (1.0 - plan.job.space.memory_headroom) for device in rank_devices(plan)]

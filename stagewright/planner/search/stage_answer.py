@@ -82,13 +82,16 @@ def _part_of(limits: Limits, part: float) -> Limits:
 
 
 def _solve_alone(problem: Problem, limits: Limits, pool: Pool, known: LeastStep) -> PlanOutcome:
-    """Return the answer on one node group whole, all others idle, with every schedule of one kind of device.
+    return exact.solve(alone_on(problem, pool), replace(_part_of(limits, 1.0), known=known))
+
+
+def alone_on(problem: Problem, pool: Pool) -> Problem:
+    """Return the question on one node group whole, all others idle, with every schedule of one kind of device.
 
     The cluster stays whole with that group first: measured seconds of one device stand for another by what is in it.
     """
     cluster = used_first(problem.cluster, (pool,))
-    part = Problem(problem.profile, cluster, problem.job, pool.num_devices, (pool.num_devices,))
-    return exact.solve(part, replace(_part_of(limits, 1.0), known=known))
+    return Problem(problem.profile, cluster, problem.job, pool.num_devices, (pool.num_devices,))
 
 
 def _options(outcome: PlanOutcome) -> list[Alternative]:

@@ -8,11 +8,21 @@ word of linear programs, and how many candidates that are, is returned, not hidd
 
 from __future__ import annotations
 
-from stagewright.planner.documents.plan import Plan, Prediction
+from collections.abc import Iterator
+
+from stagewright.planner.documents.plan import Certificate, Plan, Prediction
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
-from stagewright.planner.prediction import evaluate, rank_devices
-from stagewright.planner.search.reproof import Reproof, reprove
+from stagewright.planner.prediction import evaluate
+from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.pool_reproof import PoolReproof
+from stagewright.planner.search.pool_search import PoolSearch
+from stagewright.planner.search.pools import group_pools
+from stagewright.planner.search.problem import Problem
+from stagewright.planner.search.reproof import Reproof, rank_rooms, reprove_equal_degrees
+from stagewright.planner.search.stage_answer import alone_on
+from stagewright.planner.search.stage_graph import has_branches
+from stagewright.planner.search.targets import target_jobs
 
 _TOLERANCE = 1e-6
 
@@ -52,14 +62,79 @@ def verify_certificate(plan: Plan, profile: ModelProfile) -> Reproof | None:
             f"the certificate says optimal with a gap of {certificate.gap!r}, it may be {_TOLERANCE}",
             field="certificate.status",
         )
-    for rank, (needed, device) in enumerate(zip(prediction.peak_memory_bytes, rank_devices(plan), strict=True)):
-        room = device.memory_bytes * (1.0 - plan.job.space.memory_headroom)
+    for rank, (needed, room) in enumerate(zip(prediction.peak_memory_bytes, rank_rooms(plan), strict=True)):
         if needed > room * (1 + _TOLERANCE):
             raise InvalidDocument(
                 f"pipeline rank {rank} needs {needed:.0f} bytes, the device leaves {room:.0f}",
                 field=f"prediction.peak_memory_bytes[{rank}]",
             )
-    return reprove(plan, profile)
+    return reprove(plan, profile, certificate)
+
+
+def reprove(plan: Plan, profile: ModelProfile, certificate: Certificate) -> Reproof | None:
+    """Return what holds by arithmetic of a certificate's bound, part by part of its space; None for a kind without a check.
+
+    Raises InvalidDocument where the space is not the one that was counted, or where a plan is below the bound.
+    """
+    if plan.planner != "exact" or "most_bytes" in certificate.space:
+        return None
+    counts = certificate.space.get("devices")
+    if not isinstance(counts, list) or not counts:
+        raise InvalidDocument("the certificate's space names no devices", field="certificate.space.devices")
+    numbers = tuple(int(count) for count in counts)
+    problem = Problem(profile, plan.cluster, plan.job, max(numbers), numbers)
+    if certificate.objective_name != "step_time_s":
+        parts = list(_by_count(problem, plan, certificate, numbers))
+        return sum(parts, start=Reproof(0, 0, 0, 0)) if parts else None
+    found = _least_step(problem, certificate.bound)
+    is_whole = not certificate.pruned.get("not priced") and certificate.status != "feasible"
+    if is_whole and found.candidates != certificate.candidates:
+        raise InvalidDocument(
+            f"the certificate counts {certificate.candidates} candidates, the declared space has {found.candidates}",
+            field="certificate.candidates",
+            hint="plan again with this version",
+        )
+    return found
+
+
+def _least_step(problem: Problem, bound_s: float) -> Reproof:
+    """Return what holds of a bound of the step over all parts of a job's space, which are those that `exact` searches."""
+    space, by_stage = problem.job.space, problem.job.space.per_stage_degrees
+    if problem.cluster.is_mixed and not space.ties:
+        pools = PoolReproof(PoolSearch(problem, Limits(), alone=False), bound_s).run()
+        groups = [alone_on(problem, pool) for pool in group_pools(problem.cluster)]
+        return sum((_equal_degrees(part, bound_s) for part in groups), start=pools)
+    if problem.cluster.is_mixed or space.ties:
+        return PoolReproof(
+            PoolSearch(problem, Limits(), split=by_stage and not problem.cluster.is_mixed), bound_s
+        ).run()
+    equal = _equal_degrees(problem, bound_s)
+    if not by_stage and not has_branches(problem.profile):
+        return equal
+    return equal + PoolReproof(PoolSearch(problem, Limits(), split=by_stage, chains=by_stage), bound_s).run()
+
+
+def _equal_degrees(problem: Problem, bound_s: float) -> Reproof:
+    jobs = target_jobs(problem.job) or [problem.job]
+    parts = [Problem(problem.profile, problem.cluster, job, problem.num_devices, problem.only_counts) for job in jobs]
+    return sum((reprove_equal_degrees(part, bound_s) for part in parts), start=Reproof(0, 0, 0, 0))
+
+
+def _by_count(problem: Problem, plan: Plan, certificate: Certificate, counts: tuple[int, ...]) -> Iterator[Reproof]:
+    """Yield what holds of the least step on the numbers of devices that a bound of another objective speaks of."""
+    most_s = plan.job.step_deadline_s or float("inf")
+    if certificate.objective_name == "tokens_per_dollar":
+        # tokens / dollar <= bound on n devices: n step >= n step of the plan x its tokens / dollar over the bound.
+        least = plan.num_devices * plan.prediction.step_time_s * certificate.objective / certificate.bound
+        limits = {count: least / count for count in counts}
+    elif certificate.objective_name == "num_devices":
+        limits = {count: most_s for count in counts if count < certificate.bound}
+    else:
+        limits = {}
+    if certificate.objective_name == "peak_memory_bytes":
+        yield reprove_equal_degrees(problem.narrowed(most_bytes=certificate.bound * (1 - _TOLERANCE)), most_s)
+    for count, least_s in limits.items():
+        yield reprove_equal_degrees(problem.narrowed(counts=(count,)), least_s)
 
 
 def objective_of(plan: Plan, prediction: Prediction, name: str) -> float:

@@ -1,0 +1,234 @@
+"""The bound of plans whose stages differ proved again by arithmetic, and the rest put to the test.
+
+Pools along the pipeline and the choices of each are enumerated anew (`pool_search.skeletons`). With T microbatches, t_l seconds of
+layer l a microbatch on a pool's choice (forward, both gradients, and the recomputation of the weakest level), u_l at the
+step's end, c and d for everything that no layer changes, and f_l and w_l the least of any pool of a forward and of t_l, rank r with
+layers [j, i) needs
+
+    sum_{l < j} f_l + sum_{j <= l < i} (T t_l + u_l) + c     before its own end
+    sum_{l < j} w_l + sum_{j <= l < i} T t_l + d             before the first rank's, where backwards are whole: the last
+                                                             gradient still has to go up
+
+and a device the bytes of these layers' states and of one microbatch. So rank by rank, the first i that a step of X seconds cannot
+reach from j follows. A layer that a rank leaves to the ranks above it shortens it by T t_l and delays it by no more than t_l: what
+is reached grows with j, and where the last rank does not reach the last layer with every rank at its most, no partition takes
+X seconds or less. Stages that form no chain wait for nothing.
+
+Products of choices that reach it all the same rest on path cuts (`stage_closing`). They are attacked: the most promising
+are cut at the least X that they reach the end with, completed and simulated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from stagewright.planner.search.pool_search import PoolSearch, Skeleton
+from stagewright.planner.search.pricing import Priced
+from stagewright.planner.search.reproof import NUM_ATTACKED, TOLERANCE, Reproof, rank_rooms, refuse_plan_below
+from stagewright.planner.search.space import FamilyRule
+from stagewright.planner.search.stage_candidate import StageCandidate
+
+Floats = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
+
+_HALVINGS = 30
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A product of choices that arithmetic leaves open; `guess_s` is its work shared by all ranks, and the pipeline's ends."""
+
+    guess_s: float
+    skeleton: Skeleton
+    rule: FamilyRule
+    chosen: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class PoolReproof:
+    """The check of one space of pools against a bound."""
+
+    search: PoolSearch
+    bound_s: float
+    _heads: dict[int, tuple[Floats, Floats]] = field(default_factory=dict)
+    _reaches: dict[tuple[str, int, int, bool, bool], Longs] = field(default_factory=dict)
+
+    def run(self) -> Reproof:
+        """Return what holds by arithmetic; raises InvalidDocument for a plan below the bound."""
+        candidates, reproved = 0, 0
+        left: list[_Open] = []
+        for skeleton in self.search.skeletons():
+            numbers = [len(rows) for _, _, rows in self.search.rows(skeleton)]
+            if not all(numbers):
+                continue
+            rules = self.search.rules_for(skeleton)
+            candidates += int(np.prod(numbers)) * len(rules)
+            for split in sorted({rule.split for rule in rules}):
+                alike = [rule for rule in rules if rule.split == split]
+                is_open = self.reached(skeleton, split) >= self._num_layers
+                reproved += int((~is_open).sum()) * len(alike)
+                found = self._most_promising(skeleton, is_open)
+                left += [_Open(guess_s, skeleton, rule, chosen) for guess_s, chosen in found for rule in alike]
+            left = sorted(left, key=lambda one: one.guess_s)[:NUM_ATTACKED]
+        return Reproof(candidates, reproved, candidates - reproved, self._attack(left))
+
+    @property
+    def _num_layers(self) -> int:
+        return self.search.problem.profile.num_layers
+
+    # ---- arithmetic ------------------------------------------------------------------------------------------------
+
+    def reached(self, skeleton: Skeleton, split: bool) -> Longs:
+        """Return how many layers each product of choices places below the bound, an axis for each pool."""
+        reached = np.zeros((), dtype=np.int64)
+        for pool, ranks in enumerate(skeleton.ranks):
+            one = self.reach_of_rank(skeleton, pool, split)
+            reach = one
+            for _ in range(ranks - 1):
+                reach = np.take_along_axis(one, reach, axis=1)
+            reached = np.moveaxis(reach[:, reached], 0, -1)
+        return reached
+
+    def reach_of_rank(self, skeleton: Skeleton, pool: int, split: bool) -> Longs:
+        """Return the layer that one rank of a pool reaches from each layer, for each of its choices, [n, L + 1]."""
+        size = skeleton.pools[pool].num_devices // skeleton.ranks[pool]
+        key = (skeleton.pools[pool].group, size, skeleton.samples, split, skeleton.graph is None)
+        if key not in self._reaches:
+            choices, priced, rows = self.search.rows(skeleton)[pool]
+            costs = self._costs(skeleton, priced.take(rows), choices.room_bytes, split)
+            self._reaches[key] = costs.reach(self.bound_s * (1 - TOLERANCE))
+        return self._reaches[key]
+
+    def _costs(self, skeleton: Skeleton, priced: Priced, room_bytes: float, split: bool) -> _RankCosts:
+        profile, count = self.search.problem.profile, self._count(skeleton)
+        of_layer, levels = self.search.problem.classes.of_layer, list(self.search.problem.levels)
+        least_bytes = priced.state_bytes + priced.kept_bytes[:, levels].min(axis=1)
+        work_s = count * self._times(priced)
+        always_s = profile.step_overhead_s + 2.0 * count * profile.action_overhead_s
+        forwards_s, wholes_s = self._heads_of(skeleton)
+        needs = [(_before((work_s + priced.step_s)[:, of_layer]), always_s + priced.latency_s, forwards_s)]
+        if not split:
+            needs.append((_before(work_s[:, of_layer]), np.full(len(priced), always_s), wholes_s))
+        return _RankCosts(tuple(needs), _before(least_bytes[:, of_layer]), room_bytes)
+
+    def _times(self, priced: Priced) -> Floats:
+        """Return the least seconds of a microbatch by class of layers, [n, C]."""
+        again_s = priced.recompute_s[:, list(self.search.problem.levels)].min(axis=1)
+        return np.asarray(priced.forward_s + priced.input_grad_s + priced.weight_grad_s + again_s)
+
+    def _heads_of(self, skeleton: Skeleton) -> tuple[Floats, Floats]:
+        """Return the least seconds of a microbatch on the layers before each layer: there, and there and back, [L + 1] each."""
+        if skeleton.graph is not None:
+            return np.zeros(self._num_layers + 1), np.zeros(self._num_layers + 1)
+        if skeleton.samples not in self._heads:
+            of_layer = self.search.problem.classes.of_layer
+            least = np.full((2, self._num_layers), np.inf)
+            for name, size in self._sizes:
+                priced, of_row = self.search.choices[name].priced(size)
+                own = priced.take(np.flatnonzero(of_row == skeleton.samples))
+                for place, seconds in enumerate((own.forward_s, self._times(own))):
+                    least[place] = np.minimum(least[place], seconds.min(axis=0, initial=np.inf)[of_layer])
+            there, back = _before(least)
+            self._heads[skeleton.samples] = (there, back)
+        return self._heads[skeleton.samples]
+
+    @cached_property
+    def _sizes(self) -> set[tuple[str, int]]:
+        """Every number of devices that a rank of every pool may have."""
+        pools = {pool for row in self.search.sequences for pool in row}
+        return {(pool.group, pool.num_devices // count) for pool in pools for count in pool.rank_counts}
+
+    def _count(self, skeleton: Skeleton) -> int:
+        return self.search.problem.job.global_batch // skeleton.samples
+
+    # ---- the attack ------------------------------------------------------------------------------------------------
+
+    def _most_promising(
+        self, skeleton: Skeleton, is_open: npt.NDArray[np.bool_]
+    ) -> list[tuple[float, tuple[int, ...]]]:
+        """Return the open products of least guess: all work shared by all ranks, and a pipeline that fills and drains."""
+        if not is_open.any():
+            return []
+        numbers = self.search.problem.classes.counts
+        rate: Floats = np.zeros(())
+        for ranks, (_, priced, rows) in zip(skeleton.ranks, self.search.rows(skeleton), strict=True):
+            rate = rate[..., None] + ranks / (self._times(priced.take(rows)) @ numbers)
+        guesses = (self._count(skeleton) + skeleton.num_ranks - 1) / rate[is_open]
+        places = np.argwhere(is_open)
+        chosen = np.argsort(guesses, kind="stable")[:NUM_ATTACKED].tolist()
+        return [(float(guesses[index]), tuple(places[index].tolist())) for index in chosen]
+
+    def _attack(self, left: list[_Open]) -> int:
+        """Complete and simulate; raises InvalidDocument for a plan below the bound. Returns how many had a schedule."""
+        attacked = 0
+        for one in left:
+            rows = self.search.rows(one.skeleton)
+            at = [int(rows[pool][2][place]) for pool, place in enumerate(one.chosen)]
+            candidate = self.search.candidate(one.skeleton, at, one.rule)
+            if candidate is None:
+                continue
+            attacked += 1
+            partition = candidate.complete(self._even_cuts(one, at, candidate))
+            if partition is not None:
+                plan = candidate.scored(partition, "exact")
+                refuse_plan_below(plan, candidate.summary, self.bound_s, rank_rooms(plan))
+        return attacked
+
+    def _even_cuts(self, one: _Open, at: list[int], candidate: StageCandidate) -> list[int]:
+        """Return where stages begin when every rank is filled up to the same seconds, the least that hold all layers."""
+        skeleton = one.skeleton
+        costs = [
+            self._costs(skeleton, priced.take(np.array([row])), choices.room_bytes, one.rule.split)
+            for (choices, priced, _), row in zip(self.search.rows(skeleton), at, strict=True)
+        ]
+        low_s, high_s = self.bound_s, 64.0 * max(self.bound_s, one.guess_s)
+        for _ in range(_HALVINGS):
+            middle_s = 0.5 * (low_s + high_s)
+            _, reached = _filled([cost.reach(middle_s)[0] for cost in costs], skeleton, candidate)
+            low_s, high_s = (low_s, middle_s) if reached >= self._num_layers else (middle_s, high_s)
+        cuts, _ = _filled([cost.reach(high_s)[0] for cost in costs], skeleton, candidate)
+        return [*cuts, self._num_layers]
+
+
+@dataclass(frozen=True, eq=False)
+class _RankCosts:
+    """What a rank needs of each choice: `needs` are seconds of the layers before each layer [n, L + 1], of no layer [n], and of
+    those before the rank's first one [L + 1]; `held_bytes` [n, L + 1] of the layers before each layer."""
+
+    needs: tuple[tuple[Floats, Floats, Floats], ...]
+    held_bytes: Floats
+    room_bytes: float
+
+    def reach(self, most_s: float) -> Longs:
+        """Return the layer that a rank reaches from each layer within some seconds, int64 [n, L + 1]."""
+        reach = _last_at_most(self.held_bytes, self.held_bytes + self.room_bytes * (1 + 1e-9))
+        for done_s, constant_s, head_s in self.needs:
+            until_s = done_s + (most_s - constant_s)[:, None] - head_s
+            reach = np.minimum(reach, _last_at_most(done_s, until_s))
+        return np.maximum(reach, np.arange(reach.shape[1]))
+
+
+def _before(each: Floats) -> Floats:
+    """Return the sums of what stands before each place, [n, L + 1] of [n, L]."""
+    return np.concatenate((np.zeros((len(each), 1)), np.cumsum(each, axis=1)), axis=1)
+
+
+def _last_at_most(rising: Floats, most: Floats) -> Longs:
+    """Return the last place of each row of `rising` [n, P] that is at most each of `most` [n, Q], int64 [n, Q]; -1 for none."""
+    return (rising[:, None, :] <= most[:, :, None]).sum(axis=2, dtype=np.int64) - 1
+
+
+def _filled(reach: list[Longs], skeleton: Skeleton, candidate: StageCandidate) -> tuple[list[int], int]:
+    """Return where stages begin, each as late as the stage before reaches and the windows let it, and what the last one reaches."""
+    rows = [row for ranks, row in zip(skeleton.ranks, reach, strict=True) for _ in range(ranks)]
+    cuts = [0]
+    for row, (low, high) in zip(rows[:-1], candidate.windows[1:-1].tolist(), strict=True):
+        cut = min(max(int(row[cuts[-1]]), low, cuts[-1] + 1), high)
+        while cut in candidate.whole and cut > cuts[-1] + 1:
+            cut -= 1
+        cuts.append(cut)
+    return cuts, int(rows[-1][cuts[-1]])
