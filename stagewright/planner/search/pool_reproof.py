@@ -219,7 +219,7 @@ def _before(each: Floats) -> Floats:
 
 def _last_at_most(rising: Floats, most: Floats) -> Longs:
     """Return the last place of each row of `rising` [n, P] that is at most each of `most` [n, Q], int64 [n, Q]; -1 for none."""
-    return (rising[:, None, :] <= most[:, :, None]).sum(axis=2, dtype=np.int64) - 1
+    return np.asarray((rising[:, None, :] <= most[:, :, None]).sum(axis=2, dtype=np.int64) - 1)
 
 
 def _filled(reach: list[Longs], skeleton: Skeleton, candidate: StageCandidate) -> tuple[list[int], int]:
