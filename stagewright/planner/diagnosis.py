@@ -45,6 +45,8 @@ def diagnose(problem: Problem, limits: Limits | None = None) -> Diagnosis:
     if not shortfalls:
         return _outside_target(problem, limits, plan)
     worst = max(shortfalls, key=lambda item: item.short_bytes)
+    if least is not None:
+        least = replace(least, plan=plan)
     return Diagnosis(
         message=(
             f"the nearest plan ({plan_summary(plan)}) needs {worst.needed_bytes / _GIB:.2f} GiB on "

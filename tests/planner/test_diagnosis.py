@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from itertools import count
 
 import pytest
 
+from stagewright.planner.diagnosis import LEAST_S, diagnose
 from stagewright.planner.documents import Cluster, ModelProfile, TrainingJob
 from stagewright.planner.documents.job import Forbid, Pins, SearchSpace
 from stagewright.planner.documents.outcome import Diagnosis
 from stagewright.planner.planning import make_plan
 from stagewright.planner.search.brute_force import best_of_all
+from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Problem
 from stagewright.testing.mocked_cluster import cluster_factory
 from stagewright.testing.mocked_profile import profile_factory
@@ -122,3 +125,17 @@ def test_ties_that_leave_too_few_places_to_cut_are_counted() -> None:
     profile, cluster, job = _question(2e9, pins=Pins(pp=4))
     bound = job.model_copy(update={"space": job.space.model_copy(update={"ties": (profile.layer_names[:3],)})})
     assert "tied layers leave 2 of 4" in _diagnosis(profile, cluster, bound).message
+
+
+def test_the_memory_named_is_that_of_the_nearest_plan_where_a_deadline_ended_the_search_for_less() -> None:
+    profile, cluster, job = _question(zero=(0, 1, 2, 3), recompute=("none", "selective", "full"), memory_bytes=5e7)
+    ticks = count(step=0.5 * LEAST_S)
+    limits = Limits(deadline_s=LEAST_S, clock=lambda: next(ticks))
+    found = diagnose(Problem(profile, cluster, job, cluster.num_devices), limits)
+    assert found.nearest is not None
+    named = re.search(
+        r"devices with ([\d.]+) GiB .* less than ([\d.]+) GiB", " ".join(r.change for r in found.relaxations)
+    )
+    assert named is not None and float(named[2]) < 0.9 * float(named[1])
+    peak_gib = max(found.nearest.prediction.peak_memory_bytes) / 2.0**30
+    assert float(named[1]) == pytest.approx(peak_gib / (1.0 - job.space.memory_headroom), abs=0.006)
