@@ -42,4 +42,6 @@ def with_autocast(chain: LayerChain, dtype: torch.dtype | None, device: torch.de
 def in_autocast_type(value: Tensor) -> Tensor:
     """Return a value in the type that autocast gives the operands of matrix products; itself outside of autocast."""
     device_type = value.device.type
+    if device_type == "meta":  # which has no autocast: only shapes are asked for
+        return value
     return value.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else value

@@ -120,9 +120,11 @@ def parallelize(
     sequence_parallel: bool,
     vocabulary_parallel: bool,
     sharing: TensorGroup | None = None,
+    loss_elsewhere: bool = False,
 ) -> TensorShards:
     """Split the layers' modules over the group, in place; what the other layers hold is left alone.
 
+    With `loss_elsewhere` a head gives its part of the logits as a plain tensor, since another stage computes the loss.
     `sharing` are the `key_value_copies` neighbours of the group that hold one key-value head, where there are several.
 
     Raises
@@ -138,7 +140,7 @@ def parallelize(
         and (vocabulary_parallel or role != "vocabulary")
     }
     _check_heads(chain.model, group.size)
-    splitter = _Splitter(chain.model, group, sink, sequence_parallel, sharing)
+    splitter = _Splitter(chain.model, group, sink, sequence_parallel, sharing, loss_elsewhere)
     for path, role in plan.items():
         splitter.split_module(path, role)
     splitter.hook_entrances(plan, inside)
@@ -158,8 +160,10 @@ class _Splitter:
         sink: WeightGradientSink,
         sequence_parallel: bool,
         sharing: TensorGroup | None,
+        loss_elsewhere: bool,
     ) -> None:
         self.shards = TensorShards(group)
+        self._loss_elsewhere = loss_elsewhere
         self._sharing = sharing
         self._regrouped: set[int] = set()
         self._model = model
@@ -188,7 +192,9 @@ class _Splitter:
         self._split_parameter(path, module, "bias", 0, sharing)
         forward: Callable[[Tensor], Tensor] = partial(_column, module, self._sink)
         module.forward = forward
-        if role == "vocabulary":
+        if role == "vocabulary" and self._loss_elsewhere:
+            module.forward = partial(_head_alone, forward, self._group)
+        elif role == "vocabulary":
             device = module.weight.device.type
             mesh = DeviceMesh.from_group(self._group.group, device)
             module.forward = partial(_head, forward, self._group, mesh)
@@ -333,11 +339,26 @@ def _head(forward: Callable[[Tensor], Tensor], group: TensorGroup, mesh: DeviceM
     return DTensor.from_local(local, mesh, [Shard(local.dim() - 1)], run_check=False)
 
 
+def _head_alone(forward: Callable[[Tensor], Tensor], group: TensorGroup, inputs: Tensor) -> Tensor:
+    """Return this rank's part of the logits, for a loss that `split_logits` prepares them for."""
+    return forward(copy(inputs, group))
+
+
+def split_logits(group: TensorGroup, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return what makes the distributed tensor that a loss expects of this rank's part of split logits."""
+    from torch.distributed.tensor import DTensor, Shard  # takes a second to import
+
+    mesh = DeviceMesh.from_group(group.group, device.type)
+    return lambda local: DTensor.from_local(local, mesh, [Shard(local.dim() - 1)], run_check=False)
+
+
 def _embed(module: nn.Embedding, group: TensorGroup, tokens: Tensor) -> Tensor:
     first = group.index * module.weight.shape[0]
     local = tokens - first
     absent = (local < 0) | (local >= module.weight.shape[0])
-    found = functional.embedding(local.masked_fill(absent, 0), module.weight)
+    padding = None if module.padding_idx is None else module.padding_idx - first  # whose row has no gradient
+    held = padding if padding is not None and 0 <= padding < module.weight.shape[0] else None
+    found = functional.embedding(local.masked_fill(absent, 0), module.weight, held)
     return reduce(found.masked_fill(absent[..., None], 0.0), group)
 
 

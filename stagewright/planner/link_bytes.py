@@ -10,8 +10,9 @@ For the gradients of S bytes on one device, on m data- and context-parallel devi
 
 over all of them (S_w: bytes of the weights). Under ZeRO a buffer is padded to m equal shards: a whole stage at stage 1, a
 layer at stages 2 and 3. With shards over p < m devices (`shard_size`) m / p groups scatter and gather apart, and the shards
-are all-reduced over all groups once. Uneven shards (stated ones, and those of Shampoo, whose tiles stay whole) have no padding: each goes to, or comes from, its owner by itself, which is a
-reduction to one device or a broadcast in place of a scatter or a gather of all, of as many bytes. Experts are summed over the devices that own the same ones. BPipe lends what a stage keeps of a microbatch and gets it back: its bytes twice. A weight that layers of several stages
+are all-reduced over all groups once, as those of model replicas are. Uneven shards (stated ones, and those of Shampoo, whose tiles stay whole) have no padding: each goes to, or comes from, its owner by itself, which is a
+reduction to one device or a broadcast in place of a scatter or a gather of all, of as many bytes. Experts are summed over the devices that own the same ones,
+and their states divided over those of one model replica. BPipe lends what a stage keeps of a microbatch and gets it back: its bytes twice. A weight that layers of several stages
 share is summed once over the devices of all of them (at stages above 0: reduce-scatter and all-gather); one whose layers
 lie on one stage is a buffer of its own. Optimizer states that lie on the host come to the device and go back, their bytes twice
 (`copy/host`).
@@ -44,6 +45,7 @@ LENT = "send-receive/lent"  # activations on their way to a peer rank and back
 UPDATE = "all-gather/update"  # momentum of matrices that ZeRO has cut
 SPLIT_UPDATE = "all-gather/update-tp"  # and of those that tensor parallelism has
 _LOSS_SUMS = 3  # maximum, sum of exponentials, logit of the target
+RING = "send-receive/cp"  # keys and values
 HOST_COPY = "copy/host"  # optimizer states between device and host
 
 
@@ -91,7 +93,7 @@ def link_bytes(
 
 
 def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: int, row: LayerCosts) -> None:
-    """Add the collectives inside one stage's layers, and those that full recomputation runs again.
+    """Add the collectives inside one stage's layers, and those that recomputation runs again: all, or the ring of attention.
 
     Under sequence parallelism the sequence is split at the first block and joined behind the last, which gathers gradients
     at the one and values at the other; embedding and head lie outside and sum whole tensors. Parameters of blocks that
@@ -111,8 +113,9 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     sums = units if degrees.zero >= 2 and degrees.dp * degrees.cp > 1 else len(plan.schedule.placement)
     for layer, level in zip(plan.stages[stage].layer_indices, levels, strict=True):
         summed = degrees.sp and kinds[layer] in ("embedding", "head", "loss")
-        for name, each in row.table.again_link_bytes.items() if level is Recompute.FULL else ():
-            _add(total, name, float(each[layer]) * repeats * like)
+        for name, each in row.table.again_link_bytes.items():
+            if level is Recompute.FULL or (level is Recompute.SELECTIVE and name == RING):
+                _add(total, name, float(each[layer]) * repeats * like)
         if kinds[layer] == "loss" and degrees.vocab_parallel:
             tokens = told_part(plan, stage).samples * plan.job.sequence_length / degrees.cp
             size = _LOSS_SUMS * max(4.0, plan.job.optimizer.parameter_bytes) * tokens
@@ -229,19 +232,7 @@ def _gradients(
     dense = unit_parameters(together, bounds[stage], ties)
     members, replicas = _members(plan, stage), _replicas(plan, (stage,))
     units = plan.schedule.num_microbatches * max(plan.schedule.num_slices, 1)
-    owners = expert_shards(degrees) * replicas
-    copies_of_experts = degrees.num_devices * replicas / owners
-    if degrees.zero == 0:
-        _add(total, "all-reduce/edp", 2 * (owners - 1) * sum(experts) * optimizer.gradient_bytes * copies_of_experts)
-    else:
-        by_layer = degrees.zero >= 2
-        filled = 1 if divides_by_tiles(plan) else owners
-        padded = sum(_padded(size, filled) for size in (experts if by_layer else [sum(experts)]))
-        each = (owners - 1) * padded * copies_of_experts
-        gathers = _gathers(plan, schedule, stage, units) if degrees.zero == 3 else 1
-        _add(total, "reduce-scatter/edp", (units if by_layer else 1) * each * optimizer.gradient_bytes)
-        _add(total, "all-gather/edp", gathers * each * optimizer.parameter_bytes)
-        _add(total, UPDATE, each * optimizer.gathered_bytes)
+    _expert_gradients(total, plan, schedule, stage, experts)
     if degrees.zero == 0:
         size = sum(dense) * optimizer.gradient_bytes
         stashes = schedule.weight_policy is WeightPolicy.STASH
@@ -260,6 +251,26 @@ def _gradients(
         _add(total, "all-gather/dp", gathers * copies * optimizer.parameter_bytes)
         _add(total, UPDATE, replicas * copies * optimizer.gathered_bytes)
     _add(total, "all-reduce/dp", 2 * (groups * replicas - 1) * padded * optimizer.gradient_bytes * degrees.tp)
+
+
+def _expert_gradients(total: Totals, plan: Plan, schedule: Schedule, stage: int, experts: Sequence[float]) -> None:
+    """Add what the gradients and sharded weights of a stage's divided experts send, given their parameters by layer."""
+    degrees, optimizer = plan.stages[stage].degrees, plan.job.optimizer
+    replicas, shards = _replicas(plan, (stage,)), expert_shards(degrees)
+    parts = degrees.num_devices / shards  # of all experts, one on each of so many devices
+    if degrees.zero == 0:
+        size = sum(experts) * optimizer.gradient_bytes
+        _add(total, "all-reduce/edp", 2 * (shards * replicas - 1) * size * parts)
+        return
+    filled = 1 if divides_by_tiles(plan) else shards
+    padded = sum(_padded(size, filled) for size in (experts if degrees.zero >= 2 else [sum(experts)])) * parts
+    units = plan.schedule.num_microbatches * max(plan.schedule.num_slices, 1)
+    scatters = units if degrees.zero >= 2 else replicas
+    gathers = replicas if degrees.zero < 3 else _gathers(plan, schedule, stage, units)
+    _add(total, "reduce-scatter/edp", scatters * (shards - 1) * padded * optimizer.gradient_bytes)
+    _add(total, "all-gather/edp", gathers * (shards - 1) * padded * optimizer.parameter_bytes)
+    _add(total, UPDATE, replicas * (shards - 1) * padded * optimizer.gathered_bytes)
+    _add(total, "all-reduce/edp", 2 * (replicas - 1) * padded * optimizer.gradient_bytes)
 
 
 def _shared_gradients(total: Totals, plan: Plan, tie: SharedWeight) -> None:
@@ -303,11 +314,11 @@ def _host_copies(
     together, experts = reduced_parameters(row, inside, degrees)
     dense = unit_parameters(together, bounds[stage], ties)
     members, replicas = _members(plan, stage), _replicas(plan, (stage,))
-    owners = expert_shards(degrees) * replicas if degrees.zero else 1
+    owners = expert_shards(degrees) if degrees.zero else 1
     shards = min(sharding_group(plan) or members, members) if degrees.zero else 1
     by_layer = degrees.zero >= 2 and members * replicas > 1
     buckets = [_padded(value, shards) / shards for value in (dense if by_layer else [sum(dense)])]
-    experts_by_layer = degrees.zero >= 2 and owners > 1
+    experts_by_layer = degrees.zero >= 2 and owners * replicas > 1
     buckets += [_padded(value, owners) / owners for value in (experts if experts_by_layer else [sum(experts)])]
     copies = degrees.num_devices * replicas
     away = sum(offloaded_elements(share, count) for count in buckets) * copies

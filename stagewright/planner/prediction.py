@@ -146,7 +146,7 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
     devices = [device_of(plan.cluster, stage.group) for stage in plan.stages]
     pipeline = with_version_work(pipeline, schedule, layout, profile, parameters, devices)
     pipeline = _with_local_steps(pipeline, layout, local_steps(plan))
-    offloaded = _offloaded_bytes(plan, bounds, layers)
+    offloaded = _offloaded_bytes(plan, profile, bounds, layers)
     pipeline = _with_offload(pipeline, layout, plan, offloaded)
     changes = _changes(plan, profile, layers)
     pipeline = _with_changes(pipeline, plan, changes)
@@ -329,14 +329,19 @@ def _with_local_steps(pipeline: PipelineCosts, layout: Layout, every: int | None
     )
 
 
-def _offloaded_bytes(plan: Plan, bounds: Sequence[int], layers: Sequence[LayerCosts]) -> Floats:
-    """Return the bytes of optimizer states that one device of each stage keeps in host memory, [stages]."""
-    return np.array(
-        [
-            stage.optimizer_offload * row.state_bytes[2, bounds[index] : bounds[index + 1]].sum()
-            for index, (stage, row) in enumerate(zip(plan.stages, layers, strict=True))
-        ]
-    )
+def _offloaded_bytes(plan: Plan, profile: ModelProfile, bounds: Sequence[int], layers: Sequence[LayerCosts]) -> Floats:
+    """Return the bytes of optimizer states that one device of each stage keeps in host memory, [stages].
+
+    Those of a weight that several layers of the stage share are there once.
+    """
+    states = np.array([row.state_bytes[2, bounds[i] : bounds[i + 1]].sum() for i, row in enumerate(layers)])
+    for tie in shared_weights(plan, profile):
+        for index in tie.stages:
+            row = layers[index]
+            for layer in [layer for layer in tie.layers if bounds[index] <= layer < bounds[index + 1]][1:]:
+                share = tie.num_parameters / max(float(row.table.dense_parameters[layer]), 1.0)
+                states[index] -= row.state_bytes[2, layer] * min(1.0, share)
+    return states * [stage.optimizer_offload for stage in plan.stages]
 
 
 def _with_offload(pipeline: PipelineCosts, layout: Layout, plan: Plan, offloaded: Floats) -> PipelineCosts:
@@ -742,13 +747,15 @@ def _items(pipeline: PipelineCosts, rank: int, logits: float) -> MemoryItems:
 def _logits(layout: Layout, bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]) -> list[float]:
     """Return the bytes of logits among each rank's activations at their peak."""
     level = np.asarray(levels, dtype=np.int64)
-    kept, late, logits = (np.zeros(len(bounds) - 1) for _ in range(3))
+    kept, late, logits, late_logits = (np.zeros(len(bounds) - 1) for _ in range(4))
     for stage, row in enumerate(layers):
         chosen = np.arange(bounds[stage], bounds[stage + 1])
         at = (level[chosen], chosen)
         kept[stage] = row.kept_bytes[at].sum()
         late[stage] = row.late_bytes[at].sum()
-        logits[stage] = row.table.logits_bytes[chosen].sum() if len(row.table.logits_bytes) else 0.0
+        if len(row.table.logits_bytes):
+            logits[stage] = row.table.logits_bytes[chosen].sum()
+            late_logits[stage] = np.clip(row.late_bytes[at], 0.0, row.table.logits_bytes[chosen]).sum()
     found = []
     for rank, slots in enumerate(layout.slots):
         held = [slot.stage for slot in slots]
@@ -757,7 +764,7 @@ def _logits(layout: Layout, bounds: Sequence[int], levels: Sequence[int], layers
             found.append(0.0)
             continue
         fullest = int(np.argmax(live[:, 0] @ kept[held] + live[:, 1] @ late[held]))
-        found.append(float((live[fullest, 0] + live[fullest, 1]) @ logits[held]))
+        found.append(float(live[fullest, 0] @ logits[held] + live[fullest, 1] @ late_logits[held]))
     return found
 
 

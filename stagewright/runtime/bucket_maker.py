@@ -99,8 +99,9 @@ class BucketMaker:
             if any(value.requires_grad for value in parameters.values()):
                 buckets += self._buckets_of(parameters, group, holders, shared)
             owners = self._expert_gradient_group(min(shared))
+            sharding = self._expert_sharding_groups(min(shared))
             if experts:
-                buckets += self._expert_buckets(experts, owners, holders, min(shared))
+                buckets += self._expert_buckets(experts, owners, holders, min(shared), sharding)
         return buckets
 
     def _expert_gradient_group(self, stage: int) -> dist.ProcessGroup | None:
@@ -114,19 +115,31 @@ class BucketMaker:
                 sets.append(view.expert_gradient_ranks(stage))
         return self._groups.make_all(f"experts {stage}", sets)
 
+    def _expert_sharding_groups(self, stage: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """Make the groups of `_sharding_groups` among those that own the same experts; returns this rank's."""
+        degrees = self._plan.stages[stage].degrees
+        if degrees.ep * degrees.etp == 1 or degrees.zero == 0:
+            return None, None
+        views = [view for view in self._views if any(other == stage for _, other in view.stages)]
+        inside = {view.expert_shard_ranks(stage) for view in views}
+        across = {view.expert_shard_owners(stage) for view in views}
+        made = self._groups.make_all(f"expert shards {stage}", inside)
+        return made, self._groups.make_all(f"expert replicas {stage}", across)
+
     def _expert_buckets(
         self,
         experts: dict[str, nn.Parameter],
         owners: dist.ProcessGroup | None,
         holders: frozenset[StageKey],
         stage: int,
+        sharding: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
     ) -> list[Bucket]:
         """Return the buckets of a stage's divided experts: one, or under ZeRO-2 and 3 one for each layer."""
         zero = self._plan.stages[stage].degrees.zero
         by_layer = zero >= 2 and owners is not None
         layers = self._by_layer(experts, stage, ()) if by_layer else {0: experts}
         made = {
-            index: self._synchronous_bucket("edp", values, owners, holders, zero, (owners, None))
+            index: self._synchronous_bucket("edp", values, owners, holders, zero, sharding)
             for index, values in sorted(layers.items())
         }
         if by_layer:

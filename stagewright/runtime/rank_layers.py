@@ -19,7 +19,7 @@ from stagewright.modeling.expert_parallel import ExpertGroups, divide_experts
 from stagewright.modeling.keep import keep_layers, move_to
 from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.tensor_collectives import TensorGroup
-from stagewright.modeling.tensor_parallel import TensorShards, key_value_copies, parallelize
+from stagewright.modeling.tensor_parallel import TensorShards, key_value_copies, parallelize, split_logits
 from stagewright.modeling.unfilled import fill_layers
 from stagewright.modeling.vocabulary_loss import vocabulary_loss
 from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients
@@ -71,6 +71,7 @@ class RankLayers:
         keep_layers(chain, held)
         fill_layers(chain, held, device)
         move_to(chain.model, device)
+        self._device = device
         self._sink = WeightGradientSink()
         self._shards = self._split_tensors()
         self.experts = self._divide_experts()
@@ -92,6 +93,7 @@ class RankLayers:
                 replica,
                 self._sink,
                 loss_context=self._loss_context(stage),
+                entrance=self._entrance(stage),
                 context=context,
                 keeps_storages=bool(swaps(actions)),
             )
@@ -103,6 +105,16 @@ class RankLayers:
         if group is None or not self._plan.stages[stage].degrees.vocab_parallel:
             return nullcontext
         return partial(vocabulary_loss, group)
+
+    def _entrance(self, stage: int) -> Callable[[Tensor], Tensor] | None:
+        """Return what a stage of the loss alone does with logits that their head has split; None for any other."""
+        group = self.shards_of(stage).group
+        if group is None or not self._plan.stages[stage].degrees.vocab_parallel or not self._is_loss_alone(stage):
+            return None
+        return split_logits(group, self._device)
+
+    def _is_loss_alone(self, stage: int) -> bool:
+        return [self._chain.layers[index].kind for index in self._plan.stages[stage].layer_indices] == ["loss"]
 
     def positions(self, index: int) -> Tensor:
         """Return the positions of one context-parallel part; the layout is the plan's `context_layout`."""
@@ -161,6 +173,7 @@ class RankLayers:
                 sharing=None if sharing is None else TensorGroup(sharing, self._traffic),
                 sequence_parallel=kind.sp,
                 vocabulary_parallel=kind.vocab_parallel,
+                loss_elsewhere=self._is_loss_alone(len(self._plan.stages) - 1),
             )
             found |= dict.fromkeys(mine, shards)
         return found

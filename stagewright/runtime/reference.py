@@ -5,7 +5,8 @@ Weights below 32 bits have fp32 masters, as a run has them: what the optimizer s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,46 @@ def run_reference(
 ) -> ReferenceRun:
     """Return gradients of the first batch and, with an optimizer, the change of the weights after a step on each batch.
 
-    The model's weights are afterwards what they were before.
+    The model's weights are afterwards what they were before, and so are its modules' forwards.
     """
+    with _own_forwards(chain.model):
+        return _run(
+            chain,
+            batches,
+            microbatch=microbatch,
+            seed=seed,
+            device=device,
+            optimizer=optimizer,
+            clip_norm=clip_norm,
+            learning_rate_factor=learning_rate_factor,
+        )
+
+
+@contextmanager
+def _own_forwards(model: nn.Module) -> Iterator[None]:
+    """Let modules have their forwards back, which a segment takes over: a rank gives other ones to those without."""
+    before = {module: module.__dict__.get("forward") for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
+
+
+def _run(
+    chain: LayerChain,
+    batches: Sequence[Batch],
+    *,
+    microbatch: int,
+    seed: int,
+    device: torch.device,
+    optimizer: OptimizerChoice | None,
+    clip_norm: float | None,
+    learning_rate_factor: Callable[[int], float] | None,
+) -> ReferenceRun:
     model = chain.model.to(device)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     masters = _masters(model)

@@ -30,6 +30,7 @@ from stagewright.runtime.support import (
     check_layerwise_model,
     check_memory,
     check_shared_weights,
+    check_split_logits,
     check_supported,
     check_world,
 )
@@ -100,6 +101,7 @@ def run_plan(
     check_supported(plan)
     check_shared_weights(plan, profile)
     check_layerwise_model(plan, profile)
+    check_split_logits(plan, profile)
     if is_layerwise(plan) and (emulate or replay is not None):
         raise InvalidArgument(
             "layers with degrees of their own are neither emulated nor replayed",

@@ -173,7 +173,8 @@ class Session:
         for step, batch in enumerate(batches):
             self._run(worker, batch, step)
         changes = {name: value - before[name] for name, value in worker.weights().items()}
-        weights = compare(worker, changes, None if reference is None else reference.changes, shapes)
+        told = None if reference is None else reference.changes
+        weights = compare(worker, changes, told, shapes, around=before)
         worker.load_weights(before)
         worker.use_optimizer(None)
         return gradients, weights

@@ -47,6 +47,7 @@ class Stage:
     loss_context : surrounds the forward and the backward of the loss.
     context : makes the attention over a sequence that is divided over ranks; None when it is not.
     keeps_storages : note what each forward saves, for `activations`.
+    entrance : what is done with each received value before the segment sees it.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Stage:
         loss_context: Callable[[], AbstractContextManager[object]] = nullcontext,
         context: Callable[[], AttentionMode] | None = None,
         keeps_storages: bool = False,
+        entrance: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.segment = segment
         self.index = index
@@ -67,6 +69,7 @@ class Stage:
         self._sink = sink
         self._context = context
         self._keeps_storages = keeps_storages
+        self._entrance = entrance
         self._loss_context = loss_context if segment.is_last else nullcontext
         self._live: dict[Unit, _Live] = {}
         self._queues: dict[Unit, Queue] = {}
@@ -130,17 +133,24 @@ class Stage:
         """Add the weight gradients that the unit's input gradient left."""
         run_queue(self._queues.pop(unit))
 
+    def _entered(self, live: _Live) -> Values:
+        enter = self._entrance
+        if enter is None:
+            return live.leaves
+        return {layer: tuple(enter(value) for value in values) for layer, values in live.leaves.items()}
+
     def _run(self, unit: Unit, batch: Batch, live: _Live, seed: int | None) -> Values:
+        received = self._entered(live)
         if self._context is not None:
             with self._context() as attention:
-                produced = self.segment(batch, live.leaves, seed=seed)
+                produced = self.segment(batch, received, seed=seed)
             self._check_calls(attention.num_calls)
             return produced
         if unit[1] < 0:
-            return self.segment(batch, live.leaves, seed=seed)
+            return self.segment(batch, received, seed=seed)
         live.cache = self._caches.setdefault(unit[0], KeyValueCache())
         with SlicedAttention(live.cache, unit[1], keep=True) as attention:
-            produced = self.segment(batch, live.leaves, seed=seed)
+            produced = self.segment(batch, received, seed=seed)
         self._check_calls(attention.num_calls)
         return produced
 

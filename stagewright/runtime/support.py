@@ -120,7 +120,7 @@ def _check_layerwise(plan: Plan) -> None:
 
 
 def check_layerwise_model(plan: Plan, profile: ModelProfile) -> None:
-    """Raise InvalidArgument where layers with degrees of their own are no chain, or split logits would change their degrees."""
+    """Raise InvalidArgument where layers with degrees of their own are no chain."""
     if not is_layerwise(plan):
         return
     if profile.edges is not None:
@@ -129,11 +129,15 @@ def check_layerwise_model(plan: Plan, profile: ModelProfile) -> None:
             field="stages",
             hint="plan without --per-stage-degrees",
         )
+
+
+def check_split_logits(plan: Plan, profile: ModelProfile) -> None:
+    """Raise InvalidArgument where a loss is to be computed on logits that are split otherwise than its head splits them."""
     kinds = [profile.classes[name].kind for name in profile.layer_classes]
     for index, (stage, following) in enumerate(pairwise(plan.stages)):
         layer = following.layer_indices[0]
-        splits = any(each.degrees.vocab_parallel and each.degrees.tp > 1 for each in (stage, following))
-        if splits and (kinds[layer - 1], kinds[layer]) == ("head", "loss"):
+        split = {each.degrees.tp if each.degrees.vocab_parallel else 1 for each in (stage, following)}
+        if len(split) > 1 and (kinds[layer - 1], kinds[layer]) == ("head", "loss"):
             raise InvalidArgument(
                 f"stages {index} and {index + 1} have {stage.degrees.model_dump(exclude_defaults=True)} and "
                 f"{following.degrees.model_dump(exclude_defaults=True)}; a head with vocab_parallel keeps its degrees up to the loss",

@@ -167,6 +167,19 @@ class Topology:
             )
         )
 
+    def expert_shard_ranks(self, stage: int) -> tuple[int, ...]:
+        """Return those of `expert_gradient_ranks` that divide the states under ZeRO: this rank's own pipeline rank.
+
+        The devices of another model replica come by at other times, so they only sum what is left of an iteration.
+        """
+        return tuple(rank for rank in self.expert_gradient_ranks(stage) if self.is_beside(rank))
+
+    def expert_shard_owners(self, stage: int) -> tuple[int, ...]:
+        """Return the ranks that own the same share of the states of a stage's experts, in every model replica."""
+        place = self.expert_shard_ranks(stage).index(self.rank)
+        views = [Topology(self.plan, rank) for rank in self.expert_gradient_ranks(stage)]
+        return tuple(sorted({view.expert_shard_ranks(stage)[place] for view in views}))
+
     @property
     def num_microbatches(self) -> int:
         """Microbatches of one iteration and data-parallel replica."""

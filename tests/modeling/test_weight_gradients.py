@@ -9,6 +9,7 @@ from torch import nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
+from stagewright.modeling.absent_output import TensorShape, output_structure  # noqa: E402
 from stagewright.modeling.weight_gradients import (  # noqa: E402
     WeightGradientSink,
     defer_weight_gradients,
@@ -131,3 +132,10 @@ def test_a_recomputation_is_spared_the_last_product(deferred):
         output.sum().backward()
     assert products.count == 2 + 3 + (0 if deferred else 3)
     assert len(queue) == (3 if deferred else 0)
+
+
+def test_an_absent_layer_with_deferred_gradients_still_tells_the_structure_of_its_output():
+    """It is run on the meta device, which has no autocast to ask for."""
+    layer = nn.Linear(6, 5)
+    defer_weight_gradients(layer, WeightGradientSink())
+    assert output_structure(layer, (torch.randn(3, 6),), {}) == TensorShape((3, 5), torch.float32)

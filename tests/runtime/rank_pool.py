@@ -65,7 +65,7 @@ class RankPool:
             refusals = {value.strip().splitlines()[-1] for value in errors.values()}
             if len(errors) < self.num_ranks or len(refusals) > 1 or any("died" in value for value in refusals):
                 self.close()
-            index, value = min(errors.items())
+            index, value = min(errors.items(), key=lambda item: ("Connection" in item[1], item[0]))
             raise RankError(f"rank {index} of {self.num_ranks}: {value}")
         return [results[index] for index in range(self.num_ranks)]
 

@@ -276,7 +276,8 @@ def hugging_face(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
     words = {**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": 16}
     if name == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**words, num_key_value_heads=2)), text
+        config = transformers.LlamaConfig(**words, num_key_value_heads=2, pad_token_id=20)  # its row has no gradient
+        return transformers.LlamaForCausalLM(config), text
     if name == "mixtral":
         config = transformers.MixtralConfig(**words, num_key_value_heads=2, num_local_experts=4)
         return transformers.MixtralForCausalLM(config), text

@@ -62,3 +62,22 @@ def test_experts_folded_across_the_axes_of_attention_equal_one_process(rank_pool
 def test_folded_experts_in_a_pipeline_with_split_backwards_equal_one_process(rank_pools):
     degrees = {"dp": 2, "tp": 2, "ep": 4}
     assert_equal_to_one_process(rank_pools, Case("zb-h1", 2, 3, degrees=degrees, num_choices=2, **EXACT))
+
+
+def both_ways(schedule: str, zero: int, **degrees: int) -> Case:
+    own = {**degrees, "ep": 2, "zero": zero}
+    return Case(schedule, 2, 4, degrees=own, num_choices=2, num_blocks=4, tied=False, **EXACT)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_each_pipeline_of_a_pair_divides_the_states_of_its_experts_by_itself(rank_pools, zero):
+    """In gems one pipeline works behind the other: a scatter over both would wait for ever."""
+    assert_equal_to_one_process(rank_pools, both_ways("gems", zero, dp=2))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("schedule", ["gems", "chimera", "dualpipe"])
+@pytest.mark.parametrize("degrees", [{"dp": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_experts_of_every_schedule_with_two_pipelines_equal_one_process(rank_pools, schedule, degrees, zero):
+    assert_equal_to_one_process(rank_pools, both_ways(schedule, zero, **degrees))

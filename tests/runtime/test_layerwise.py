@@ -31,7 +31,12 @@ from stagewright.planner.planning import make_plan
 from stagewright.planner.prediction import evaluate
 from stagewright.profiler.model_profile import profile_model
 from stagewright.runtime.run import run_plan
-from stagewright.runtime.support import check_layerwise_model, check_shared_weights, check_supported
+from stagewright.runtime.support import (
+    check_layerwise_model,
+    check_shared_weights,
+    check_split_logits,
+    check_supported,
+)
 from stagewright.testing.mocked_cluster import cluster_factory
 
 pytestmark = pytest.mark.ranks
@@ -211,7 +216,7 @@ def test_what_layers_with_degrees_of_their_own_do_not_take_is_refused_by_name(ra
         for layers, own in (((0, last), {"tp": 2, "vocab_parallel": True}), ((last, last + 1), {"dp": 2}))
     )
     with pytest.raises(InvalidArgument, match="a head with vocab_parallel keeps its degrees up to the loss"):
-        check_layerwise_model(plan.model_copy(update={"stages": cut}), _profile())
+        check_split_logits(plan.model_copy(update={"stages": cut}), _profile())
 
 
 LLAMA = [

@@ -52,6 +52,14 @@ def test_weights_are_the_same_bits_and_the_states_lie_where_the_plan_has_them(ra
         assert whole.states + narrow - states.states == pytest.approx(states.host, abs=64)  # counts of steps
 
 
+def test_states_of_a_weight_that_a_stage_has_twice_are_on_the_host_once():
+    plan = prepare(Case("gpipe", 1, 2, by_stage=({"optimizer_offload": 1.0},), tied=True), 0).plan
+    profile = profile_of(split(make_model(Case("gpipe", 1, 2), 0)), sequence_length=LENGTH)
+    found = evaluate(plan, profile)
+    assert found.prediction.memory[0].optimizer == 0.0
+    assert found.host_bytes[0] == 8.0 * profile.num_parameters
+
+
 TRAFFIC = [
     Case("1f1b", 2, 3, by_stage=SHARES),
     Case("1f1b", 2, 3, by_stage=SHARES, degrees={"dp": 2, "zero": 1}, tied=False),

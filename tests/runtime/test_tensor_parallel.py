@@ -21,6 +21,16 @@ def test_attention_feed_forward_and_loss_split_over_ranks_equal_one_process(rank
     assert_equal_to_one_process(rank_pools, Case("gpipe", 1, 2, degrees=degrees, dropout=0.0, dtype="float64"))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_loss_in_a_stage_of_its_own_takes_the_logits_as_their_head_has_split_them(rank_pools, tied):
+    degrees = {"tp": 2, "vocab_parallel": True}
+    case = Case(
+        "interleaved", 2, 4, num_chunks=3, num_blocks=2, degrees=degrees, dropout=0.0, dtype="float64", tied=tied
+    )
+    assert prepare(case, 0).plan.stages[-1].num_layers == 1
+    assert_equal_to_one_process(rank_pools, case)
+
+
 @pytest.mark.parametrize(("sp", "recompute", "sums"), [(False, (), 8), (True, (), 8), (False, ("full",), 10)])
 def test_a_layer_sends_eight_bsh_times_t_minus_one_over_t_and_two_more_when_it_is_recomputed(
     rank_pools, sp, recompute, sums

@@ -90,7 +90,9 @@ RECOMPUTED = [{"tp": 2}, {"tp": 2, "sp": True}, {"cp": 2}, {"cp": 2, "ulysses": 
 
 
 @pytest.mark.parametrize(
-    ("degrees", "recompute"), [*((each, "none") for each in SPLIT), *((each, "full") for each in RECOMPUTED)], ids=str
+    ("degrees", "recompute"),
+    [*((each, "none") for each in SPLIT), *((each, "full") for each in RECOMPUTED), ({"cp": 2}, "selective")],
+    ids=str,
 )
 def test_collectives_inside_the_layers_of_a_llama_are_the_predicted_ones(rank_pools, degrees, recompute):
     pytest.importorskip("transformers")

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import pulp
 
+from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.planners.range_cuts import least_bottleneck
@@ -162,7 +163,9 @@ def _options(problem: Problem, candidate: Candidate, *, by_stage: bool) -> list[
     space = problem.job.space
     replicated = candidate.configuration.degrees.dp * candidate.configuration.degrees.cp > 1
     zeros = [zero for zero in sorted(set(space.zero)) if allows(space, "zero", zero)] if replicated else [own]
-    shares = OFFLOAD_SHARES if problem.cluster.groups[0].device.host_bytes_per_s is not None else (0.0,)
+    streams = problem.job.optimizer.name not in MATRIX_OPTIMIZERS  # whose states are wanted whole
+    has_host = problem.cluster.groups[0].device.host_bytes_per_s is not None
+    shares = OFFLOAD_SHARES if streams and has_host else (0.0,)
     found = []
     for zero in zeros:
         degrees = candidate.configuration.degrees.model_copy(update={"zero": zero})

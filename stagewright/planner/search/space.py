@@ -177,6 +177,8 @@ def schedule_sizes(
 ) -> Iterator[tuple[FamilyRule, int]]:
     """Yield the (family, chunks) that fit; one rank runs the first single-chunk family only, since orders do not matter.
 
+    A schedule of two pipelines has no other rank for the second one there.
+
     Every stage but the first and the last holds at least one layer that is neither, so there are at most as many stages
     as layers.
     """
@@ -185,7 +187,7 @@ def schedule_sizes(
             if not allows(space, "chunks", chunks) or num_ranks * chunks > num_layers:
                 continue
             if num_ranks == 1:
-                if chunks == 1:
+                if chunks == 1 and rule.num_replicas == 1:
                     yield rule, chunks
                     return
                 continue

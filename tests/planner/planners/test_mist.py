@@ -7,8 +7,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from stagewright.planner.documents import Plan, TrainingJob
-from stagewright.planner.documents.job import Pins, SearchSpace
+from stagewright.planner.documents import Optimizer, Plan, TrainingJob
+from stagewright.planner.documents.job import OptimizerName, Pins, SearchSpace
 from stagewright.planner.errors import InvalidArgument, InvalidDocument
 from stagewright.planner.planners.mist import inter_stage, pareto_points
 from stagewright.planner.planners.stage_table import ranges_of
@@ -54,7 +54,12 @@ FOUR_STAGES = Pins(pp=4, dp=1, microbatch=1)
 
 
 def _planned(
-    memory_bytes: float, *, by_stage: bool, host_bytes_per_s: float | None = 25e9, pins: Pins = FOUR_STAGES
+    memory_bytes: float,
+    *,
+    by_stage: bool,
+    host_bytes_per_s: float | None = 25e9,
+    pins: Pins = FOUR_STAGES,
+    optimizer: OptimizerName = "adamw",
 ) -> Plan:
     cluster = cluster_factory(4, 1, memory_bytes=memory_bytes, bytes_per_s=5e9)
     (group,) = cluster.groups
@@ -64,6 +69,7 @@ def _planned(
         global_batch=64,
         sequence_length=128,
         precision="fp32",
+        optimizer=Optimizer.standard(optimizer, "fp32"),
         space=SearchSpace(schedules=("1f1b",), pins=pins, per_stage_degrees=by_stage),
     )
     found = make_plan(PROFILE, cluster, job, planner="mist")
@@ -115,6 +121,13 @@ def _without_host(plan: Plan) -> Plan:
     device = group.device.model_copy(update={"host_bytes_per_s": None})
     cluster = plan.cluster.model_copy(update={"groups": (group.model_copy(update={"device": device}),)})
     return with_prediction(plan.model_copy(update={"cluster": cluster}), PROFILE)
+
+
+def test_states_of_an_optimizer_that_needs_whole_matrices_stay_on_the_device():
+    plan = _planned(0.8e9, by_stage=True, optimizer="sgd-momentum")
+    assert plan.stages[0].optimizer_offload > 0
+    plan = _planned(0.8e9, by_stage=True, optimizer="muon")  # as large states
+    assert all(stage.optimizer_offload == 0 for stage in plan.stages)
 
 
 def test_a_planner_of_equal_stages_refuses_degrees_by_stage():

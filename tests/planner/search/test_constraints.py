@@ -39,6 +39,14 @@ def test_a_pinned_plan_keeps_its_pins_and_is_the_best_that_does() -> None:
     assert {level.value for stage in outcome.plan.stages for level in stage.recompute_levels()} == {"full"}
 
 
+@pytest.mark.parametrize("name", ["gems", "chimera", "dualpipe"])
+def test_a_schedule_of_two_pipelines_has_at_least_two_ranks(name: str) -> None:
+    found = make_plan(profile_factory(4, forward_s=1e-3), cluster_factory(2), _job(pins=Pins(schedule=name)))
+    assert found.plan is not None
+    plans = [found.plan, *(other.plan for other in found.alternatives)]
+    assert {plan.schedule.num_ranks for plan in plans} == {2}
+
+
 def test_a_forbidden_value_is_not_in_the_plan() -> None:
     profile, cluster = profile_factory(4, jitter=0.3), cluster_factory(4)
     free = make_plan(profile, cluster, _job(), gap=0.0)

@@ -7,6 +7,7 @@ import pytest
 
 from stagewright.planner.documents import Recompute, TrainingJob
 from stagewright.planner.documents.job import Pins, SearchSpace
+from stagewright.planner.planning import make_plan
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import generate
@@ -114,3 +115,20 @@ def test_the_kept_live_vectors_hold_as_much_as_every_prefix_of_the_order(rule: F
                 kept = layout.live[rank].reshape(len(layout.live[rank]), -1)
                 for size in draw.exponential(size=(20, prefixes.shape[1])) ** 3:
                     assert (kept @ size).max() == pytest.approx((prefixes @ size).max(), rel=1e-12)
+
+
+def test_logits_that_an_input_gradient_frees_do_not_wait_for_their_weight_gradient():
+    profile = profile_factory(
+        4,
+        activation_bytes=(1e6, 1e6, 1e6, 8e6),
+        kinds=("embedding", "block", "head", "loss"),
+        freed_at_input_grad=1.0,
+        microbatches=(1,),
+    )
+    space = SearchSpace(pins=Pins(pp=2, dp=1, microbatch=1, schedule="zb-h1"), recompute=(Recompute.NONE,))
+    job = TrainingJob(global_batch=8, sequence_length=128, precision="fp32", space=space)
+    plan = make_plan(profile, cluster_factory(2), job).plan
+    assert plan is not None
+    last = plan.prediction.memory[-1]
+    assert last.logits == 8e6
+    assert last.activations == sum((0.0, 1e6, 1e6, 1e6)[layer] for layer in plan.stages[-1].layer_indices[:-1])
