@@ -9,10 +9,15 @@ layers [j, i) needs
     sum_{l < j} w_l + sum_{j <= l < i} T t_l + d             before the first rank's, where backwards are whole: the last
                                                              gradient still has to go up
 
-and a device the bytes of these layers' states and of one microbatch. So rank by rank, the first i that a step of X seconds cannot
-reach from j follows. A layer that a rank leaves to the ranks above it shortens it by T t_l and delays it by no more than t_l: what
-is reached grows with j, and where the last rank does not reach the last layer with every rank at its most, no partition takes
-X seconds or less. Stages that form no chain wait for nothing.
+and a device the bytes of these layers' states and of as many microbatches as the family holds there at least. Of both together, at
+any price m in seconds a byte (`byte_prices`),
+
+    sum_{l < j} f_l + sum_{j <= l < i} (T t_l' + u_l + m s_l + min over levels of T r_l + m k_l) + c - m room
+
+with t' without recomputation, r the seconds of a level, s the bytes of states and k those of the live microbatches. So rank by rank,
+the first i that a step of X seconds cannot reach from j follows. A layer that a rank leaves to the ranks above it shortens it by T t_l
+and delays it by no more than t_l: what is reached grows with j, and where the last rank does not reach the last layer with
+every rank at its most, no partition takes X seconds or less. Stages that form no chain wait for nothing.
 
 Products of choices that reach it all the same rest on path cuts (`stage_closing`). They are attacked: the most promising
 are cut at the least X that they reach the end with, completed and simulated.
@@ -22,6 +27,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +61,7 @@ class PoolReproof:
     search: PoolSearch
     bound_s: float
     _heads: dict[int, tuple[Floats, Floats]] = field(default_factory=dict)
-    _reaches: dict[tuple[str, int, int, bool, bool], Longs] = field(default_factory=dict)
+    _reaches: dict[tuple[str, int, int, bool, bool, float], Longs] = field(default_factory=dict)
 
     def run(self) -> Reproof:
         """Return what holds by arithmetic; raises InvalidDocument for a plan below the bound."""
@@ -67,9 +73,9 @@ class PoolReproof:
                 continue
             rules = self.search.rules_for(skeleton)
             candidates += int(np.prod(numbers)) * len(rules)
-            for split in sorted({rule.split for rule in rules}):
-                alike = [rule for rule in rules if rule.split == split]
-                is_open = self.reached(skeleton, split) >= self._num_layers
+            for kind in sorted({(rule.split, rule.live) for rule in rules}):
+                alike = [rule for rule in rules if (rule.split, rule.live) == kind]
+                is_open = self.reached(skeleton, alike[0]) >= self._num_layers
                 reproved += int((~is_open).sum()) * len(alike)
                 found = self._most_promising(skeleton, is_open)
                 left += [_Open(guess_s, skeleton, rule, chosen) for guess_s, chosen in found for rule in alike]
@@ -82,38 +88,51 @@ class PoolReproof:
 
     # ---- arithmetic ------------------------------------------------------------------------------------------------
 
-    def reached(self, skeleton: Skeleton, split: bool) -> Longs:
+    def reached(self, skeleton: Skeleton, rule: FamilyRule) -> Longs:
         """Return how many layers each product of choices places below the bound, an axis for each pool."""
         reached = np.zeros((), dtype=np.int64)
-        for pool, ranks in enumerate(skeleton.ranks):
-            one = self.reach_of_rank(skeleton, pool, split)
-            reach = one
-            for _ in range(ranks - 1):
-                reach = np.take_along_axis(one, reach, axis=1)
+        live = self._live(skeleton, rule)
+        for pool, first in enumerate(np.cumsum([0, *skeleton.ranks[:-1]]).tolist()):
+            reach = self.reach_of_rank(skeleton, pool, rule.split, live[first])
+            for rank in range(first + 1, first + skeleton.ranks[pool]):
+                reach = np.take_along_axis(self.reach_of_rank(skeleton, pool, rule.split, live[rank]), reach, axis=1)
             reached = np.moveaxis(reach[:, reached], 0, -1)
         return reached
 
-    def reach_of_rank(self, skeleton: Skeleton, pool: int, split: bool) -> Longs:
+    def reach_of_rank(self, skeleton: Skeleton, pool: int, split: bool, live: float) -> Longs:
         """Return the layer that one rank of a pool reaches from each layer, for each of its choices, [n, L + 1]."""
         size = skeleton.pools[pool].num_devices // skeleton.ranks[pool]
-        key = (skeleton.pools[pool].group, size, skeleton.samples, split, skeleton.graph is None)
+        key = (skeleton.pools[pool].group, size, skeleton.samples, split, skeleton.graph is None, live)
         if key not in self._reaches:
             choices, priced, rows = self.search.rows(skeleton)[pool]
-            costs = self._costs(skeleton, priced.take(rows), choices.room_bytes, split)
+            costs = self._costs(skeleton, priced.take(rows), choices.room_bytes, split, live)
             self._reaches[key] = costs.reach(self.bound_s * (1 - TOLERANCE))
         return self._reaches[key]
 
-    def _costs(self, skeleton: Skeleton, priced: Priced, room_bytes: float, split: bool) -> _RankCosts:
+    def _live(self, skeleton: Skeleton, rule: FamilyRule) -> list[float]:
+        """Return how many microbatches each pipeline rank holds at once, at least."""
+        if skeleton.graph is not None:
+            return [1.0] * skeleton.num_ranks
+        return rule.least_live(skeleton.num_ranks, self._count(skeleton)).tolist()
+
+    def _costs(self, skeleton: Skeleton, priced: Priced, room_bytes: float, split: bool, live: float) -> _RankCosts:
         profile, count = self.search.problem.profile, self._count(skeleton)
-        of_layer, levels = self.search.problem.classes.of_layer, list(self.search.problem.levels)
-        least_bytes = priced.state_bytes + priced.kept_bytes[:, levels].min(axis=1)
-        work_s = count * self._times(priced)
+        classes, levels = self.search.problem.classes, list(self.search.problem.levels)
+        kept, again_s = live * priced.kept_bytes[:, levels], count * priced.recompute_s[:, levels]
+        work_s = count * (priced.forward_s + priced.input_grad_s + priced.weight_grad_s)
         always_s = profile.step_overhead_s + 2.0 * count * profile.action_overhead_s
         forwards_s, wholes_s = self._heads_of(skeleton)
-        needs = [(_before((work_s + priced.step_s)[:, of_layer]), always_s + priced.latency_s, forwards_s)]
+        needs = []
+        for price in [np.zeros(len(priced)), *byte_prices(again_s, kept, int(np.argmax(classes.counts)))]:
+            each = work_s + priced.step_s + price[:, None] * priced.state_bytes
+            each += (again_s + price[:, None, None] * kept).min(axis=1)
+            constant_s = always_s + priced.latency_s - price * room_bytes * (1 + 1e-9)
+            needs.append((_before(each[:, classes.of_layer]), constant_s, forwards_s))
         if not split:
-            needs.append((_before(work_s[:, of_layer]), np.full(len(priced), always_s), wholes_s))
-        return _RankCosts(tuple(needs), _before(least_bytes[:, of_layer]), room_bytes)
+            back_s = _before((work_s + again_s.min(axis=1))[:, classes.of_layer])
+            needs.append((back_s, np.full(len(priced), always_s), wholes_s))
+        least_bytes = priced.state_bytes + kept.min(axis=1)
+        return _RankCosts(tuple(needs), _before(least_bytes[:, classes.of_layer]), room_bytes)
 
     def _times(self, priced: Priced) -> Floats:
         """Return the least seconds of a microbatch by class of layers, [n, C]."""
@@ -181,16 +200,18 @@ class PoolReproof:
     def _even_cuts(self, one: _Open, at: list[int], candidate: StageCandidate) -> list[int]:
         """Return where stages begin when every rank is filled up to the same seconds, the least that hold all layers."""
         skeleton = one.skeleton
+        live = iter(self._live(skeleton, one.rule))
         costs = [
-            self._costs(skeleton, priced.take(np.array([row])), choices.room_bytes, one.rule.split)
-            for (choices, priced, _), row in zip(self.search.rows(skeleton), at, strict=True)
+            self._costs(skeleton, priced.take(np.array([row])), choices.room_bytes, one.rule.split, next(live))
+            for (choices, priced, _), row, ranks in zip(self.search.rows(skeleton), at, skeleton.ranks, strict=True)
+            for _ in range(ranks)
         ]
         low_s, high_s = self.bound_s, 64.0 * max(self.bound_s, one.guess_s)
         for _ in range(_HALVINGS):
             middle_s = 0.5 * (low_s + high_s)
-            _, reached = _filled([cost.reach(middle_s)[0] for cost in costs], skeleton, candidate)
+            _, reached = _filled([cost.reach(middle_s)[0] for cost in costs], candidate)
             low_s, high_s = (low_s, middle_s) if reached >= self._num_layers else (middle_s, high_s)
-        cuts, _ = _filled([cost.reach(high_s)[0] for cost in costs], skeleton, candidate)
+        cuts, _ = _filled([cost.reach(high_s)[0] for cost in costs], candidate)
         return [*cuts, self._num_layers]
 
 
@@ -212,6 +233,20 @@ class _RankCosts:
         return np.maximum(reach, np.arange(reach.shape[1]))
 
 
+def byte_prices(again_s: Floats, kept_bytes: Floats, kind: int) -> list[Floats]:
+    """Return prices of a byte in seconds, by choice [n], at which two levels of layers of a class cost the same.
+
+    From seconds of recomputation and kept bytes, [n, levels, C] each; at such a price both limits together say most.
+    """
+    prices = []
+    for low, high in combinations(range(again_s.shape[1]), 2):
+        more_s = again_s[:, high, kind] - again_s[:, low, kind]
+        less_bytes = kept_bytes[:, low, kind] - kept_bytes[:, high, kind]
+        is_trade = (more_s > 0) & (less_bytes > 0)
+        prices.append(np.divide(more_s, less_bytes, out=np.zeros_like(more_s), where=is_trade))
+    return prices
+
+
 def _before(each: Floats) -> Floats:
     """Return the sums of what stands before each place, [n, L + 1] of [n, L]."""
     return np.concatenate((np.zeros((len(each), 1)), np.cumsum(each, axis=1)), axis=1)
@@ -222,9 +257,8 @@ def _last_at_most(rising: Floats, most: Floats) -> Longs:
     return np.asarray((rising[:, None, :] <= most[:, :, None]).sum(axis=2, dtype=np.int64) - 1)
 
 
-def _filled(reach: list[Longs], skeleton: Skeleton, candidate: StageCandidate) -> tuple[list[int], int]:
+def _filled(rows: list[Longs], candidate: StageCandidate) -> tuple[list[int], int]:
     """Return where stages begin, each as late as the stage before reaches and the windows let it, and what the last one reaches."""
-    rows = [row for ranks, row in zip(skeleton.ranks, reach, strict=True) for _ in range(ranks)]
     cuts = [0]
     for row, (low, high) in zip(rows[:-1], candidate.windows[1:-1].tolist(), strict=True):
         cut = min(max(int(row[cuts[-1]]), low, cuts[-1] + 1), high)

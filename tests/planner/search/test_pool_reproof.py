@@ -50,7 +50,7 @@ def _num_reached(seed: int) -> int:
             if partition is not None:
                 plans += 1
                 reproof = PoolReproof(search, candidate.step_s(partition) * (1 + 1e-5))
-                assert reproof.reached(skeleton, rule.split)[places] >= layers
+                assert reproof.reached(skeleton, rule)[places] >= layers
     return plans
 
 
@@ -120,5 +120,5 @@ def test_steps_of_reaches_grow_with_where_they_begin() -> None:
     for skeleton in search.skeletons():
         for split in (False, True):
             for pool in range(len(skeleton.pools)):
-                reach = reproof.reach_of_rank(skeleton, pool, split)
+                reach = reproof.reach_of_rank(skeleton, pool, split, live=2.0)
                 assert (np.diff(reach, axis=1) >= 0).all()
