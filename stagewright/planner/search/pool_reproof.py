@@ -1,23 +1,9 @@
 """The bound of plans whose stages differ proved again by arithmetic, and the rest put to the test.
 
-Pools along the pipeline and the choices of each are enumerated anew (`pool_search.skeletons`). With T microbatches, t_l seconds of
-layer l a microbatch on a pool's choice (forward, both gradients, and the recomputation of the weakest level), u_l at the
-step's end, c and d for everything that no layer changes, and f_l and w_l the least of any pool of a forward and of t_l, rank r with
-layers [j, i) needs
-
-    sum_{l < j} f_l + sum_{j <= l < i} (T t_l + u_l) + c     before its own end
-    sum_{l < j} w_l + sum_{j <= l < i} T t_l + d             before the first rank's, where backwards are whole: the last
-                                                             gradient still has to go up
-
-and a device the bytes of these layers' states and of as many microbatches as the family holds there at least. Of both together, at
-any price m in seconds a byte (`byte_prices`),
-
-    sum_{l < j} f_l + sum_{j <= l < i} (T t_l' + u_l + m s_l + min over levels of T r_l + m k_l) + c - m room
-
-with t' without recomputation, r the seconds of a level, s the bytes of states and k those of the live microbatches. So rank by rank,
-the first i that a step of X seconds cannot reach from j follows. A layer that a rank leaves to the ranks above it shortens it by T t_l
-and delays it by no more than t_l: what is reached grows with j, and where the last rank does not reach the last layer with
-every rank at its most, no partition takes X seconds or less. Stages that form no chain wait for nothing.
+Pools along the pipeline and the choices of each are enumerated anew (`pool_search.skeletons`), and the ranks of each product of
+choices are filled one after the other as far as the bound lets them (`rank_filling`), with the least that a layer takes on any pool
+before a microbatch comes. Stages that form no chain wait for nothing. Where the last rank does not reach the last layer, the
+product is proved again.
 
 Products of choices that reach it all the same rest on path cuts (`stage_closing`). They are attacked: the most promising
 are cut at the least X that they reach the end with, completed and simulated.
@@ -27,13 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.search.pool_search import PoolSearch, Skeleton
 from stagewright.planner.search.pricing import Priced
+from stagewright.planner.search.rank_filling import Heads, RankCosts, before
 from stagewright.planner.search.reproof import NUM_ATTACKED, TOLERANCE, Reproof, rank_rooms, refuse_plan_below
 from stagewright.planner.search.space import FamilyRule
 from stagewright.planner.search.stage_candidate import StageCandidate
@@ -60,7 +46,7 @@ class PoolReproof:
 
     search: PoolSearch
     bound_s: float
-    _heads: dict[int, tuple[Floats, Floats]] = field(default_factory=dict)
+    _heads: dict[int, Heads] = field(default_factory=dict)
     _reaches: dict[tuple[str, int, int, bool, bool, float], Longs] = field(default_factory=dict)
 
     def run(self) -> Reproof:
@@ -113,33 +99,25 @@ class PoolReproof:
         """Return how many microbatches each pipeline rank holds at once, at least."""
         if skeleton.graph is not None:
             return [1.0] * skeleton.num_ranks
-        return rule.least_live(skeleton.num_ranks, self._count(skeleton)).tolist()
+        return [float(live) for live in rule.least_live(skeleton.num_ranks, self._count(skeleton))]
 
-    def _costs(self, skeleton: Skeleton, priced: Priced, room_bytes: float, split: bool, live: float) -> _RankCosts:
-        profile, count = self.search.problem.profile, self._count(skeleton)
-        classes, levels = self.search.problem.classes, list(self.search.problem.levels)
-        kept, again_s = live * priced.kept_bytes[:, levels], count * priced.recompute_s[:, levels]
-        work_s = count * (priced.forward_s + priced.input_grad_s + priced.weight_grad_s)
-        always_s = profile.step_overhead_s + 2.0 * count * profile.action_overhead_s
-        forwards_s, wholes_s = self._heads_of(skeleton)
-        needs = []
-        for price in [np.zeros(len(priced)), *byte_prices(again_s, kept, int(np.argmax(classes.counts)))]:
-            each = work_s + priced.step_s + price[:, None] * priced.state_bytes
-            each += (again_s + price[:, None, None] * kept).min(axis=1)
-            constant_s = always_s + priced.latency_s - price * room_bytes * (1 + 1e-9)
-            needs.append((_before(each[:, classes.of_layer]), constant_s, forwards_s))
-        if not split:
-            back_s = _before((work_s + again_s.min(axis=1))[:, classes.of_layer])
-            needs.append((back_s, np.full(len(priced), always_s), wholes_s))
-        least_bytes = priced.state_bytes + kept.min(axis=1)
-        return _RankCosts(tuple(needs), _before(least_bytes[:, classes.of_layer]), room_bytes)
+    def _costs(self, skeleton: Skeleton, priced: Priced, room_bytes: float, split: bool, live: float) -> RankCosts:
+        return RankCosts.of(
+            self.search.problem,
+            priced,
+            num_microbatches=self._count(skeleton),
+            live=live,
+            room_bytes=room_bytes,
+            heads=self._heads_of(skeleton),
+            split=split,
+        )
 
     def _times(self, priced: Priced) -> Floats:
         """Return the least seconds of a microbatch by class of layers, [n, C]."""
         again_s = priced.recompute_s[:, list(self.search.problem.levels)].min(axis=1)
         return np.asarray(priced.forward_s + priced.input_grad_s + priced.weight_grad_s + again_s)
 
-    def _heads_of(self, skeleton: Skeleton) -> tuple[Floats, Floats]:
+    def _heads_of(self, skeleton: Skeleton) -> Heads:
         """Return the least seconds of a microbatch on the layers before each layer: there, and there and back, [L + 1] each."""
         if skeleton.graph is not None:
             return np.zeros(self._num_layers + 1), np.zeros(self._num_layers + 1)
@@ -151,7 +129,7 @@ class PoolReproof:
                 own = priced.take(np.flatnonzero(of_row == skeleton.samples))
                 for place, seconds in enumerate((own.forward_s, self._times(own))):
                     least[place] = np.minimum(least[place], seconds.min(axis=0, initial=np.inf)[of_layer])
-            there, back = _before(least)
+            there, back = before(least)
             self._heads[skeleton.samples] = (there, back)
         return self._heads[skeleton.samples]
 
@@ -213,48 +191,6 @@ class PoolReproof:
             low_s, high_s = (low_s, middle_s) if reached >= self._num_layers else (middle_s, high_s)
         cuts, _ = _filled([cost.reach(high_s)[0] for cost in costs], candidate)
         return [*cuts, self._num_layers]
-
-
-@dataclass(frozen=True, eq=False)
-class _RankCosts:
-    """What a rank needs of each choice: `needs` are seconds of the layers before each layer [n, L + 1], of no layer [n], and of
-    those before the rank's first one [L + 1]; `held_bytes` [n, L + 1] of the layers before each layer."""
-
-    needs: tuple[tuple[Floats, Floats, Floats], ...]
-    held_bytes: Floats
-    room_bytes: float
-
-    def reach(self, most_s: float) -> Longs:
-        """Return the layer that a rank reaches from each layer within some seconds, int64 [n, L + 1]."""
-        reach = _last_at_most(self.held_bytes, self.held_bytes + self.room_bytes * (1 + 1e-9))
-        for done_s, constant_s, head_s in self.needs:
-            until_s = done_s + (most_s - constant_s)[:, None] - head_s
-            reach = np.minimum(reach, _last_at_most(done_s, until_s))
-        return np.maximum(reach, np.arange(reach.shape[1]))
-
-
-def byte_prices(again_s: Floats, kept_bytes: Floats, kind: int) -> list[Floats]:
-    """Return prices of a byte in seconds, by choice [n], at which two levels of layers of a class cost the same.
-
-    From seconds of recomputation and kept bytes, [n, levels, C] each; at such a price both limits together say most.
-    """
-    prices = []
-    for low, high in combinations(range(again_s.shape[1]), 2):
-        more_s = again_s[:, high, kind] - again_s[:, low, kind]
-        less_bytes = kept_bytes[:, low, kind] - kept_bytes[:, high, kind]
-        is_trade = (more_s > 0) & (less_bytes > 0)
-        prices.append(np.divide(more_s, less_bytes, out=np.zeros_like(more_s), where=is_trade))
-    return prices
-
-
-def _before(each: Floats) -> Floats:
-    """Return the sums of what stands before each place, [n, L + 1] of [n, L]."""
-    return np.concatenate((np.zeros((len(each), 1)), np.cumsum(each, axis=1)), axis=1)
-
-
-def _last_at_most(rising: Floats, most: Floats) -> Longs:
-    """Return the last place of each row of `rising` [n, P] that is at most each of `most` [n, Q], int64 [n, Q]; -1 for none."""
-    return np.asarray((rising[:, None, :] <= most[:, :, None]).sum(axis=2, dtype=np.int64) - 1)
 
 
 def _filled(rows: list[Longs], candidate: StageCandidate) -> tuple[list[int], int]:

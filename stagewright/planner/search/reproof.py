@@ -10,7 +10,8 @@ The declared space is enumerated anew. For D ranks, T microbatches, n_k layers o
     uniform  x (T + D - 1) / D                                GPipe, and 1F1B with T > D
     serial   T x                                              one rank works at a time
 
-Candidates whose bound here reaches the certificate's are proved again. For the others the certificate rests on path cuts
+Candidates whose bound here reaches the certificate's are proved again, and those whose ranks cannot hold all layers when each takes
+as many as the bound and its memory let it (`rank_filling`). For the others the certificate rests on path cuts
 in linear programs, whose multipliers it does not keep. Those are attacked: the most promising are completed with balanced
 stages and simulated, and one step below the bound refutes the certificate. Costs are those of the cost model, checked
 against the ones that plans are scored with on a sample of configurations.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,7 @@ from stagewright.planner.prediction import evaluate, rank_devices
 from stagewright.planner.search.incumbent import balanced
 from stagewright.planner.search.pricing import NUM_MICROBATCHES, PP, Priced, configuration_of
 from stagewright.planner.search.problem import Candidate, Partition, Problem
+from stagewright.planner.search.rank_filling import RankCosts, before
 from stagewright.planner.search.space import FamilyRule, schedule_sizes
 
 TOLERANCE = 1e-6
@@ -78,6 +81,8 @@ def reprove_equal_degrees(problem: Problem, bound_s: float) -> Reproof:
             least_s = least_step_s(priced, row, problem.classes.counts, rule)
             if least_s < bound_s * (1 - TOLERANCE):
                 open_ones.append((least_s, row, rule, chunks))
+    reached = still_open(problem, priced, [item[1:] for item in open_ones], bound_s * (1 - TOLERANCE))
+    open_ones = [item for item, is_open in zip(open_ones, reached, strict=True) if is_open]
     attacked = _attack(problem, priced, open_ones, bound_s)
     return Reproof(candidates, candidates - len(open_ones), len(open_ones), attacked)
 
@@ -95,6 +100,48 @@ def least_step_s(priced: Priced, row: int, numbers: npt.NDArray[np.int32], rule:
     if rule.bound == "serial":
         bounds.append(whole * count)
     return float(max(bounds))
+
+
+def still_open(
+    problem: Problem, priced: Priced, found: Sequence[tuple[int, FamilyRule, int]], most_s: float
+) -> list[bool]:
+    """Tell of candidates (row, family, chunks) which of them hold all layers within a step when their ranks are filled.
+
+    With one chunk rank after rank, with several all ranks at once, each with one microbatch, since one is everywhere when
+    its first backward begins. Two replicas of a stage are not filled.
+    """
+    alike: dict[tuple[int, int, bool, bool, str], list[int]] = {}
+    for place, (row, rule, chunks) in enumerate(found):
+        is_single = chunks == 1
+        live = rule.live if is_single else "one"
+        key = (int(priced.shape[row, PP]), rule.num_replicas, is_single, is_single and rule.split, live)
+        alike.setdefault(key, []).append(place)
+    is_open = [True] * len(found)
+    for (ranks, replicas, is_single, _, _), places in alike.items():
+        if replicas > 1:
+            continue
+        rule, own = found[places[0]][1], priced.take(np.array([found[place][0] for place in places]))
+        counts, of_layer = own.shape[:, NUM_MICROBATCHES].astype(np.int64), problem.classes.of_layer
+        costs = partial(
+            RankCosts.of,
+            problem,
+            own,
+            num_microbatches=counts,
+            room_bytes=problem.capacity_bytes - problem.base_bytes,
+            heads=(before(own.forward_s[:, of_layer]), before(own.time_s[:, of_layer])),
+            split=rule.split,
+        )
+        if is_single:
+            lives = np.array([rule.least_live(ranks, count) for count in counts.tolist()])
+            reach = costs(live=lives[:, 0]).reach(most_s)[:, :1]
+            for rank in range(1, ranks):
+                reach = np.take_along_axis(costs(live=lives[:, rank]).reach(most_s), reach, axis=1)
+            reached = reach[:, 0] >= problem.profile.num_layers
+        else:
+            reached = costs(live=1.0).hold_all(most_s, ranks)
+        for place, holds in zip(places, reached.tolist(), strict=True):
+            is_open[place] = holds
+    return is_open
 
 
 def _memory_admits(problem: Problem, priced: Priced) -> npt.NDArray[np.bool_]:
