@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from stagewright.modeling.absent_output import change_tensors, fill_structure, input_key, output_structure
 from stagewright.modeling.attention_mode import active_attention
@@ -130,6 +131,7 @@ class OwnForward:
         ]
         self._firsts = {index: module for index, _, module in reversed(self._modules)}
         self._wrapped: dict[str, Callable[..., object]] = {}
+        self._last: tuple[nn.Module, RemovableHandle] | None = None
         self._structures: dict[tuple[object, ...], object | None] = {}
 
     def run(
@@ -189,6 +191,15 @@ class OwnForward:
                 self._hook(index, module)
             if path not in self._wrapped or module.forward is not self._wrapped[path]:
                 self._wrapped[path] = module.forward = partial(self._forward, index, module, module.forward)
+        self._end_behind_other_hooks()
+
+    def _end_behind_other_hooks(self) -> None:
+        """Let what looks at the last module's output see it before the forward ends there, whoever came first."""
+        if self._last is not None:
+            module, handle = self._last
+            if next(reversed(module._forward_hooks)) != handle.id:
+                handle.remove()
+                self._last = (module, module.register_forward_hook(self._after_last))
 
     def _hook(self, index: int, module: nn.Module) -> None:
         if index:
@@ -196,7 +207,7 @@ class OwnForward:
             entrance = partial(self._entrance if is_first else self._inside, index)
             module.register_forward_pre_hook(entrance, prepend=True, with_kwargs=True)
         if index == len(self._layers) - 2 and self._layers[-1].kind == "loss":
-            module.register_forward_hook(self._after_last)
+            self._last = (module, module.register_forward_hook(self._after_last))
 
     def _entrance(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         frame = self._frame

@@ -98,7 +98,7 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     Under sequence parallelism the sequence is split at the first block and joined behind the last, which gathers gradients
     at the one and values at the other; embedding and head lie outside and sum whole tensors. Parameters of blocks that
     tensor parallelism copies see a part of the sequence each, so their gradients are summed: once an iteration, or before
-    each scatter of ZeRO-2 and 3. So are those of keys and values whose heads are fewer than the devices. A loss on logits
+    each scatter of ZeRO-2 and 3 (with masters of narrow weights on one replica too). So are those of keys and values whose heads are fewer than the devices. A loss on logits
     that are split by the vocabulary sums three numbers a token, in fp32 at least.
     """
     degrees = plan.stages[stage].degrees
@@ -110,7 +110,10 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     ends = (blocks[0], blocks[-1] + 1) if blocks and degrees.sp else ()
     levels = plan.stages[stage].recompute_levels()
     gathered_bytes = plan.job.optimizer.gathered_bytes * len(plan.schedule.placement)
-    sums = units if degrees.zero >= 2 and degrees.dp * degrees.cp > 1 else len(plan.schedule.placement)
+    scatters = (
+        degrees.dp * degrees.cp > 1 or plan.job.optimizer.parameter_bytes < 4
+    )  # masters are stepped as shards are
+    sums = units if degrees.zero >= 2 and scatters else len(plan.schedule.placement)
     for layer, level in zip(plan.stages[stage].layer_indices, levels, strict=True):
         summed = degrees.sp and kinds[layer] in ("embedding", "head", "loss")
         for name, each in row.table.again_link_bytes.items():

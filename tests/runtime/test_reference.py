@@ -30,3 +30,16 @@ def test_the_rank_that_ran_the_reference_defers_as_many_weight_gradients_as_the_
     assert all(made.changes[name].abs().max() > 0 for name in ("head.weight", "norm.weight") if name in made.changes)
     assert all(torch.equal(value, before[name]) for name, value in chain.model.named_parameters())
     assert defer_weight_gradients(chain.model, WeightGradientSink()) == expected
+
+
+def test_what_looks_at_a_heads_output_sees_it_in_a_stage_that_ends_there_also_after_the_reference():
+    """Under ZeRO-3 the rank that ran the reference gathered in another order when its hook stood behind the end."""
+    tokens = torch.randint(VOCABULARY, (2, 8))
+    for first in (False, True):
+        chain, seen = split(TinyModel(2)), []
+        whole = chain.segment(0, chain.num_layers)
+        if first:
+            whole.run((tokens, tokens), seed=0)
+        chain.model.head.register_forward_hook(lambda _module, _args, output, seen=seen: seen.append(output.shape))
+        values = chain.segment(0, chain.num_layers - 1)((tokens, tokens), {}, seed=0)
+        assert seen == [value.shape for value in values[chain.num_layers - 2]]

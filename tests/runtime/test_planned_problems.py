@@ -1,0 +1,99 @@
+"""The runtime executes what the planners return: random problems, planned, run on ranks, with the checks of `stagewright run`.
+
+A seed makes a problem (`planned_problems`), a planner answers it, and its plan and one of the runners-up run whole: the
+session that torchrun would start, on a pool of ranks. A failure prints problem and plan; its test's name repeats it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+import planned_problems
+from planned_problems import Models, answered, draw, plan_text, plans_of
+from rank_pool import RankPool
+
+from stagewright.planner.documents import ModelProfile, Plan
+from stagewright.planner.errors import InvalidArgument
+from stagewright.runtime import run
+from stagewright.runtime.job import RunJob
+from stagewright.runtime.report import RunReport
+from stagewright.runtime.status import StatusFile
+
+pytestmark = pytest.mark.ranks
+
+MEMORY_LIMIT = 0.5  # of models so small that an optimizer's temporaries count; see benchmarks/runtime_fidelity.py
+CHECKS = ("gradients", "memory", "traffic")
+KNOWN = ("the runtime steps whole matrices",)  # of what planners return, the runtime says that it does not run this
+SEEDS = (1, 2, 4, 7, 8, 9, 10, 11, 12, 13, 14, 16)  # of the first, those that take least time
+SOAKED = tuple(range(1000, 1100))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Models:
+    return Models(tmp_path_factory.mktemp("planned"))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_planners_return_runs_as_predicted(rank_pools, models, monkeypatch, tmp_path, seed):
+    assert_runs(rank_pools, models, monkeypatch, tmp_path, seed, num_plans=1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", SOAKED)
+def test_what_planners_return_to_many_problems_runs_as_predicted(rank_pools, models, monkeypatch, tmp_path, seed):
+    assert_runs(rank_pools, models, monkeypatch, tmp_path, seed, num_plans=2)
+
+
+def assert_runs(pools, models: Models, monkeypatch, tmp_path: Path, seed: int, *, num_plans: int) -> None:
+    monkeypatch.setattr(run, "launch", partial(launch_on_pool, pools))
+    problem, profile, outcome = answered(seed, models)
+    first, *others = plans_of(outcome)
+    chosen = random.Random(seed).sample(others, min(num_plans - 1, len(others)))
+    for number, plan in enumerate((first, *chosen)):
+        told = f"{problem.text()}\n{plan_text(plan)}"
+        try:
+            report = run_plan(plan, profile, models.reference(problem.model), tmp_path / str(number))
+        except InvalidArgument as refusal:
+            assert any(words in refusal.message for words in KNOWN), f"{refusal.message}\n{told}"
+            continue
+        except Exception as error:
+            raise AssertionError(f"{error}\n{told}") from error
+        assert report.passed, f"{failures(report)}\n{told}"
+        if not problem.analytic:
+            assert abs(report.error["peak_memory_max"]) < MEMORY_LIMIT, f"{failures(report)}\n{told}"
+
+
+def run_plan(plan: Plan, profile: ModelProfile, model: str, directory: Path) -> RunReport:
+    return run.run_plan(plan, profile, model=model, steps=1, checks=CHECKS, directory=directory)
+
+
+def launch_on_pool(pools: Callable[[int], RankPool], job: RunJob, num_ranks: int, **_unused: object) -> None:
+    """Run the ranks of a job on a pool instead of under torchrun."""
+    StatusFile.create(job.path / "status", num_ranks).close()
+    pool = pools(num_ranks)
+    pool.run("planned_cases.run_session", (str(job.path), pool.next_number()), timeout_s=120.0)
+
+
+def failures(report: RunReport) -> dict[str, object]:
+    """What of a report's checks failed, without what is as predicted."""
+    found: dict[str, object] = {}
+    for name, check in report.checks.items():
+        if not check["passed"]:
+            found[name] = {key: value for key, value in check.items() if key != "items"}
+    return found
+
+
+def test_problems_ask_for_every_planner_precision_and_objective():
+    drawn = [draw(seed, attempt) for seed in range(300) for attempt in range(2)]
+    assert {problem.planner for problem in drawn} >= {"exact", *planned_problems.NAMED}
+    assert {problem.precision for problem in drawn} == {"fp32", "bf16", "fp64"}
+    assert len({problem.job.objective for problem in drawn}) == 5
+    assert {problem.job.optimizer.name for problem in drawn} >= {"adamw", "sgd-momentum", "muon", "shampoo"}
+    assert {problem.cluster.is_mixed for problem in drawn} == {True, False}
