@@ -15,16 +15,17 @@ their own type.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.cost.layer_cost import PhaseBytes
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.cost.memory_actions import PIECE_ELEMENTS, widened_elements
-from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile
 from stagewright.planner.link_bytes import (
     gathers_by_run,
@@ -37,6 +38,7 @@ from stagewright.planner.link_bytes import (
 )
 from stagewright.planner.replica_shares import told_part
 from stagewright.planner.search.layer_costs import LayerCosts
+from stagewright.planner.simulation.peak import GradientPhase
 
 Floats = npt.NDArray[np.float64]
 
@@ -109,46 +111,120 @@ def _tensors(
 
 @dataclass(frozen=True, eq=False)
 class PassingBytes:
-    """Bytes of each layer of a stage, [layers], in a backward under ZeRO-2 and 3; else 0.
+    """Bytes of each layer of a stage under ZeRO-2 and 3; else 0.
 
     Parameters
     ----------
-    gradients : whole ones of the layer, of divided experts and of all else, [2, layers].
-    scattered : what these are on their way, [2, layers].
-    whole : weights that are gathered; copied : beside them while they come.
+    phases : of each layer's backward; none where its gradients stay.
+    whole : weights that are gathered; copied : beside them while they come, [layers].
     at_once : all weights of the stage, where a run of forwards or backwards gathers them together.
     """
 
-    gradients: Floats
-    scattered: Floats
+    phases: tuple[tuple[GradientPhase, ...], ...]
     whole: Floats
     copied: Floats
     at_once: float = 0.0
 
 
-def passing_bytes(plan: Plan, index: int, row: LayerCosts, bounds: Sequence[int]) -> PassingBytes:
+def passing_bytes(
+    plan: Plan, profile: ModelProfile, index: int, row: LayerCosts, bounds: Sequence[int]
+) -> PassingBytes:
     """Return what one device of a stage has on its way, layer by layer."""
     stage, optimizer, is_cpu = plan.stages[index], plan.job.optimizer, _is_cpu(plan, index)
     inside = slice(bounds[index], bounds[index + 1])
     whole, copied = np.zeros((2, inside.stop - inside.start))
-    gradients, scattered = np.zeros((2, 2, inside.stop - inside.start))
     if stage.degrees.zero < 2:
-        return PassingBytes(gradients, scattered, whole, copied)
-    is_gathered, copies = stage.degrees.zero == 3, is_cpu and has_even_shards(plan, index)
+        return PassingBytes((), whole, copied)
+    is_gathered, is_even = stage.degrees.zero == 3, has_even_shards(plan, index)
     together, experts = (np.array(each) for each in reduced_parameters(row, inside, stage.degrees))
-    kinds = ((experts, expert_shards(stage.degrees)), (together, num_shards(plan, index)))
-    for place, (parameters, shards) in enumerate(kinds):
+    together = together - _met_once(plan, profile, inside)
+    leaving = {}
+    for kind, parameters, shards in (
+        ("experts", experts, expert_shards(stage.degrees)),
+        ("others", together, num_shards(plan, index)),
+    ):
         if shards > 1:
-            gradients[place] = parameters * optimizer.gradient_bytes
-            scattered[place] = gradients[place] * (1.0 + 1.0 / shards + is_cpu if has_even_shards(plan, index) else 1.0)
+            gradients = parameters * optimizer.gradient_bytes
+            leaving[kind] = (gradients, gradients * (1.0 + 1.0 / shards + is_cpu if is_even else 1.0))
             whole += parameters * optimizer.parameter_bytes * is_gathered
             narrow = 1.0 / shards if optimizer.parameter_bytes < 4 else 0.0  # of the masters that leave
-            copied += parameters * optimizer.parameter_bytes * is_gathered * (copies + narrow)
-    if gathers_by_run(plan):
-        return PassingBytes(
-            gradients, scattered, np.zeros(len(whole)), np.zeros(len(whole)), at_once=float(whole.sum())
+            copied += parameters * optimizer.parameter_bytes * is_gathered * ((is_cpu and is_even) + narrow)
+    phases = tuple(
+        _phases(
+            plan, row, layer, stage.degrees, {kind: (float(g[at]), float(f[at])) for kind, (g, f) in leaving.items()}
         )
-    return PassingBytes(gradients, scattered, whole, copied)
+        for at, layer in enumerate(range(inside.start, inside.stop))
+    )
+    if gathers_by_run(plan):
+        return PassingBytes(phases, np.zeros(len(whole)), np.zeros(len(whole)), at_once=float(whole.sum()))
+    return PassingBytes(phases, whole, copied)
+
+
+def _met_once(plan: Plan, profile: ModelProfile, inside: slice) -> Floats:
+    """Return the parameters of some layers that other stages share: whole, and reduced once an iteration, [layers]."""
+    found = np.zeros(inside.stop - inside.start)
+    for tie in shared_weights(plan, profile):
+        for layer in tie.layers if len(tie.stages) > 1 else ():
+            if inside.start <= layer < inside.stop:
+                found[layer - inside.start] += tie.num_parameters
+    return found
+
+
+def _phases(
+    plan: Plan, row: LayerCosts, layer: int, degrees: Degrees, leaving: Mapping[str, tuple[float, float]]
+) -> tuple[GradientPhase, ...]:
+    """Return the phases of a layer's backward, given whole and scattered gradients of each kind that leaves.
+
+    Where they were not measured, the most is in front of the first kind: experts are the larger part.
+    """
+    leaving = {kind: pair for kind, pair in leaving.items() if pair[0] > 0}
+    if not leaving:
+        return ()
+    measured = row.table.phases[layer] if row.table.phases else ()
+    if not measured:
+        kept, workspace = float(row.table.activation_bytes[0, layer]), float(row.table.workspace_bytes[0, layer])
+        found = []
+        for gradients, scattered in leaving.values():
+            found.append(GradientPhase(kept, max(kept, gradients) + workspace, gradients, scattered))
+            kept = workspace = 0.0
+        return (*found, GradientPhase(0.0, 0.0))
+    return _measured_phases(plan, measured, row, layer, degrees, leaving)
+
+
+def _measured_phases(
+    plan: Plan,
+    measured: Sequence[PhaseBytes],
+    row: LayerCosts,
+    layer: int,
+    degrees: Degrees,
+    leaving: Mapping[str, tuple[float, float]],
+) -> tuple[GradientPhase, ...]:
+    """Return a layer's phases as they were measured, with the gradients that one device makes of each kind.
+
+    Experts that nothing divides leave with the rest of their layer: what comes before is one phase with it.
+    """
+    width, share = plan.job.optimizer.gradient_bytes, 1.0 / degrees.cp
+    divided = degrees.ep * degrees.etp
+    experts = float(row.table.expert_parameters[layer]) * width
+    is_apart = divided > 1
+    kinds = [phase.ends_with for phase in measured if phase.ends_with != "none"]
+    rest = leaving.get("others", (0.0, 0.0))[0] - (0.0 if is_apart else experts)
+    made = {"experts": experts, "others": max(rest, 0.0), "none": 0.0}
+    own = {**made, "experts": experts * divided}
+    found: list[GradientPhase] = []
+    begin, peak, held = None, 0.0, 0.0
+    for phase in measured:
+        kind = phase.ends_with
+        begin = phase.begin_bytes * share + held if begin is None else begin
+        peak = max(peak, (phase.peak_bytes - own[kind]) * share + made[kind] + held)
+        if kind == "none":
+            found.append(GradientPhase(begin, peak))
+        elif is_apart or kind == kinds[-1]:
+            found.append(GradientPhase(begin, peak, *leaving.get(kind if is_apart else "others", (0.0, 0.0))))
+            begin, peak, held = None, 0.0, 0.0
+        else:
+            held += made[kind]
+    return tuple(found)
 
 
 def _is_cpu(plan: Plan, index: int) -> bool:

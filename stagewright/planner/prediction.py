@@ -168,7 +168,7 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
         costs,
         pipeline,
         links,
-        _stage_bytes(plan, bounds, levels, layers),
+        _stage_bytes(plan, profile, bounds, levels, layers),
         host_bytes=_rank_sum(layout, offloaded),
         step_bytes=step_bytes,
         unlike_bytes=_unlike_state_bytes(plan, profile, layout, layers)
@@ -178,22 +178,21 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
 
 
 def _stage_bytes(
-    plan: Plan, bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]
+    plan: Plan, profile: ModelProfile, bounds: Sequence[int], levels: Sequence[int], layers: Sequence[LayerCosts]
 ) -> tuple[StageBytes, ...]:
     level = np.asarray(levels, dtype=np.int64)
     found = []
     for stage, row in enumerate(layers):
         chosen = np.arange(bounds[stage], bounds[stage + 1])
         at = (level[chosen], chosen)
-        passing = passing_bytes(plan, stage, row, bounds)
+        passing = passing_bytes(plan, profile, stage, row, bounds)
         found.append(
             StageBytes(
                 row.kept_bytes[at],
                 row.late_bytes[at],
                 row.table.workspace_bytes[at],
                 row.table.split_workspace_bytes[at],
-                gradients=passing.gradients,
-                scattered=passing.scattered,
+                phases=passing.phases,
                 whole=passing.whole,
                 copied=passing.copied,
                 at_once=passing.at_once,

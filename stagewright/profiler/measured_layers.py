@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.documents import Jitter, Recompute
+from stagewright.planner.documents import BackwardPhase, Jitter, Recompute
 from stagewright.profiler.jitter import jitter_of
 
 Floats = npt.NDArray[np.float64]
@@ -43,6 +43,7 @@ class LayerNumbers:
     kept_bytes: Mapping[Recompute, float]
     output_bytes: float
     workspace_bytes: float
+    backward_phases: tuple[BackwardPhase, ...]
     forward_flops: float
     unused_parameters: int
     freed_at_input_grad: float
@@ -120,6 +121,10 @@ def configuration_numbers(
             kept_bytes={level: float(row[index]) for level, row in kept.items()},
             output_bytes=float(outputs[index]),
             workspace_bytes=float(workspace[index]),
+            backward_phases=tuple(
+                BackwardPhase(ends_with=kind, begin_bytes=begin, peak_bytes=max(peak, 0.0))
+                for kind, begin, peak in memory.get("backward_phases", [()] * len(forward_s))[index]
+            ),
             forward_flops=float(flops[index]),
             unused_parameters=unused[index],
             freed_at_input_grad=float(freed[index]),

@@ -40,6 +40,7 @@ from stagewright.modeling.weight_gradients import (
     run_queue,
 )
 from stagewright.planner.documents import Recompute
+from stagewright.profiler.backward_phases import layer_backward_phases
 from stagewright.profiler.layer_hooks import LayerHooks
 from stagewright.profiler.layer_timer import LayerTimer, LayerTimes, busy_share
 from stagewright.profiler.memory_trace import layer_growth_bytes, layer_workspace_bytes
@@ -203,6 +204,7 @@ class ModelBench:
         chain, device = self.chain, self.device
         saved = layer_bytes(chain, batch)
         workspace = layer_workspace_bytes(chain, batch, saved.saved, device)
+        phases = layer_backward_phases(chain, batch, saved.saved, device)
         none = layer_growth_bytes(chain, batch, device)
         kept: dict[str, list[float]] = {}
         for level in (Recompute.SELECTIVE, Recompute.FULL):
@@ -213,6 +215,7 @@ class ModelBench:
             "saved_bytes": list(saved.saved),
             "output_bytes": list(saved.outputs),
             "workspace_bytes": list(workspace),
+            "backward_phases": [[list(phase) for phase in layer] for layer in phases],
             "selective_bytes": kept["selective"],
             "full_bytes": kept["full"],
             "forward_flops": _forward_flops(chain, batch),

@@ -1,7 +1,7 @@
 """From measured layers to the parts of a ModelProfile: runs of equal layers, class costs, edges and ties.
 
-A class's number is the mean over its layers, so that the sum over the model is the measured one; a workspace is the
-largest. A level of recomputation that keeps no less than a weaker one is left out.
+A class's number is the mean over its layers, so that the sum over the model is the measured one; a workspace and a
+phase of a backward are the largest. A level of recomputation that keeps no less than a weaker one is left out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from stagewright.modeling import Layer, LayerChain
 from stagewright.planner.documents import (
+    BackwardPhase,
     Collective,
     ConfigurationCost,
     Edge,
@@ -148,6 +149,7 @@ def _cost(
         activation_bytes=activation,
         freed_at_input_grad={Recompute.NONE: freed} if freed else {},
         workspace_bytes=max(max(value.workspace_bytes for value in values), 0.0),
+        backward_phases=_phases([value.backward_phases for value in values]),
         output_bytes=mean("output_bytes"),
         forward_flops=mean("forward_flops") * configuration.tensor_degree,
         optimizer_s=mean("optimizer_s"),
@@ -159,6 +161,20 @@ def _cost(
             "input_grad_s": (backward[0] * share, backward[1] * share),
             "weight_grad_s": (backward[0] * (1.0 - share), backward[1] * (1.0 - share)),
         },
+    )
+
+
+def _phases(layers: Sequence[tuple[BackwardPhase, ...]]) -> tuple[BackwardPhase, ...]:
+    """Return the phases of a class, each the largest of its layers; none where layers have other phases."""
+    if len({tuple(phase.ends_with for phase in phases) for phases in layers}) > 1:
+        return ()
+    return tuple(
+        BackwardPhase(
+            ends_with=rows[0].ends_with,
+            begin_bytes=max(phase.begin_bytes for phase in rows),
+            peak_bytes=max(phase.peak_bytes for phase in rows),
+        )
+        for rows in zip(*layers, strict=True)
     )
 
 

@@ -24,6 +24,10 @@ ROUTED = (
     "all-gather/etp",
     "reduce-scatter/etp",
 )  # bytes that depend on which experts the tokens choose
+RING = "/cp"  # how the traffic of divided sequences ends
+NO_OPERATORS = (
+    "the profile has no operators, from which what the parts of a sequence exchange and hold for it is predicted"
+)
 DISTURBED = 0.08  # change of a rank's speed within a run that is worth telling
 TRAFFIC_LIMIT, LENT_LIMIT = 1e-9, 0.03  # what is lent are activations, as close as the prediction of memory
 
@@ -114,6 +118,7 @@ def make_report(
             and abs(memory_error) <= MEMORY_LIMIT
             and all(math.isclose(p, m, rel_tol=MEMORY_LIMIT) for p, m in zip(*host.values(), strict=True)),
             "items": measurement.static_memory_bytes,
+            **({"reason": NO_OPERATORS} if _lacks_operators(plan, prediction) else {}),
             **({"host_bytes": host} if any(host["predicted"]) else {}),
         }
     if "traffic" in checks:
@@ -256,21 +261,29 @@ def _gradients(plan: Plan, measurement: Measurement) -> dict[str, object]:
     }
 
 
+def _lacks_operators(plan: Plan, prediction: Prediction) -> bool:
+    """Whether sequences are divided and nothing that their parts exchange is predicted."""
+    is_divided = any(stage.degrees.cp > 1 for stage in plan.stages)
+    return is_divided and not any(name.endswith(RING) for name in prediction.link_bytes)
+
+
 def _traffic(predicted: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, object]:
     sent = {name: value for name, value in measured.items() if value}
     errors = {
         name: predicted.get(name, 0.0) / sent[name] - 1.0 if sent.get(name) else float(predicted.get(name, 0.0) > 0)
         for name in sorted({*predicted, *sent})
     }
+    unknown = [] if any(name.endswith(RING) for name in predicted) else [name for name in sent if name.endswith(RING)]
     return {
         "predicted_bytes": dict(predicted),
         "measured_bytes": sent,
         "relative_error": errors,
         "depends_on_data": [name for name in errors if name in ROUTED],
+        **({"not_predicted": unknown, "reason": NO_OPERATORS} if unknown else {}),
         "passed": all(
             abs(value) <= (LENT_LIMIT if name == LENT else TRAFFIC_LIMIT)
             for name, value in errors.items()
-            if name not in ROUTED
+            if name not in ROUTED and name not in unknown
         ),
     }
 

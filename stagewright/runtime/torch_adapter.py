@@ -5,11 +5,13 @@ Known to work: torch 2.11, 2.12 and 2.13 (tested: 2.13). A name that a version l
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from torch.distributed import Work
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _WORK = "stagewright.work"
+_FLIGHT = "stagewright.flight "
 _COLLECTIVES = (
     "all_gather",
     "all_gather_into_tensor",
@@ -45,30 +48,102 @@ def cpu_allocation_changes(work: Callable[[], object], *, before: Callable[[], o
     """Return the sizes of all CPU allocations (positive) and releases (negative) during `work`, in order.
 
     A release is seen only of what was allocated under watch, and only on this thread and those of autograd: collectives, or
-    the waits for them, are made to return when no other thread holds their tensors (`_collectives_let_go`). With `before`, that
-    is called under watch first, and what it leaves allocated stands in front as one change.
+    the waits for them, are made to return when no other thread holds their tensors (`_collectives_let_go`). What a thread of
+    gloo allocates for a collective under way counts from its launch until it is waited for: how early within it comes and
+    how soon it goes is chance. With `before`, that is called under watch first, and what it leaves allocated stands in front
+    as one change.
     """
+    flights = _Flights()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         if before is not None:
             before()
-        with record_function(_WORK), _collectives_let_go():
+        with record_function(_WORK), _collectives_let_go(flights):
             work()
     assert trace.profiler is not None
     results = trace.profiler.kineto_results
     assert results is not None
-    events = [
-        (event.start_ns(), event.nbytes())
-        for event in results.events()
+    events = results.events()
+    (own,) = [event for event in events if event.name() == _WORK]
+    flights.note({event.name(): (event.start_ns(), event.end_ns()) for event in events if _FLIGHT in event.name()})
+    changes = [
+        Change(event.start_ns(), event.nbytes(), event.start_thread_id())
+        for event in events
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
     ]
-    (begin_ns,) = [event.start_ns() for event in results.events() if event.name() == _WORK]
-    events.sort(key=lambda event: event[0])
-    left = sum(size for time_ns, size in events if time_ns < begin_ns)
-    return [left, *(size for time_ns, size in events if time_ns >= begin_ns)]
+    changes.sort(key=lambda change: change.time_ns)
+    changes = flights.stretched(changes, own.start_thread_id())
+    left = sum(change.size for change in changes if change.time_ns < own.start_ns())
+    return [left, *(change.size for change in changes if change.time_ns >= own.start_ns())]
+
+
+class Change(NamedTuple):
+    """Bytes allocated, or released where negative, at a time on a thread."""
+
+    time_ns: int
+    size: int
+    thread: int
+
+
+class _Flights:
+    """Collectives under way: what marks their launches and the ends of the waits for them, and the sizes of their tensors."""
+
+    def __init__(self) -> None:
+        self._sizes: list[frozenset[int]] = []
+        self._spans: list[tuple[float, float, float]] = []  # begin and end of the launch, begin of the landing
+
+    def launch(self, tensors: Sequence[Tensor]) -> int:
+        """Take note of one more; returns its number."""
+        self._sizes.append(frozenset(value.untyped_storage().nbytes() for value in tensors))
+        return len(self._sizes) - 1
+
+    def note(self, marks: Mapping[str, tuple[int, int]]) -> None:
+        """Take note of when marks began and ended."""
+        never = (math.inf, math.inf)
+        self._spans = [
+            (*marks.get(_launch_mark(number), never), marks.get(_landing_mark(number), never)[0])
+            for number in range(len(self._sizes))
+        ]
+
+    def stretched(self, changes: Sequence[Change], own_thread: int) -> list[Change]:
+        """Return the changes, in order of time, with those of other threads from the launch to the landing of their flight."""
+        moved = list(changes)
+        taken: set[int] = set()
+        flying: dict[tuple[int, int], list[int]] = {}  # by thread and size: flights whose copy is there
+        for place, change in enumerate(changes):
+            if change.thread == own_thread:
+                continue
+            if change.size > 0:
+                flight = self._flight_of(change, taken)
+                if flight is not None:
+                    taken.add(flight)
+                    flying.setdefault((change.thread, change.size), []).append(flight)
+                    moved[place] = change._replace(time_ns=int(self._spans[flight][1]))
+            elif flying.get((change.thread, -change.size)):
+                landed = self._spans[flying[change.thread, -change.size].pop(0)][2]
+                if landed < math.inf:
+                    moved[place] = change._replace(time_ns=max(int(landed), change.time_ns))
+        return sorted(moved, key=lambda change: change.time_ns)
+
+    def _flight_of(self, change: Change, taken: set[int]) -> int | None:
+        """Return the flight for which a copy was made: the first one under way that has a tensor of its size."""
+        under_way = (
+            number
+            for number, (launched, _, landed) in enumerate(self._spans)
+            if launched <= change.time_ns <= landed and change.size in self._sizes[number] and number not in taken
+        )
+        return next(under_way, None)
+
+
+def _launch_mark(number: int) -> str:
+    return f"{_FLIGHT}launch {number}"
+
+
+def _landing_mark(number: int) -> str:
+    return f"{_FLIGHT}landing {number}"
 
 
 @contextmanager
-def _collectives_let_go() -> Iterator[None]:
+def _collectives_let_go(flights: _Flights) -> Iterator[None]:
     """Let collectives, and waits for them, return only when no thread of the backend holds their tensors.
 
     A thread of gloo wakes the caller first and drops its own reference then. On a busy processor the caller is often done
@@ -76,7 +151,7 @@ def _collectives_let_go() -> Iterator[None]:
     """
     originals = {name: getattr(dist, name) for name in _COLLECTIVES}
     for name, original in originals.items():
-        setattr(dist, name, _letting_go(original))
+        setattr(dist, name, _letting_go(original, flights))
     try:
         yield
     finally:
@@ -91,10 +166,11 @@ class _LettingGoWork:
     references are counted.
     """
 
-    def __init__(self, work: Work, tensors: Sequence[Tensor], num_references: int) -> None:
+    def __init__(self, work: Work, tensors: Sequence[Tensor], num_references: int, number: int) -> None:
         self._work: Work | None = work
         self._tensors = tensors
         self._num_references = num_references
+        self._number = number
 
     def is_completed(self) -> bool:
         """Whether the collective is over."""
@@ -109,7 +185,8 @@ class _LettingGoWork:
         self._work = None
         _wait_until(lambda: sum(value._use_count() for value in self._tensors) <= self._num_references)
         self._tensors = ()
-        return True
+        with record_function(_landing_mark(self._number)):
+            return True
 
 
 def _wait_until(done: Callable[[], bool]) -> None:
@@ -135,13 +212,17 @@ def _gloo_sleeps() -> bool:
     return True
 
 
-def _letting_go(collective: Callable[..., Work | None]) -> Callable[..., Work | _LettingGoWork | None]:
+def _letting_go(
+    collective: Callable[..., Work | None], flights: _Flights
+) -> Callable[..., Work | _LettingGoWork | None]:
     def call(*args: object, async_op: bool = False, **settings: object) -> Work | _LettingGoWork | None:
         tensors = [value for value in _flat([*args, *settings.values()]) if isinstance(value, Tensor)]
         if async_op:
             held = sum(value._use_count() for value in tensors)
-            started = collective(*args, async_op=True, **settings)
-            return started if started is None else _LettingGoWork(started, tensors, held)
+            number = flights.launch(tensors)
+            with record_function(_launch_mark(number)):
+                started = collective(*args, async_op=True, **settings)
+            return started if started is None else _LettingGoWork(started, tensors, held, number)
         before = _num_references(tensors)
         work = collective(*args, async_op=True, **settings)
         if work is None:

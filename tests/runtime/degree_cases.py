@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -255,3 +257,20 @@ def bytes_left_by_collectives(rounds: int) -> dict[str, int]:
 
     collectives = (group.all_reduce, group.all_gather, group.reduce_scatter, scatter_and_wait, sum_and_wait)
     return {each.__name__: sum(cpu_allocation_changes(partial(repeat, each))) for each in collectives}
+
+
+def peak_beside_a_gather(pause_s: float) -> int:
+    """Return the most bytes counted where a tensor of 3,000 comes and goes while two ranks gather one of 8,000 between them."""
+    group = dist.new_group(range(dist.get_world_size()))
+    flat, shard = torch.empty(2000), torch.ones(1000)
+
+    def gather() -> None:
+        work = dist.all_gather_into_tensor(flat, shard, group=group, async_op=True)
+        time.sleep(pause_s)
+        beside = torch.empty(750)
+        del beside
+        work.wait()
+
+    changes = cpu_allocation_changes(gather)
+    assert sum(changes) == 0
+    return max(accumulate(changes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from runtime_documents import plan_of, profile_of
 from runtime_models import TinyModel
 
 from stagewright.modeling import split
+from stagewright.planner.documents import Degrees
 from stagewright.planner.prediction import evaluate, step_time_at
 from stagewright.runtime.measurement import Measurement, probes_around
 from stagewright.runtime.report import make_report
@@ -69,3 +72,21 @@ def test_a_steps_speed_is_that_of_the_probes_behind_it_and_behind_the_step_befor
     behind_s = [[2.0, 4.0], [4.0, 4.0], [8.0, 2.0]]
     assert probes_around(behind_s) == [[2.0, 4.0], [3.0, 4.0], [6.0, 3.0]]
     assert probes_around([]) == []
+
+
+def test_what_a_profile_without_operators_cannot_tell_of_divided_sequences_is_named(planned):
+    """Its messages are no error of the prediction, all others still are."""
+    plan, evaluation = planned
+    stages = tuple(stage.model_copy(update={"degrees": Degrees(cp=2)}) for stage in plan.stages)
+    divided = plan.model_copy(update={"stages": stages})
+    sent = {**evaluation.prediction.link_bytes, "send/cp": 1000.0}
+    measurement = Measurement([1.0], [0.0], peak_memory_bytes=[1.0] * plan.num_devices, sent_bytes=sent)
+    checks = make_report(divided, evaluation, measurement, ("memory", "traffic")).checks
+    assert checks["traffic"]["passed"] and checks["traffic"]["not_predicted"] == ["send/cp"]
+    assert "no operators" in checks["traffic"]["reason"] and "no operators" in checks["memory"]["reason"]
+    name = next(iter(evaluation.prediction.link_bytes))
+    wrong = Measurement([1.0], [0.0], sent_bytes={**sent, name: 1.0})
+    assert not make_report(divided, evaluation, wrong, ("traffic",)).checks["traffic"]["passed"]
+    known = evaluation.prediction.model_copy(update={"link_bytes": {**sent, "send/cp": 900.0}})
+    told = make_report(divided, replace(evaluation, prediction=known), measurement, ("traffic",)).checks["traffic"]
+    assert not told["passed"] and "not_predicted" not in told

@@ -505,6 +505,7 @@ class CostModel:
                 name: offers * column([cost.again_link_bytes.get(name, 0.0) for cost in values])
                 for name in sorted({name for cost in values for name in cost.again_link_bytes})
             },
+            phases=tuple(values[place].phases for place in index.tolist()),
             source=worst_source([costs[name].source for name in set(self.profile.layer_classes)]),
         )
 

@@ -46,6 +46,15 @@ class Exchange(NamedTuple):
 
 
 @dataclass(frozen=True)
+class PhaseBytes:
+    """A part of a backward of the whole sequence, with all gradients of the layer (`documents.profile.BackwardPhase`)."""
+
+    ends_with: str
+    begin_bytes: float
+    peak_bytes: float
+
+
+@dataclass(frozen=True)
 class LayerCost:
     """Costs of one layer for one microbatch on one device, levels in the order none, selective, full.
 
@@ -77,6 +86,7 @@ class LayerCost:
     full_kept_bytes: float | None = None
     source: Source = Source.ANALYTIC
     frozen_parameters: float = 0.0
+    phases: tuple[PhaseBytes, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.cost.layer_cost import PhaseBytes
 from stagewright.planner.documents.profile import Recompute, Source
 
 Floats = npt.NDArray[np.float64]
@@ -40,6 +41,7 @@ class LayerTable:
     model_flops : forward matrix-product FLOP of the whole layer for this microbatch, over all its devices; of a frozen layer
         the third of what its forward and backward need.
     logits_bytes : the part of the kept bytes that is logits, the same at every level.
+    phases : of the backward of each layer, where they were measured.
     link_bytes : bytes one device sends for one microbatch, by "operation/group", each [L].
     again_link_bytes : what full recomputation sends beside that.
     source : the worst provenance among the numbers used.
@@ -63,4 +65,5 @@ class LayerTable:
     logits_bytes: Floats = field(default_factory=lambda: np.zeros(0))
     link_bytes: Mapping[str, Floats] = field(default_factory=dict)
     again_link_bytes: Mapping[str, Floats] = field(default_factory=dict)
+    phases: tuple[tuple[PhaseBytes, ...], ...] = ()
     source: Source = Source.ANALYTIC

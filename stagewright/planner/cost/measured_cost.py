@@ -18,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stagewright.planner.cost.layer_cost import Exchange, LayerCost, price
+from stagewright.planner.cost.layer_cost import Exchange, LayerCost, PhaseBytes, price
 from stagewright.planner.cost.number import Number
 from stagewright.planner.cost.operator_cost import Setting
 from stagewright.planner.cost.rank_groups import RankGroups
@@ -89,11 +89,10 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
     forward_s = numbers["forward_s"] * tokens + traffic.forward_s
     levels = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
     kept = [_level(found, level) * tokens for level in levels]
+    spared = [0.0] * len(levels)
     if splits_sequence:
-        kept = [
-            bytes - tokens * _spared_bytes(layer, setting, found, level)
-            for bytes, level in zip(kept, levels, strict=True)
-        ]
+        spared = [tokens * _spared_bytes(layer, setting, found, level) for level in levels]
+        kept = [bytes - less for bytes, less in zip(kept, spared, strict=True)]
     dense, expert = _parameters(layer, tensor_degree, setting)
     return LayerCost(
         forward_s=forward_s,
@@ -104,6 +103,7 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         kept_bytes=(kept[0], kept[1]),
         full_kept_bytes=kept[2] if _has(found, Recompute.FULL) else None,
         workspace_bytes=numbers["workspace_bytes"] * tokens,
+        phases=_phases(found, spared[0] / tokens),
         output_bytes=numbers["output_bytes"] * tokens / (tensor_degree if splits_sequence else 1),
         dense_parameters=dense,
         expert_parameters=expert,
@@ -117,6 +117,20 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         optimizer_s=numbers["optimizer_s"] or None,
         source=_source(found, divided=degrees.cp > 1 or splits_sequence),
     )
+
+
+def _phases(found: Blend, spared_bytes: float) -> tuple[PhaseBytes, ...]:
+    """Return the phases of the layer's backward; none where they were not measured alike."""
+    rows = [entry.backward_phases for entry, _ in found.entries]
+    if len({tuple(phase.ends_with for phase in phases) for phases in rows}) > 1:
+        return ()
+    result: list[PhaseBytes] = []
+    for phases in zip(*rows, strict=True):
+        less = 0.0 if result else spared_bytes  # what the layer keeps is there as its backward begins
+        begin = _mean(found, [phase.begin_bytes for phase in phases])
+        peak = _mean(found, [phase.peak_bytes for phase in phases])
+        result.append(PhaseBytes(phases[0].ends_with, max(begin - less, 0.0), max(peak - less, 0.0)))
+    return tuple(result)
 
 
 def on_other_device(cost: LayerCost, slowness: float) -> LayerCost:

@@ -17,6 +17,7 @@ from stagewright.planner.documents.plan import (
     StagePlan,
 )
 from stagewright.planner.documents.profile import (
+    BackwardPhase,
     Collective,
     ConfigurationCost,
     Edge,
@@ -32,6 +33,7 @@ from stagewright.planner.documents.profile import (
 
 __all__ = [
     "Architecture",
+    "BackwardPhase",
     "Certificate",
     "Cluster",
     "Collective",

@@ -85,6 +85,21 @@ class Collective(Part):
     count: Count = 1
 
 
+class BackwardPhase(Part):
+    """A part of a layer's backward that makes all gradients anew, up to where those of one kind are complete and leave.
+
+    Parameters
+    ----------
+    ends_with : whose gradients leave at its end: routed experts', all others', or none behind the last of them.
+    begin_bytes : what is there as it begins, beside what the layers before keep and gradients of this layer.
+    peak_bytes : the highest use, beside what the layers before keep and gradients that have left.
+    """
+
+    ends_with: Literal["experts", "others", "none"]
+    begin_bytes: Bytes
+    peak_bytes: Bytes
+
+
 class ConfigurationCost(Part):
     """Costs of one layer for one microbatch in one configuration, on one device.
 
@@ -99,6 +114,8 @@ class ConfigurationCost(Part):
         gradient waits with more than the forward kept. A level that is not named holds what level none holds then: what
         is recomputed waits too.
     workspace_bytes : highest temporary use above what is kept.
+    backward_phases : the same, phase by phase, of a backward whose gradients come and go as under ZeRO-2 and 3; none where
+        they were not measured.
     output_bytes : the boundary tensor sent to the next layer.
     forward_flops : matrix-product FLOP of the forward of the whole (unsharded) layer.
     optimizer_s : optimizer step of the shard's parameters.
@@ -119,6 +136,7 @@ class ConfigurationCost(Part):
     activation_bytes: dict[Recompute, Bytes]
     freed_at_input_grad: dict[Recompute, FreedShare] = {}
     workspace_bytes: Bytes = 0.0
+    backward_phases: tuple[BackwardPhase, ...] = ()
     output_bytes: Bytes
     forward_flops: Annotated[float, Field(ge=0)] = 0.0
     optimizer_s: Seconds = 0.0

@@ -13,19 +13,23 @@ and the peak of a rank is the largest, over its actions, of what other units hol
 the largest sum of live bytes and, apart from it, the largest workspace of any layer of the rank: never less, and more where
 the two do not meet, as with recomputation on a rank of several stages.
 
-Under ZeRO-2 and 3 whole gradients come and go. A layer has some of each kind, in the order in which a backward finishes them:
-divided experts, then all else. Those of a kind, g, come as kept bytes go, and leave scattered, f, which is on its way until the
-next of any kind leave: with h on its way from before,
+Under ZeRO-2 and 3 whole gradients come and go. A layer's backward has phases: one for each kind of its gradients, divided
+experts' and all else, up to where the last of that kind is complete, and one behind them. A phase begins with b bytes beside
+those that the layers before keep and holds P at most; then its gradients g leave scattered, f, which is on its way until the
+next of any kind leave: with h on its way from before, and b' of the next phase,
 
-    need_B = max over l, kinds of  k_0 + ... + k_(l-1) + max(k_l + w_l + h, g + w_l + h, 2 g, f)
+    need_B = max over l, phases of  k_0 + ... + k_(l-1) + max(k_l + w_l + h, P + h, b' + max(2 g, f))
 
-A weight gradient that runs alone finishes those of all layers, and they leave one after the other: r those that are left,
+A weight gradient that runs alone finishes those of all layers whose products wait for it, and they leave one after the
+other, divided experts' last: r those that are left,
 
     need_W = max over l, kinds of  r + max(2 g, f)
 
+Layers of which nothing waits, such as embeddings and norms, are done in the input gradient.
+
 Where ZeRO-3 gathers weights, a layer's own p are whole and so are those of the next one in the direction of the work, which
-arrive in copies c as the layer begins: beside layer l stand p_l + p_(l-1), and c_(l-1) with k_l, in a backward, p_l + p_(l+1) +
-c_(l+1) in a forward; and as either begins, c of its first layer too.
+arrive in copies c: beside layer l stand p_l + p_(l-1) + c_(l-1) in a backward, p_l + p_(l+1) + c_(l+1) in a forward; and as
+it begins, with the gradient of its output, c_l too, until it is waited for.
 
 A receive is posted before the action in front of the one that takes it, so its buffer stands beside that action, and
 beside all in between where it was posted earlier; a value that another stage of the same rank takes later stands beside
@@ -37,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +54,19 @@ Floats = npt.NDArray[np.float64]
 _COUNTED = (Kind.F, Kind.B, Kind.I, Kind.W)
 
 
+@dataclass(frozen=True)
+class GradientPhase:
+    """A part of a layer's backward, in bytes beside what the layers before keep.
+
+    `gradients` leave at its end, and are `scattered` on their way; `begin` is what is there as it begins, `peak` the most.
+    """
+
+    begin: float
+    peak: float
+    gradients: float = 0.0
+    scattered: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class StageBytes:
     """Bytes of each layer of one stage, [layers].
@@ -57,8 +75,7 @@ class StageBytes:
     ----------
     kept : from the forward until the backward; late : between input and weight gradient.
     workspace : highest temporary use; split_workspace : that of an input gradient alone, above the larger of kept and late.
-    gradients : whole ones that a backward makes for a time, by kind, [kinds, layers].
-    scattered : what these are on their way, [kinds, layers].
+    phases : of each layer's backward, where it makes gradients for a time.
     whole : weights that are gathered for the layer and for the one that runs before or after it; copied : copies in which they
         come. Where a run gathers all at once, `at_once` stand beside every layer in place of both.
     """
@@ -67,8 +84,7 @@ class StageBytes:
     late: Floats
     workspace: Floats
     split_workspace: Floats
-    gradients: Floats | None = None
-    scattered: Floats | None = None
+    phases: tuple[tuple[GradientPhase, ...], ...] = ()
     whole: Floats | None = None
     copied: Floats | None = None
     at_once: float = 0.0
@@ -78,58 +94,61 @@ class StageBytes:
         if not len(self.kept):
             return 0.0
         kept, late = self.kept * share, self.late * share
-        whole, coming = self._beside(kind)
         if kind is Kind.W:
             return max(float(late.sum()), self._leaving())
+        before, (whole, coming, arriving) = np.cumsum(kept) - kept, self._beside(kind)
         if kind is Kind.F:
-            return max(float((np.cumsum(kept) + self.workspace + whole + coming).max()), self._arriving(kind))
-        before, begun = np.cumsum(kept) - kept, float(kept.sum()) + self._arriving(kind)
+            return float((before + whole + coming + np.maximum(kept + self.workspace, arriving)).max())
+        work = kept + self.workspace
         if kind is Kind.I:
-            behind = late.sum() - np.cumsum(late)
-            need = before + np.maximum(kept + coming, late) + self.split_workspace + behind + whole
-            return max(float(need.max()), begun)
-        on_its_way = 0.0
+            work = np.maximum(kept, late) + self.split_workspace + late.sum() - np.cumsum(late)
+        work = np.maximum(work, kept + arriving)
+        most = on_its_way = 0.0
         for layer in reversed(range(len(kept))):
-            held, workspace = float(before[layer] + whole[layer]), float(self.workspace[layer])
-            begun = max(begun, held + float(kept[layer] + coming[layer]) + workspace + on_its_way)
-            for gradients, scattered in self._passing(layer):
-                begun = max(begun, held + max(gradients + workspace + on_its_way, 2 * gradients, scattered))
-                # The most is in front of the first kind: experts are the larger part.
-                workspace, on_its_way = 0.0, scattered
-        return begun
-
-    def _passing(self, layer: int) -> list[tuple[float, float]]:
-        """Return whole and scattered gradients of a layer by kind, of those kinds that it has."""
-        if self.gradients is None or self.scattered is None:
-            return []
-        pairs = zip(self.gradients[:, layer].tolist(), self.scattered[:, layer].tolist(), strict=True)
-        return [pair for pair in pairs if pair[0] > 0]
-
-    def _leaving(self) -> float:
-        """Return the most that a weight gradient holds of gradients, which leave from the first layer on."""
-        if self.gradients is None:
-            return 0.0
-        left, most = float(self.gradients.sum()), 0.0
-        for layer in range(len(self.kept)):
-            for gradients, scattered in self._passing(layer):
-                left -= gradients
-                most = max(most, left + max(2 * gradients, scattered))
+            held = float(before[layer] + whole[layer] + coming[layer])
+            most = max(most, held + float(work[layer]) + on_its_way)
+            phases = self.phases[layer] if self.phases and (kind is Kind.B or not late[layer]) else ()
+            less = (1.0 - share) * float(self.kept[layer])
+            for phase, following in zip_longest(phases, phases[1:]):
+                most = max(most, held + phase.peak - less + on_its_way)
+                if phase.gradients and following is not None:
+                    most = max(most, held + following.begin + max(2 * phase.gradients, phase.scattered))
+                    on_its_way = phase.scattered
         return most
 
-    def _beside(self, kind: Kind) -> tuple[Floats, Floats]:
-        """Return the gathered weights beside each layer, and the copies in which those of the next one arrive, [layers] each."""
-        if self.whole is None or self.copied is None:
-            return np.full(len(self.kept), self.at_once), np.zeros(len(self.kept))
-        if kind is Kind.F:
-            return self.whole + np.append(self.whole[1:], 0.0), np.append(self.copied[1:], 0.0)
-        return self.whole + np.append(0.0, self.whole[:-1]), np.append(0.0, self.copied[:-1])
+    def _leaving(self) -> float:
+        """Return the most that a weight gradient holds of gradients, which leave from the first layer on, divided experts' last."""
+        rows = [
+            [phase for phase in phases if phase.gradients]
+            for phases, late in zip(self.phases, self.late.tolist(), strict=False)
+            if late
+        ]
+        waiting = [row[-1] for row in rows if row] + [phase for row in rows for phase in row[:-1]]
+        left, most = sum(phase.gradients for phase in waiting), 0.0
+        for phase in waiting:
+            left -= phase.gradients
+            most = max(most, left + max(2 * phase.gradients, phase.scattered))
+        return most
 
-    def _arriving(self, kind: Kind) -> float:
-        """Return the gathered weights as a forward or a backward begins, before its first layer computes."""
+    def _beside(self, kind: Kind) -> tuple[Floats, Floats, Floats]:
+        """Return gathered weights beside each layer, copies in which those of the next arrive and in which its own did, [layers] each."""
+        nothing = np.zeros(len(self.kept))
         if self.whole is None or self.copied is None:
-            return 0.0
-        coming = self.whole + self.copied
-        return float((coming[:2] if kind is Kind.F else coming[-2:]).sum())
+            return np.full(len(self.kept), self.at_once), nothing, nothing
+        if kind is Kind.F:
+            return self.whole + np.append(self.whole[1:], 0.0), np.append(self.copied[1:], 0.0), self.copied
+        return (
+            self.whole + np.append(0.0, self.whole[:-1]),
+            np.append(0.0, self.copied[:-1]),
+            self.copied + self._gradient_of_output(),
+        )
+
+    def _gradient_of_output(self) -> Floats:
+        """Return what is there as the backward of each layer begins, beside what it keeps, where that is known, [layers]."""
+        if not self.phases:
+            return np.zeros(len(self.kept))
+        begun = np.array([phases[0].begin if phases else 0.0 for phases in self.phases])
+        return np.maximum(begun - self.kept, 0.0)
 
 
 def peak_activations(

@@ -12,7 +12,7 @@ from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.registry import generate
-from stagewright.planner.simulation.peak import StageBytes, message_bytes_beside, peak_activations
+from stagewright.planner.simulation.peak import GradientPhase, StageBytes, message_bytes_beside, peak_activations
 
 
 def stage(kept, workspace, late=None, split_workspace=None):
@@ -122,19 +122,31 @@ def test_what_a_later_stage_of_the_same_rank_takes_stands_beside_what_runs_meanw
 
 
 def test_whole_gradients_come_as_a_layers_kept_bytes_go():
-    """Two layers that keep 1 and 10; gradients of 4 and 20, 30 on their way: 1 + 20 + w, then max(1, 4) + 30 + w, or twice 20."""
+    """Two layers that keep 1 and 10; gradients of 4 and 20, 30 on their way: 1 + 20 + w, then 4 + w + 30, or twice 20."""
     bare = stage([1, 10], [2, 3])
-    passing = StageBytes(
-        bare.kept,
-        bare.late,
-        bare.workspace,
-        bare.split_workspace,
-        gradients=np.array([[0.0, 0.0], [4.0, 20.0]]),
-        scattered=np.array([[0.0, 0.0], [6.0, 30.0]]),
+    phases = tuple(
+        (GradientPhase(kept, max(kept, gradients) + workspace, gradients, scattered), GradientPhase(0.0, 0.0))
+        for kept, workspace, gradients, scattered in ((1.0, 2.0, 4.0, 6.0), (10.0, 3.0, 20.0, 30.0))
     )
+    passing = replace(bare, phases=phases)
     assert peak_activations(generate("1f1b", ScheduleRequest(1, 2)), [passing]).tolist() == [
         max(1 + 2 * 20, 4 + 2 + 30)
     ]
+
+
+def test_what_a_norm_computes_behind_its_layers_last_gradients_stands_beside_these_on_their_way():
+    """A first layer whose gradients of 20 leave while 2 more are there, 30 on their way beside the 7 of a norm's rest."""
+    phases = (GradientPhase(11.0, 21.0, 20.0, 30.0), GradientPhase(2.0, 7.0))
+    given = replace(stage([10], [3]), phases=(phases,))
+    assert given.need(Kind.B, 1.0) == max(2 + 2 * 20, 7 + 30)
+
+
+def test_layers_without_waiting_products_scatter_in_the_input_gradient():
+    """An embedding's gradients of 20 leave in I, those of a layer with products that wait in W."""
+    phases = ((GradientPhase(0.0, 20.0, 20.0, 30.0), GradientPhase(0.0, 0.0)),) * 2
+    given = replace(stage([0, 10], [0, 3], late=[0, 8]), phases=phases)
+    assert given.need(Kind.I, 1.0) == 8 + 2 * 20 - 8 == 40
+    assert given.need(Kind.W, 1.0) == 2 * 20
 
 
 def test_weights_that_arrive_stand_beside_the_layer_at_work_and_its_next_one_only():
@@ -148,8 +160,9 @@ def test_weights_that_arrive_stand_beside_the_layer_at_work_and_its_next_one_onl
         whole=np.array([1.0, 5.0, 2.0]),
         copied=np.array([1.0, 5.0, 2.0]),
     )
-    assert given.need(Kind.F, 1.0) == max(10 + 3 + 1 + 2 * 5, 20 + 3 + 5 + 2 * 2, 30 + 3 + 2)
-    assert given.need(Kind.B, 1.0) == max(30 + 3 + 2 + 2 * 5, 20 + 3 + 5 + 2 * 1, 30 + 2 * (2 + 5))
+    # Its own copies are there until it begins: those of 1 beside 10, of 2 and 5 beside 30.
+    assert given.need(Kind.F, 1.0) == max(10 + 3 + 1 + 2 * 5, 20 + 5 + 5 + 2 * 2, 30 + 3 + 2)
+    assert given.need(Kind.B, 1.0) == max(30 + 3 + 2 + 2 * 5, 20 + 5 + 5 + 2 * 1, 30 + 2 * (2 + 5))
     heavy = replace(given, copied=np.array([1.0, 5.0, 20.0]))
     assert heavy.need(Kind.B, 1.0) == 30 + (2 + 20) + (5 + 5)
     assert replace(bare, at_once=8.0).need(Kind.B, 1.0) == 30 + 3 + 8
@@ -158,7 +171,9 @@ def test_weights_that_arrive_stand_beside_the_layer_at_work_and_its_next_one_onl
 def test_gradients_of_experts_leave_before_those_of_the_rest_of_their_layer():
     """Two layers of experts (gradients of 6, 15 on their way) and of all else (2, 5): never more than one kind is on its way."""
     bare = stage([4, 4], [1, 1])
-    given = replace(bare, gradients=np.array([[6.0, 6.0], [2.0, 2.0]]), scattered=np.array([[15.0, 15.0], [5.0, 5.0]]))
+    phases = (GradientPhase(4.0, 7.0, 6.0, 15.0), GradientPhase(0.0, 2.0, 2.0, 5.0), GradientPhase(0.0, 0.0))
+    given = replace(bare, phases=(phases, phases), late=np.array([1.0, 1.0]))
     # The last layer's experts are on their way beside its other gradients.
     assert given.need(Kind.B, 1.0) == 4 + 2 + 15
-    assert given.need(Kind.W, 1.0) == (2 + 6 + 2) + 15
+    # A weight gradient lets all other gradients leave first: 6 of the last layer's experts wait for those of the first.
+    assert given.need(Kind.W, 1.0) == 6 + 15
