@@ -13,10 +13,10 @@ and the peak of a rank is the largest, over its actions, of what other units hol
 the largest sum of live bytes and, apart from it, the largest workspace of any layer of the rank: never less, and more where
 the two do not meet, as with recomputation on a rank of several stages.
 
-Under ZeRO-2 and 3 whole gradients come and go. A layer's backward has phases: one for each kind of its gradients, divided
-experts' and all else, up to where the last of that kind is complete, and one behind them. A phase begins with b bytes beside
-those that the layers before keep and holds P at most; then its gradients g leave scattered, f, which is on its way until the
-next of any kind leave: with h on its way from before, and b' of the next phase,
+Under ZeRO-2 and 3 whole gradients come and go. A layer's backward has phases: one for each kind of its gradients,
+divided experts' and all else, up to where the last of that kind is complete, and one behind them. A phase begins with
+b bytes beside those that the layers before keep and holds P at most; then its gradients g leave scattered, f, which
+is on its way until the next of any kind leave: with h on its way from before, and b' of the next phase,
 
     need_B = max over l, phases of  k_0 + ... + k_(l-1) + max(k_l + w_l + h, P + h, b' + max(2 g, f))
 
@@ -27,9 +27,9 @@ other, divided experts' last: r those that are left,
 
 Layers of which nothing waits, such as embeddings and norms, are done in the input gradient.
 
-Where ZeRO-3 gathers weights, a layer's own p are whole and so are those of the next one in the direction of the work, which
-arrive in copies c: beside layer l stand p_l + p_(l-1) + c_(l-1) in a backward, p_l + p_(l+1) + c_(l+1) in a forward; and as
-it begins, with the gradient of its output, c_l too, until it is waited for.
+Where ZeRO-3 gathers weights, a layer's own p are whole and so are those of the next one in the direction of the work,
+which arrive in copies c: beside layer l stand p_l + p_(l-1) + c_(l-1) in a backward, p_l + p_(l+1) + c_(l+1) in a
+forward; and as it begins, with the gradient of its output, c_l too, until it is waited for.
 
 A receive is posted before the action in front of the one that takes it, so its buffer stands beside that action, and
 beside all in between where it was posted earlier; a value that another stage of the same rank takes later stands beside
@@ -58,7 +58,7 @@ _COUNTED = (Kind.F, Kind.B, Kind.I, Kind.W)
 class GradientPhase:
     """A part of a layer's backward, in bytes beside what the layers before keep.
 
-    `gradients` leave at its end, and are `scattered` on their way; `begin` is what is there as it begins, `peak` the most.
+    `gradients` leave at its end, and are `scattered` on their way; `begin` is there as it begins, `peak` the most.
     """
 
     begin: float
@@ -136,9 +136,10 @@ class StageBytes:
         if self.whole is None or self.copied is None:
             return np.full(len(self.kept), self.at_once), nothing, nothing
         if kind is Kind.F:
-            return self.whole + np.append(self.whole[1:], 0.0), np.append(self.copied[1:], 0.0), self.copied
+            beside = self.whole + np.append(self.whole[1:], 0.0) + self.at_once
+            return beside, np.append(self.copied[1:], 0.0), self.copied
         return (
-            self.whole + np.append(0.0, self.whole[:-1]),
+            self.whole + np.append(0.0, self.whole[:-1]) + self.at_once,
             np.append(0.0, self.copied[:-1]),
             self.copied + self._gradient_of_output(),
         )

@@ -165,7 +165,9 @@ def test_weights_that_arrive_stand_beside_the_layer_at_work_and_its_next_one_onl
     assert given.need(Kind.B, 1.0) == max(30 + 3 + 2 + 2 * 5, 20 + 5 + 5 + 2 * 1, 30 + 2 * (2 + 5))
     heavy = replace(given, copied=np.array([1.0, 5.0, 20.0]))
     assert heavy.need(Kind.B, 1.0) == 30 + (2 + 20) + (5 + 5)
-    assert replace(bare, at_once=8.0).need(Kind.B, 1.0) == 30 + 3 + 8
+    nothing = np.zeros(3)
+    for gathered in (replace(bare, at_once=8.0), replace(bare, whole=nothing, copied=nothing, at_once=8.0)):
+        assert gathered.need(Kind.B, 1.0) == gathered.need(Kind.F, 1.0) == 30 + 3 + 8
 
 
 def test_gradients_of_experts_leave_before_those_of_the_rest_of_their_layer():
