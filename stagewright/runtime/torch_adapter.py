@@ -151,7 +151,7 @@ def _collectives_let_go(flights: _Flights) -> Iterator[None]:
     """
     originals = {name: getattr(dist, name) for name in _COLLECTIVES}
     for name, original in originals.items():
-        setattr(dist, name, _letting_go(original, flights))
+        setattr(dist, name, _letting_go(original, flights, copies="gather" in name))
     try:
         yield
     finally:
@@ -213,13 +213,13 @@ def _gloo_sleeps() -> bool:
 
 
 def _letting_go(
-    collective: Callable[..., Work | None], flights: _Flights
+    collective: Callable[..., Work | None], flights: _Flights, *, copies: bool
 ) -> Callable[..., Work | _LettingGoWork | None]:
     def call(*args: object, async_op: bool = False, **settings: object) -> Work | _LettingGoWork | None:
         tensors = [value for value in _flat([*args, *settings.values()]) if isinstance(value, Tensor)]
         if async_op:
             held = sum(value._use_count() for value in tensors)
-            number = flights.launch(tensors)
+            number = flights.launch(tensors if copies else ())  # other collectives' copies are made on this thread
             with record_function(_launch_mark(number)):
                 started = collective(*args, async_op=True, **settings)
             return started if started is None else _LettingGoWork(started, tensors, held, number)
