@@ -268,6 +268,14 @@ class _Splitter:
         if sharing is not None:
             self.shards.shared[id(made)] = sharing
         module._parameters[name] = made
+        self._replace_in_parents(path, parameter, made)
+
+    def _replace_in_parents(self, path: str, parameter: nn.Parameter, made: nn.Parameter) -> None:
+        """Let parents that name a module's parameter too (BERT's head and its bias) hold what stands in its place."""
+        while path:
+            path = path.rpartition(".")[0]
+            own = self._model.get_submodule(path)._parameters
+            own.update({name: made for name, value in own.items() if value is parameter})
 
 
 class _Entrance:

@@ -16,6 +16,7 @@ from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.runtime.measurement import Measurement
 from stagewright.runtime.replay import ComposedStep
+from stagewright.runtime.stillness import draws_as_one_process
 
 GRADIENT_LIMITS: Mapping[str, float] = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3, "fp8": 2e-1}
 MEMORY_LIMIT = 0.03
@@ -257,6 +258,7 @@ def _gradients(plan: Plan, measurement: Measurement) -> dict[str, object]:
         "weights_max_relative_error": weights,
         "weights_parameter": measurement.weights[1],
         "limit": limit,
+        **({} if draws_as_one_process(plan) else {"dropout": "off"}),
         "passed": error <= limit and weights <= limit,
     }
 

@@ -40,6 +40,7 @@ from stagewright.runtime.recorder import now_s
 from stagewright.runtime.reference import ReferenceRun, run_reference
 from stagewright.runtime.rescue import Rescue
 from stagewright.runtime.status import StatusFile
+from stagewright.runtime.stillness import comparable
 from stagewright.runtime.torch_adapter import default_store
 from stagewright.runtime.training import WARM_UP_STEPS, checkpoint_folder, find_checkpoint, mark_latest
 from stagewright.runtime.worker import Worker, WorkerSettings
@@ -90,7 +91,8 @@ class Session:
         worker = self._worker(chain)
         gradients = weights = None
         if checked:
-            gradients, weights = self._check(worker, checked, reference, shapes)
+            with comparable(chain.model, self._plan):
+                gradients, weights = self._check(worker, checked, reference, shapes)
         del reference
         memory = self._train_setup(worker, batches)
         probe = SpeedProbe() if self._device.type == "cpu" else None
@@ -147,14 +149,15 @@ class Session:
         if not batches or self._rank != 0:
             return None
         self._enter("reference")
-        return run_reference(
-            chain,
-            batches,
-            microbatch=gcd(self._samples, self._plan.schedule.microbatch),
-            seed=self._job.seed,
-            device=self._device,
-            optimizer=check_choice(self._plan),
-        )
+        with comparable(chain.model, self._plan):
+            return run_reference(
+                chain,
+                batches,
+                microbatch=gcd(self._samples, self._plan.schedule.microbatch),
+                seed=self._job.seed,
+                device=self._device,
+                optimizer=check_choice(self._plan),
+            )
 
     def _check(
         self,

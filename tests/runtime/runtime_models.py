@@ -288,6 +288,9 @@ def hugging_face(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         return transformers.GPT2LMHeadModel(config), text
     if name == "bert":
         return transformers.BertForMaskedLM(transformers.BertConfig(**words)), text
+    if name == "bert without dropout":
+        config = transformers.BertConfig(**words, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        return transformers.BertForMaskedLM(config), text
     images = torch.randn(8, 3, 16, 16, generator=generator)
     config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
     return transformers.ViTForImageClassification(config), {"pixel_values": images, "labels": torch.arange(8) % 2}

@@ -21,6 +21,14 @@ def test_attention_feed_forward_and_loss_split_over_ranks_equal_one_process(rank
     assert_equal_to_one_process(rank_pools, Case("gpipe", 1, 2, degrees=degrees, dropout=0.0, dtype="float64"))
 
 
+@pytest.mark.parametrize(("pipeline", "tp"), [(1, 2), (2, 2)])
+def test_a_bias_that_a_head_and_its_parent_both_name_is_split_once(rank_pools, pipeline, tp):
+    """BERT's: a whole copy under the other name would be a second parameter, without a gradient."""
+    degrees = {"tp": tp, "vocab_parallel": True}
+    case = Case("1f1b", pipeline, 4, degrees=degrees, dropout=0.0, dtype="float64", hugging_face="bert without dropout")
+    assert_equal_to_one_process(rank_pools, case)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_loss_in_a_stage_of_its_own_takes_the_logits_as_their_head_has_split_them(rank_pools, tied):
     degrees = {"tp": 2, "vocab_parallel": True}
