@@ -86,7 +86,7 @@ def _run(job: RunJob, rank: int, world: int, status: StatusFile, rescue: Rescue 
 def _device(kind: str) -> object:
     import torch
 
-    if kind == "cuda":
+    if kind == "cuda" and torch.cuda.is_available():  # elsewhere an emulated run computes nothing on its devices
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         return device

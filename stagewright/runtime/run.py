@@ -27,6 +27,7 @@ from stagewright.runtime.replay import replay as run_replays
 from stagewright.runtime.report import RunReport, make_replay_report, make_report
 from stagewright.runtime.rescue import is_rescuable, rescue_folder
 from stagewright.runtime.support import (
+    check_devices,
     check_layerwise_model,
     check_memory,
     check_shared_weights,
@@ -122,6 +123,8 @@ def run_plan(
             hint="run the plan with its model",
         )
     check_world(plan, torchrun_arguments)
+    if not emulate and replay is None:
+        check_devices(plan)
     replayed = None if replay is None else replayed_ranks(plan, replay)
     schedule, evaluation = program_of(plan, profile)
     if not emulate:  # emulated actions take just their medians

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
+
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
@@ -251,6 +253,17 @@ def check_memory(plan: Plan, peak_memory_bytes: Sequence[float]) -> None:
                 field="memory",
                 hint="plan again for this cluster, recompute more layers, or emulate the plan with --emulate",
             )
+
+
+def check_devices(plan: Plan) -> None:
+    """Raise InvalidArgument when the plan's devices are accelerators and torch sees none on this machine."""
+    kinds = {group.device.kind: group.device.name for group in plan.cluster.groups}
+    if "cuda" in kinds and not torch.cuda.is_available():
+        raise InvalidArgument(
+            f"the plan is for {kinds['cuda']}, and torch sees no CUDA device here",
+            field="cluster",
+            hint="run it where they are, plan with --cluster local, or take --emulate, whose actions only wait",
+        )
 
 
 def check_world(plan: Plan, torchrun_arguments: Sequence[str]) -> None:

@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from stagewright.modeling import split
+from stagewright.modeling.analytic_layers import over_layers
 from stagewright.modeling.hugging_face import huggingface_model
 from stagewright.planner.documents import (
     Cluster,
     ConfigurationCost,
     LayerClass,
-    LayerRun,
     ModelProfile,
     Optimizer,
     Pedigree,
     Plan,
     Recompute,
     Source,
-    TiedWeight,
     TrainingJob,
 )
 from stagewright.planner.documents.job import Pins, SearchSpace
@@ -214,13 +213,13 @@ def _cluster(rng: random.Random, num_devices: int, *, mixed: bool) -> Cluster:
         )
 
     if not mixed:
-        return _on_processors(part(num_devices, 1e9))
+        return on_processors(part(num_devices, 1e9))
     first = rng.choice([count for count in (1, 2, 4, 6) if count < num_devices and (num_devices > 4 or count < 4)])
     parts = [part(first, 1e9), part(num_devices - first, 1e9 / rng.choice((1, 1.5, 2, 3)))]
-    return _on_processors(mixed_cluster_factory(parts, bytes_per_s=10 ** rng.uniform(8.0, 10.0)))
+    return on_processors(mixed_cluster_factory(parts, bytes_per_s=10 ** rng.uniform(8.0, 10.0)))
 
 
-def _on_processors(cluster: Cluster) -> Cluster:
+def on_processors(cluster: Cluster) -> Cluster:
     groups = tuple(
         group.model_copy(update={"device": group.device.model_copy(update={"kind": "cpu", "host_bytes_per_s": 10e9})})
         for group in cluster.groups
@@ -307,23 +306,7 @@ class Models:
 
     def _analytic(self, name: str) -> ModelProfile:
         """Return the analytic profile of a configuration over the layers of the model that runs."""
-        chain = split(huggingface_model(self.reference(name)))
-        found = profile_from_config(CONFIGS[name], name)
-        pairs = zip(chain.layers, found.layer_classes, strict=True)
-        return ModelProfile(
-            **{
-                **{name: getattr(found, name) for name in ModelProfile.model_fields},
-                "layers": tuple(LayerRun(name=layer.name, layer_class=layer.layer_class) for layer in chain.layers),
-                "classes": {
-                    layer.layer_class: found.classes[own].model_copy(update={"kind": layer.kind})
-                    for layer, own in pairs
-                },
-                "tied": tuple(
-                    TiedWeight(parameter=tie.parameter, layers=tie.layers, num_parameters=tie.num_parameters)
-                    for tie in chain.ties
-                ),
-            }
-        )
+        return over_layers(profile_from_config(CONFIGS[name], name), split(huggingface_model(self.reference(name))))
 
     def _measure(self, name: str, precision: str) -> ModelProfile:
         if (name, precision) not in self._measured:

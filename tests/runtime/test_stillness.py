@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import torch
+from planned_problems import on_processors
 from test_planned_problems import launch_on_pool
 
 from stagewright.planner.catalog import resolve_cluster, resolve_model
@@ -35,7 +36,7 @@ CONFIG = {
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("pins", [{"tp": 2}, {"pp": 2}, {"dp": 2}], ids=str)
+@pytest.mark.parametrize("pins", [{"tp": 2, "sp": "on"}, {"dp": 2}], ids=str)
 def test_gradients_of_a_model_with_dropout_are_compared(rank_pools, monkeypatch, tmp_path, pins):
     monkeypatch.setattr(run, "launch", partial(launch_on_pool, rank_pools))
     path = tmp_path / "dropping" / "config.json"
@@ -51,9 +52,9 @@ def test_gradients_of_a_model_with_dropout_are_compared(rank_pools, monkeypatch,
         budget_s=0.0,
         cache=tmp_path / "cache",
     )
-    space = SearchSpace(pins=Pins(**pins, microbatch=1, zero=0), schedules=("1f1b",))
+    space = SearchSpace(pins=Pins(**pins, microbatch=1, zero=0, vocab_parallel="off"), schedules=("1f1b",))
     job = TrainingJob(global_batch=4, sequence_length=16, precision="fp64", space=space)
-    plan = make_plan(profile, resolve_cluster("a100-sxm-40g:2x1"), job).plan
+    plan = make_plan(profile, on_processors(resolve_cluster("a100-sxm-40g:2x1")), job).plan
     assert plan is not None
     report = run.run_plan(plan, profile, model=str(path), steps=1, checks=("gradients",), directory=tmp_path / "run")
     assert report.checks["gradients"]["passed"], report.checks["gradients"]
@@ -66,7 +67,7 @@ def test_modes_come_back_behind_a_comparison():
     model[1].eval()
     space = SearchSpace(pins=Pins(tp=2), schedules=("1f1b",))
     job = TrainingJob(global_batch=4, sequence_length=128, space=space)
-    plan = make_plan(resolve_model("gpt2"), resolve_cluster("a100-sxm-40g:2x1"), job).plan
+    plan = make_plan(resolve_model("gpt2"), on_processors(resolve_cluster("a100-sxm-40g:2x1")), job).plan
     assert plan is not None and not draws_as_one_process(plan)
     with comparable(model, plan):
         assert not any(module.training for module in model.modules())
