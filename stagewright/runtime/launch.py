@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from stagewright.planner import errors
@@ -26,6 +27,7 @@ from stagewright.runtime.status import StatusFile
 
 Progress = Callable[[str, int, int], None]
 
+_TORCHRUN = "torch/distributed/elastic/multiprocessing/api.py"  # in the first line of torchrun's report of a failure
 _LOOK_S = 0.25  # between two looks at a run, which take time from its ranks where they have every core
 _POLL_S = 0.05
 _SETTLE_S = 2.5
@@ -229,5 +231,7 @@ def _is_rank(pid: int) -> bool:
 
 
 def _last_words(path: Path) -> str:
+    """Return the last line that a rank wrote, before torchrun's own report of its end."""
     lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-    return lines[-1] if lines else "no output"
+    own = list(takewhile(lambda line: _TORCHRUN not in line, lines))
+    return (own or lines or ["no output"])[-1]

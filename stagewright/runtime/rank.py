@@ -123,4 +123,7 @@ def _is_connection(error: BaseException) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    code = main(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # an interpreter that ends beside a thread of the backend may abort, when all is done and said

@@ -20,6 +20,7 @@ from runtime_models import TinyModel
 
 from stagewright.modeling import split
 from stagewright.planner.errors import InvalidDocument, RunFailed
+from stagewright.runtime.launch import error_of
 from stagewright.runtime.run import run_plan
 from stagewright.runtime.status import StatusFile
 
@@ -28,6 +29,21 @@ pytestmark = pytest.mark.ranks
 MODEL = f"{Path(__file__).parent / 'runtime_models.py'}:build"
 DATA = f"{Path(__file__).parent / 'runtime_models.py'}:data"
 NUM_RANKS = 2
+
+
+def test_a_rank_that_ended_without_a_report_is_told_of_by_its_own_last_words(tmp_path):
+    log = tmp_path / "ranks.log"
+    own = "terminate called without an active exception"
+    report = [
+        "E1128 [...]/torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -6)",
+        "Traceback",
+        "=====",
+    ]
+    log.write_text("\n".join([own, *report]))
+    assert error_of(None, 1, -6, log).message == f"rank 1 ended with exit code -6: {own}"
+    log.write_text("\n".join(report))
+    assert error_of(None, 1, -6, log).message.endswith(": =====")
+    assert error_of(None, 1, -6, tmp_path / "none").message.endswith(": no output")
 
 
 def documents(num_ranks: int = NUM_RANKS):
