@@ -3,7 +3,7 @@
 Pools along the pipeline and the choices of each are enumerated anew (`pool_search.skeletons`), and the ranks of each product of
 choices are filled one after the other as far as the bound lets them (`rank_filling`), with the least that a layer takes on any pool
 before a microbatch comes. Stages that form no chain wait for nothing. Where the last rank does not reach the last layer, the
-product is proved again.
+product is proved again. Prices, and which choices others undercut, are those of the search.
 
 Products of choices that reach it all the same rest on path cuts (`stage_closing`). They are attacked: the most promising
 are cut at the least X that they reach the end with, completed and simulated.
