@@ -97,11 +97,9 @@ def run(
         raise InvalidArgument("a run with fallbacks computes on every rank", field="fallback")
     checks = tuple(name.strip() for name in check.split(",") if name.strip())
     out = Path("out") if output is None else output.parent
-    profiles = is_factory(plan_or_model) or is_config(plan_or_model)
-    if profiles or output is not None:
-        out.mkdir(parents=True, exist_ok=True)
     with progress_bar(quiet=json) as report:
-        if profiles:
+        if is_factory(plan_or_model) or is_config(plan_or_model):
+            out.mkdir(parents=True, exist_ok=True)
             factory = plan_or_model
             workload = Workload(factory, data, global_batch, sequence_length)
             machines = (
@@ -125,6 +123,8 @@ def run(
             document.check_profile(layer_digest=model_profile.layer_digest, num_layers=model_profile.num_layers)
             if is_config(factory) and model_profile.architecture is not None:
                 document, model_profile = _over_layers(document, model_profile, factory)
+            if output is not None:
+                out.mkdir(parents=True, exist_ok=True)
         training = TrainingSettings(
             learning_rate=learning_rate,
             momentum=momentum,
@@ -171,23 +171,20 @@ def _under_autocast(plan: Plan, autocast: str | None) -> Plan:
 
 
 def _profile_of(plan: Plan, path: Path, told: Path | None, model: str) -> ModelProfile:
-    from stagewright.cli.inputs import is_config, load_model
+    from stagewright.cli.inputs import is_config
     from stagewright.cli.simulate import find_profile
     from stagewright.planner.documents import ModelProfile
 
     if told is not None:
         return ModelProfile.load(told)
-    analytic = load_model(model) if is_config(model) else None
-    if analytic is not None and analytic.layer_digest == plan.layer_digest:
-        return analytic
-    return find_profile(plan, path)
+    return find_profile(plan, path, model if is_config(model) else None)
 
 
 def _over_layers(plan: Plan, profile: ModelProfile, model: str) -> tuple[Plan, ModelProfile]:
     """Return a plan and its analytic profile over the layers of the model that a configuration makes."""
     from stagewright.modeling import split
-    from stagewright.modeling.analytic_layers import over_layers
     from stagewright.modeling.hugging_face import huggingface_model
+    from stagewright.profiler.analytic_layers import over_layers
 
     found = over_layers(profile, split(huggingface_model(model)))
     return plan.model_copy(update={"layer_digest": found.layer_digest, "profile_digest": found.digest}), found

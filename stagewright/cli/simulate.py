@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stagewright.cli.output import Json, print_document
-from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.errors import InvalidArgument, StagewrightError
 
 if TYPE_CHECKING:
     from stagewright.planner.documents import ModelProfile, Plan
@@ -48,8 +49,8 @@ def simulate(
         print_plan(document.model_copy(update={"prediction": evaluation.prediction}))
 
 
-def find_profile(plan: Plan, path: Path) -> ModelProfile:
-    """Return the profile a plan was made for: the catalogue's model, or profile.json beside the plan."""
+def find_profile(plan: Plan, path: Path, config: str | None = None) -> ModelProfile:
+    """Return the profile a plan was made for: profile.json beside the plan, that of a configuration, or the catalogue's."""
     from stagewright.planner.catalog import resolve_model
     from stagewright.planner.documents import ModelProfile
 
@@ -58,6 +59,11 @@ def find_profile(plan: Plan, path: Path) -> ModelProfile:
         found = ModelProfile.load(beside)
         if found.layer_digest == plan.layer_digest:
             return found
+    if config is not None:
+        with suppress(StagewrightError):  # a plan of a measured model needs no analytic profile of it
+            found = resolve_model(config)
+            if found.layer_digest == plan.layer_digest:
+                return found
     try:
         return resolve_model(plan.model)
     except InvalidArgument as error:

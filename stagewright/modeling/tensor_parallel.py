@@ -192,12 +192,9 @@ class _Splitter:
         self._split_parameter(path, module, "bias", 0, sharing)
         forward: Callable[[Tensor], Tensor] = partial(_column, module, self._sink)
         module.forward = forward
-        if role == "vocabulary" and self._loss_elsewhere:
-            module.forward = partial(_head_alone, forward, self._group)
-        elif role == "vocabulary":
-            device = module.weight.device.type
-            mesh = DeviceMesh.from_group(self._group.group, device)
-            module.forward = partial(_head, forward, self._group, mesh)
+        if role == "vocabulary":
+            joined = (lambda local: local) if self._loss_elsewhere else split_logits(self._group, module.weight.device)
+            module.forward = partial(_head, forward, self._group, joined)
 
     def _is_key_value(self, path: str, module: nn.Linear) -> bool:
         """Whether a column layer makes keys or values; lets its attention know how many queries share a head here."""
@@ -339,17 +336,11 @@ def _row(
     return output if module.bias is None else output + module.bias
 
 
-def _head(forward: Callable[[Tensor], Tensor], group: TensorGroup, mesh: DeviceMesh, inputs: Tensor) -> Tensor:
-    """Return logits split by the vocabulary, as a distributed tensor."""
-    from torch.distributed.tensor import DTensor, Shard  # takes a second to import
-
-    local = forward(copy(inputs, group))
-    return DTensor.from_local(local, mesh, [Shard(local.dim() - 1)], run_check=False)
-
-
-def _head_alone(forward: Callable[[Tensor], Tensor], group: TensorGroup, inputs: Tensor) -> Tensor:
-    """Return this rank's part of the logits, for a loss that `split_logits` prepares them for."""
-    return forward(copy(inputs, group))
+def _head(
+    forward: Callable[[Tensor], Tensor], group: TensorGroup, joined: Callable[[Tensor], Tensor], inputs: Tensor
+) -> Tensor:
+    """Return logits split by the vocabulary: what `joined` makes of this rank's part."""
+    return joined(forward(copy(inputs, group)))
 
 
 def split_logits(group: TensorGroup, device: torch.device) -> Callable[[Tensor], Tensor]:

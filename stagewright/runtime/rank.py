@@ -72,7 +72,7 @@ def _run(job: RunJob, rank: int, world: int, status: StatusFile, rescue: Rescue 
         before_end=before_end,
     )
     liveness.start()
-    device = _device(plan.cluster.groups[0].device.kind)
+    device = _device(plan.cluster.groups[0].device.kind, may_lack=job.emulate)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device if device.type == "cuda" else None)
     os.chdir(job.working_directory)
@@ -83,10 +83,11 @@ def _run(job: RunJob, rank: int, world: int, status: StatusFile, rescue: Rescue 
     status.enter(rank, "done")
 
 
-def _device(kind: str) -> object:
+def _device(kind: str, *, may_lack: bool) -> object:
+    """Return this rank's device; the processor where accelerators may be lacking, as in an emulated run, and are."""
     import torch
 
-    if kind == "cuda" and torch.cuda.is_available():  # elsewhere an emulated run computes nothing on its devices
+    if kind == "cuda" and (torch.cuda.is_available() or not may_lack):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         return device

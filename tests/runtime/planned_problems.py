@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from stagewright.modeling import split
-from stagewright.modeling.analytic_layers import over_layers
 from stagewright.modeling.hugging_face import huggingface_model
 from stagewright.planner.documents import (
     Cluster,
@@ -31,6 +30,7 @@ from stagewright.planner.models.hugging_face import profile_from_config
 from stagewright.planner.planners.registry import planners
 from stagewright.planner.planning import make_plan
 from stagewright.planner.search.space import RULES
+from stagewright.profiler.analytic_layers import over_layers
 from stagewright.profiler.model_profile import profile_model
 from stagewright.testing.mocked_cluster import cluster_factory, mixed_cluster_factory
 

@@ -13,13 +13,18 @@ from planned_problems import CONFIGS, on_processors
 from test_planned_problems import launch_on_pool
 
 from stagewright.cli.main import run as command
+from stagewright.cli.simulate import find_profile
 from stagewright.modeling import split
-from stagewright.modeling.analytic_layers import over_layers
 from stagewright.modeling.hugging_face import huggingface_model
 from stagewright.planner.catalog import resolve_cluster
+from stagewright.planner.documents import TrainingJob
 from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.models.hugging_face import profile_from_config
+from stagewright.planner.planning import make_plan
+from stagewright.profiler.analytic_layers import over_layers
 from stagewright.runtime import run
+from stagewright.testing.mocked_cluster import cluster_factory
+from stagewright.testing.mocked_profile import profile_factory
 
 
 @pytest.fixture
@@ -50,6 +55,16 @@ def test_experts_that_a_configuration_was_planned_with_run(rank_pools, monkeypat
     ran = json.loads(report.read_text())
     assert ran["checks"]["gradients"]["passed"] and ran["checks"]["traffic"]["passed"]
     assert ran["checks"]["traffic"]["measured_bytes"]["all-to-all/ep"] > 0
+
+
+def test_a_configuration_without_an_analytic_profile_leaves_the_profile_beside_the_plan_as_it_is(tmp_path, config):
+    profile = profile_factory(4)
+    job = TrainingJob(global_batch=4, sequence_length=128, precision="fp32")
+    plan = make_plan(profile, cluster_factory(2), job).plan
+    assert plan is not None
+    profile.save(tmp_path / "profile.json")
+    config.write_text('{"model_type": "whisper"}')
+    assert find_profile(plan, tmp_path / "plan.json", str(config)).digest == profile.digest
 
 
 def test_a_plan_for_accelerators_is_refused_where_there_are_none(monkeypatch, tmp_path, capsys, config):

@@ -53,10 +53,10 @@ class Reproof:
     attacked : of these, completed and simulated without coming below the bound.
     """
 
-    candidates: int
-    reproved: int
-    programs: int
-    attacked: int
+    candidates: int = 0
+    reproved: int = 0
+    programs: int = 0
+    attacked: int = 0
 
     def __add__(self, other: Reproof) -> Reproof:
         """Return what was proved again of two parts of a space."""

@@ -43,12 +43,12 @@ def solve_mixed(problem: Problem, limits: Limits) -> PlanOutcome:
             hint="describe a cluster with fewer nodes",
         )
     if problem.job.space.ties:
-        return _solve_pools(problem, limits, PoolSearch(problem, limits))
+        return _solve_pools(problem, limits)
     known = LeastStep()
     groups = _fastest_first(problem)
     # Where the other groups add little, the plan on the fastest one sets the target that the pools are closed at.
     first = [pool for pool, rate in groups if rate >= _MOST]
-    search = PoolSearch(problem, _part_of(limits, _POOLS_TIME), alone=False, known=known)
+    search = pools_of(problem, _part_of(limits, _POOLS_TIME), known)
     search.begin()
     alone = [_solve_alone(problem, _part_of(limits, 0.5), pool, known) for pool in first]
     bound_s, termination = search.finish()
@@ -117,10 +117,22 @@ def solve_tied(problem: Problem, limits: Limits) -> PlanOutcome:
             field="devices",
             hint="describe a cluster with fewer nodes",
         )
-    return _solve_pools(problem, limits, PoolSearch(problem, limits, split=problem.job.space.per_stage_degrees))
+    return _solve_pools(problem, limits)
 
 
-def _solve_pools(problem: Problem, limits: Limits, search: PoolSearch) -> PlanOutcome:
+def pools_of(problem: Problem, limits: Limits, known: LeastStep | None = None) -> PoolSearch:
+    """Return the search of pools that a question asks for, beside those of equal degrees; with ties there are no others."""
+    known, space, is_mixed = known or LeastStep(), problem.job.space, problem.cluster.is_mixed
+    split = space.per_stage_degrees and not is_mixed
+    if space.ties:
+        return PoolSearch(problem, limits, split=split, known=known)
+    if is_mixed:
+        return PoolSearch(problem, limits, alone=False, known=known)
+    return PoolSearch(problem, limits, split=split, chains=split, known=known)
+
+
+def _solve_pools(problem: Problem, limits: Limits) -> PlanOutcome:
+    search = pools_of(problem, limits)
     bound_s, termination = search.run()
     if search.best is None:
         return without_plan(search.work.total(search.num_candidates), None, termination)
@@ -142,8 +154,7 @@ def solve_by_stage(problem: Problem, limits: Limits) -> PlanOutcome:
     left_s = limits.left_s()
     first = limits if left_s == float("inf") else replace(limits, deadline_s=limits.deadline_s - 0.5 * left_s)  # type: ignore[operator]
     equal = exact.solve(problem, first)
-    split = problem.job.space.per_stage_degrees
-    search = PoolSearch(problem, limits, split=split, chains=split, known=LeastStep(equal.objective_s or float("inf")))
+    search = pools_of(problem, limits, LeastStep(equal.objective_s or float("inf")))
     bound_s, termination = search.run()
     work = search.work.total(search.num_candidates) + Work.of(equal)
     if equal.plan is None and search.best is None:

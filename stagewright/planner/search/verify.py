@@ -16,11 +16,10 @@ from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.prediction import evaluate
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.pool_reproof import PoolReproof
-from stagewright.planner.search.pool_search import PoolSearch
 from stagewright.planner.search.pools import group_pools
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.reproof import Reproof, rank_rooms, reprove_equal_degrees
-from stagewright.planner.search.stage_answer import alone_on
+from stagewright.planner.search.stage_answer import alone_on, pools_of
 from stagewright.planner.search.stage_graph import has_branches
 from stagewright.planner.search.targets import target_jobs
 
@@ -85,7 +84,7 @@ def reprove(plan: Plan, profile: ModelProfile, certificate: Certificate) -> Repr
     problem = Problem(profile, plan.cluster, plan.job, max(numbers), numbers)
     if certificate.objective_name != "step_time_s":
         parts = list(_by_count(problem, plan, certificate, numbers))
-        return sum(parts, start=Reproof(0, 0, 0, 0)) if parts else None
+        return sum(parts, start=Reproof()) if parts else None
     found = _least_step(problem, certificate.bound)
     is_whole = not certificate.pruned.get("not priced") and certificate.status != "feasible"
     if is_whole and found.candidates != certificate.candidates:
@@ -99,42 +98,36 @@ def reprove(plan: Plan, profile: ModelProfile, certificate: Certificate) -> Repr
 
 def _least_step(problem: Problem, bound_s: float) -> Reproof:
     """Return what holds of a bound of the step over all parts of a job's space, which are those that `exact` searches."""
-    space, by_stage = problem.job.space, problem.job.space.per_stage_degrees
-    if problem.cluster.is_mixed and not space.ties:
-        pools = PoolReproof(PoolSearch(problem, Limits(), alone=False), bound_s).run()
-        groups = [alone_on(problem, pool) for pool in group_pools(problem.cluster)]
-        return sum((_equal_degrees(part, bound_s) for part in groups), start=pools)
-    if problem.cluster.is_mixed or space.ties:
-        return PoolReproof(
-            PoolSearch(problem, Limits(), split=by_stage and not problem.cluster.is_mixed), bound_s
-        ).run()
-    equal = _equal_degrees(problem, bound_s)
-    if not by_stage and not has_branches(problem.profile):
-        return equal
-    return equal + PoolReproof(PoolSearch(problem, Limits(), split=by_stage, chains=by_stage), bound_s).run()
+    space, is_mixed = problem.job.space, problem.cluster.is_mixed
+    equal: list[Problem] = []
+    if not space.ties:
+        equal = [alone_on(problem, pool) for pool in group_pools(problem.cluster)] if is_mixed else [problem]
+    found = sum((_equal_degrees(part, bound_s) for part in equal), start=Reproof())
+    if space.ties or is_mixed or space.per_stage_degrees or has_branches(problem.profile):
+        found += PoolReproof(pools_of(problem, Limits()), bound_s).run()
+    return found
 
 
 def _equal_degrees(problem: Problem, bound_s: float) -> Reproof:
     jobs = target_jobs(problem.job) or [problem.job]
     parts = [Problem(problem.profile, problem.cluster, job, problem.num_devices, problem.only_counts) for job in jobs]
-    return sum((reprove_equal_degrees(part, bound_s) for part in parts), start=Reproof(0, 0, 0, 0))
+    return sum((reprove_equal_degrees(part, bound_s) for part in parts), start=Reproof())
 
 
 def _by_count(problem: Problem, plan: Plan, certificate: Certificate, counts: tuple[int, ...]) -> Iterator[Reproof]:
     """Yield what holds of the least step on the numbers of devices that a bound of another objective speaks of."""
     most_s = plan.job.step_deadline_s or float("inf")
-    if certificate.objective_name == "tokens_per_dollar":
-        # tokens / dollar <= bound on n devices: n step >= n step of the plan x its tokens / dollar over the bound.
-        least = plan.num_devices * plan.prediction.step_time_s * certificate.objective / certificate.bound
-        limits = {count: least / count for count in counts}
-    elif certificate.objective_name == "num_devices":
-        limits = {count: most_s for count in counts if count < certificate.bound}
-    else:
-        limits = {}
     if certificate.objective_name == "peak_memory_bytes":
         yield reprove_equal_degrees(problem.narrowed(most_bytes=certificate.bound * (1 - _TOLERANCE)), most_s)
-    for count, least_s in limits.items():
-        yield reprove_equal_degrees(problem.narrowed(counts=(count,)), least_s)
+    elif certificate.objective_name == "num_devices":
+        for count in counts:
+            if count < certificate.bound:
+                yield reprove_equal_degrees(problem.narrowed(counts=(count,)), most_s)
+    elif certificate.objective_name == "tokens_per_dollar":
+        # tokens / dollar <= bound on n devices: n step >= n step of the plan x its tokens / dollar over the bound.
+        least = plan.num_devices * plan.prediction.step_time_s * certificate.objective / certificate.bound
+        for count in counts:
+            yield reprove_equal_degrees(problem.narrowed(counts=(count,)), least / count)
 
 
 def objective_of(plan: Plan, prediction: Prediction, name: str) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from stagewright.modeling.chain import LayerChain
-from stagewright.planner.documents.profile import LayerRun, ModelProfile, TiedWeight
+from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
+from stagewright.profiler.profile_document import edges_of, layer_runs, ties_of
 
 _HINT = "measure the model (stagewright profile), and plan with that profile"
 
@@ -42,12 +43,9 @@ def over_layers(profile: ModelProfile, chain: LayerChain) -> ModelProfile:
     return ModelProfile(
         **{
             **fields,
-            "layers": tuple(LayerRun(name=layer.name, layer_class=layer.layer_class) for layer in chain.layers),
+            "layers": layer_runs(chain.layers),
             "classes": classes,
-            "edges": chain.named_edges,
-            "tied": tuple(
-                TiedWeight(parameter=tie.parameter, layers=tie.layers, num_parameters=tie.num_parameters)
-                for tie in chain.ties
-            ),
+            "edges": edges_of(chain),
+            "tied": ties_of(chain),
         }
     )
