@@ -97,9 +97,10 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
 
     Under sequence parallelism the sequence is split at the first block and joined behind the last, which gathers gradients
     at the one and values at the other; embedding and head lie outside and sum whole tensors. Parameters of blocks that
-    tensor parallelism copies see a part of the sequence each, so their gradients are summed: once an iteration, or before
-    each scatter of ZeRO-2 and 3 (with masters of narrow weights on one replica too). So are those of keys and values whose heads are fewer than the devices. A loss on logits
-    that are split by the vocabulary sums three numbers a token, in fp32 at least.
+    tensor parallelism copies see a part of the sequence each, experts that nothing divides too, so their gradients are
+    summed: once an iteration, or before each scatter of ZeRO-2 and 3 (with masters of narrow weights on one replica too).
+    So are those of keys and values whose heads are fewer than the devices. A loss on logits that are split by the vocabulary
+    sums three numbers a token, in fp32 at least.
     """
     degrees = plan.stages[stage].degrees
     devices, repeats = degrees.num_devices, plan.schedule.num_microbatches
@@ -132,7 +133,10 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
         if layer in ends and kinds[layer] != "loss":
             _add(total, "all-gather/tp", float(row.table.output_bytes[blocks[0]]) * (degrees.tp - 1) * repeats * like)
         if degrees.sp and kinds[layer] == "block":
-            size = copied_parameters(profile.classes[profile.layer_classes[layer]]) * plan.job.optimizer.gradient_bytes
+            copied = float(copied_parameters(profile.classes[profile.layer_classes[layer]]))
+            if degrees.ep * degrees.etp == 1:
+                copied += float(row.table.expert_parameters[layer])
+            size = copied * plan.job.optimizer.gradient_bytes
             _add(total, "all-reduce/tp", 2 * (degrees.tp - 1) / degrees.tp * size * devices * sums)
         if kinds[layer] == "block" and degrees.tp > 1:
             size = float(row.table.dense_parameters[layer]) - copied_parameters(
