@@ -26,7 +26,7 @@ from stagewright.planner.search.branching import Branching, Split
 from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.cut_program import CutProgram, Form, NamedBasis, Point
 from stagewright.planner.search.enumeration import Enumeration, Judge
-from stagewright.planner.search.incumbent import Completion, improve, staircase
+from stagewright.planner.search.incumbent import PROMISING, Completion, improve, staircase
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.multipliers import MeanPath, bound_by, mean_path
 from stagewright.planner.search.order import Order, OrderKey
@@ -42,9 +42,9 @@ LIGHT = Rules(rounds=25, smoothing=0.85, stops_below=True, near=0.0, little=0.0)
 GATHER = Rules(rounds=80, smoothing=0.85, stops_below=False, near=0.0, little=1e-5)
 ROUNDS = Rules(rounds=12, smoothing=0.85, stops_below=False, near=1e-3, little=1e-4)
 _TOLERANCE = 1e-7
-# A rounded point this far above the incumbent is not improved: the first of a candidate, and the many of its branching, of which
-# those are that are better than all before.
-_PROMISING, _PROMISING_NODE = 1.06, 1.03
+# A rounded point of a branching this far above the incumbent is not improved; of its many points those are that are better than
+# all before.
+_PROMISING_NODE = 1.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class Closer:
             return Closed(whole.bound_s, "whole program", simulated=simulated)
         stairs = staircase(costs)
         starts = [_rounded(costs, whole.program.inner_point()), *([] if stairs is None else [stairs])]
-        best, made = _near(costs, starts, _PROMISING * incumbent_s)
+        best, made = _near(costs, starts, PROMISING * incumbent_s)
         return Closed(max(light.bound_s, whole.bound_s), "open", best, simulated + made, program=whole.program)
 
     def close_light(self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None) -> Closed:

@@ -47,6 +47,7 @@ class ClosingPass:
     _waiting: dict[int, list[int]] = field(default_factory=dict)  # for the candidate that leads them
     _known: dict[int, str] = field(default_factory=dict)  # what was closed beside another candidate, and how
     _opened: dict[int, float] = field(default_factory=dict)
+    _roamed: set[OrderKey] = field(default_factory=set)
 
     def run(self) -> tuple[float, Termination]:
         """Close candidates in order of bound until none is left below the target.
@@ -73,7 +74,6 @@ class ClosingPass:
                 done += 1
                 if done % 64 == 0:
                     self._report(done)
-        self._roam()
         return self._close_whole()
 
     def _begin(self) -> int:
@@ -153,27 +153,29 @@ class ClosingPass:
         least_s = min([self.completions.target_s, *(pair[0] for pair in self._heap[:1]), *self._opened.values()])
         self.limits.report("closing", done, done + len(self._heap), self.completions.known_s(), least_s)
 
-    def _roam(self) -> None:
-        """Look for better completions of what linear programs left open, longer where a short look found more.
+    def _roam(self, left: Sequence[int]) -> None:
+        """Look for better completions of what branching left open, longer where a short look found more.
 
-        Branching is dear, and each per mille here is a per mille off its target. One candidate stands for its order.
+        Branching on is dear, and each per mille here is a per mille off its target. One candidate stands for its order.
         """
         completions, opened = self.completions, self._opened
         orders: dict[OrderKey, int] = {}
-        for index in sorted(opened, key=opened.__getitem__):
-            if index in completions.found and opened[index] < completions.target_s:
+        for index in sorted(left, key=opened.__getitem__):
+            if index in completions.found and self.space.key(index) not in self._roamed:
                 orders.setdefault(self.space.key(index), index)
-        left = list(orders.values())[: ROAMED[0][0]]
+        chosen = list(orders.values())[: ROAMED[0][0]]
+        self._roamed.update(self.space.key(index) for index in chosen)
         for kept, moves in ROAMED:
-            left = sorted(left, key=lambda index: completions.found[index].step_s)[:kept]
-            chosen = [index for index in left if opened[index] < completions.target_s]
+            chosen = sorted(chosen, key=lambda index: completions.found[index].step_s)[:kept]
+            chosen = [index for index in chosen if opened[index] < completions.target_s]
             target_s = completions.target_s
             self._answers([Roam(index, completions.found[index].bounds, moves, target_s) for index in chosen])
 
     def _close_whole(self) -> tuple[float, Termination]:
         """Close what linear programs left open by branching, always those of least bound, because that is the proof.
 
-        One that stays open is taken up again with twice the nodes, until all nodes or MOST_EFFORT are used.
+        For one that stays open a better completion is looked for; then it is taken up again with twice the nodes, until
+        all nodes or MOST_EFFORT are used.
         """
         completions = self.completions
         heap = [(bound_s, index) for index, bound_s in self._opened.items()]
@@ -194,6 +196,7 @@ class ClosingPass:
                 BranchOn(index, bound_s, target_s, incumbent_s, min(granted.get(index, MOST_NODES), most))
                 for bound_s, index in pairs
             ]
+            still_open = []
             for (bound_s, index), closed in zip(pairs, self._answers(requests), strict=True):
                 granted[index] = 2 * granted.get(index, MOST_NODES)
                 left_nodes -= closed.num_nodes
@@ -201,7 +204,10 @@ class ClosingPass:
                 raised_s = max(bound_s, closed.bound_s)
                 if raised_s < completions.target_s:
                     heapq.heappush(heap, (raised_s, index))
+                    self._opened[index] = raised_s
+                    still_open.append(index)
                 else:
                     self.work.count("branching" if closed.reason == "open" else closed.reason)
+            self._roam(still_open)
         self.work.count("open", sum(bound_s < completions.target_s for bound_s, _ in heap))
         return min([completions.target_s, *(bound_s for bound_s, _ in heap)]), "gap"

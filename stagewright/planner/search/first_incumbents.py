@@ -15,7 +15,7 @@ from stagewright.planner.search.bounds import KINDS
 from stagewright.planner.search.completions import Completions
 from stagewright.planner.search.cost_store import CostStore
 from stagewright.planner.search.declared_space import DeclaredSpace
-from stagewright.planner.search.incumbent import MOST_STEPS, TRIES, improve, start
+from stagewright.planner.search.incumbent import MOST_STEPS, PROMISING, TRIES, improve, start
 from stagewright.planner.search.limits import Limits, Termination
 from stagewright.planner.search.order import Order, OrderKey
 from stagewright.planner.search.work_count import WorkCount
@@ -106,7 +106,7 @@ class FirstIncumbents:
         return completion.step_s + left / costs.order.num_replicas * float(on_rank.max())
 
     def _begin(self, chosen: Sequence[int], most: int | None = None) -> Termination | None:
-        """Complete candidates until `most` were tried, and improve the best of them.
+        """Complete candidates until `most` were tried, and improve the best of them where they are promising.
 
         A deadline of LEAST_ANSWERED_S or more does not end the first few tries, so that a late search has something to
         answer.
@@ -135,8 +135,8 @@ class FirstIncumbents:
                 completions.keep(index, completion)
                 begun.append((completion.step_s, index))
         self.limits.report("incumbents", tried, tried, completions.known_s(), float(self.space.bound_s.min()))
-        for _, index in sorted(begun)[:NUM_IMPROVED]:
-            if self.limits.reached() is not None:
+        for begun_s, index in sorted(begun)[:NUM_IMPROVED]:
+            if begun_s > PROMISING * completions.incumbent_s or self.limits.reached() is not None:
                 break
             costs = self.costs.of(index)
             assert costs is not None

@@ -21,6 +21,7 @@ Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 TRIES, MOST_STEPS = 30, 200
+PROMISING = 1.06  # times the incumbent: a partition that takes longer is not moved
 
 
 @dataclass(frozen=True, eq=False)
