@@ -4,7 +4,8 @@ An optimizer's step: Adam and AdamW make the square roots of the second moment a
 tensor is stepped after the other, two copies of the largest of them; on accelerators, which step all together, one copy of
 all. Under ZeRO, and where weights narrower than 32 bits have masters, a tensor is a whole bucket's shard: a stage's at
 stage 1, a layer's beyond. Where gradients are narrower than what is stepped they are widened, a piece after the other, and
-what is made of them is there for a piece too. So it is of states that come from the host, beside them.
+what is made of them is there for a piece too. So it is of states that come from the host, beside them. What Muon and Shampoo
+make `matrix_step_bytes` says.
 Gradients that are scattered to equal shards arrive in a shard of their own, and gloo sums them in a copy of all; equal
 shards of the weights leave in a copy.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,11 @@ from stagewright.planner.link_bytes import (
     shared_weights,
     unit_parameters,
 )
+from stagewright.planner.matrix_step_bytes import (
+    SteppedBucket,
+    matrix_step_bytes,
+    stepped_tensors,
+)
 from stagewright.planner.replica_shares import told_part
 from stagewright.planner.search.layer_costs import LayerCosts
 from stagewright.planner.simulation.peak import GradientPhase
@@ -43,60 +50,100 @@ from stagewright.planner.simulation.peak import GradientPhase
 Floats = npt.NDArray[np.float64]
 
 _COPIES_ONE_BY_ONE, _COPIES_TOGETHER = 2, 1
+Shards = list[tuple[float, int]]
 
 
 def step_workspaces(
     plan: Plan, profile: ModelProfile, layers: Sequence[LayerCosts], bounds: Sequence[int], replica: int | None = None
 ) -> list[float]:
-    """Return the bytes on one device of each stage, [stages]; 0 for optimizers of whole matrices, which gather others.
+    """Return the bytes on one device of each stage, [stages].
 
     Where replicas hold uneven shares of the states, those of `replica`.
     """
-    if plan.job.optimizer.name in MATRIX_OPTIMIZERS:
-        return [0.0] * len(plan.stages)
-    return [
-        _stage_workspace(plan, index, _tensors(plan, profile, index, row, bounds, replica))
-        for index, row in enumerate(layers)
-    ]
+    found = []
+    for index, row in enumerate(layers):
+        dense, experts = _tensors(plan, profile, index, row, bounds, replica)
+        shards = [*dense, *experts]
+        if plan.job.optimizer.name in MATRIX_OPTIMIZERS:
+            buckets = _buckets(plan, profile, index, row, bounds, (dense, experts))
+            need = matrix_step_bytes(plan.job.optimizer, buckets, is_cpu=_is_cpu(plan, index))
+        else:
+            need = _elementwise_bytes(plan, index, [size for size, _ in shards])
+        found.append(max(need, _sent_bytes(plan, index, shards)))
+    return found
 
 
-def _stage_workspace(plan: Plan, index: int, shards: Sequence[tuple[float, int]]) -> float:
-    """Return the bytes given the elements of what one device's optimizer steps, each with the number of its shards.
+def _sent_bytes(plan: Plan, index: int, shards: Sequence[tuple[float, int]]) -> float:
+    """Return the bytes that even shards arrive and leave in, given their elements and how many there are of each.
 
     All gradients are scattered at once, and weights gathered one tensor after the other.
     """
     stage, optimizer = plan.stages[index], plan.job.optimizer
-    width = max(4.0, optimizer.parameter_bytes)
-    is_cpu = _is_cpu(plan, index)
-    tensors = [size for size, _ in shards]
-    largest, sent = max(tensors, default=0.0), 0.0
-    divided = [] if stage.state_shares else [(size, count) for size, count in shards if count > 1]
-    if divided:
-        scattered = sum(size * (1 + count if is_cpu else 1) for size, count in divided) * (stage.degrees.zero == 1)
-        gathered = max(size for size, _ in divided)
-        sent = max(scattered * optimizer.gradient_bytes, gathered * optimizer.parameter_bytes)
+    divided = [(size, count) for size, count in shards if count > 1]
+    if not divided or not has_even_shards(plan, index):
+        return 0.0
+    copies = _is_cpu(plan, index)
+    scattered = sum(size * (1 + count if copies else 1) for size, count in divided) * (stage.degrees.zero == 1)
+    gathered = max(size for size, _ in divided)
+    return max(scattered * optimizer.gradient_bytes, gathered * optimizer.parameter_bytes)
+
+
+def _elementwise_bytes(plan: Plan, index: int, tensors: Sequence[float]) -> float:
+    """Return what a step holds, given the elements of what one device's optimizer steps."""
+    stage, optimizer = plan.stages[index], plan.job.optimizer
+    width, is_cpu = max(4.0, optimizer.parameter_bytes), _is_cpu(plan, index)
     makes_copies, widens = optimizer.name in ("adam", "adamw", "custom"), optimizer.parameter_bytes < 4
     copies = (_COPIES_ONE_BY_ONE if is_cpu else _COPIES_TOGETHER) * makes_copies
     staying = [size * (1.0 - stage.optimizer_offload) for size in tensors]
     most = max(staying, default=0.0)
     most_widened = min(widened_elements("cpu" if is_cpu else "cuda"), most)
     needed = (1 + copies) * most_widened if widens else copies * (most if is_cpu else sum(staying))
-    piece = min(PIECE_ELEMENTS, largest * stage.optimizer_offload)
-    return max(sent, width * needed, piece * (optimizer.state_bytes + (copies + widens) * width))
+    piece = min(PIECE_ELEMENTS, max(tensors, default=0.0) * stage.optimizer_offload)
+    return max(width * needed, piece * (optimizer.state_bytes + (copies + widens) * width))
+
+
+def _buckets(
+    plan: Plan,
+    profile: ModelProfile,
+    index: int,
+    row: LayerCosts,
+    bounds: Sequence[int],
+    shards: tuple[Shards, Shards],
+) -> list[SteppedBucket]:
+    """Return what one device steps tensor by tensor, given the shards of its buckets, those of divided experts apart."""
+    degrees, is_even = plan.stages[index].degrees, has_even_shards(plan, index)
+    by_layer = []
+    for layer in range(bounds[index], bounds[index + 1]):
+        kind = profile.classes[profile.layer_classes[layer]]
+        by_layer.append(stepped_tensors(kind, degrees, float(row.table.dense_parameters[layer])))
+    found = []
+    for sizes, each in zip(shards, zip(*by_layer, strict=True), strict=True):
+        together = tuple(tensor for tensors in each for tensor in tensors)
+        if num_shards(plan, index) == 1:
+            found.append(SteppedBucket(together, inf, 1, is_even))
+        elif len(sizes) == 1:
+            found.append(SteppedBucket(together, *sizes[0], is_even))
+        else:  # a layer after the other, then weights that several share
+            found += [
+                SteppedBucket(tensors, size, count, is_even)
+                for tensors, (size, count) in zip(each, sizes, strict=False)
+            ]
+    return found
 
 
 def _tensors(
     plan: Plan, profile: ModelProfile, index: int, row: LayerCosts, bounds: Sequence[int], replica: int | None
-) -> list[tuple[float, int]]:
-    """Return the elements of each tensor that one device's optimizer steps, parameters or shards of buckets, and how many shards."""
+) -> tuple[Shards, Shards]:
+    """Return the elements of each tensor that one device's optimizer steps, parameters or shards of buckets, and how many shards.
+
+    Those of divided experts stand apart, behind the others.
+    """
     degrees = plan.stages[index].degrees
     inside = range(bounds[index], bounds[index + 1])
     if num_shards(plan, index) == 1 and plan.job.optimizer.parameter_bytes >= 4:
         classes = [profile.classes[profile.layer_classes[layer]] for layer in inside]
-        return [
-            (_largest_share(layer) * float(row.table.dense_parameters[at]), 1)
-            for layer, at in zip(classes, inside, strict=True)
-        ]
+        dense = [float(row.table.dense_parameters[layer]) for layer in inside]
+        return [(_largest(layer, degrees, own), 1) for layer, own in zip(classes, dense, strict=True)], []
     ties = shared_weights(plan, profile)
     together, experts = reduced_parameters(row, slice(inside.start, inside.stop), degrees)
     dense = unit_parameters(together, inside.start, ties)
@@ -106,7 +153,7 @@ def _tensors(
     by_layer = degrees.zero >= 2
     found = dense if by_layer and num_shards(plan, index) > 1 else [sum(dense)]
     owned = experts if by_layer and owners > 1 else [sum(experts)]
-    return [*((size * share, num_shards(plan, index)) for size in found), *((size / owners, owners) for size in owned)]
+    return [(size * share, num_shards(plan, index)) for size in found], [(size / owners, owners) for size in owned]
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,9 +287,14 @@ def num_shards(plan: Plan, index: int) -> int:
     return min(sharding_group(plan) or members, members) if degrees.zero else 1
 
 
-def _largest_share(layer: LayerClass) -> float:
-    """Return what share of a layer's parameters its largest tensor has; all of an embedding or head without operators."""
+def _largest(layer: LayerClass, degrees: Degrees, dense: float) -> float:
+    """Return the elements of a layer's largest tensor on one device, which holds `dense` of its parameters without experts'.
+
+    Where its tensors are not known, those of its operators, or all of an embedding or head.
+    """
+    if layer.tensors:
+        return max(tensor.size for tensors in stepped_tensors(layer, degrees, dense) for tensor in tensors)
     whole = sum(operator.parameters for operator in layer.operators)
     if whole:
-        return max(operator.parameters for operator in layer.operators) / whole
-    return 1.0 if layer.kind in ("embedding", "head") else 0.0
+        return dense * max(operator.parameters for operator in layer.operators) / whole
+    return dense if layer.kind in ("embedding", "head") else 0.0

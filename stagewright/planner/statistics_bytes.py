@@ -6,12 +6,13 @@ than four for each of their elements, embeddings, heads, norms and biases none. 
 
     (2 b Psi + sum over tiles 2 b (p^2 + q^2) - 6 b Psi) / n        of a layer with Psi parameters on a device
 
-the mean over them: shares of a bucket differ by up to a band of tiles. A block that states no operators is left as counted.
+the mean over them: shares of a bucket differ by up to a band of tiles. A block that states neither tensors nor operators is left as counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,7 @@ def unlike_statistics_bytes(plan: Plan, profile: ModelProfile, layers: Sequence[
         owners = expert_shards(stage.degrees) if divided and stage.degrees.zero else shards
         for layer in stage.layer_indices:
             kind = profile.classes[profile.layer_classes[layer]]
-            if kind.kind == "block" and not kind.operators:
+            if kind.kind == "block" and not (kind.operators or kind.tensors):
                 continue
             dense, experts = (
                 width / MASTER_BYTES * _statistics(kind, stage.degrees, of_experts=own) for own in (False, True)
@@ -53,6 +54,15 @@ def _statistics(layer: LayerClass, degrees: Degrees, *, of_experts: bool) -> flo
     """Return the bytes of statistics and roots of a layer's matrices on one device, in fp32."""
     if layer.kind != "block" or layer.backward != "full":
         return 0.0
+    if layer.tensors:
+        tensors = [each for each in layer.tensors if each.is_matrix and each.of_experts == of_experts]
+        return sum(
+            shampoo_state_bytes(*each.shape[-2:])
+            * prod(each.shape[:-2])
+            * each.count
+            / (degrees.ep if of_experts else 1)
+            for each in tensors
+        )
     return sum(
         shampoo_state_bytes(operator.output_features, operator.inner_features)
         * operator.num_groups

@@ -5,6 +5,7 @@ from __future__ import annotations
 from stagewright.modeling.chain import LayerChain
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
+from stagewright.profiler.model_shapes import weight_tensors
 from stagewright.profiler.profile_document import edges_of, layer_runs, ties_of
 
 _HINT = "measure the model (stagewright profile), and plan with that profile"
@@ -32,7 +33,7 @@ def over_layers(profile: ModelProfile, chain: LayerChain) -> ModelProfile:
                 field=f"classes.{own}.parameters",
                 hint=_HINT,
             )
-        found = known.model_copy(update={"kind": layer.kind})
+        found = known.model_copy(update={"kind": layer.kind, "tensors": weight_tensors(chain, layer)})
         if classes.setdefault(layer.layer_class, found) != found:
             raise InvalidDocument(
                 f"layer {layer.name} is like one that the profile gives other costs than {own}",

@@ -28,7 +28,13 @@ from stagewright.profiler.cut_check import refused_layers
 from stagewright.profiler.journal import Journal
 from stagewright.profiler.measured_layers import ConfigurationNumbers
 from stagewright.profiler.model_bench import CachePolicy, Configuration, ModelBench, OptimizerName
-from stagewright.profiler.model_shapes import MeasuredChain, ModelShapes, expert_parameters, replicated_parameters
+from stagewright.profiler.model_shapes import (
+    MeasuredChain,
+    ModelShapes,
+    expert_parameters,
+    replicated_parameters,
+    weight_tensors,
+)
 from stagewright.profiler.model_source import ModelSource
 from stagewright.profiler.profile_cache import Costs, Overheads, ProfileCache
 from stagewright.profiler.profile_document import check_ownership, class_costs, edges_of, layer_runs, ties_of
@@ -300,6 +306,7 @@ def _document(
             replicated_parameters=_replicated(costs, configurations, class_name, layer.num_parameters),
             expert_parameters=expert_parameters(chain, layer),
             unused_parameters=_unused(costs, configurations, class_name, layer.num_parameters),
+            tensors=weight_tensors(chain, layer),
             costs=_with_whole_flops([costs.classes[item][class_name] for item in configurations]),
         )
         for class_name, layer in first.items()

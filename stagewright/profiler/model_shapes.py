@@ -7,14 +7,16 @@ are told by their structure, not their position.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from stagewright.modeling import Layer, LayerChain
+from stagewright.modeling.block_matrices import block_matrices
 from stagewright.modeling.hugging_face import is_huggingface
-from stagewright.planner.documents import Collective
+from stagewright.planner.documents import Collective, WeightTensor
 from stagewright.planner.errors import InvalidArgument
 from stagewright.profiler.discover import available_memory_bytes
 from stagewright.profiler.measured_layers import LayerNumbers
@@ -134,3 +136,18 @@ def expert_parameters(chain: LayerChain, layer: Layer) -> int:
     """Return how many of a layer's parameters belong to routed experts, by name."""
     parameters = dict(chain.model.named_parameters(remove_duplicate=False))
     return sum(parameters[name].numel() for name in layer.parameters if is_expert_parameter(name))
+
+
+def weight_tensors(chain: LayerChain, layer: Layer) -> tuple[WeightTensor, ...]:
+    """Return the shapes of a layer's trainable tensors, each once."""
+    parameters, matrices = dict(chain.model.named_parameters(remove_duplicate=False)), block_matrices(chain)
+    found = {id(parameters[name]): (name, parameters[name]) for name in layer.parameters}
+    counts = Counter(
+        (tuple(value.shape), id(value) in matrices, is_expert_parameter(name))
+        for name, value in found.values()
+        if value.requires_grad and value.numel()
+    )
+    return tuple(
+        WeightTensor(shape=shape, count=count, is_matrix=is_matrix, of_experts=of_experts)
+        for (shape, is_matrix, of_experts), count in counts.items()
+    )

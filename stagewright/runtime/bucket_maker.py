@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch.distributed as dist
 from torch import nn
 
+from stagewright.modeling.block_matrices import block_matrices
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.planner.documents.plan import Plan
@@ -20,7 +21,6 @@ from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
 from stagewright.runtime.gathering import GatherWindow
 from stagewright.runtime.gradient_buffer import BUCKET_BYTES
 from stagewright.runtime.groups import Groups
-from stagewright.runtime.matrix_layout import block_matrices
 from stagewright.runtime.predicted_weights import predictor_of
 from stagewright.runtime.rank_layers import RankLayers
 from stagewright.runtime.reduction import Bucket, Purpose, ReplicatedBucket

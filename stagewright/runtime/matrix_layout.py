@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.modeling.chain import LayerChain
-from stagewright.modeling.expert_capacity import is_experts
 from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.planner.cost.matrix_optimizer import BLOCK
@@ -100,6 +99,29 @@ def nearest_band(shape: Sequence[int], element: int) -> int:
     return matrix * height * width + (below if inside - below <= above - inside else above)
 
 
+@dataclass(frozen=True)
+class Update:
+    """Values for the elements of a flat parameter, each part made when it is asked for.
+
+    Parameters
+    ----------
+    count, device, dtype : of all values together.
+    make : returns the values of some elements.
+    """
+
+    count: int
+    device: torch.device
+    dtype: torch.dtype
+    make: Callable[[slice], Tensor]
+
+    def together(self, pieces: Iterable[Piece]) -> Tensor:
+        """Return the values of all elements, made piece by piece; 0 where there is none."""
+        values = torch.zeros(self.count, dtype=self.dtype, device=self.device)
+        for piece in pieces:
+            values[piece.part] = self.make(piece.part)
+        return values
+
+
 class Layout(Protocol):
     """Where the tensors of a parameter lie."""
 
@@ -108,8 +130,8 @@ class Layout(Protocol):
         """Return the tensors' elements in the parameter, in order; what no piece covers is padding."""
         ...
 
-    def gathered(self, value: Tensor) -> Iterator[Tensor]:
-        """Yield the whole tensor of each piece, flat, from values at the elements of all ranks' parts; a collective, to its end."""
+    def gathered(self, update: Update) -> Iterator[tuple[int, Tensor]]:
+        """Yield each piece's index and its whole tensor, flat, from values for all ranks' parts; a collective, to its end."""
         ...
 
     def own(self, index: int, whole: Tensor) -> Tensor:
@@ -136,9 +158,9 @@ class WholeLayout:
             count *= size
         return (Piece(self.shape, self.is_matrix, slice(0, count)),)
 
-    def gathered(self, value: Tensor) -> Iterator[Tensor]:
+    def gathered(self, update: Update) -> Iterator[tuple[int, Tensor]]:
         """Yield the values themselves."""
-        yield value
+        yield 0, update.make(self.pieces[0].part)
 
     def own(self, index: int, whole: Tensor) -> Tensor:
         """Return all of it."""
@@ -169,9 +191,10 @@ class SplitLayout:
         shape = whole_shape(self.parameter, self.shards)
         return (Piece(shape, self.is_matrix, slice(0, self.parameter.numel())),)
 
-    def gathered(self, value: Tensor) -> Iterator[Tensor]:
+    def gathered(self, update: Update) -> Iterator[tuple[int, Tensor]]:
         """Yield the tensor, from the parts of the tensor-parallel group."""
-        yield gathered_over_tensors(value, self.parameter, self.shards, self.sent)
+        part = update.make(self.pieces[0].part)
+        yield 0, gathered_over_tensors(part, self.parameter, self.shards, self.sent)
 
     def own(self, index: int, whole: Tensor) -> Tensor:
         """Return this rank's part."""
@@ -197,9 +220,9 @@ class RowsLayout:
         """Return the rows."""
         return (Piece(tuple(self.parameter.shape), False, slice(0, self.parameter.numel())),)
 
-    def gathered(self, value: Tensor) -> Iterator[Tensor]:
+    def gathered(self, update: Update) -> Iterator[tuple[int, Tensor]]:
         """Yield the rows that are here."""
-        yield value
+        yield 0, update.make(self.pieces[0].part)
 
     def own(self, index: int, whole: Tensor) -> Tensor:
         """Return all of them."""
@@ -242,23 +265,6 @@ def mean_square(value: Tensor, dtype: torch.dtype) -> float:
 
 
 LayoutOf = Callable[[nn.Parameter], Layout]
-
-
-def block_matrices(chain: LayerChain) -> frozenset[int]:
-    """Return the ids of the parameters that are matrices of the model's blocks, those of experts in stacks included.
-
-    Vectors of experts in a stack (biases) are none.
-    """
-    named = dict(chain.model.named_parameters(remove_duplicate=False))
-    stacks = [module for module in chain.model.modules() if is_experts(module)]
-    vectors = {id(value) for module in stacks for value in module.parameters(recurse=False) if value.dim() == 2}
-    return frozenset(
-        id(named[name])
-        for layer in chain.layers
-        if layer.kind == "block"
-        for name in layer.parameters
-        if name in named and named[name].dim() in (2, 3) and id(named[name]) not in vectors
-    )
 
 
 def vocabulary_parameters(chain: LayerChain) -> frozenset[int]:

@@ -42,10 +42,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     layout = self._layouts[id(parameter)]
-                    self._step_one(parameter, parameter.grad.to(parameter.dtype), layout, self.state[parameter], group)
+                    self._step_one(parameter, parameter.grad, layout, self.state[parameter], group)
 
     @abstractmethod
     def _step_one(
         self, parameter: nn.Parameter, gradient: Tensor, layout: Layout, state: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
-        """Step one parameter; its state is empty at first."""
+        """Step one parameter, tensor by tensor; its state is empty at first, and its gradient may be narrower than itself."""

@@ -23,13 +23,14 @@ Models with Norm-Constrained LMOs, ICML 2025.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stagewright.planner.cost.matrix_optimizer import NEWTON_SCHULZ_STEPS
-from stagewright.runtime.matrix_layout import Layout
+from stagewright.runtime.matrix_layout import Layout, Update
 from stagewright.runtime.matrix_optimizer import MatrixOptimizer
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -45,26 +46,48 @@ class Muon(MatrixOptimizer):
     ) -> None:
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        moved = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-        # In place: nothing reads the gradient behind a step.
-        ahead = gradient.add_(moved, alpha=group["momentum"])
+        ahead = _look_ahead(gradient, state["momentum_buffer"], layout, group["momentum"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        _move(parameter, ahead.reshape(-1), layout, group["lr"])
+        narrow = parameter.dtype if parameter.dtype == torch.float64 else torch.bfloat16
+        update = Update(parameter.numel(), parameter.device, narrow, lambda part: ahead(part).to(narrow))
+        for index, whole in layout.gathered(update):
+            _move(parameter, ahead, layout, index, whole, group["lr"])
+            del whole  # before the next one comes
 
 
-def _move(parameter: Tensor, ahead: Tensor, layout: Layout, learning_rate: float) -> None:
-    """Move each tensor of a parameter against its direction, of root mean square 0.2, one after the other."""
-    wide = ahead.dtype == torch.float64
-    wholes = layout.gathered(ahead if wide else ahead.bfloat16())
-    for index, (piece, whole) in enumerate(zip(layout.pieces, wholes, strict=True)):
-        if piece.is_matrix:
-            direction = layout.own(index, orthogonal(whole.view(piece.shape))).to(ahead.dtype)
-            size = _RMS * max(piece.shape[-2:]) ** 0.5
-        else:
-            direction = ahead[piece.part]
-            size = _RMS / (layout.mean_square(index, whole, ahead.dtype) ** 0.5 + _EPSILON)
-        target = parameter[piece.part] if parameter.dim() == 1 else parameter
-        target.add_(direction.view_as(target), alpha=-learning_rate * size)
+def _look_ahead(gradient: Tensor, momentum: Tensor, layout: Layout, factor: float) -> Callable[[slice], Tensor]:
+    """Add the gradient to the momentum; return what gives the look-ahead at some elements, in the momentum's type.
+
+    It is made where the gradient lies, which nothing reads behind a step; of narrower gradients piece by piece when it is asked for.
+    """
+    if gradient.dtype == momentum.dtype:
+        momentum.mul_(factor).add_(gradient)
+        made = gradient.add_(momentum, alpha=factor).reshape(-1)
+        return lambda part: made[part]
+    flat, moved = gradient.reshape(-1), momentum.view(-1)
+    for piece in layout.pieces:
+        moved[piece.part].mul_(factor).add_(flat[piece.part].to(momentum.dtype))
+    return lambda part: flat[part].to(momentum.dtype).add_(moved[part], alpha=factor)
+
+
+def _move(
+    parameter: Tensor,
+    ahead: Callable[[slice], Tensor],
+    layout: Layout,
+    index: int,
+    whole: Tensor,
+    learning_rate: float,
+) -> None:
+    """Move one tensor of a parameter against its direction, of root mean square 0.2."""
+    piece = layout.pieces[index]
+    if piece.is_matrix:
+        direction = layout.own(index, orthogonal(whole.view(piece.shape))).to(parameter.dtype)
+        size = _RMS * max(piece.shape[-2:]) ** 0.5
+    else:
+        size = _RMS / (layout.mean_square(index, whole, parameter.dtype) ** 0.5 + _EPSILON)
+        direction = ahead(piece.part)
+    target = parameter[piece.part] if parameter.dim() == 1 else parameter
+    target.add_(direction.view_as(target), alpha=-learning_rate * size)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

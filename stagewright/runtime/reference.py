@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from stagewright.modeling.batch import Batch, batch_size, slice_batch, to_device
+from stagewright.modeling.block_matrices import block_matrices
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.seeding import microbatch_seed
-from stagewright.runtime.matrix_layout import block_matrices, whole_layouts
+from stagewright.runtime.matrix_layout import whole_layouts
 from stagewright.runtime.optimizers import OptimizerChoice, make_optimizer
 
 

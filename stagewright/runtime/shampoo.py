@@ -43,21 +43,32 @@ class Shampoo(MatrixOptimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["step"] += 1
-        count = int(state["step"])
-        second = state["exp_avg_sq"].mul_(_BETA).addcmul_(gradient, gradient, value=1 - _BETA)
-        direction = gradient / ((second / (1 - _BETA**count)).sqrt() + _EPSILON)
         for piece in layout.pieces:
-            if piece.is_matrix:
-                _precondition(direction, gradient, piece, state, renews=count % STEPS_BETWEEN_ROOTS == 1)
-        state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(state["momentum_buffer"], alpha=-group["lr"])
+            _step_piece(parameter, gradient.reshape(-1)[piece.part], piece, state, group)
+
+
+def _step_piece(
+    parameter: Tensor, gradient: Tensor, piece: Piece, state: dict[str, Tensor], group: dict[str, Any]
+) -> None:
+    """Step the elements of one tensor, given their gradient."""
+    target, first, second = (
+        value.view(-1)[piece.part] for value in (parameter, state["momentum_buffer"], state["exp_avg_sq"])
+    )
+    count, wide = int(state["step"]), gradient.to(parameter.dtype)
+    second.mul_(_BETA).addcmul_(wide, wide, value=1 - _BETA)
+    direction = (second / (1 - _BETA**count)).sqrt_().add_(_EPSILON)
+    torch.div(wide, direction, out=direction)
+    if piece.is_matrix:
+        _precondition(direction, wide, piece, state, renews=count % STEPS_BETWEEN_ROOTS == 1)
+    first.mul_(group["momentum"]).add_(direction)
+    target.mul_(1 - group["lr"] * group["weight_decay"])
+    target.add_(first, alpha=-group["lr"])
 
 
 def _precondition(direction: Tensor, gradient: Tensor, piece: Piece, state: dict[str, Tensor], *, renews: bool) -> None:
     """Turn the direction of each tile of a matrix, in place, keeping its size; add to the tile's statistics."""
     width = piece.shape[-1]
-    onto, rows = (value.view(-1)[piece.part].view(-1, width) for value in (direction, gradient))
+    onto, rows = direction.view(-1, width), gradient.view(-1, width)
     above = piece.first // width
     for tile in tiles(piece.shape, piece.first, rows.numel()):
         place = (slice(tile.rows.start - above, tile.rows.stop - above), tile.columns)
@@ -67,14 +78,21 @@ def _precondition(direction: Tensor, gradient: Tensor, piece: Piece, state: dict
 def _precondition_tile(
     direction: Tensor, gradient: Tensor, state: dict[str, Tensor], name: str, *, renews: bool
 ) -> None:
-    for side, product in (("left", gradient @ gradient.mT), ("right", gradient.mT @ gradient)):
-        known = state.get(side + name)
-        state[side + name] = product if known is None else known.add_(product)
-        if renews:
-            state[f"{side}_root{name}"] = fourth_root_inverse(state[side + name])
+    _add(state, "left" + name, gradient, gradient.mT)
+    _add(state, "right" + name, gradient.mT, gradient)
+    for side in ("left", "right") if renews else ():
+        state[f"{side}_root{name}"] = fourth_root_inverse(state[side + name])
     turned = state["left_root" + name] @ gradient @ state["right_root" + name]
     size = direction.norm() / (turned.norm() + torch.finfo(turned.dtype).tiny)
-    direction.copy_(turned * size)
+    direction.copy_(turned.mul_(size))
+
+
+def _add(state: dict[str, Tensor], name: str, first: Tensor, second: Tensor) -> None:
+    """Add a product to a statistic, which is the first such product at first."""
+    if name in state:
+        state[name].add_(first @ second)
+    else:
+        state[name] = first @ second
 
 
 def fourth_root_inverse(statistics: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from stagewright.planner.replica_shares import shard_bounds
 from stagewright.runtime.matrix_layout import (
     Piece,
     TensorKinds,
+    Update,
     gathered_over_tensors,
     mean_square,
     mean_square_of_rows,
@@ -105,7 +106,7 @@ class ShardLayout:
     placed : the tensors of the bucket.
     begin : where this shard begins in the flat buffer.
     kinds : what is needed of which tensor.
-    gather : returns the flat buffer, from this rank's part of it.
+    gather : returns the flat buffer, from this rank's part of it; None where that is all of it.
     sent : told the bytes that this rank sends over the tensor-parallel group.
     """
 
@@ -113,7 +114,7 @@ class ShardLayout:
     begin: int
     kinds: TensorKinds
     shards: TensorShards
-    gather: Callable[[Tensor], Tensor]
+    gather: Callable[[Tensor], Tensor] | None
     sent: Callable[[float], None]
 
     @cached_property
@@ -135,15 +136,18 @@ class ShardLayout:
             if part.start < part.stop
         )
 
-    def gathered(self, value: Tensor) -> Iterator[Tensor]:
-        """Yield the whole tensor of each piece, flat; every rank of the bucket calls this."""
-        flat = self.gather(value)
+    def gathered(self, update: Update) -> Iterator[tuple[int, Tensor]]:
+        """Yield each piece's index and its whole tensor, flat; every rank of the bucket calls this."""
+        flat = None if self.gather is None else self.gather(update.together(self.pieces))
+        index = -1
         for parameter, offset, part in self.placed:
-            whole = flat[offset : offset + parameter.numel()]
+            is_own = part.start < part.stop
+            index += is_own
+            whole = update.make(part) if flat is None else flat[offset : offset + parameter.numel()]
             if id(parameter) in self.kinds.gathered:
                 whole = gathered_over_tensors(whole, parameter, self.shards, self.sent)
-            if part.start < part.stop:
-                yield whole
+            if is_own:
+                yield index, whole
 
     def own(self, index: int, whole: Tensor) -> Tensor:
         """Return what of a whole tensor lies in the shard, flat."""
@@ -548,7 +552,8 @@ class ShardedBucket:
 
     def layout(self, kinds: TensorKinds, sent: Callable[[float], None]) -> ShardLayout:
         """Return which tensors lie in the shard."""
-        return ShardLayout(self._placed(), self._own.start, kinds, self._shards, self._gather_update, sent)
+        gather = None if self._group is None else self._gather_update
+        return ShardLayout(self._placed(), self._own.start, kinds, self._shards, gather, sent)
 
     def _placed(self) -> tuple[_Placed, ...]:
         placed, offset = [], 0
@@ -562,9 +567,8 @@ class ShardedBucket:
 
     def _gather_update(self, value: Tensor) -> Tensor:
         """Return the values of all shards in the flat buffer's order; a collective."""
-        if self._group is not None:
-            sent = (self._count - 1) / self._count * self._size * value.element_size()
-            self._traffic[UPDATE] = self._traffic.get(UPDATE, 0.0) + sent
+        sent = (self._count - 1) / self._count * self._size * value.element_size()
+        self._traffic[UPDATE] = self._traffic.get(UPDATE, 0.0) + sent
         return self._gathered(value)
 
     def _take_note(self, parameter: Tensor) -> None:

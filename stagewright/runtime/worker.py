@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.modeling.batch import Batch, batch_size, select_samples, slice_batch, to_device
+from stagewright.modeling.block_matrices import block_matrices
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.seeding import microbatch_seed
 from stagewright.modeling.slicing import divide_sequence, equal_lengths, select_sequence, sequence_length
@@ -42,7 +43,6 @@ from stagewright.runtime.matrix_layout import (
     RowsLayout,
     SplitLayout,
     TensorKinds,
-    block_matrices,
     vocabulary_parameters,
     whole_layouts,
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from math import inf
 
 import pytest
 
@@ -15,12 +16,15 @@ from runtime_models import hugging_face
 from test_schedules import assert_equal_to_one_process
 
 from stagewright.modeling import split
-from stagewright.planner.documents import Degrees
+from stagewright.modeling.block_matrices import block_matrices
+from stagewright.planner.documents import Degrees, Optimizer
+from stagewright.planner.matrix_step_bytes import SteppedBucket, SteppedTensor, matrix_step_bytes
 from stagewright.planner.models.hugging_face import profile_from_config
 from stagewright.planner.prediction import evaluate
-from stagewright.runtime.matrix_layout import WholeLayout, block_matrices, nearest_band, tiles
+from stagewright.runtime.matrix_layout import WholeLayout, nearest_band, tiles
 from stagewright.runtime.muon import Muon, orthogonal
 from stagewright.runtime.shampoo import Shampoo, fourth_root_inverse
+from stagewright.runtime.torch_adapter import cpu_allocation_changes
 
 WIDE = {"dtype": "float64", "num_steps": 3}
 
@@ -229,6 +233,28 @@ def test_a_step_of_muon_has_the_size_of_one_of_adamw_for_matrices_and_for_all_el
         layout = WholeLayout(shape, is_matrix)
         Muon([(parameter, layout)], learning_rate=1.0, momentum=0.9, weight_decay=0.0).step()
         assert float(parameter.detach().square().mean().sqrt()) == pytest.approx(0.2, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["muon", "shampoo"])
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("shape", [(64, 192), (192, 64), (64, 64), (3, 64, 128), (500, 64)], ids=str)
+def test_a_step_holds_for_a_time_what_is_planned(name, precision, shape):
+    """Peaks of runs were 37 % higher than predicted: nothing of this was counted, and in bf16 all of a stage was widened at once."""
+    is_matrix = shape != (500, 64)
+    width = torch.float64 if precision == "fp64" else torch.float32
+    parameter = torch.nn.Parameter(torch.randn(shape, dtype=width))
+    parameter.grad_dtype = torch.bfloat16 if precision == "bf16" else width
+    kind = Muon if name == "muon" else Shampoo
+    layout = WholeLayout(shape, is_matrix)
+    optimizer = kind([(parameter, layout)], learning_rate=0.1, momentum=0.9, weight_decay=0.0)
+    for _ in range(2):  # the first makes the states
+        parameter.grad = torch.randn(shape, dtype=parameter.grad_dtype)
+        peak = max(accumulate(cpu_allocation_changes(optimizer.step)))
+    count = parameter.numel() // (shape[-2] * shape[-1])
+    tensor = SteppedTensor(float(parameter.numel()), *(shape[-2:] if is_matrix else (0, 0)), count * is_matrix)
+    bucket = SteppedBucket((tensor,), inf, 1, is_even=True)
+    planned = matrix_step_bytes(Optimizer.standard(name, precision), [bucket], is_cpu=True)
+    assert peak == pytest.approx(planned, abs=256)
 
 
 def test_shampoo_on_a_diagonal_gradient_steps_along_its_signs_with_the_size_of_adam():

@@ -65,6 +65,26 @@ def shampoo_state_bytes(rows: int, columns: int) -> float:
     return sum(count * 2 * (p**2 + q**2) * 4.0 for p, q, count in _blocks(rows, columns))
 
 
+def newton_schulz_elements(rows: int, columns: int, count: int = 1, *, widens: bool = False) -> float:
+    """Return the elements that are there beside `count` stacked matrices while they are made orthogonal.
+
+    Of the matrices X, A, a X and the products behind them that are written one after the other, three times live together:
+    (X, A, a X, b A, c A, c A A), (X, A, a X, B, B X) and (X, A, a X, B X, their sum). With `widens` a product's sums lie in 4
+    bytes first, two more elements for each of one matrix, as on processors in bf16.
+    """
+    m, n = sorted((float(rows), float(columns)))
+    squares, products, last = 2 * m * n + 4 * m * m, 3 * m * n + 2 * m * m, 4 * m * n + m * m
+    return max(count * squares + 2 * widens * m * m, count * products + 2 * widens * m * n, count * last)
+
+
+def shampoo_elements(rows: int, columns: int) -> float:
+    """Return the elements that are there for a step beside the direction of a matrix: a statistic of one tile, or two products.
+
+    Not counted is the step that renews the roots, one in 100.
+    """
+    return max(max(p * p, q * q, 2 * p * q) for p, q, _ in _blocks(rows, columns))
+
+
 def matrix_step_s(name: str, layer: LayerClass, groups: RankGroups, roofline: Roofline) -> float:
     """Return what an optimizer's matrices add to one layer's step on one device, before ZeRO divides it; 0 for others."""
     if name not in MATRIX_OPTIMIZERS or layer.kind != "block" or layer.backward != "full":

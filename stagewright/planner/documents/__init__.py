@@ -29,6 +29,7 @@ from stagewright.planner.documents.profile import (
     Recompute,
     Source,
     TiedWeight,
+    WeightTensor,
 )
 
 __all__ = [
@@ -68,4 +69,5 @@ __all__ = [
     "StagePlan",
     "TiedWeight",
     "TrainingJob",
+    "WeightTensor",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from enum import StrEnum
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
+from math import prod
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -160,6 +161,28 @@ class ConfigurationCost(Part):
         return (self.microbatch, self.sequence_length, self.tensor_degree)
 
 
+class WeightTensor(Part):
+    """Trainable tensors of one shape in a layer.
+
+    Parameters
+    ----------
+    shape : of the whole tensor.
+    count : how many of them there are.
+    is_matrix : optimizers of whole matrices take it for one, or for a stack of them.
+    of_experts : it belongs to routed experts.
+    """
+
+    shape: tuple[Count, ...]
+    count: Count = 1
+    is_matrix: bool = False
+    of_experts: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        """Return the elements of one."""
+        return prod(self.shape)
+
+
 class LayerClass(Part):
     """What all layers of one shape share.
 
@@ -171,6 +194,7 @@ class LayerClass(Part):
     expert_parameters : of these, how many belong to routed experts, split by the expert groups.
     unused_parameters : of these, how many no forward uses. A plain loop makes neither gradients nor optimizer states for
         them; a run's buffers hold theirs like all others'.
+    tensors : the shapes of its trainable tensors, where they are known: what an optimizer's step holds for a time.
     costs : measured or derived entries, at most one for each configuration; may be empty when `operators` are given.
     operators : the layer's operators for the analytic model.
     backward : what of the backward runs: all of it; `input` where the layer's weights are frozen and layers before it are
@@ -183,6 +207,7 @@ class LayerClass(Part):
     replicated_parameters: Index = 0
     expert_parameters: Index = 0
     unused_parameters: Index = 0
+    tensors: tuple[WeightTensor, ...] = ()
     costs: tuple[ConfigurationCost, ...] = ()
     operators: tuple[Operator, ...] = ()
     backward: Literal["full", "input", "none"] = "full"

@@ -1,0 +1,145 @@
+"""What a step of Muon or Shampoo holds beside the states; tensors are stepped one after the other, so the largest need counts.
+
+With s bytes a number of what is stepped, and e of what Newton-Schulz runs in (2, in fp64 8), a tensor of n elements on a device,
+of a matrix of N over the tensor-parallel group, needs under Muon
+
+    s n [gradients are narrower]  +  max( e n [e < s] + 2 e N [it is gathered],  e N [e < s or gathered] + e NS )
+
+with NS of `newton_schulz_elements`, and any other tensor the sum of squares of e n, which processors take in fp32. Under ZeRO the
+momentum of a bucket of S elements is gathered first, from each device's own part of it and by gloo in a copy, and stays
+beside each of its matrices. Shampoo needs s n for the direction, as much where gradients are narrower, and `shampoo_elements`
+for a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from stagewright.planner.cost.matrix_optimizer import GATHERED_BYTES, newton_schulz_elements, shampoo_elements
+from stagewright.planner.documents.job import Optimizer
+from stagewright.planner.documents.plan import Degrees
+from stagewright.planner.documents.profile import LayerClass
+
+_SUM_BYTES = 4.0
+
+
+@dataclass(frozen=True)
+class SteppedTensor:
+    """A tensor as one device holds it before ZeRO divides it.
+
+    Parameters
+    ----------
+    size : elements on the device.
+    rows, columns, count : of the matrices that are stepped as such, whole; 0 for any other tensor.
+    """
+
+    size: float
+    rows: int = 0
+    columns: int = 0
+    count: int = 0
+
+    @property
+    def whole(self) -> float:
+        """Return the elements of whole matrices."""
+        return float(self.rows * self.columns * self.count)
+
+
+@dataclass(frozen=True)
+class SteppedBucket:
+    """Tensors that are stepped together.
+
+    Parameters
+    ----------
+    owned : elements of them that one device steps.
+    num_shards : of the bucket; 1 where a device steps all.
+    is_even : the shards are of one length.
+    """
+
+    tensors: tuple[SteppedTensor, ...]
+    owned: float
+    num_shards: int
+    is_even: bool
+
+
+def stepped_tensors(
+    layer: LayerClass, degrees: Degrees, dense: float
+) -> tuple[tuple[SteppedTensor, ...], tuple[SteppedTensor, ...]]:
+    """Return a layer's tensors on one device, those of divided experts apart behind the others; none where they are not known.
+
+    `dense` are the parameters without experts' that the device holds.
+    """
+    divided = degrees.ep * degrees.etp
+    share = dense / max(layer.parameters - layer.expert_parameters, 1)
+    found: tuple[list[SteppedTensor], list[SteppedTensor]] = ([], [])
+    for tensor in layer.tensors:
+        parts, stack = 1.0 / divided, degrees.ep
+        if not tensor.of_experts:
+            parts, stack = share if layer.kind != "block" else 1.0 / degrees.tp if tensor.is_matrix else 1.0, 1
+        size = tensor.num_elements * parts
+        rows, columns = tensor.shape[-2:] if tensor.is_matrix else (0, 0)
+        count = max(tensor.num_elements // (rows * columns) // stack, 1) if tensor.is_matrix else 0
+        found[tensor.of_experts and divided > 1].append(SteppedTensor(size, rows, columns, count))
+    return tuple(found[0]), tuple(found[1])
+
+
+def matrix_step_bytes(optimizer: Optimizer, buckets: Iterable[SteppedBucket], *, is_cpu: bool) -> float:
+    """Return the most that stepping any of some buckets holds beside the states."""
+    need = _muon_bytes if optimizer.name == "muon" else _shampoo_bytes
+    return max((need(optimizer, bucket, is_cpu) for bucket in buckets), default=0.0)
+
+
+def _shampoo_bytes(optimizer: Optimizer, bucket: SteppedBucket, is_cpu: bool) -> float:
+    width, copies = _width(optimizer), 1 + _widens(optimizer)
+    return max(
+        (
+            width * (copies * min(each.size, bucket.owned) + (each.count and shampoo_elements(each.rows, each.columns)))
+            for each in bucket.tensors
+        ),
+        default=0.0,
+    )
+
+
+def _muon_bytes(optimizer: Optimizer, bucket: SteppedBucket, is_cpu: bool) -> float:
+    narrow = _narrow_bytes(optimizer)
+    if bucket.num_shards == 1:
+        return max((_tensor_bytes(optimizer, each, each.size, is_cpu) for each in bucket.tensors), default=0.0)
+    gathered = narrow * bucket.owned * bucket.num_shards
+    largest = min(max((each.size for each in bucket.tensors), default=0.0), bucket.owned)
+    made = narrow * bucket.owned + _width(optimizer) * _widens(optimizer) * largest
+    coming = narrow * bucket.owned + gathered * (1 + (is_cpu and bucket.is_even))
+    beside = [
+        _tensor_bytes(optimizer, each, min(each.size, bucket.owned), is_cpu, is_there=True) for each in bucket.tensors
+    ]
+    return max(made, coming, gathered + max(beside, default=0.0))
+
+
+def _tensor_bytes(
+    optimizer: Optimizer, tensor: SteppedTensor, owned: float, is_cpu: bool, *, is_there: bool = False
+) -> float:
+    """Return what one tensor needs; with `is_there` beside the gathered momentum that it lies in."""
+    narrow, width = _narrow_bytes(optimizer), _width(optimizer)
+    is_copied = narrow < width and not is_there
+    own = narrow * tensor.size if is_copied else 0.0
+    widened = width * owned * _widens(optimizer)
+    if not tensor.count:
+        sums = _SUM_BYTES * tensor.size if is_cpu and narrow < _SUM_BYTES else 0.0
+        return own + max(sums, widened)
+    is_split = tensor.whole > tensor.size
+    joining = own + 2 * narrow * tensor.whole if is_split else 0.0
+    held = narrow * tensor.whole if is_copied or is_split else 0.0
+    widens = is_cpu and narrow < _SUM_BYTES
+    iterated = narrow * newton_schulz_elements(tensor.rows, tensor.columns, tensor.count, widens=widens)
+    return max(own + (0.0 if is_there else widened), joining, held + iterated)
+
+
+def _width(optimizer: Optimizer) -> float:
+    return max(_SUM_BYTES, optimizer.parameter_bytes)
+
+
+def _widens(optimizer: Optimizer) -> bool:
+    return optimizer.parameter_bytes < _SUM_BYTES
+
+
+def _narrow_bytes(optimizer: Optimizer) -> float:
+    return optimizer.parameter_bytes if optimizer.parameter_bytes > _SUM_BYTES else GATHERED_BYTES

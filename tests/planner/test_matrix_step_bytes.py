@@ -1,0 +1,93 @@
+"""What a step of Muon or Shampoo holds for a time, by hand."""
+
+from __future__ import annotations
+
+from math import inf
+
+import pytest
+
+from stagewright.planner.cost.matrix_optimizer import newton_schulz_elements, shampoo_elements
+from stagewright.planner.documents import Degrees, LayerClass, Optimizer, WeightTensor
+from stagewright.planner.matrix_step_bytes import SteppedBucket, SteppedTensor, matrix_step_bytes, stepped_tensors
+from stagewright.testing import profile_factory
+
+MATRIX, VECTOR = SteppedTensor(200.0, rows=10, columns=20, count=1), SteppedTensor(500.0)
+ITERATED = 4 * 200 + 100  # X, a X, B X and their sum, and A of 10 x 10
+
+
+def need(optimizer: str, precision: str, *tensors: SteppedTensor, is_cpu: bool = False, **bucket: object) -> float:
+    whole = {"owned": inf, "num_shards": 1, "is_even": True, **bucket}
+    return matrix_step_bytes(Optimizer.standard(optimizer, precision), [SteppedBucket(tensors, **whole)], is_cpu=is_cpu)
+
+
+def test_newton_schulz_holds_the_most_where_a_matrix_is_thin_behind_its_products_and_where_it_is_square_within_them():
+    assert newton_schulz_elements(10, 20) == newton_schulz_elements(20, 10) == ITERATED
+    assert newton_schulz_elements(10, 10) == 6 * 100
+    assert newton_schulz_elements(10, 20, 3) == 3 * ITERATED
+    # Sums of four bytes stand beside one product of B X: X, a X, B X, A, B.
+    assert newton_schulz_elements(10, 20, widens=True) == 3 * 200 + 2 * 100 + 2 * 200
+
+
+def test_shampoo_holds_two_products_of_a_tile_or_its_larger_statistic():
+    assert shampoo_elements(10, 12) == 2 * 10 * 12
+    assert shampoo_elements(10, 30) == 30 * 30
+    assert shampoo_elements(2048, 1024) == shampoo_elements(1024, 1024) == 2 * 1024**2
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        ("fp32", 2 * (200 + ITERATED)),  # the momentum in bf16
+        ("fp64", 8 * ITERATED),  # where it lies
+        ("bf16", 2 * (200 + ITERATED)),
+    ],
+)
+def test_muon_holds_what_the_iteration_of_its_largest_matrix_needs(precision, expected):
+    assert need("muon", precision, MATRIX, SteppedTensor(50.0, 5, 10, 1)) == expected
+
+
+def test_muon_widens_what_is_no_matrix_for_its_size_and_its_step():
+    assert need("muon", "fp32", VECTOR) == 2 * 500
+    assert need("muon", "fp32", VECTOR, is_cpu=True) == (2 + 4) * 500
+    assert need("muon", "bf16", VECTOR) == (2 + 4) * 500
+    assert need("muon", "fp64", VECTOR) == 0
+
+
+def test_muon_gathers_a_bucket_before_it_steps_its_matrices():
+    shards = {"owned": 400.0, "num_shards": 2}
+    assert need("muon", "fp32", MATRIX, VECTOR, **shards) == 2 * (800 + ITERATED)
+    many = {"owned": 4000.0, "num_shards": 2}
+    assert need("muon", "fp32", MATRIX, **many) == 2 * (4000 + 8000)
+    assert need("muon", "fp32", MATRIX, **many, is_cpu=True) == 2 * (4000 + 8000 + 8000)  # gloo's copy
+    assert need("muon", "fp32", MATRIX, **{**many, "is_even": False}, is_cpu=True) == 2 * (4000 + 8000)
+
+
+def test_muon_joins_a_split_matrix_before_it_steps_it():
+    half = SteppedTensor(100.0, rows=10, columns=20, count=1)
+    assert need("muon", "fp32", half) == 2 * (200 + ITERATED)
+    assert need("muon", "fp64", half) == 8 * (200 + ITERATED)
+
+
+@pytest.mark.parametrize(("precision", "copies", "width"), [("fp32", 1, 4), ("fp64", 1, 8), ("bf16", 2, 4)])
+def test_shampoo_holds_a_direction_and_what_turns_it(precision, copies, width):
+    assert need("shampoo", precision, MATRIX) == width * (copies * 200 + 2 * 200)
+    assert need("shampoo", precision, VECTOR) == width * copies * 500
+    assert need("shampoo", precision, VECTOR, owned=100.0, num_shards=5) == width * copies * 100
+
+
+def test_tensors_of_a_layer_are_divided_by_the_degrees_that_divide_them():
+    (known,) = profile_factory(1, forward_s=1e-3, parameters=1).classes.values()
+    matrix = WeightTensor(shape=(8, 4), count=2, is_matrix=True)
+    experts = WeightTensor(shape=(4, 6, 5), is_matrix=True, of_experts=True)
+    numbers = {
+        "parameters": 64 + 120 + 8,
+        "expert_parameters": 120,
+        "tensors": (matrix, experts, WeightTensor(shape=(8,))),
+    }
+    layer = LayerClass(kind="block", costs=known.costs, **numbers)
+    dense, own = stepped_tensors(layer, Degrees(tp=2, dp=2, ep=2), 40.0)
+    assert dense == (SteppedTensor(16.0, 8, 4, 1), SteppedTensor(8.0))
+    assert own == (SteppedTensor(60.0, 6, 5, 2),)
+    together, none = stepped_tensors(layer, Degrees(dp=2), 72.0)
+    assert together == (SteppedTensor(32.0, 8, 4, 1), SteppedTensor(120.0, 6, 5, 4), SteppedTensor(8.0))
+    assert none == ()
