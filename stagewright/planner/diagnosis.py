@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from stagewright.planner.documents.outcome import Diagnosis, Shortfall
 from stagewright.planner.documents.plan import Plan
@@ -19,10 +20,11 @@ from stagewright.planner.search.pricing import PP
 from stagewright.planner.search.problem import Candidate, Partition, Problem
 from stagewright.planner.search.targets import target_jobs
 
+Floats = npt.NDArray[np.float64]
+
 _GIB = 2.0**30
 
-
-MOST_TRIED = 100
+MOST_TRIED, MOST_MOVED = 100, 12
 NEAR = 1.02
 MOST_S, LEAST_S = 20.0, 0.2
 
@@ -37,7 +39,7 @@ def diagnose(problem: Problem, limits: Limits | None = None) -> Diagnosis:
     tied = bool(problem.uncut)
     half = replace(limits, deadline_s=0.5 * (limits.deadline_s or MOST_S), gap=0.01)
     least = None if tied else least_memory(problem, half)
-    plan = _nearest_plan(problem, least)
+    plan = _nearest_plan(problem, least, replace(half, started_s=limits.clock()))
     if plan is None:
         empty = _empty_space(problem)
         return empty.model_copy(update={"relaxations": relaxations(problem, limits, None)})
@@ -75,17 +77,18 @@ def _outside_target(problem: Problem, limits: Limits, plan: Plan) -> Diagnosis:
     )
 
 
-def _nearest_plan(problem: Problem, least: LeastMemory | None) -> Plan | None:
+def _nearest_plan(problem: Problem, least: LeastMemory | None, limits: Limits) -> Plan | None:
     """Return the plan whose fullest rank exceeds its device by least.
 
-    That is the plan of least peak where it is proved to NEAR; else the better of it and of balanced stages.
+    That is the plan of least peak where it is proved to NEAR; else the better of it and of balanced stages, for which
+    `limits` end the search.
     """
     if least is not None and peak_of(least.plan) <= least.bound_bytes * NEAR:
         return with_prediction(least.plan, problem.profile)
-    nearest = _nearest(problem, _promising(problem))
+    nearest = _nearest(problem, _promising(problem), limits)
     if nearest is None:
         return None if least is None else least.plan
-    plan = with_prediction(problem.plan(nearest[1], nearest[2], "exact"), problem.profile)
+    plan = with_prediction(problem.plan(*nearest, "exact"), problem.profile)
     if least is not None and peak_of(least.plan) <= peak_of(plan):
         return with_prediction(least.plan, problem.profile)
     return plan
@@ -131,53 +134,74 @@ def _shortfalls(plan: Plan, capacity_bytes: float) -> tuple[Shortfall, ...]:
     )
 
 
-def _nearest(problem: Problem, candidates: Sequence[Candidate]) -> tuple[float, Candidate, Partition] | None:
-    """Return the completion whose fullest rank exceeds the capacity by least, over single-chunk candidates first."""
-    best: tuple[float, Candidate, Partition] | None = None
-    for candidate in candidates:
+def _nearest(problem: Problem, candidates: Sequence[Candidate], limits: Limits) -> tuple[Candidate, Partition] | None:
+    """Return the completion of least peak: of the candidates with equal stages, the best MOST_MOVED of these improved."""
+    begun: list[tuple[float, int, _Cut]] = []
+    for place, candidate in enumerate(candidates):
+        if begun and limits.reached() is not None:
+            break
         try:
-            found = _least_peak(problem, candidate)
+            cut = _evenly_cut(problem, candidate)
         except (InvalidArgument, InvalidSchedule):
             continue
-        if found is not None and (best is None or found[0] < best[0]):
-            best = (found[0], candidate, found[1])
-    if best is None:
-        return None
-    return best[0] - problem.capacity_bytes, best[1], best[2]
+        if cut is not None:
+            begun.append((float(cut.peaks.max()), place, cut))
+    found = [_improved(problem, cut, limits) for _, _, cut in sorted(begun, key=lambda one: one[:2])[:MOST_MOVED]]
+    best = min(found, key=lambda cut: float(cut.peaks.max()), default=None)
+    return None if best is None else (best.candidate, best.partition)
 
 
-def _least_peak(problem: Problem, candidate: Candidate) -> tuple[float, Partition] | None:
-    """Return the least peak over ranks among equal-count partitions moved one cut at a time, and its partition.
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """A completion: places of the model where stages may end, which of them do, and the peak of each rank, bytes."""
+
+    candidate: Candidate
+    places: tuple[int, ...]
+    chosen: tuple[int, ...]
+    partition: Partition
+    peaks: Floats
+
+
+def _evenly_cut(problem: Problem, candidate: Candidate) -> _Cut | None:
+    """Return stages of equal numbers of layers, each layer at the level that keeps least.
 
     None where ties leave fewer places to cut than the candidate has boundaries.
     """
-    order = problem.order(candidate)
-    count, stages = problem.profile.num_layers, order.num_stages
-    places = [0, *(layer for layer in range(1, count) if layer not in problem.uncut), count]
+    stages, count = problem.order(candidate).num_stages, problem.profile.num_layers
+    places = (0, *(layer for layer in range(1, count) if layer not in problem.uncut), count)
     if len(places) <= stages:
         return None
-    costs = problem.costs(candidate.configuration)
-    chosen = list(problem.levels)
-    levels = [
-        chosen[int(np.argmin(costs.kept_bytes[chosen, layer] + 1e-9 * np.arange(len(chosen))))]
-        for layer in range(count)
-    ]
-    cuts = [round(index * (len(places) - 1) / stages) for index in range(stages + 1)]
-    best = Partition(tuple(places[cut] for cut in cuts), tuple(levels))
-    peak = float(problem.pipeline(candidate, best).peak_bytes.max())
-    improved = True
-    while improved:
-        improved = False
-        for index in range(1, stages):
-            for step in (-1, 1):
-                moved = [*cuts[:index], cuts[index] + step, *cuts[index + 1 :]]
-                if not moved[index - 1] < moved[index] < moved[index + 1]:
-                    continue
-                trial = Partition(tuple(places[cut] for cut in moved), best.levels)
-                value = float(problem.pipeline(candidate, trial).peak_bytes.max())
-                if value < peak:
-                    best, cuts, peak, improved = trial, moved, value, True
-    return peak, best
+    kept, levels = problem.costs(candidate.configuration).kept_bytes, np.array(problem.levels)
+    least = levels[np.argmin(kept[levels] + 1e-9 * np.arange(len(levels))[:, None], axis=0)]
+    chosen = tuple(round(index * (len(places) - 1) / stages) for index in range(stages + 1))
+    return _cut(problem, candidate, places, chosen, tuple(least.tolist()))
+
+
+def _cut(
+    problem: Problem, candidate: Candidate, places: tuple[int, ...], chosen: tuple[int, ...], levels: tuple[int, ...]
+) -> _Cut:
+    partition = Partition(tuple(places[cut] for cut in chosen), levels)
+    peaks = problem.pipeline(candidate, partition).peak_bytes
+    return _Cut(candidate, places, chosen, partition, peaks)
+
+
+def _improved(problem: Problem, cut: _Cut, limits: Limits) -> _Cut:
+    """Return a completion moved on, one boundary at a time, as long as its peak falls: those of the fullest rank's stages."""
+    slots = problem.order(cut.candidate).slots
+    while limits.reached() is None:
+        held = [slot.stage for slot in slots[int(np.argmax(cut.peaks))]]
+        moves = [(stage, 1) for stage in held if stage > 0] + [(stage + 1, -1) for stage in held]
+        for end, step in moves:
+            chosen = (*cut.chosen[:end], cut.chosen[end] + step, *cut.chosen[end + 1 :])
+            if end == len(chosen) - 1 or not chosen[end - 1] < chosen[end] < chosen[end + 1]:
+                continue
+            moved = _cut(problem, cut.candidate, cut.places, chosen, cut.partition.levels)
+            if moved.peaks.max() < cut.peaks.max():
+                cut = moved
+                break
+        else:
+            break
+    return cut
 
 
 def _empty_space(problem: Problem) -> Diagnosis:

@@ -7,14 +7,14 @@ from itertools import count
 
 import pytest
 
-from stagewright.planner.diagnosis import LEAST_S, diagnose
+from stagewright.planner.diagnosis import LEAST_S, _evenly_cut, _improved, _promising, diagnose
 from stagewright.planner.documents import Cluster, ModelProfile, TrainingJob
 from stagewright.planner.documents.job import Forbid, Pins, SearchSpace
 from stagewright.planner.documents.outcome import Diagnosis
 from stagewright.planner.planning import make_plan
 from stagewright.planner.search.brute_force import best_of_all
 from stagewright.planner.search.limits import Limits
-from stagewright.planner.search.problem import Problem
+from stagewright.planner.search.problem import Partition, Problem
 from stagewright.testing.mocked_cluster import cluster_factory
 from stagewright.testing.mocked_profile import profile_factory
 
@@ -139,3 +139,36 @@ def test_the_memory_named_is_that_of_the_nearest_plan_where_a_deadline_ended_the
     assert named is not None and float(named[2]) < 0.9 * float(named[1])
     peak_gib = max(found.nearest.prediction.peak_memory_bytes) / 2.0**30
     assert float(named[1]) == pytest.approx(peak_gib / (1.0 - job.space.memory_headroom), abs=0.006)
+
+
+def _large_question() -> Problem:
+    profile = profile_factory(16, parameters=4_000_000, activation_bytes=[(1 + i % 5) * 2e7 for i in range(16)])
+    space = SearchSpace(zero=(0,), recompute=("none",), pins=Pins(pp=4))
+    job = TrainingJob(global_batch=16, sequence_length=128, precision="fp32", gap=0.0, space=space)
+    return Problem(profile, cluster_factory(2, 4, memory_bytes=5e6), job, 8)
+
+
+def test_no_single_boundary_moved_brings_the_nearest_plan_nearer() -> None:
+    problem = _large_question()
+    even = [cut for one in _promising(problem)[:40] if (cut := _evenly_cut(problem, one)) is not None]
+    better = 0
+    for cut in even:
+        found = _improved(problem, cut, Limits())
+        better += bool(found.peaks.max() < cut.peaks.max())
+        bounds = found.partition.bounds
+        for end in range(1, len(bounds) - 1):
+            for step in (-1, 1):
+                moved = (*bounds[:end], bounds[end] + step, *bounds[end + 1 :])
+                if moved[end - 1] < moved[end] < moved[end + 1]:
+                    trial = Partition(moved, found.partition.levels)
+                    assert problem.pipeline(found.candidate, trial).peak_bytes.max() >= found.peaks.max()
+    assert better > 3
+
+
+def test_a_deadline_ends_the_search_for_the_nearest_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, evaluated = _large_question(), count()
+    pipeline = Problem.pipeline
+    monkeypatch.setattr(Problem, "pipeline", lambda *args: (next(evaluated), pipeline(*args))[1])
+    ticks = count(step=0.05 * LEAST_S)
+    found = diagnose(problem, Limits(deadline_s=LEAST_S, clock=lambda: next(ticks)))
+    assert found.nearest is not None and next(evaluated) < 60
