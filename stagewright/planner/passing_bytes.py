@@ -17,7 +17,7 @@ their own type.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
@@ -164,7 +164,8 @@ class PassingBytes:
     ----------
     phases : of each layer's backward; none where its gradients stay.
     whole : weights that are gathered; copied : beside them while they come, [layers].
-    at_once : all weights of the stage, where a run of forwards or backwards gathers them together.
+    at_once : all weights of the stage, where a run of forwards or backwards gathers them together; else those that several
+        of its layers share.
     """
 
     phases: tuple[tuple[GradientPhase, ...], ...]
@@ -185,26 +186,52 @@ def passing_bytes(
     is_gathered, is_even = stage.degrees.zero == 3, has_even_shards(plan, index)
     together, experts = (np.array(each) for each in reduced_parameters(row, inside, stage.degrees))
     together = together - _met_once(plan, profile, inside)
+    held, ends, waiting = _shared_inside(plan, profile, inside)
+    together = together - held
+    shared_bytes = float(ends.sum()) * optimizer.parameter_bytes * (is_gathered and num_shards(plan, index) > 1)
     leaving = {}
     for kind, parameters, shards in (
         ("experts", experts, expert_shards(stage.degrees)),
         ("others", together, num_shards(plan, index)),
     ):
         if shards > 1:
-            gradients = parameters * optimizer.gradient_bytes
+            gradients = (parameters + (ends if kind == "others" else 0.0)) * optimizer.gradient_bytes
             leaving[kind] = (gradients, gradients * (1.0 + 1.0 / shards + is_cpu if is_even else 1.0))
             whole += parameters * optimizer.parameter_bytes * is_gathered
             narrow = 1.0 / shards if optimizer.parameter_bytes < 4 else 0.0  # of the masters that leave
             copied += parameters * optimizer.parameter_bytes * is_gathered * ((is_cpu and is_even) + narrow)
     phases = tuple(
         _phases(
-            plan, row, layer, stage.degrees, {kind: (float(g[at]), float(f[at])) for kind, (g, f) in leaving.items()}
+            plan,
+            row,
+            layer,
+            stage.degrees,
+            {kind: (float(g[at]), float(f[at])) for kind, (g, f) in leaving.items()},
+            float(waiting[at]) * optimizer.gradient_bytes,
         )
         for at, layer in enumerate(range(inside.start, inside.stop))
     )
     if gathers_by_run(plan):
-        return PassingBytes(phases, np.zeros(len(whole)), np.zeros(len(whole)), at_once=float(whole.sum()))
-    return PassingBytes(phases, whole, copied)
+        at_once = float(whole.sum()) + shared_bytes
+        return PassingBytes(phases, np.zeros(len(whole)), np.zeros(len(whole)), at_once=at_once)
+    return PassingBytes(phases, whole, copied, at_once=shared_bytes)
+
+
+def _shared_inside(plan: Plan, profile: ModelProfile, inside: slice) -> tuple[Floats, Floats, Floats]:
+    """Return the parameters that only layers among some share, three times, [layers] each.
+
+    Those that each of the layers holds; at the first of them, where their gradients leave; and at those before the last, where
+    the gradient of the last waits.
+    """
+    held, ends, waiting = np.zeros((3, inside.stop - inside.start))
+    for tie in shared_weights(plan, profile):
+        first, *_, last = tie.layers
+        if len(tie.stages) > 1 or not inside.start <= first < inside.stop:
+            continue
+        held[[layer - inside.start for layer in tie.layers]] += tie.num_parameters
+        ends[first - inside.start] += tie.num_parameters
+        waiting[first - inside.start : last - inside.start] += tie.num_parameters
+    return held, ends, waiting
 
 
 def _met_once(plan: Plan, profile: ModelProfile, inside: slice) -> Floats:
@@ -218,11 +245,16 @@ def _met_once(plan: Plan, profile: ModelProfile, inside: slice) -> Floats:
 
 
 def _phases(
-    plan: Plan, row: LayerCosts, layer: int, degrees: Degrees, leaving: Mapping[str, tuple[float, float]]
+    plan: Plan,
+    row: LayerCosts,
+    layer: int,
+    degrees: Degrees,
+    leaving: Mapping[str, tuple[float, float]],
+    waiting: float,
 ) -> tuple[GradientPhase, ...]:
     """Return the phases of a layer's backward, given whole and scattered gradients of each kind that leaves.
 
-    Where they were not measured, the most is in front of the first kind: experts are the larger part.
+    Beside all of them wait the bytes of a later layer's gradient of a shared weight. Where they were not measured, the most is in front of the first kind: experts are the larger part.
     """
     leaving = {kind: pair for kind, pair in leaving.items() if pair[0] > 0}
     if not leaving:
@@ -235,7 +267,8 @@ def _phases(
             found.append(GradientPhase(kept, max(kept, gradients) + workspace, gradients, scattered))
             kept = workspace = 0.0
         return (*found, GradientPhase(0.0, 0.0))
-    return _measured_phases(plan, measured, row, layer, degrees, leaving)
+    phases = _measured_phases(plan, measured, row, layer, degrees, leaving)
+    return tuple(replace(phase, begin=phase.begin + waiting, peak=phase.peak + waiting) for phase in phases)
 
 
 def _measured_phases(

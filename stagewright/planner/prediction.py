@@ -79,6 +79,7 @@ from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.planner.simulation.versions import versions_beside_the_master
 from stagewright.planner.statistics_bytes import unlike_statistics_bytes
+from stagewright.planner.tied_gradients import not_waiting_bytes
 from stagewright.planner.version_work import with_version_work
 
 Floats = npt.NDArray[np.float64]
@@ -186,12 +187,13 @@ def _stage_bytes(
         chosen = np.arange(bounds[stage], bounds[stage + 1])
         at = (level[chosen], chosen)
         passing = passing_bytes(plan, profile, stage, row, bounds)
+        absent = not_waiting_bytes(plan, profile, stage, row, bounds)
         found.append(
             StageBytes(
                 row.kept_bytes[at],
                 row.late_bytes[at],
-                row.table.workspace_bytes[at],
-                row.table.split_workspace_bytes[at],
+                np.maximum(row.table.workspace_bytes[at] - absent, 0.0),
+                np.maximum(row.table.split_workspace_bytes[at] - absent, 0.0),
                 phases=passing.phases,
                 whole=passing.whole,
                 copied=passing.copied,

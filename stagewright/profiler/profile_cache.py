@@ -90,6 +90,10 @@ class ProfileCache:
             "cache_policy": settings.cache_policy,
         }
         self._structures = structures
+        class_of = {layer.name: layer.layer_class for layer in chain.layers}
+        ties = [[tie.num_parameters, *(structures[class_of[name]] for name in tie.layers)] for tie in chain.ties]
+        if ties:  # the gradient of a weight that layers share waits beside those between, which is their workspace
+            self._common["ties"] = ties
         self._layers = [[layer.name, structures[layer.layer_class]] for layer in chain.layers]
 
     @property

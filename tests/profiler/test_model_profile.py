@@ -1,5 +1,7 @@
 """The profile of a small model: what it holds, and that its numbers mean what the document says."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -287,3 +289,11 @@ def test_the_profiles_layers_are_those_a_run_will_find(profile, tiny_model_file)
     from stagewright.modeling import load_object, split
 
     assert split(load_object(f"{tiny_model_file}:build")()).layer_digest == profile.layer_digest
+
+
+def test_a_cache_does_not_take_a_models_bytes_for_those_of_one_with_a_shared_weight(tmp_path):
+    """Between embedding and head that share a weight, a gradient waits; the same layers without have less workspace."""
+    models = Path(__file__).parents[1] / "runtime" / "planned_models.py"
+    numbers = {"microbatches": (1,), "sequence_length": 16, "device": "cpu", "budget_s": 0.0, "cache": tmp_path}
+    tied, untied = (profile_model(f"{models}:{name}", **numbers).classes["Block"] for name in ("tied", "untied"))
+    assert tied.costs[0].workspace_bytes - untied.costs[0].workspace_bytes == 4 * 64 * 256
