@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,15 +31,26 @@ MOST_S, LEAST_S = 20.0, 0.2
 
 def diagnose(problem: Problem, limits: Limits | None = None) -> Diagnosis:
     """Return the diagnosis of a problem without a plan; `limits` end the searches behind it (MOST_S by default)."""
-    limits = limits or Limits()
-    limits = replace(
-        limits, started_s=limits.clock(), deadline_s=min(MOST_S, max(limits.left_s(), LEAST_S)), progress=None
-    )
+    asked = limits or Limits()
+
+    def tell(done: int) -> None:
+        asked.report("why nothing fits", done, 3, None, None)
+
+    deadline_s = min(MOST_S, max(asked.left_s(), LEAST_S))
+    tell(0)
+    found = _diagnosed(problem, replace(asked, started_s=asked.clock(), deadline_s=deadline_s, progress=None), tell)
+    tell(3)
+    return found
+
+
+def _diagnosed(problem: Problem, limits: Limits, tell: Callable[[int], None]) -> Diagnosis:
     # The search for least memory cuts anywhere, so its plan and its bound say nothing of tied layers.
     tied = bool(problem.uncut)
     half = replace(limits, deadline_s=0.5 * (limits.deadline_s or MOST_S), gap=0.01)
     least = None if tied else least_memory(problem, half)
+    tell(1)
     plan = _nearest_plan(problem, least, replace(half, started_s=limits.clock()))
+    tell(2)
     if plan is None:
         empty = _empty_space(problem)
         return empty.model_copy(update={"relaxations": relaxations(problem, limits, None)})

@@ -13,7 +13,7 @@ from stagewright.planner.documents.job import Forbid, Pins, SearchSpace
 from stagewright.planner.documents.outcome import Diagnosis
 from stagewright.planner.planning import make_plan
 from stagewright.planner.search.brute_force import best_of_all
-from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.limits import Limits, Progress
 from stagewright.planner.search.problem import Partition, Problem
 from stagewright.testing.mocked_cluster import cluster_factory
 from stagewright.testing.mocked_profile import profile_factory
@@ -170,5 +170,7 @@ def test_a_deadline_ends_the_search_for_the_nearest_plan(monkeypatch: pytest.Mon
     pipeline = Problem.pipeline
     monkeypatch.setattr(Problem, "pipeline", lambda *args: (next(evaluated), pipeline(*args))[1])
     ticks = count(step=0.05 * LEAST_S)
-    found = diagnose(problem, Limits(deadline_s=LEAST_S, clock=lambda: next(ticks)))
+    told: list[Progress] = []
+    found = diagnose(problem, Limits(deadline_s=LEAST_S, clock=lambda: next(ticks), progress=told.append))
     assert found.nearest is not None and next(evaluated) < 60
+    assert [(state.phase, state.done, state.total) for state in told] == [("why nothing fits", k, 3) for k in range(4)]
