@@ -50,6 +50,14 @@ class TensorGroup:
         self.count_all_reduce(value)
         return result
 
+    def sum_in_place(self, value: Tensor) -> None:
+        """Add up a tensor over the group, where it lies."""
+        if value.is_contiguous():
+            dist.all_reduce(value, group=self.group)
+            self.count_all_reduce(value)
+        else:
+            value.copy_(self.all_reduce(value))
+
     def count_all_reduce(self, value: Tensor) -> None:
         """Count what this rank sends when a tensor is summed over the group, whoever does that."""
         self._count("all-reduce", 2 * _bytes(value))

@@ -303,7 +303,9 @@ def _document(
         class_name: LayerClass(
             kind=layer.kind,
             parameters=layer.num_parameters,
-            replicated_parameters=_replicated(costs, configurations, class_name, layer.num_parameters),
+            replicated_parameters=_replicated(
+                costs, configurations, class_name, layer.num_parameters, expert_parameters(chain, layer)
+            ),
             expert_parameters=expert_parameters(chain, layer),
             unused_parameters=_unused(costs, configurations, class_name, layer.num_parameters),
             tensors=weight_tensors(chain, layer),
@@ -353,13 +355,14 @@ def _with_whole_flops(costs: Sequence[ConfigurationCost]) -> tuple[Configuration
     )
 
 
-def _replicated(costs: Costs, configurations: Sequence[Configuration], name: str, whole: int) -> int:
-    """Return what tensor parallelism does not split, seen in the smallest shard; 0 when none was measured."""
+def _replicated(costs: Costs, configurations: Sequence[Configuration], name: str, whole: int, experts: int) -> int:
+    """Return what tensor parallelism does not split beside experts, seen in the smallest shard; 0 when none was measured."""
     sharded = [item for item in configurations if item.tensor_degree > 1]
     if not sharded:
         return 0
     item = max(sharded, key=lambda item: item.tensor_degree)
-    return replicated_parameters(whole, costs.overheads[item].parameters.get(name, whole), item.tensor_degree)
+    shard = costs.overheads[item].parameters.get(name, whole)
+    return replicated_parameters(whole - experts, max(shard - experts, 0), item.tensor_degree)
 
 
 def _unused(costs: Costs, configurations: Sequence[Configuration], name: str, whole: int) -> int:

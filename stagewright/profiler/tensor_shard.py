@@ -5,8 +5,9 @@ parameter names to a style:
 
 - `colwise`: a linear layer gives t-th of its outputs. With fewer key/value heads than ranks, heads are replicated.
 - `rowwise`: it takes a t-th of its inputs; its outputs are partial sums, which an all-reduce adds up.
-- `packed_colwise`, `rowwise` on a parameter of stacked experts: the same on its last two dimensions.
 - `embedding_rowwise`: a t-th of the vocabulary; the result is reduced.
+
+Routed experts stay whole, whatever the plan says: a run divides them over its expert degrees (ep, etp), not over tp.
 
 The head's outputs stay split, and the loss reduces over the vocabulary three numbers a token (maximum, sum of exponentials,
 logit of the target). In the backward, each all-reduce of the forward has one of the same size before the column-split
@@ -27,15 +28,15 @@ from torch import nn
 from stagewright.modeling import Layer, LayerChain
 from stagewright.planner.documents import Collective
 from stagewright.planner.errors import InvalidArgument
+from stagewright.profiler.structure import is_expert_parameter
 
-Style = Literal["colwise", "rowwise", "packed_colwise", "embedding_rowwise"]
+Style = Literal["colwise", "rowwise", "embedding_rowwise"]
 
 _STYLES: Mapping[str, Style] = {
     "colwise": "colwise",
     "colwise_rep": "colwise",
     "colwise_gather_output": "colwise",
     "rowwise": "rowwise",
-    "packed_colwise": "packed_colwise",
     "embedding_rowwise": "embedding_rowwise",
 }
 _REDUCTION_BYTES_PER_TOKEN = 4
@@ -60,12 +61,6 @@ def shard_model(model: nn.Module, degree: int) -> None:
             module.num_embeddings = _cut_parameter(module, "weight", 0, degree, name, done, rounds_up=True)
         elif isinstance(module, nn.Linear):
             _cut_linear(model, module, name, style, degree, done)
-    for name, parameter in list(model.named_parameters()):
-        style = style_of(plan, name)
-        if style is not None and parameter.dim() == 3:
-            owner, _, attribute = name.rpartition(".")
-            dimension = 2 if style == "rowwise" else 1
-            _cut_parameter(model.get_submodule(owner), attribute, dimension, degree, name, done)
     for module in model.modules():
         _match_groups(module)
     _shrink_vocabulary(model, degree)
@@ -84,7 +79,9 @@ def tensor_plan(model: nn.Module) -> Mapping[str, str]:
 
 
 def style_of(plan: Mapping[str, str], name: str) -> Style | None:
-    """Return the style of a module or parameter, None when it is replicated."""
+    """Return the style of a module, None when it is replicated, as routed experts are."""
+    if is_expert_parameter(name):
+        return None
     for pattern, style in plan.items():
         if fnmatchcase(name, pattern):
             return _STYLES.get(style)
@@ -109,7 +106,6 @@ def layer_collectives(
         for name, _ in chain.model.get_submodule(path).named_modules()
         if name
     ]
-    names += [name for name in layer.parameters if not name.endswith((".weight", ".bias"))]
     count = sum(style_of(plan, name) == "rowwise" for name in names)
     if not count:
         return ()

@@ -31,6 +31,7 @@ from stagewright.runtime.ring import Ring
 from stagewright.runtime.tile_statistics import is_statistics, own_statistics, whole_statistics
 from stagewright.runtime.used_parameters import UsedParameters
 
+_PACKED_ELEMENTS = 2**14  # gradients of so many are summed together, larger ones where they lie
 StageKey = tuple[int, int]  # (replica, stage)
 Traffic = dict[str, float]
 Algorithm = Literal["library", "ring"]
@@ -486,11 +487,15 @@ def sum_partial(parameters: Iterable[nn.Parameter], shards: TensorShards) -> Non
 
 
 def _sum_over(group: TensorGroup, chosen: Sequence[nn.Parameter]) -> None:
-    if not chosen:
-        return
-    flat = group.all_reduce(torch.cat([local_gradient(parameter).reshape(-1) for parameter in chosen]))
-    offset = 0
+    """Sum gradients over a group: large ones where they lie, such as experts', and small ones together in a copy."""
+    small = [parameter for parameter in chosen if parameter.numel() <= _PACKED_ELEMENTS]
     for parameter in chosen:
+        if parameter.numel() > _PACKED_ELEMENTS:
+            group.sum_in_place(local_gradient(parameter).detach())
+    if not small:
+        return
+    flat = torch.cat([local_gradient(parameter).reshape(-1) for parameter in small])
+    group.sum_in_place(flat)
+    for parameter, total in zip(small, flat.split([parameter.numel() for parameter in small]), strict=True):
         gradient = local_gradient(parameter)
-        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
-        offset += gradient.numel()
+        gradient.copy_(total.view_as(gradient))

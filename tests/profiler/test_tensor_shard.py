@@ -52,10 +52,11 @@ def test_key_value_heads_are_replicated_when_there_are_fewer_than_ranks(tmp_path
     assert block.self_attn.num_key_value_groups == 2
 
 
-def test_stacked_experts_are_divided_inside_each_expert(tmp_path):
+def test_experts_stay_whole_as_in_a_run(tmp_path):
+    """They were cut as the model's own plan has them: peaks of plans with tp were 14 to 22 % low."""
     experts = shard(tmp_path, MIXTRAL, 2).model.layers[0].mlp.experts
-    assert tuple(experts.gate_up_proj.shape) == (4, 128, 64)
-    assert tuple(experts.down_proj.shape) == (4, 64, 64)
+    assert tuple(experts.gate_up_proj.shape) == (4, 256, 64)
+    assert tuple(experts.down_proj.shape) == (4, 64, 128)
 
 
 def test_tied_weights_stay_tied(tmp_path):
@@ -97,9 +98,10 @@ def test_a_profile_holds_shards_with_their_collectives(tmp_path, config):
     assert (whole.tensor_degree, half.tensor_degree) == (1, 2)
     hidden_bytes = 2 * 16 * 64 * 4
     assert half.output_bytes == whole.output_bytes == hidden_bytes
+    sums = 1 if config is MIXTRAL else 2  # behind attention, and behind a feed-forward network that is cut
     assert [(item.phase, item.operation, item.payload_bytes, item.count) for item in half.collectives] == [
-        ("forward", "all-reduce", hidden_bytes, 2),
-        ("backward", "all-reduce", hidden_bytes, 2),
+        ("forward", "all-reduce", hidden_bytes, sums),
+        ("backward", "all-reduce", hidden_bytes, sums),
     ]
     assert whole.collectives == ()
     assert half.forward_flops == whole.forward_flops, "those of the whole layer"

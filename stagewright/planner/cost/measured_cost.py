@@ -34,6 +34,7 @@ _NUMBERS = (
     "forward_flops",
     "optimizer_s",
 )
+_SECONDS = ("forward_s", "input_grad_s", "weight_grad_s", "split_excess_s")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         return None
     numbers = {name: _mean(found, [getattr(entry, name) for entry, _ in found.entries]) for name in _NUMBERS}
     splits_sequence = degrees.sp and layer.kind == "block"
+    if splits_sequence and layer.expert_parameters:
+        numbers = _with_divided_tokens(layer, setting, numbers)
     exchanges = [
         exchange
         for entry, weight in found.entries
@@ -117,6 +120,22 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         optimizer_s=numbers["optimizer_s"] or None,
         source=_source(found, divided=degrees.cp > 1 or splits_sequence),
     )
+
+
+def _with_divided_tokens(layer: LayerClass, setting: Setting, numbers: dict[str, float]) -> dict[str, float]:
+    """Return the numbers of a shard whose experts work on its own part of the sequence, where the whole layer was measured.
+
+    Without sequence parallelism each shard runs whole experts on all tokens.
+    """
+    assert isinstance(setting.microbatch, int)
+    whole = blend(layer, setting.microbatch, setting.sequence_length, 1)
+    if whole is None:
+        return numbers
+    divided = {
+        name: _mean(whole, [getattr(entry, name) for entry, _ in whole.entries]) / setting.degrees.tp
+        for name in _SECONDS
+    }
+    return {name: min(value, divided.get(name, value)) for name, value in numbers.items()}
 
 
 def _phases(found: Blend, spared_bytes: float) -> tuple[PhaseBytes, ...]:

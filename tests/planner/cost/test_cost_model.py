@@ -118,6 +118,16 @@ def test_sequence_parallelism_splits_what_measured_shards_hold_alike():
     assert split.source is Source.FITTED
 
 
+def test_whole_experts_of_a_shard_run_on_all_tokens_and_under_sequence_parallelism_on_its_own():
+    """A second of dense work and one of experts: half of the one, and with a part of the sequence half of both."""
+    known = profile(entry(1, 2.0), entry(1, 1.5, tp=2))
+    classes = {name: layer.model_copy(update={"expert_parameters": 400}) for name, layer in known.classes.items()}
+    found = model(known.model_copy(update={"classes": classes}))
+    plain, split = (found.table(Degrees(tp=2, sp=sp), 1) for sp in (False, True))
+    assert (plain.forward_s[0], split.forward_s[0]) == (1.5, 1.0)
+    assert plain.expert_parameters[0] == split.expert_parameters[0] == 400
+
+
 def test_measured_collectives_are_priced_on_the_links_of_the_group():
     collectives = (Collective(phase="forward", operation="all-reduce", group="tp", payload_bytes=64e6, count=2),)
     found = model(profile(entry(1, 1.0, tp=2, collectives=collectives)))
