@@ -254,7 +254,8 @@ def _phases(
 ) -> tuple[GradientPhase, ...]:
     """Return the phases of a layer's backward, given whole and scattered gradients of each kind that leaves.
 
-    Beside all of them wait the bytes of a later layer's gradient of a shared weight. Where they were not measured, the most is in front of the first kind: experts are the larger part.
+    Beside all of them wait the bytes of a later layer's gradient of a shared weight. Where they were not measured, the most is
+    in front of the first kind: experts are the larger part.
     """
     leaving = {kind: pair for kind, pair in leaving.items() if pair[0] > 0}
     if not leaving:

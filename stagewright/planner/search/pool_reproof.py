@@ -20,7 +20,7 @@ import numpy.typing as npt
 from stagewright.planner.search.pool_search import PoolSearch, Skeleton
 from stagewright.planner.search.pricing import Priced
 from stagewright.planner.search.rank_filling import Heads, RankCosts, before
-from stagewright.planner.search.reproof import NUM_ATTACKED, TOLERANCE, Reproof, rank_rooms, refuse_plan_below
+from stagewright.planner.search.reproof import NUM_ATTACKED, TOLERANCE, Reproof, refuse_plan_below
 from stagewright.planner.search.space import FamilyRule
 from stagewright.planner.search.stage_candidate import StageCandidate
 
@@ -172,7 +172,7 @@ class PoolReproof:
             partition = candidate.complete(self._even_cuts(one, at, candidate))
             if partition is not None:
                 plan = candidate.scored(partition, "exact")
-                refuse_plan_below(plan, candidate.summary, self.bound_s, rank_rooms(plan))
+                refuse_plan_below(plan, candidate.summary, self.bound_s)
         return attacked
 
     def _even_cuts(self, one: _Open, at: list[int], candidate: StageCandidate) -> list[int]:

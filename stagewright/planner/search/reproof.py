@@ -183,24 +183,26 @@ def _attack(
         try:
             stages = problem.order(candidate).num_stages
             bounds = tuple(balanced(priced.time_s[row][problem.classes.of_layer], stages).tolist())
-            plans = [
-                problem.plan(candidate, Partition(bounds, (level,) * problem.profile.num_layers), "exact")
-                for level in problem.levels
-            ]
+            partitions = [Partition(bounds, (level,) * problem.profile.num_layers) for level in problem.levels]
+            plans = [problem.plan(candidate, one, "exact") for one in partitions if _fits(problem, candidate, one)]
         except (InvalidArgument, InvalidSchedule):
             continue
         for plan in plans:
             scored = plan.model_copy(update={"prediction": evaluate(plan, problem.profile).prediction})
-            refuse_plan_below(scored, candidate.summary, bound_s, [problem.capacity_bytes] * plan.schedule.num_ranks)
+            refuse_plan_below(scored, candidate.summary, bound_s)
         attacked += 1
     return attacked
 
 
-def refuse_plan_below(plan: Plan, summary: str, bound_s: float, rooms: Sequence[float]) -> None:
-    """Raise InvalidDocument for a scored plan that takes less than a certificate's bound, its peaks in the ranks' rooms of bytes."""
+def _fits(problem: Problem, candidate: Candidate, partition: Partition) -> bool:
+    """Tell whether a completion fits by the ledger of the declared space, which may count more than a plan's prediction."""
+    return bool((problem.pipeline(candidate, partition).peak_bytes <= problem.capacity_bytes).all())
+
+
+def refuse_plan_below(plan: Plan, summary: str, bound_s: float) -> None:
+    """Raise InvalidDocument for a scored plan of the declared space that takes less than a certificate's bound."""
     step_s = plan.prediction.step_time_s
-    fits = all(peak <= room for peak, room in zip(plan.prediction.peak_memory_bytes, rooms, strict=True))
-    if fits and step_s < bound_s * (1 - TOLERANCE):
+    if step_s < bound_s * (1 - TOLERANCE):
         raise InvalidDocument(
             f"{summary} takes {step_s!r} s, the certificate says nothing is below {bound_s!r}",
             field="certificate.bound",
