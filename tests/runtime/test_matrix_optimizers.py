@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from math import inf
@@ -235,6 +236,16 @@ def test_a_step_of_muon_has_the_size_of_one_of_adamw_for_matrices_and_for_all_el
         assert float(parameter.detach().square().mean().sqrt()) == pytest.approx(0.2, rel=0.15)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute as a rank does: with several threads as many matrices of a stack are widened at once."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["muon", "shampoo"])
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
 @pytest.mark.parametrize("shape", [(64, 192), (192, 64), (64, 64), (3, 64, 128), (500, 64)], ids=str)

@@ -70,7 +70,7 @@ def newton_schulz_elements(rows: int, columns: int, count: int = 1, *, widens: b
 
     Of the matrices X, A, a X and the products behind them that are written one after the other, three times live together:
     (X, A, a X, b A, c A, c A A), (X, A, a X, B, B X) and (X, A, a X, B X, their sum). With `widens` a product's sums lie in 4
-    bytes first, two more elements for each of one matrix, as on processors in bf16.
+    bytes first, two more elements for each of one matrix, as on processors in bf16 with one thread.
     """
     m, n = sorted((float(rows), float(columns)))
     squares, products, last = 2 * m * n + 4 * m * m, 3 * m * n + 2 * m * m, 4 * m * n + m * m
