@@ -65,6 +65,7 @@ def test_the_search_over_pools_equals_exhaustive_simulation_on_random_small_prob
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_the_search_over_pools_equals_exhaustive_simulation_on_five_hundred_random_small_problems() -> None:
     with_plan = sum(_agrees(seed, most_layers=4) for seed in range(1000, 1500))
     assert with_plan >= 250
@@ -109,6 +110,7 @@ def test_a_plan_that_fits_by_its_prediction_alone_is_not_held_against_a_certific
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_answers_on_two_hundred_mixed_clusters_are_the_best_of_all_pools_and_of_each_group_alone() -> None:
     assert [_whole_agrees(seed) for seed in range(2000, 2200)].count(True) >= 60
 
