@@ -46,8 +46,7 @@ class TensorGroup:
     def all_reduce(self, value: Tensor) -> Tensor:
         """Return the sum over the group."""
         result = value.contiguous().clone()
-        dist.all_reduce(result, group=self.group)
-        self.count_all_reduce(value)
+        self.sum_in_place(result)
         return result
 
     def sum_in_place(self, value: Tensor) -> None:

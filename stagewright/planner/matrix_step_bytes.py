@@ -78,7 +78,7 @@ def stepped_tensors(
             parts, stack = share if layer.kind != "block" else 1.0 / degrees.tp if tensor.is_matrix else 1.0, 1
         size = tensor.num_elements * parts
         rows, columns = tensor.shape[-2:] if tensor.is_matrix else (0, 0)
-        count = max(tensor.num_elements // (rows * columns) // stack, 1) if tensor.is_matrix else 0
+        count = max(tensor.num_matrices // stack, 1) if tensor.is_matrix else 0
         found[tensor.of_experts and divided > 1].append(SteppedTensor(size, rows, columns, count))
     return tuple(found[0]), tuple(found[1])
 

@@ -6,13 +6,13 @@ than four for each of their elements, embeddings, heads, norms and biases none. 
 
     (2 b Psi + sum over tiles 2 b (p^2 + q^2) - 6 b Psi) / n        of a layer with Psi parameters on a device
 
-the mean over them: shares of a bucket differ by up to a band of tiles. A block that states neither tensors nor operators is left as counted.
+the mean over them: shares of a bucket differ by up to a band of tiles. A block that states neither tensors nor operators is
+left as counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -57,10 +57,7 @@ def _statistics(layer: LayerClass, degrees: Degrees, *, of_experts: bool) -> flo
     if layer.tensors:
         tensors = [each for each in layer.tensors if each.is_matrix and each.of_experts == of_experts]
         return sum(
-            shampoo_state_bytes(*each.shape[-2:])
-            * prod(each.shape[:-2])
-            * each.count
-            / (degrees.ep if of_experts else 1)
+            shampoo_state_bytes(*each.shape[-2:]) * each.num_matrices * each.count / (degrees.ep if of_experts else 1)
             for each in tensors
         )
     return sum(

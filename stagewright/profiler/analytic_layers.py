@@ -25,6 +25,7 @@ def over_layers(profile: ModelProfile, chain: LayerChain) -> ModelProfile:
             "the model's layers are connected otherwise than the profile's", field="edges", hint=_HINT
         )
     classes = {}
+    tensors = weight_tensors(chain)
     for layer, own in zip(chain.layers, profile.layer_classes, strict=True):
         known = profile.classes[own]
         if layer.num_parameters != known.parameters:
@@ -33,7 +34,7 @@ def over_layers(profile: ModelProfile, chain: LayerChain) -> ModelProfile:
                 field=f"classes.{own}.parameters",
                 hint=_HINT,
             )
-        found = known.model_copy(update={"kind": layer.kind, "tensors": weight_tensors(chain, layer)})
+        found = known.model_copy(update={"kind": layer.kind, "tensors": tensors[layer.name]})
         if classes.setdefault(layer.layer_class, found) != found:
             raise InvalidDocument(
                 f"layer {layer.name} is like one that the profile gives other costs than {own}",

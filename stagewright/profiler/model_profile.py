@@ -297,18 +297,19 @@ def _document(
 ) -> ModelProfile:
     chain, device = parts.chain, settings.torch_device
     first = {layer.layer_class: layer for layer in reversed(chain.layers)}
-    costs = parts.costs
+    costs, tensors = parts.costs, weight_tensors(chain)
+    experts = {class_name: expert_parameters(chain, layer) for class_name, layer in first.items()}
     configurations = [item for item in settings.configurations if item in costs.overheads]
     classes = {
         class_name: LayerClass(
             kind=layer.kind,
             parameters=layer.num_parameters,
             replicated_parameters=_replicated(
-                costs, configurations, class_name, layer.num_parameters, expert_parameters(chain, layer)
+                costs, configurations, class_name, layer.num_parameters, experts[class_name]
             ),
-            expert_parameters=expert_parameters(chain, layer),
+            expert_parameters=experts[class_name],
             unused_parameters=_unused(costs, configurations, class_name, layer.num_parameters),
-            tensors=weight_tensors(chain, layer),
+            tensors=tensors[layer.name],
             costs=_with_whole_flops([costs.classes[item][class_name] for item in configurations]),
         )
         for class_name, layer in first.items()

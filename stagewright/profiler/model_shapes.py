@@ -8,7 +8,7 @@ are told by their structure, not their position.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,9 +138,15 @@ def expert_parameters(chain: LayerChain, layer: Layer) -> int:
     return sum(parameters[name].numel() for name in layer.parameters if is_expert_parameter(name))
 
 
-def weight_tensors(chain: LayerChain, layer: Layer) -> tuple[WeightTensor, ...]:
-    """Return the shapes of a layer's trainable tensors, each once."""
+def weight_tensors(chain: LayerChain) -> dict[str, tuple[WeightTensor, ...]]:
+    """Return the shapes of each layer's trainable tensors, each once, by the layer's name."""
     parameters, matrices = dict(chain.model.named_parameters(remove_duplicate=False)), block_matrices(chain)
+    return {layer.name: _tensors(layer, parameters, matrices) for layer in chain.layers}
+
+
+def _tensors(
+    layer: Layer, parameters: Mapping[str, torch.Tensor], matrices: Collection[int]
+) -> tuple[WeightTensor, ...]:
     found = {id(parameters[name]): (name, parameters[name]) for name in layer.parameters}
     counts = Counter(
         (tuple(value.shape), id(value) in matrices, is_expert_parameter(name))

@@ -182,6 +182,11 @@ class WeightTensor(Part):
         """Return the elements of one."""
         return prod(self.shape)
 
+    @property
+    def num_matrices(self) -> int:
+        """Return the matrices in one: those of a stack, else 1."""
+        return prod(self.shape[:-2])
+
 
 class LayerClass(Part):
     """What all layers of one shape share.
