@@ -18,7 +18,6 @@ import numpy as np
 
 from stagewright.planner.planners.range_cuts import least_bottleneck
 from stagewright.planner.planners.reach import Reach
-from stagewright.planner.planners.scoring import fits
 from stagewright.planner.planners.stage_table import StageTable
 from stagewright.planner.planners.table_planner import table_planner
 from stagewright.planner.search.problem import Partition
@@ -44,7 +43,7 @@ def shifted(table: StageTable, partition: Partition) -> tuple[float, Partition]:
             if bounds[boundary] <= bounds[boundary - 1]:
                 continue
             moved = Partition(tuple(bounds), partition.levels)
-            if fits(problem, candidate, moved):
+            if problem.fits(candidate, moved):
                 moves.append((problem.step_s(candidate, moved), moved))
         step_s, moved = min(moves, key=lambda move: move[0], default=(np.inf, partition))
         if step_s >= best * (1 - 1e-12):
@@ -58,7 +57,7 @@ def _solve_one(table: StageTable) -> Iterator[tuple[float, Partition]]:
         return
     for level in table.levels:
         partition = table.partition(found.bounds, level)
-        if fits(table.problem, table.candidate, partition):
+        if table.problem.fits(table.candidate, partition):
             yield shifted(table, partition)
             return
 

@@ -27,7 +27,7 @@ from numba import njit
 from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.planners.aceso import even_bounds
 from stagewright.planner.planners.registry import NamedPlanner
-from stagewright.planner.planners.scoring import candidates_outcome, fits
+from stagewright.planner.planners.scoring import candidates_outcome
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.order import Order, pad
 from stagewright.planner.search.pipeline_costs import PipelineCosts
@@ -107,7 +107,7 @@ class Chain:
     def cost(self, state: tuple[Candidate, Partition]) -> float:
         """Return the simulated step; infinite where the plan does not fit."""
         candidate, partition = state
-        if not fits(self.problem, candidate, partition):
+        if not self.problem.fits(candidate, partition):
             return float("inf")
         if candidate not in self._simulations:
             self._simulations[candidate] = DeltaSimulation(self.problem.order(candidate))
@@ -121,7 +121,7 @@ class Chain:
         layers = self.problem.profile.num_layers
         for level in self.problem.levels:
             partition = Partition(bounds, (level,) * layers)
-            if fits(self.problem, candidate, partition):
+            if self.problem.fits(candidate, partition):
                 return candidate, partition
         return candidate, Partition(bounds, (self.problem.levels[-1],) * layers)
 

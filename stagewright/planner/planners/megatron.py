@@ -61,7 +61,7 @@ def _fitting(problem: Problem, candidate: Candidate) -> list[tuple[Candidate, Pa
     bounds = equal_blocks(problem, candidate.configuration.num_ranks * candidate.num_chunks)
     for level in problem.levels:
         partition = Partition(bounds, (level,) * problem.profile.num_layers)
-        if (problem.pipeline(candidate, partition).peak_bytes <= problem.capacity_bytes).all():
+        if problem.fits(candidate, partition):
             return [(candidate, partition)]
     return []
 

@@ -22,7 +22,7 @@ from stagewright.planner.documents.outcome import PlanOutcome
 from stagewright.planner.planners.range_cuts import least_bottleneck
 from stagewright.planner.planners.reach import Reach
 from stagewright.planner.planners.registry import NamedPlanner
-from stagewright.planner.planners.scoring import Choice, choices_outcome, choices_over, fits
+from stagewright.planner.planners.scoring import Choice, choices_outcome, choices_over
 from stagewright.planner.planners.stage_table import StageTable
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Partition, Problem
@@ -38,7 +38,7 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
         key = (configuration.num_ranks, configuration.microbatch)
         if least.get(key, configuration.degrees.tp) < configuration.degrees.tp:
             continue
-        if fits(problem, choice.candidate, choice.partition):
+        if problem.fits(choice.candidate, choice.partition):
             least[key] = configuration.degrees.tp
             kept.append(choice)
     return choices_outcome(problem, limits, kept, PLANNER.name)

@@ -56,12 +56,6 @@ def choices_over(
     return found
 
 
-def fits(problem: Problem, candidate: Candidate, partition: Partition) -> bool:
-    """Tell whether the common memory ledger lets the choice run."""
-    limit_bytes = problem.capacity_bytes * (1 + 1e-12)
-    return problem.takes(candidate) and bool((problem.pipeline(candidate, partition).peak_bytes <= limit_bytes).all())
-
-
 def choices_outcome(
     problem: Problem, limits: Limits, choices: Sequence[Choice], planner: str, *, in_order: bool = False
 ) -> PlanOutcome:
@@ -76,7 +70,7 @@ def choices_outcome(
     plans: list[tuple[Choice, Plan]] = []
     for index in order:
         choice = choices[index]
-        if not fits(problem, choice.candidate, choice.partition):
+        if not problem.fits(choice.candidate, choice.partition):
             continue
         plans.append((choice, scored(problem, choice.candidate, choice.partition, planner)))
         if len(plans) > limits.top:
@@ -159,7 +153,7 @@ def candidates_outcome(
     timed = [
         Choice(problem.step_s(candidate, partition), candidate, partition)
         for candidate, partition in choices
-        if fits(problem, candidate, partition)
+        if problem.fits(candidate, partition)
     ]
     outcome = choices_outcome(problem, limits, timed, planner)
     count = len(choices) if num_candidates is None else num_candidates

@@ -362,6 +362,11 @@ class Problem:
             action_overhead_s=self.profile.action_overhead_s,
         )
 
+    def fits(self, candidate: Candidate, partition: Partition) -> bool:
+        """Tell whether the candidate is legal and its stages fit by the search's ledger, which may count more than a plan does."""
+        most = self.capacity_bytes * (1 + 1e-12)
+        return self.takes(candidate) and bool((self.pipeline(candidate, partition).peak_bytes <= most).all())
+
     def step_s(self, candidate: Candidate, partition: Partition) -> float:
         """Return the simulated step of a completed candidate, seconds, with links that never wait."""
         pipeline = self.pipeline(candidate, partition)

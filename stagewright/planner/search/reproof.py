@@ -184,7 +184,7 @@ def _attack(
             stages = problem.order(candidate).num_stages
             bounds = tuple(balanced(priced.time_s[row][problem.classes.of_layer], stages).tolist())
             partitions = [Partition(bounds, (level,) * problem.profile.num_layers) for level in problem.levels]
-            plans = [problem.plan(candidate, one, "exact") for one in partitions if _fits(problem, candidate, one)]
+            plans = [problem.plan(candidate, one, "exact") for one in partitions if problem.fits(candidate, one)]
         except (InvalidArgument, InvalidSchedule):
             continue
         for plan in plans:
@@ -192,11 +192,6 @@ def _attack(
             refuse_plan_below(scored, candidate.summary, bound_s)
         attacked += 1
     return attacked
-
-
-def _fits(problem: Problem, candidate: Candidate, partition: Partition) -> bool:
-    """Tell whether a completion fits by the ledger of the declared space, which may count more than a plan's prediction."""
-    return bool((problem.pipeline(candidate, partition).peak_bytes <= problem.capacity_bytes).all())
 
 
 def refuse_plan_below(plan: Plan, summary: str, bound_s: float) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from stagewright.planner.catalog import resolve_cluster, resolve_model
 from stagewright.planner.documents import TrainingJob
+from stagewright.planner.documents.outcome import PlanOutcome, Progress
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.planning import make_plan
 from stagewright.planner.search.problem import Problem
@@ -112,14 +113,30 @@ def _pareto(everything: list[Completed]) -> list[tuple[int, float, float]]:
 
 
 def test_a_coarse_frontier_is_near_every_exhaustive_point() -> None:
-    gap = 0.1
     profile, cluster, job = small_question(6, objective="frontier", layers=4, devices=2)
-    outcome = make_plan(profile, cluster, job, gap=gap)
-    for devices, peak, step_s in _pareto(_everything(6, layers=4, devices=2)):
+    outcome = make_plan(profile, cluster, job, gap=0.1)
+    assert outcome.gap is not None and outcome.gap <= 0.1 + 1e-9
+    _assert_near(outcome, _pareto(_everything(6, layers=4, devices=2)))
+
+
+@pytest.mark.parametrize("searches", [1, 2, 5, 9])
+def test_a_frontier_that_is_stopped_says_how_far_any_plan_may_be_from_its_points(searches: int) -> None:
+    profile, cluster, job = small_question(6, objective="frontier", layers=4, devices=2)
+    seen: list[Progress] = []
+    outcome = make_plan(
+        profile, cluster, job, gap=0.001, progress=seen.append, should_stop=lambda: len(seen) >= searches
+    )
+    assert outcome.termination == "cancelled" and outcome.status == "feasible" and outcome.frontier
+    _assert_near(outcome, _pareto(_everything(6, layers=4, devices=2)))
+
+
+def _assert_near(outcome: PlanOutcome, rows: list[tuple[int, float, float]]) -> None:
+    assert outcome.gap is not None
+    for devices, peak, step_s in rows:
         assert any(
             point.num_devices <= devices
-            and point.peak_memory_bytes <= peak * (1 + gap)
-            and point.step_time_s <= step_s * (1 + gap)
+            and point.peak_memory_bytes <= peak * (1 + outcome.gap + 1e-9)
+            and point.step_time_s <= step_s * (1 + outcome.gap + 1e-9)
             for point in outcome.frontier
         )
 

@@ -10,7 +10,6 @@ import pytest
 from stagewright.planner.documents import Recompute, TrainingJob
 from stagewright.planner.documents.job import Pins, SearchSpace
 from stagewright.planner.planners.adapipe import partition_stages
-from stagewright.planner.planners.scoring import fits
 from stagewright.planner.planners.stage_table import StageTable, ranges_of
 from stagewright.planner.planning import make_plan
 from stagewright.planner.search.brute_force import all_partitions
@@ -63,11 +62,11 @@ def test_adapting_by_stage_is_strictly_faster_than_recomputing_uniformly():
     problem = four_ranks(60e6)
     adapted = make_plan(problem.profile, problem.cluster, problem.job, planner="adapipe", top=0)
     candidate = problem.candidates()[0]
-    assert not any(fits(problem, candidate, Partition(b, (0,) * 14)) for b in all_partitions(14, 4))
+    assert not any(problem.fits(candidate, Partition(b, (0,) * 14)) for b in all_partitions(14, 4))
     uniform = {
         bounds: problem.step_s(candidate, Partition(bounds, (2,) * 14))
         for bounds in all_partitions(14, 4)
-        if fits(problem, candidate, Partition(bounds, (2,) * 14))
+        if problem.fits(candidate, Partition(bounds, (2,) * 14))
     }
     best = min(uniform, key=uniform.__getitem__)
     assert adapted.objective_s < uniform[best] * 0.95

@@ -6,7 +6,6 @@ import pytest
 
 from stagewright.planner.documents import TrainingJob
 from stagewright.planner.documents.job import Pins, SearchSpace
-from stagewright.planner.planners.scoring import fits
 from stagewright.planner.planning import make_plan
 from stagewright.planner.search.brute_force import all_partitions
 from stagewright.planner.search.problem import Partition, Problem
@@ -30,7 +29,7 @@ def test_the_fullest_device_holds_least_of_all_partitions(ranks):
     peaks = [
         problem.pipeline(candidate, Partition(bounds, (0,) * 7)).peak_bytes.max() - problem.base_bytes
         for bounds in all_partitions(7, ranks)
-        if fits(problem, candidate, Partition(bounds, (0,) * 7))
+        if problem.fits(candidate, Partition(bounds, (0,) * 7))
     ]
     assert found.own_objective == pytest.approx(min(peaks), rel=1e-12)
     assert max(found.plan.prediction.peak_memory_bytes) == pytest.approx(min(peaks) + problem.base_bytes, rel=1e-12)
