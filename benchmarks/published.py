@@ -27,16 +27,9 @@ from stagewright.planner.cost import LEVELS, CostModel
 from stagewright.planner.cost.even_plan import even_plan
 from stagewright.planner.cost.fit import MeasuredRun, fit_runs
 from stagewright.planner.cost.step_time import Choice, Family
-from stagewright.planner.documents import (
-    Cluster,
-    Degrees,
-    ModelProfile,
-    Optimizer,
-    Plan,
-    Recompute,
-    TrainingJob,
-)
-from stagewright.planner.prediction import OPTIONS, evaluate
+from stagewright.planner.documents import Cluster, Degrees, ModelProfile, Optimizer, Plan, Recompute, TrainingJob
+from stagewright.planner.planned_schedule import OPTIONS
+from stagewright.planner.prediction import evaluate
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import generate, peak_activations
 

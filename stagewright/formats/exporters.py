@@ -17,7 +17,8 @@ from stagewright.formats.torchtitan import torchtitan
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument, NotExpressible
-from stagewright.planner.prediction import evaluate, schedule_of
+from stagewright.planner.planned_schedule import schedule_of
+from stagewright.planner.prediction import evaluate
 
 Export = Callable[[Plan, ModelProfile], Exported]
 

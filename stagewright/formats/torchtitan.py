@@ -16,7 +16,7 @@ from stagewright.formats.torch_csv import torch_csv
 from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.documents.profile import ModelProfile, Recompute
 from stagewright.planner.errors import NotExpressible
-from stagewright.planner.prediction import schedule_of
+from stagewright.planner.planned_schedule import schedule_of
 
 RECIPE, SCHEDULE = "recipe.py", "schedule.csv"
 _AXES = ("tp", "cp", "dp", "pp")

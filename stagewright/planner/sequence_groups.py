@@ -37,7 +37,8 @@ from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import Infeasible, InvalidArgument
-from stagewright.planner.prediction import OPTIONS, base_bytes
+from stagewright.planner.planned_devices import base_bytes
+from stagewright.planner.planned_schedule import OPTIONS
 from stagewright.planner.search.layer_costs import Configuration, layer_costs
 
 Floats = npt.NDArray[np.float64]

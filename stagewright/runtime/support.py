@@ -13,7 +13,7 @@ from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.layerwise import is_layerwise
 from stagewright.planner.link_bytes import shared_weights
-from stagewright.planner.prediction import device_of
+from stagewright.planner.planned_devices import device_of
 from stagewright.planner.replica_shares import has_uneven_shares, parts_of_stage, samples_by_replica
 from stagewright.planner.schedules.registry import families
 from stagewright.runtime.sequence_pieces import num_pieces

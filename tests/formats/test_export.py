@@ -20,7 +20,7 @@ from stagewright.planner.cost.step_time import Choice
 from stagewright.planner.documents import Degrees, Plan, Recompute, TrainingJob
 from stagewright.planner.documents.job import Optimizer
 from stagewright.planner.errors import NotExpressible
-from stagewright.planner.prediction import schedule_of
+from stagewright.planner.planned_schedule import schedule_of
 
 
 def plan_of(model, degrees, ranks, *, chunks=1, family="1f1b", recompute=Recompute.NONE, batch=64):

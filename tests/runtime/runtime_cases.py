@@ -21,7 +21,7 @@ from stagewright.modeling.expert_capacity import limit_experts
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.documents import Degrees, Plan, StagePlan
 from stagewright.planner.link_bytes import LENT
-from stagewright.planner.prediction import schedule_of
+from stagewright.planner.planned_schedule import schedule_of
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.lowering import lower

@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 from runtime_cases import SKIP, Case, CaseResult, prepare
 from runtime_models import LENGTH
 
-from stagewright.planner.prediction import schedule_of
+from stagewright.planner.planned_schedule import schedule_of
 
 pytestmark = pytest.mark.ranks
 

@@ -9,7 +9,7 @@ from runtime_cases import Case, prepare
 
 from stagewright.formats.torch_csv import torch_csv
 from stagewright.planner.errors import InvalidArgument, NotExpressible
-from stagewright.planner.prediction import schedule_of
+from stagewright.planner.planned_schedule import schedule_of
 from stagewright.planner.schedules.registry import families
 
 pytestmark = pytest.mark.ranks

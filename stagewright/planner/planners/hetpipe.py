@@ -36,9 +36,9 @@ from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import Infeasible, InvalidArgument
+from stagewright.planner.planned_devices import base_bytes
 from stagewright.planner.planners.range_cuts import least_bottleneck
 from stagewright.planner.planners.stage_table import ranges_of
-from stagewright.planner.prediction import base_bytes
 from stagewright.planner.search.layer_costs import Configuration, layer_costs
 from stagewright.planner.search.pipeline_costs import line_at
 

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.cost.least_work import least_step_s
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
-from stagewright.planner.prediction import OPTIONS
+from stagewright.planner.planned_schedule import OPTIONS
 from stagewright.planner.search.choice_tables import ChoiceTables
 from stagewright.planner.search.joined_choice import Choices, choices_by_group
 from stagewright.planner.search.limits import KnownStep, LeastStep, Limits, Termination

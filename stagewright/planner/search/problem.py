@@ -18,17 +18,13 @@ from stagewright.planner.cost.groups import AxisOrder
 from stagewright.planner.cost.layer_table import LEVELS
 from stagewright.planner.documents.cluster import Cluster
 from stagewright.planner.documents.job import TrainingJob
-from stagewright.planner.documents.plan import (
-    Plan,
-    Prediction,
-    RankMapping,
-    RecomputeRun,
-    ScheduleSpec,
-    StagePlan,
-)
+from stagewright.planner.documents.plan import Plan, Prediction, RankMapping, RecomputeRun, ScheduleSpec, StagePlan
 from stagewright.planner.documents.profile import ModelProfile, Source
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
-from stagewright.planner.prediction import OPTIONS, base_bytes, links_of, stage_costs, ties_of, wire
+from stagewright.planner.planned_devices import base_bytes
+from stagewright.planner.planned_links import links_of, ties_of, wire
+from stagewright.planner.planned_schedule import OPTIONS
+from stagewright.planner.prediction import stage_costs
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
 from stagewright.planner.search.order import Layout, Order, OrderKey

@@ -29,7 +29,8 @@ import numpy.typing as npt
 
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument, InvalidDocument, InvalidSchedule
-from stagewright.planner.prediction import evaluate, rank_devices
+from stagewright.planner.planned_devices import rank_devices
+from stagewright.planner.prediction import evaluate
 from stagewright.planner.search.incumbent import balanced
 from stagewright.planner.search.pricing import NUM_MICROBATCHES, PP, Priced, configuration_of
 from stagewright.planner.search.problem import Candidate, Partition, Problem

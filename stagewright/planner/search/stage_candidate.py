@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from stagewright.planner.cost.cost_model import CostModel
 from stagewright.planner.documents.plan import Degrees, Plan, RankMapping, ScheduleSpec, StagePlan
-from stagewright.planner.prediction import evaluate, links_of, slowest_inside, stage_costs, ties_of, wire_ranks
+from stagewright.planner.planned_links import links_of, slowest_inside, ties_of, wire_ranks
+from stagewright.planner.prediction import evaluate, stage_costs
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.search.choice_tables import ChoiceTables, stage_tables
 from stagewright.planner.search.joined_choice import Choices, JoinedChoices
