@@ -1,6 +1,6 @@
 """The bound of plans whose stages differ proved again by arithmetic, and the rest put to the test.
 
-Pools along the pipeline and the choices of each are enumerated anew (`pool_search.skeletons`), and the ranks of each product of
+Pools along the pipeline and the choices of each are enumerated anew (`pool_space.skeletons`), and the ranks of each product of
 choices are filled one after the other as far as the bound lets them (`rank_filling`), with the least that a layer takes on any pool
 before a microbatch comes. Stages that form no chain wait for nothing. Where the last rank does not reach the last layer, the
 product is proved again. Prices, and which choices others undercut, are those of the search.
@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.search.pool_search import PoolSearch, Skeleton
+from stagewright.planner.search.pool_space import PoolSpace, Skeleton
 from stagewright.planner.search.pricing import Priced
 from stagewright.planner.search.rank_filling import Heads, RankCosts, before
 from stagewright.planner.search.reproof import NUM_ATTACKED, TOLERANCE, Reproof, refuse_plan_below
@@ -44,7 +44,7 @@ class _Open:
 class PoolReproof:
     """The check of one space of pools against a bound."""
 
-    search: PoolSearch
+    space: PoolSpace
     bound_s: float
     _heads: dict[int, Heads] = field(default_factory=dict)
     _reaches: dict[tuple[str, int, int, bool, bool, float], Longs] = field(default_factory=dict)
@@ -53,11 +53,11 @@ class PoolReproof:
         """Return what holds by arithmetic; raises InvalidDocument for a plan below the bound."""
         candidates, reproved = 0, 0
         left: list[_Open] = []
-        for skeleton in self.search.skeletons():
-            numbers = [len(rows) for _, _, rows in self.search.rows(skeleton)]
+        for skeleton in self.space.skeletons():
+            numbers = [len(rows) for _, _, rows in self.space.rows(skeleton)]
             if not all(numbers):
                 continue
-            rules = self.search.rules_for(skeleton)
+            rules = self.space.rules_for(skeleton)
             candidates += int(np.prod(numbers)) * len(rules)
             for kind in sorted({(rule.split, rule.live) for rule in rules}):
                 alike = [rule for rule in rules if (rule.split, rule.live) == kind]
@@ -70,7 +70,7 @@ class PoolReproof:
 
     @property
     def _num_layers(self) -> int:
-        return self.search.problem.profile.num_layers
+        return self.space.problem.profile.num_layers
 
     # ---- arithmetic ------------------------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ class PoolReproof:
         size = skeleton.pools[pool].num_devices // skeleton.ranks[pool]
         key = (skeleton.pools[pool].group, size, skeleton.samples, split, skeleton.graph is None, live)
         if key not in self._reaches:
-            choices, priced, rows = self.search.rows(skeleton)[pool]
+            choices, priced, rows = self.space.rows(skeleton)[pool]
             costs = self._costs(skeleton, priced.take(rows), choices.room_bytes, split, live)
             self._reaches[key] = costs.reach(self.bound_s * (1 - TOLERANCE))
         return self._reaches[key]
@@ -103,7 +103,7 @@ class PoolReproof:
 
     def _costs(self, skeleton: Skeleton, priced: Priced, room_bytes: float, split: bool, live: float) -> RankCosts:
         return RankCosts.of(
-            self.search.problem,
+            self.space.problem,
             priced,
             num_microbatches=self._count(skeleton),
             live=live,
@@ -114,7 +114,7 @@ class PoolReproof:
 
     def _times(self, priced: Priced) -> Floats:
         """Return the least seconds of a microbatch by class of layers, [n, C]."""
-        again_s = priced.recompute_s[:, list(self.search.problem.levels)].min(axis=1)
+        again_s = priced.recompute_s[:, list(self.space.problem.levels)].min(axis=1)
         return np.asarray(priced.forward_s + priced.input_grad_s + priced.weight_grad_s + again_s)
 
     def _heads_of(self, skeleton: Skeleton) -> Heads:
@@ -122,10 +122,10 @@ class PoolReproof:
         if skeleton.graph is not None:
             return np.zeros(self._num_layers + 1), np.zeros(self._num_layers + 1)
         if skeleton.samples not in self._heads:
-            of_layer = self.search.problem.classes.of_layer
+            of_layer = self.space.problem.classes.of_layer
             least = np.full((2, self._num_layers), np.inf)
             for name, size in self._sizes:
-                priced, of_row = self.search.choices[name].priced(size)
+                priced, of_row = self.space.choices[name].priced(size)
                 own = priced.take(np.flatnonzero(of_row == skeleton.samples))
                 for place, seconds in enumerate((own.forward_s, self._times(own))):
                     least[place] = np.minimum(least[place], seconds.min(axis=0, initial=np.inf)[of_layer])
@@ -136,11 +136,11 @@ class PoolReproof:
     @cached_property
     def _sizes(self) -> set[tuple[str, int]]:
         """Every number of devices that a rank of every pool may have."""
-        pools = {pool for row in self.search.sequences for pool in row}
+        pools = {pool for row in self.space.sequences for pool in row}
         return {(pool.group, pool.num_devices // count) for pool in pools for count in pool.rank_counts}
 
     def _count(self, skeleton: Skeleton) -> int:
-        return self.search.problem.job.global_batch // skeleton.samples
+        return self.space.problem.job.global_batch // skeleton.samples
 
     # ---- the attack ------------------------------------------------------------------------------------------------
 
@@ -150,9 +150,9 @@ class PoolReproof:
         """Return the open products of least guess: all work shared by all ranks, and a pipeline that fills and drains."""
         if not is_open.any():
             return []
-        numbers = self.search.problem.classes.counts
+        numbers = self.space.problem.classes.counts
         rate: Floats = np.zeros(())
-        for ranks, (_, priced, rows) in zip(skeleton.ranks, self.search.rows(skeleton), strict=True):
+        for ranks, (_, priced, rows) in zip(skeleton.ranks, self.space.rows(skeleton), strict=True):
             rate = rate[..., None] + ranks / (self._times(priced.take(rows)) @ numbers)
         guesses = (self._count(skeleton) + skeleton.num_ranks - 1) / rate[is_open]
         places = np.argwhere(is_open)
@@ -163,9 +163,9 @@ class PoolReproof:
         """Complete and simulate; raises InvalidDocument for a plan below the bound. Returns how many had a schedule."""
         attacked = 0
         for one in left:
-            rows = self.search.rows(one.skeleton)
+            rows = self.space.rows(one.skeleton)
             at = [int(rows[pool][2][place]) for pool, place in enumerate(one.chosen)]
-            candidate = self.search.candidate(one.skeleton, at, one.rule)
+            candidate = self.space.candidate(one.skeleton, at, one.rule)
             if candidate is None:
                 continue
             attacked += 1
@@ -181,7 +181,7 @@ class PoolReproof:
         live = iter(self._live(skeleton, one.rule))
         costs = [
             self._costs(skeleton, priced.take(np.array([row])), choices.room_bytes, one.rule.split, next(live))
-            for (choices, priced, _), row, ranks in zip(self.search.rows(skeleton), at, skeleton.ranks, strict=True)
+            for (choices, priced, _), row, ranks in zip(self.space.rows(skeleton), at, skeleton.ranks, strict=True)
             for _ in range(ranks)
         ]
         low_s, high_s = self.bound_s, 64.0 * max(self.bound_s, one.guess_s)

@@ -1,7 +1,7 @@
 """Plans whose stages differ, answered with a certificate: mixed clusters, degrees by stage, branches side by side.
 
-On a mixed cluster the space is that of `pool_search` and, for each node group, the one of equal degrees on that group
-alone: leaving groups idle is always among the plans. Where layers are tied to one stage it is that of `pool_search`. On
+On a mixed cluster the space is that of `pool_space` and, for each node group, the one of equal degrees on that group
+alone: leaving groups idle is always among the plans. Where layers are tied to one stage it is that of `pool_space`. On
 one kind of device, asking for degrees by stage, or a
 model with branches, adds that space to the one of equal degrees on a chain of stages: both are searched, the better plan
 is returned, and the lower of the two bounds holds for their union, which is what the certificate declares.
@@ -21,6 +21,7 @@ from stagewright.planner.search.certified import Space, Work, certified, without
 from stagewright.planner.search.joined_costs import MOST_SHARES
 from stagewright.planner.search.limits import OPTIMAL_GAP, LeastStep, Limits
 from stagewright.planner.search.pool_search import Completed, PoolSearch
+from stagewright.planner.search.pool_space import PoolSpace
 from stagewright.planner.search.pools import Pool, group_pools, used_first
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.stage_graph import MOST_RANKS
@@ -48,7 +49,7 @@ def solve_mixed(problem: Problem, limits: Limits) -> PlanOutcome:
     groups = _fastest_first(problem)
     # Where the other groups add little, the plan on the fastest one sets the target that the pools are closed at.
     first = [pool for pool, rate in groups if rate >= _MOST]
-    search = pools_of(problem, _part_of(limits, _POOLS_TIME), known)
+    search = PoolSearch(pools_of(problem), _part_of(limits, _POOLS_TIME), known)
     search.begin()
     alone = [_solve_alone(problem, _part_of(limits, 0.5), pool, known) for pool in first]
     bound_s, termination = search.finish()
@@ -60,7 +61,7 @@ def solve_mixed(problem: Problem, limits: Limits) -> PlanOutcome:
         return without_plan(work, bound_s, termination)
     if bound_s < known.least_s() / (1.0 + limits.gap) * (1 - OPTIMAL_GAP) and termination in ("gap", "optimal"):
         termination = limits.reached() or "time_limit"
-    space = {**pool_space(problem, search), "or": ALONE}
+    space = {**pool_words(search.space), "or": ALONE}
     return certified(ranked, space, bound_s, limits, work, termination)
 
 
@@ -120,25 +121,25 @@ def solve_tied(problem: Problem, limits: Limits) -> PlanOutcome:
     return _solve_pools(problem, limits)
 
 
-def pools_of(problem: Problem, limits: Limits, known: LeastStep | None = None) -> PoolSearch:
-    """Return the search of pools that a question asks for, beside those of equal degrees; with ties there are no others."""
-    known, space, is_mixed = known or LeastStep(), problem.job.space, problem.cluster.is_mixed
+def pools_of(problem: Problem) -> PoolSpace:
+    """Return the space of pools that a question asks for, beside that of equal degrees; with ties there is no other."""
+    space, is_mixed = problem.job.space, problem.cluster.is_mixed
     split = space.per_stage_degrees and not is_mixed
     if space.ties:
-        return PoolSearch(problem, limits, split=split, known=known)
+        return PoolSpace(problem, split=split)
     if is_mixed:
-        return PoolSearch(problem, limits, alone=False, known=known)
-    return PoolSearch(problem, limits, split=split, chains=split, known=known)
+        return PoolSpace(problem, alone=False)
+    return PoolSpace(problem, split=split, chains=split)
 
 
 def _solve_pools(problem: Problem, limits: Limits) -> PlanOutcome:
-    search = pools_of(problem, limits)
+    search = PoolSearch(pools_of(problem), limits)
     bound_s, termination = search.run()
     if search.best is None:
         return without_plan(search.work.total(search.num_candidates), None, termination)
     return certified(
         _ranked(search, limits),
-        pool_space(problem, search),
+        pool_words(search.space),
         bound_s,
         limits,
         search.work.total(search.num_candidates),
@@ -154,7 +155,7 @@ def solve_by_stage(problem: Problem, limits: Limits) -> PlanOutcome:
     left_s = limits.left_s()
     first = limits if left_s == float("inf") else replace(limits, deadline_s=limits.deadline_s - 0.5 * left_s)  # type: ignore[operator]
     equal = exact.solve(problem, first)
-    search = pools_of(problem, limits, LeastStep(equal.objective_s or float("inf")))
+    search = PoolSearch(pools_of(problem), limits, LeastStep(equal.objective_s or float("inf")))
     bound_s, termination = search.run()
     work = search.work.total(search.num_candidates) + Work.of(equal)
     if equal.plan is None and search.best is None:
@@ -164,33 +165,34 @@ def solve_by_stage(problem: Problem, limits: Limits) -> PlanOutcome:
         ranked.append(alternative_of(equal.plan))
         ranked += equal.alternatives
     equal_bound_s = equal.bound_s if equal.bound_s is not None else float("inf")
-    space = {**problem.space_words(), "or": _words(pool_space(problem, search))}
+    space = {**problem.space_words(), "or": _words(pool_words(search.space))}
     return certified(ranked, space, min(bound_s, equal_bound_s), limits, work, termination)
 
 
-def pool_space(problem: Problem, search: PoolSearch) -> Space:
-    """Return the space of a pool search in words and numbers."""
+def pool_words(space: PoolSpace) -> Space:
+    """Return a space of pools in words and numbers."""
+    problem = space.problem
     words = problem.space_words()
     words.update(
         {
             "devices": [problem.cluster.num_devices],
             "schedules": [
-                *([rule.name for rule in search.rules] if search.chains else []),
-                *([rule.name for rule in search.graph_rules] if search.side_by_side else []),
+                *([rule.name for rule in space.rules] if space.chains else []),
+                *([rule.name for rule in space.graph_rules] if space.side_by_side else []),
             ],
             "max_chunks": 1,
             "axis_orders": ["tp,cp,dp,pp"],
-            "pools": [" then ".join(f"{pool.num_devices} of {pool.group}" for pool in row) for row in search.sequences],
+            "pools": [" then ".join(f"{pool.num_devices} of {pool.group}" for pool in row) for row in space.sequences],
             "stages": "contiguous layer ranges of at least one layer, uneven, one on each pipeline rank",
             "stage_graphs": (
                 f"chains, and up to {MOST_RANKS} stages every graph of chains that branches of the model form"
-                if search.side_by_side
+                if space.side_by_side
                 else "chains"
             ),
             "degrees": "equal on the ranks of a pool, different from pool to pool; a pool is used whole",
         }
     )
-    if any(pool.parts for row in search.sequences for pool in row):
+    if any(pool.parts for row in space.sequences for pool in row):
         words["shares"] = (
             f"on joined groups the {MOST_SHARES} nearest to the peak rates for each microbatch, states under ZeRO in equal "
             "shares or by memory; a layer counts with its "

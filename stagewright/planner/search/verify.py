@@ -14,7 +14,6 @@ from stagewright.planner.documents.plan import Certificate, Plan, Prediction
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.prediction import evaluate
-from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.pool_reproof import PoolReproof
 from stagewright.planner.search.pools import group_pools
 from stagewright.planner.search.problem import Problem
@@ -104,7 +103,7 @@ def _least_step(problem: Problem, bound_s: float) -> Reproof:
         equal = [alone_on(problem, pool) for pool in group_pools(problem.cluster)] if is_mixed else [problem]
     found = sum((_equal_degrees(part, bound_s) for part in equal), start=Reproof())
     if space.ties or is_mixed or space.per_stage_degrees or has_branches(problem.profile):
-        found += PoolReproof(pools_of(problem, Limits()), bound_s).run()
+        found += PoolReproof(pools_of(problem), bound_s).run()
     return found
 
 

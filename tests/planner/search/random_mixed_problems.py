@@ -11,7 +11,7 @@ import numpy as np
 from stagewright.planner.documents import Recompute, TrainingJob
 from stagewright.planner.documents.job import SearchSpace
 from stagewright.planner.search.joined_choice import JoinedChoices
-from stagewright.planner.search.pool_search import PoolSearch, Skeleton, windows_of
+from stagewright.planner.search.pool_space import PoolSpace, Skeleton, windows_of
 from stagewright.planner.search.pricing import AXES, DP, MICROBATCH, PP
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import shapes
@@ -93,12 +93,12 @@ def random_mixed_problem(seed: int, *, most_layers: int = 5) -> Problem:
     return Problem(profile, cluster, job, cluster.num_devices)
 
 
-def all_candidates(search: PoolSearch) -> Iterator[StageCandidate]:
+def all_candidates(space: PoolSpace) -> Iterator[StageCandidate]:
     """Yield every candidate of the declared space, dominated choices included."""
-    for skeleton in search.skeletons():
+    for skeleton in space.skeletons():
         parts = []
         for pool, count in zip(skeleton.pools, skeleton.ranks, strict=True):
-            group = search.choices[pool.group]
+            group = space.choices[pool.group]
             if isinstance(group, JoinedChoices):
                 rows, samples = group.shapes(pool.num_devices // count)
                 rows = rows[samples == skeleton.samples]
@@ -111,20 +111,20 @@ def all_candidates(search: PoolSearch) -> Iterator[StageCandidate]:
             rows = group.problem.price_list.without_limit().price(rows).shape if len(rows) else rows
             parts.append([PoolChoice(pool, count, group, np.ascontiguousarray(row)) for row in rows])
         for choices in product(*parts):
-            yield from _with_rules(search, skeleton, choices)
+            yield from _with_rules(space, skeleton, choices)
 
 
-def _with_rules(search: PoolSearch, skeleton: Skeleton, choices: tuple[PoolChoice, ...]) -> Iterator[StageCandidate]:
-    for rule in search.rules_for(skeleton):
-        order = search.order(skeleton, rule)
+def _with_rules(space: PoolSpace, skeleton: Skeleton, choices: tuple[PoolChoice, ...]) -> Iterator[StageCandidate]:
+    for rule in space.rules_for(skeleton):
+        order = space.order(skeleton, rule)
         if order is not None:
             yield StageCandidate(
-                search.problem,
-                search.model(skeleton.pools),
+                space.problem,
+                space.model(skeleton.pools),
                 choices,
                 skeleton.samples,
                 rule,
                 order,
-                windows_of(skeleton, search.problem.profile.num_layers),
-                search.levels,
+                windows_of(skeleton, space.problem.profile.num_layers),
+                space.levels,
             )

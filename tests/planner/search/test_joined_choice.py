@@ -11,8 +11,7 @@ from stagewright.planner.catalog import resolve_cluster, resolve_model
 from stagewright.planner.documents import TrainingJob
 from stagewright.planner.search.joined_choice import NUM_DEGREES, JoinedChoices
 from stagewright.planner.search.joined_costs import balanced_shares, joined_layer_costs
-from stagewright.planner.search.limits import Limits
-from stagewright.planner.search.pool_search import PoolSearch
+from stagewright.planner.search.pool_space import PoolSpace
 from stagewright.planner.search.pricing import configuration_of
 from stagewright.planner.search.problem import Problem
 
@@ -34,7 +33,7 @@ def test_a_microbatch_too_small_for_a_sample_on_each_replica_has_no_shares():
 def test_a_joined_stage_is_as_slow_as_its_slowest_part_and_as_full_as_its_fullest():
     cluster = resolve_cluster("a100-sxm-80g:4x1+v100-sxm-32g:4x1")
     problem = Problem(resolve_model("gpt2"), cluster, TrainingJob(global_batch=32, sequence_length=1024), 8)
-    choices = PoolSearch(problem, Limits()).choices.values()
+    choices = PoolSpace(problem).choices.values()
     joined = next(choice for choice in choices if isinstance(choice, JoinedChoices))
     model, rooms = problem.model(("tp", "cp", "dp", "pp")), [member.room_bytes for member in joined.members]
     rows = joined.priced(8)[0].shape
@@ -59,8 +58,7 @@ def test_a_joined_stage_is_as_slow_as_its_slowest_part_and_as_full_as_its_fulles
 def test_rows_priced_together_are_the_layer_costs_of_the_scorer():
     cluster = resolve_cluster("a100-sxm-80g:4x1+v100-sxm-32g:4x1")
     problem = Problem(resolve_model("gpt2"), cluster, TrainingJob(global_batch=32, sequence_length=1024), 8)
-    search = PoolSearch(problem, Limits())
-    joined = next(choices for choices in search.choices.values() if isinstance(choices, JoinedChoices))
+    joined = next(choices for choices in PoolSpace(problem).choices.values() if isinstance(choices, JoinedChoices))
     priced, samples = joined.priced(8)
     first = problem.classes.first
     assert len(priced) > 20

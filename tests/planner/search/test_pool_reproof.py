@@ -13,7 +13,7 @@ from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.planning import make_plan
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.pool_reproof import PoolReproof
-from stagewright.planner.search.pool_search import PoolSearch
+from stagewright.planner.search.pool_space import PoolSpace
 from stagewright.planner.search.stage_answer import solve_by_stage, solve_mixed
 from stagewright.planner.search.verify import verify_certificate
 from stagewright.testing.mocked_cluster import cluster_factory, mixed_cluster_factory
@@ -31,17 +31,17 @@ def _num_reached(seed: int) -> int:
     """Return how many random partitions of a random problem fit; each has to be within reach of its own step."""
     draw = Random(seed)
     problem = random_mixed_problem(seed)
-    search = PoolSearch(problem, Limits(), split=not problem.cluster.is_mixed)
+    space = PoolSpace(problem, split=not problem.cluster.is_mixed)
     layers, plans = problem.profile.num_layers, 0
-    skeletons = list(search.skeletons())
+    skeletons = list(space.skeletons())
     for skeleton in draw.sample(skeletons, min(150, len(skeletons))):
-        rows = [rows for _, _, rows in search.rows(skeleton)]
+        rows = [rows for _, _, rows in space.rows(skeleton)]
         if not all(map(len, rows)):
             continue
         places = tuple(draw.randrange(len(each)) for each in rows)
-        rule = draw.choice(search.rules_for(skeleton))
+        rule = draw.choice(space.rules_for(skeleton))
         chosen = [int(each[place]) for each, place in zip(rows, places, strict=True)]
-        candidate = search.candidate(skeleton, chosen, rule)
+        candidate = space.candidate(skeleton, chosen, rule)
         for _ in range(CUTS if candidate is not None else 0):
             assert candidate is not None
             cuts = np.array([0, *sorted(draw.sample(range(1, layers), skeleton.num_ranks - 1)), layers])
@@ -49,7 +49,7 @@ def _num_reached(seed: int) -> int:
             partition = candidate.complete(cuts.tolist()) if inside.all() else None
             if partition is not None:
                 plans += 1
-                reproof = PoolReproof(search, candidate.step_s(partition) * (1 + 1e-5))
+                reproof = PoolReproof(space, candidate.step_s(partition) * (1 + 1e-5))
                 assert reproof.reached(skeleton, rule)[places] >= layers
     return plans
 
@@ -115,9 +115,9 @@ def test_other_objectives_are_proved_again_by_their_numbers_of_devices(objective
 
 
 def test_steps_of_reaches_grow_with_where_they_begin() -> None:
-    search = PoolSearch(random_mixed_problem(3), Limits())
-    reproof = PoolReproof(search, 0.02)
-    for skeleton in search.skeletons():
+    space = PoolSpace(random_mixed_problem(3))
+    reproof = PoolReproof(space, 0.02)
+    for skeleton in space.skeletons():
         for split in (False, True):
             for pool in range(len(skeleton.pools)):
                 reach = reproof.reach_of_rank(skeleton, pool, split, live=2.0)

@@ -11,6 +11,7 @@ import pytest
 from stagewright.planner.search.brute_force import best_by_stage, best_of_all
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.pool_search import ChoiceSets, PoolSearch
+from stagewright.planner.search.pool_space import PoolSpace
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.stage_answer import solve_mixed
 from stagewright.planner.search.stage_candidate import StageCandidate
@@ -22,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from random_mixed_problems import all_candidates, random_mixed_problem
 
 
-def _exhaustive_step_s(search: PoolSearch) -> float | None:
+def _exhaustive_step_s(space: PoolSpace) -> float | None:
     """Return the least step of all candidates; one whose average rank alone works as long cannot be shorter."""
     least: float | None = None
-    pairs = [(_average_rank_s(candidate), place, candidate) for place, candidate in enumerate(all_candidates(search))]
+    pairs = [(_average_rank_s(candidate), place, candidate) for place, candidate in enumerate(all_candidates(space))]
     for average_s, _, candidate in sorted(pairs, key=lambda pair: pair[:2]):
         if least is not None and average_s >= least:
             break
@@ -45,8 +46,8 @@ def _agrees(seed: int, *, most_layers: int = 5) -> bool:
     """Check one problem; return whether it had a plan."""
     problem = random_mixed_problem(seed, most_layers=most_layers)
     limits = Limits(gap=0.0)
-    search = PoolSearch(problem, limits, split=problem.job.space.per_stage_degrees)
-    oracle_s = _exhaustive_step_s(search)
+    search = PoolSearch(PoolSpace(problem, split=problem.job.space.per_stage_degrees), limits)
+    oracle_s = _exhaustive_step_s(search.space)
     bound_s, _ = search.run()
     if oracle_s is None:
         assert search.best is None
@@ -79,7 +80,7 @@ def _whole_agrees(seed: int) -> bool | None:
     problem = random_mixed_problem(seed, most_layers=4)
     if not problem.cluster.is_mixed:
         return None
-    steps = [_exhaustive_step_s(PoolSearch(problem, Limits(gap=0.0)))]
+    steps = [_exhaustive_step_s(PoolSpace(problem))]
     for group in problem.cluster.groups:
         cluster = problem.cluster.model_copy(
             update={"groups": tuple(sorted(problem.cluster.groups, key=lambda other: other.name != group.name))}
@@ -126,18 +127,19 @@ def _closer(search: PoolSearch, sets: ChoiceSets, target_s: float) -> StageClose
 def test_what_sets_of_choices_cost_together_is_never_above_the_best_plan_of_any_product_of_them(seed: int) -> None:
     draw, checked = np.random.default_rng(seed), 0
     problem = random_mixed_problem(3000 + seed, most_layers=4)
-    search = PoolSearch(problem, Limits(gap=0.0), split=problem.job.space.per_stage_degrees)
-    skeletons = list(search.skeletons())
+    space = PoolSpace(problem, split=problem.job.space.per_stage_degrees)
+    search = PoolSearch(space, Limits(gap=0.0))
+    skeletons = list(space.skeletons())
     for index in draw.permutation(len(skeletons))[:12].tolist():
         skeleton = skeletons[index]
-        sizes = [len(rows) for _, _, rows in search.rows(skeleton)]
+        sizes = [len(rows) for _, _, rows in space.rows(skeleton)]
         if 0 in sizes:
             continue
         rows = tuple(np.sort(draw.choice(size, draw.integers(1, size + 1), replace=False)) for size in sizes)
-        for rule in search.rules_for(skeleton):
+        for rule in space.rules_for(skeleton):
             sets = ChoiceSets(skeleton, rule, rows)
             ones = [
-                search.candidate(skeleton, search._shapes_of(sets, chosen), rule)
+                space.candidate(skeleton, search._shapes_of(sets, chosen), rule)
                 for chosen in np.ndindex(*(len(each) for each in rows))
             ]
             found = [best_by_stage(one) for one in ones if one is not None]
@@ -151,12 +153,13 @@ def test_what_sets_of_choices_cost_together_is_never_above_the_best_plan_of_any_
 
 def test_halves_of_sets_hold_every_product_once() -> None:
     problem = random_mixed_problem(3, most_layers=4)
-    search = PoolSearch(problem, Limits(gap=0.0), split=problem.job.space.per_stage_degrees)
+    space = PoolSpace(problem, split=problem.job.space.per_stage_degrees)
+    search = PoolSearch(space, Limits(gap=0.0))
     waiting, ones = [], 0
-    for skeleton in search.skeletons():
-        rows = tuple(np.arange(len(each)) for _, _, each in search.rows(skeleton))
+    for skeleton in space.skeletons():
+        rows = tuple(np.arange(len(each)) for _, _, each in space.rows(skeleton))
         if all(len(each) for each in rows):
-            waiting += [ChoiceSets(skeleton, rule, rows) for rule in search.rules_for(skeleton)]
+            waiting += [ChoiceSets(skeleton, rule, rows) for rule in space.rules_for(skeleton)]
     waiting = [sets for sets in waiting if search._merged(sets) is not None]
     seen = set()
     while waiting:
