@@ -46,8 +46,7 @@ class PoolCosts:
     @classmethod
     def of(cls, priced: Priced, levels: list[int]) -> PoolCosts:
         """Return the costs of priced rows under the allowed recomputation levels."""
-        forward = priced.forward_s
-        time = forward + priced.input_grad_s + priced.weight_grad_s + priced.recompute_s[:, levels].min(axis=1)
+        forward, time = priced.forward_s, priced.least_time_s(levels)
         share = np.divide(forward, time, out=np.ones_like(time), where=time > 0)
         least = priced.state_bytes + priced.kept_bytes[:, levels].min(axis=1)
         return cls(time, forward, share.min(axis=1, initial=1.0), priced.step_s, least, priced.latency_s)

@@ -112,11 +112,6 @@ class PoolReproof:
             split=split,
         )
 
-    def _times(self, priced: Priced) -> Floats:
-        """Return the least seconds of a microbatch by class of layers, [n, C]."""
-        again_s = priced.recompute_s[:, list(self.space.problem.levels)].min(axis=1)
-        return np.asarray(priced.forward_s + priced.input_grad_s + priced.weight_grad_s + again_s)
-
     def _heads_of(self, skeleton: Skeleton) -> Heads:
         """Return the least seconds of a microbatch on the layers before each layer: there, and there and back, [L + 1] each."""
         if skeleton.graph is not None:
@@ -127,7 +122,7 @@ class PoolReproof:
             for name, size in self._sizes:
                 priced, of_row = self.space.choices[name].priced(size)
                 own = priced.take(np.flatnonzero(of_row == skeleton.samples))
-                for place, seconds in enumerate((own.forward_s, self._times(own))):
+                for place, seconds in enumerate((own.forward_s, own.least_time_s(self.space.problem.levels))):
                     least[place] = np.minimum(least[place], seconds.min(axis=0, initial=np.inf)[of_layer])
             there, back = before(least)
             self._heads[skeleton.samples] = (there, back)
@@ -153,7 +148,7 @@ class PoolReproof:
         numbers = self.space.problem.classes.counts
         rate: Floats = np.zeros(())
         for ranks, (_, priced, rows) in zip(skeleton.ranks, self.space.rows(skeleton), strict=True):
-            rate = rate[..., None] + ranks / (self._times(priced.take(rows)) @ numbers)
+            rate = rate[..., None] + ranks / (priced.take(rows).least_time_s(self.space.problem.levels) @ numbers)
         guesses = (self._count(skeleton) + skeleton.num_ranks - 1) / rate[is_open]
         places = np.argwhere(is_open)
         chosen = np.argsort(guesses, kind="stable")[:NUM_ATTACKED].tolist()

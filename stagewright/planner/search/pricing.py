@@ -209,6 +209,10 @@ class Priced:
         """Seconds of one layer's microbatch without recomputation, the backward in one piece, [n, C]."""
         return self.forward_s + self.input_grad_s + self.weight_grad_s
 
+    def least_time_s(self, levels: Sequence[int]) -> Floats:
+        """Return the same with the cheapest recomputation of some levels, [n, C]."""
+        return np.asarray(self.time_s + self.recompute_s[:, list(levels)].min(axis=1))
+
     def take(self, rows: npt.NDArray[np.int64]) -> Priced:
         """Return some of the configurations, each array contiguous by row."""
         columns = (getattr(self, name)[rows] for name in self.__dataclass_fields__)
