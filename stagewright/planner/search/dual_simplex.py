@@ -9,8 +9,9 @@ basic variable that is furthest beyond a limit (steepest edge, whose norms the d
 nonbasic one whose reduced cost gets to zero (Harris' two passes): all variables have two limits, so those where that happens
 first go to their other limit as long as the row stays beyond its own (the long step), O(m n).
 
-Rows are known first and enter the table where a solution misses them; rows that are basic say nothing and leave it. So
-programs of hundreds of known rows are solved in tables of tens. Limits may change between solves, variables go to the one
+Rows are known first and enter the table where a solution misses them, the worst few at once; rows that are basic say nothing and
+leave it. So programs of hundreds of known rows are solved in tables of tens. Looking at all known rows takes as long as several
+pivots, so those missed then are looked at alone until none of them is missed. Limits may change between solves, variables go to the one
 that their reduced cost asks for, and the method goes on from where it was, or from the basis of another program that is like
 this one: so all limits are finite.
 
@@ -103,6 +104,7 @@ def solve(t: Table, limit: float, most_pivots: int) -> int:
     last = t.size[PIVOTS] + min(most_pivots, _MOST_PIVOTS)
     ray = np.zeros(len(t.at))
     rebuilt, rebuilt_at = 0, -1
+    watched, number = np.empty(t.size[KNOWN] + 1, dtype=np.int64), 0
     _settle(t)
     while True:
         status, row = _iterate(t, limit + _CLEARLY * abs(limit), last)
@@ -119,7 +121,8 @@ def solve(t: Table, limit: float, most_pivots: int) -> int:
             or t.size[PIVOTS] < t.size[CHECKED] + _TRUSTED
             or _drift(t) <= _DRIFT
         ):
-            if not _enter_missed(t):
+            entered, number = _enter_missed(t, watched, number)
+            if not entered:
                 return OPTIMAL
             continue
         _rebuild(t)
@@ -256,7 +259,7 @@ def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
     total = 0.0
     for place in range(count):
         total += t.reduced[place] * t.at[place]
-    passed = np.zeros(count, dtype=np.bool_)
+    passed, able = np.zeros(count, dtype=np.bool_), np.empty(count, dtype=np.int64)
     while True:
         if total >= limit:
             return ABOVE, -1
@@ -266,7 +269,7 @@ def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
         variable, value = t.basic[row], t.value[row]
         sign, end = (1.0, t.low[variable]) if value < t.low[variable] else (-1.0, t.high[variable])
         little = _MISSED * (1.0 + abs(value))
-        column = _entering(t, row, sign, abs(end - value) - little, passed)
+        column = _entering(t, row, sign, abs(end - value) - little, passed, able)
         if column < 0:
             if abs(end - value) <= little:
                 t.norm[row] = np.inf  # as good as met, and nothing moves it
@@ -295,23 +298,26 @@ def _leaving(basic: Longs, value: Floats, norm: Floats, low: Floats, high: Float
 
 
 @njit(cache=True, no_cpython_wrapper=True)
-def _entering(t: Table, row: int, sign: float, miss: float, passed: Bools) -> int:
+def _entering(t: Table, row: int, sign: float, miss: float, passed: Bools, able: Longs) -> int:
     """Return the column against which a row whose value has to rise (sign 1) or fall is exchanged; -1 for none.
 
     Columns whose reduced costs get to zero first go to their other limit, `passed`, as long as that moves the row by less than
-    `miss` (the long step); the first that would move it further, or has no other limit, enters.
+    `miss` (the long step); the first that would move it further, or has no other limit, enters. `able` [n] is overwritten.
     """
     line = t.table[row]
     passed[:] = False
+    number = 0
+    for place in range(len(line)):
+        able[number] = place
+        number += _may_move(t, place, sign * line[place])
     while True:
         most = np.inf
-        for place in range(len(line)):
-            if not passed[place] and _may_move(t, place, sign * line[place]):
-                most = min(most, (abs(t.reduced[place]) + _DUAL) / abs(line[place]))
+        for place in able[:number]:
+            most = min(most, (abs(t.reduced[place]) + _DUAL) / abs(line[place]))
         best, column, gained = 0.0, -1, 0.0
-        for place in range(len(line)):
+        for place in able[:number]:
             slope = abs(line[place])
-            if abs(t.reduced[place]) > most * slope or passed[place] or not _may_move(t, place, sign * line[place]):
+            if abs(t.reduced[place]) > most * slope:
                 continue
             gained += slope * (t.high[t.nonbasic[place]] - t.low[t.nonbasic[place]])
             if slope > best:
@@ -319,9 +325,14 @@ def _entering(t: Table, row: int, sign: float, miss: float, passed: Bools) -> in
         if column < 0 or gained >= miss:
             return column
         miss -= gained
-        for place in range(len(line)):
-            if abs(t.reduced[place]) <= most * abs(line[place]) and not passed[place]:
-                passed[place] = _may_move(t, place, sign * line[place])
+        left = 0
+        for place in able[:number]:
+            if abs(t.reduced[place]) <= most * abs(line[place]):
+                passed[place] = True
+            else:
+                able[left] = place
+                left += 1
+        number = left
 
 
 @njit(cache=True, no_cpython_wrapper=True)
@@ -446,34 +457,59 @@ def _make_room(t: Table) -> None:
 
 
 @njit(cache=True, no_cpython_wrapper=True)
-def _enter_missed(t: Table) -> bool:
-    """Let the known rows that the solution misses most into the table; tell whether there are any."""
+def _enter_missed(t: Table, watched: Longs, number: int) -> tuple[bool, int]:
+    """Let the known rows that the solution misses most into the table; tell whether there are any, and how many are watched.
+
+    Rows that were missed when all were looked at last, `watched` [number], come first: all are looked at where none of them is
+    missed.
+    """
     count = len(t.at)
     values = np.empty(count)
     solution(t, values)
-    found = np.full(_ENTER, -1)
-    short = np.zeros(_ENTER)
-    number = 0
     objective = abs(np.dot(t.cost, values))
-    activities = np.dot(t.rows[: t.size[KNOWN]], values)
-    priced = np.dot(t.rows[: t.size[KNOWN]], t.cost)  # rows with the objective in them are as long as it
-    for known in range(t.size[KNOWN]):
-        if t.place[count + known] != -1:
-            continue
-        miss = max(t.low[count + known] - activities[known], activities[known] - t.high[count + known])
-        if miss <= _MISSED * max(1.0, abs(priced[known]) * objective) or (number == _ENTER and miss <= short[-1]):
-            continue
-        place = min(number, _ENTER - 1)
-        while place > 0 and short[place - 1] < miss:
-            short[place], found[place] = short[place - 1], found[place - 1]
-            place -= 1
-        short[place], found[place] = miss, known
-        number = min(number + 1, _ENTER)
-    if number:
-        _make_room(t)
-    for place in range(number):
-        _enter(t, found[place])
-    return number > 0
+    found, short = np.full(_ENTER, -1), np.zeros(_ENTER)
+    for _ in range(2):
+        looks_at_all = number == 0
+        if looks_at_all:
+            for known in range(t.size[KNOWN]):
+                watched[number] = known
+                number += t.place[count + known] == -1
+        missed, worst = 0, 0
+        for place in range(number):
+            known = watched[place]
+            miss = 0.0 if t.place[count + known] != -1 else _miss_of(t, known, values)
+            # A row with the objective in it is as long as it.
+            if miss <= _MISSED or miss <= _MISSED * abs(np.dot(t.rows[known], t.cost)) * objective:
+                continue
+            watched[missed] = known
+            missed += 1
+            if worst == _ENTER and miss <= short[-1]:
+                continue
+            slot = min(worst, _ENTER - 1)
+            while slot > 0 and short[slot - 1] < miss:
+                short[slot], found[slot] = short[slot - 1], found[slot - 1]
+                slot -= 1
+            short[slot], found[slot] = miss, known
+            worst = min(worst + 1, _ENTER)
+        number = missed
+        if worst > 0:
+            _make_room(t)
+            for place in range(worst):
+                _enter(t, found[place])
+            return True, number
+        if looks_at_all:
+            break
+    return False, 0
+
+
+@njit(cache=True, fastmath={"reassoc", "contract"}, no_cpython_wrapper=True)
+def _miss_of(t: Table, known: int, values: Floats) -> float:
+    """Return by how much values of the columns [n] miss a known row; negative where they do not."""
+    line, activity = t.rows[known], 0.0
+    for place in range(len(line)):
+        activity += line[place] * values[place]
+    variable = len(t.at) + known
+    return max(t.low[variable] - activity, activity - t.high[variable])
 
 
 @njit(cache=True, no_cpython_wrapper=True)
