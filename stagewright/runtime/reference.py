@@ -52,16 +52,40 @@ def run_reference(
     The model's weights are afterwards what they were before, and so are its modules' forwards.
     """
     with _own_forwards(chain.model):
-        return _run(
-            chain,
-            batches,
-            microbatch=microbatch,
-            seed=seed,
-            device=device,
-            optimizer=optimizer,
-            clip_norm=clip_norm,
-            learning_rate_factor=learning_rate_factor,
+        model = chain.model.to(device)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        masters = _masters(model)
+        stepper = (
+            None
+            if optimizer is None
+            else make_optimizer(optimizer, masters.values(), whole_layouts(_of_masters(block_matrices(chain), masters)))
         )
+        gradients: dict[str, Tensor] = {}
+        losses = []
+        for step, batch in enumerate(batches if stepper is not None else batches[:1]):
+            model.zero_grad(set_to_none=step == 0)  # later steps begin with zeros, as those of a run do
+            losses.append(_accumulate(chain, to_device(batch, device), microbatch=microbatch, seed=seed, step=step))
+            if step == 0:
+                gradients = {
+                    name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
+                    for name, value in model.named_parameters()
+                    if value.requires_grad
+                }
+            if clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+            if stepper is not None:
+                if learning_rate_factor is not None and optimizer is not None:
+                    for group in stepper.param_groups:
+                        group["lr"] = optimizer.learning_rate * learning_rate_factor(step)
+                _step(stepper, masters)
+        model.zero_grad(set_to_none=True)
+        changes = {}
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if stepper is not None and value.requires_grad:
+                    changes[name] = masters[value].detach() - before[name]
+                value.copy_(before[name])
+        return ReferenceRun(gradients, changes, tuple(losses))
 
 
 @contextmanager
@@ -76,53 +100,6 @@ def _own_forwards(model: nn.Module) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = forward
-
-
-def _run(
-    chain: LayerChain,
-    batches: Sequence[Batch],
-    *,
-    microbatch: int,
-    seed: int,
-    device: torch.device,
-    optimizer: OptimizerChoice | None,
-    clip_norm: float | None,
-    learning_rate_factor: Callable[[int], float] | None,
-) -> ReferenceRun:
-    model = chain.model.to(device)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    masters = _masters(model)
-    stepper = (
-        None
-        if optimizer is None
-        else make_optimizer(optimizer, masters.values(), whole_layouts(_of_masters(block_matrices(chain), masters)))
-    )
-    gradients: dict[str, Tensor] = {}
-    losses = []
-    for step, batch in enumerate(batches if stepper is not None else batches[:1]):
-        model.zero_grad(set_to_none=step == 0)  # later steps begin with zeros, as those of a run do
-        losses.append(_accumulate(chain, to_device(batch, device), microbatch=microbatch, seed=seed, step=step))
-        if step == 0:
-            gradients = {
-                name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
-                for name, value in model.named_parameters()
-                if value.requires_grad
-            }
-        if clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-        if stepper is not None:
-            if learning_rate_factor is not None and optimizer is not None:
-                for group in stepper.param_groups:
-                    group["lr"] = optimizer.learning_rate * learning_rate_factor(step)
-            _step(stepper, masters)
-    model.zero_grad(set_to_none=True)
-    changes = {}
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if stepper is not None and value.requires_grad:
-                changes[name] = masters[value].detach() - before[name]
-            value.copy_(before[name])
-    return ReferenceRun(gradients, changes, tuple(losses))
 
 
 def _masters(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
