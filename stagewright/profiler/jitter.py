@@ -1,14 +1,24 @@
 """How unsteadily a device computes, from the microbatches of a profile.
 
-Each microbatch, forward and backward, is cut at layers' boundaries into pieces of about equal length. A piece's seconds over
-the median of that piece tell its jitter, once the speed of the moment is taken off: the median of the microbatches around it.
-What is kept of all pieces is their ratios in equal parts of the sorted row, each by its mean, so that skew and mean stay.
+Each microbatch, forward and backward, is cut at layers' boundaries into pieces of about equal length. With x_t the seconds of the
+t-th piece in the order of time over the median of that piece, its jitter is what it differs from its neighbours,
+
+    r_t = x_t / median(x_(t-2), ..., x_(t+2))
+
+so that the speed of the moment is no jitter, be it that of the minute or of a few pieces: of what changes slowly nothing is left, of
+pieces that vary by themselves all but 6 % of their deviation, and a rare long piece as it is. Like von Neumann's ratio (the mean
+square of successive differences over twice the variance) it tells the one from the other. What is kept of all pieces is their
+ratios in equal parts of the sorted row, each by its mean, so that skew and mean stay.
+
+Paper: von Neumann, Distribution of the Ratio of the Mean Square Successive Difference to the Variance, Annals of Mathematical
+Statistics 1941.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from stagewright.planner.documents import Jitter
 
@@ -17,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 NUM_PIECES = 6  # of a microbatch
 NUM_RATIOS = 20
 LEAST_MICROBATCHES = 5
-_AROUND = 2  # microbatches before and after one that tell the speed of its moment
+_AROUND = 2  # pieces before and after one that tell the speed of its moment
 
 
 def jitter_of(forward_s: Floats, backward_s: Floats) -> Jitter | None:
@@ -31,10 +41,11 @@ def jitter_of(forward_s: Floats, backward_s: Floats) -> Jitter | None:
     cuts = np.searchsorted(done, done[-1] * np.arange(1, NUM_PIECES) / NUM_PIECES) + 1
     begins = np.concatenate(([0], np.unique(cuts[cuts < rows.shape[1]])))
     pieces = np.add.reduceat(rows, begins, axis=1)
-    speed = np.array([np.median(totals[max(k - _AROUND, 0) : k + _AROUND + 1]) for k in range(count)])
-    relative = pieces / speed[:, None]
-    middle = np.median(relative, axis=0)
-    ratios = np.sort((relative[:, middle > 0] / middle[middle > 0]).ravel())
+    middle = np.median(pieces, axis=0)
+    in_time = (pieces[:, middle > 0] / middle[middle > 0]).ravel()
+    around = sliding_window_view(np.pad(in_time, _AROUND, mode="reflect"), 2 * _AROUND + 1)
+    differing = in_time / np.median(around, axis=1)
+    ratios = np.sort(differing / np.median(differing))
     parts = np.array_split(ratios, min(NUM_RATIOS, len(ratios)))
     means = [float(part.mean()) for part in parts]
     if min(means) <= 0:

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from stagewright.modeling import LayerChain
 
@@ -46,7 +47,7 @@ class LayerHooks:
         self._produced = produced
         self._left = left
         self._next_index = 0
-        self._hooked: set[int] = set()
+        self._hooked = WeakTensorKeyDictionary()  # by number alone, a new tensor could pass for one that is gone
         self._handles: list[RemovableHandle] = []
 
     def begin(self) -> None:
@@ -89,8 +90,8 @@ class LayerHooks:
     def _watch(self, index: int, tensors: tuple[Tensor, ...]) -> None:
         self._produced(index, tensors)
         for tensor in tensors:
-            if id(tensor) not in self._hooked:
-                self._hooked.add(id(tensor))
+            if tensor not in self._hooked:
+                self._hooked[tensor] = index
                 tensor.register_hook(partial(self._after_backward, index))
 
     def _after_backward(self, index: int, gradient: Tensor) -> None:
