@@ -9,7 +9,9 @@ make `matrix_step_bytes` says.
 Gradients that are scattered to equal shards arrive in a shard of their own, and gloo sums them in a copy of all; equal
 shards of the weights leave in a copy.
 
-A backward under ZeRO-2 and 3: whole gradients of the layer at work, and what the layer behind it has on its way. Under
+A backward under ZeRO-2 and 3: whole gradients of the layer at work, and what the layer behind it has on its way. Where weight
+gradients run later, those of experts in stacks, which nothing defers, are whole from the input gradient on: until the rest of
+their layer is complete, or less where they are divided and leave by themselves. Under
 ZeRO-3 the weights of the layer at work are whole, and the next one's come: on gloo in a copy, and from masters in a shard of
 their own type.
 """
@@ -166,12 +168,14 @@ class PassingBytes:
     whole : weights that are gathered; copied : beside them while they come, [layers].
     at_once : all weights of the stage, where a run of forwards or backwards gathers them together; else those that several
         of its layers share.
+    staying : gradients that are made in an input gradient and leave with those that wait for the weight gradient, [layers].
     """
 
     phases: tuple[tuple[GradientPhase, ...], ...]
     whole: Floats
     copied: Floats
     at_once: float = 0.0
+    staying: Floats | None = None
 
 
 def passing_bytes(
@@ -190,6 +194,10 @@ def passing_bytes(
     together = together - held
     shared_bytes = float(ends.sum()) * optimizer.parameter_bytes * (is_gathered and num_shards(plan, index) > 1)
     leaving = {}
+    stacks = np.array([_has_stacks(profile.classes[name]) for name in profile.layer_classes[inside]])
+    staying = (
+        _undeferred(row, inside, stage.degrees) * stacks * (num_shards(plan, index) > 1) * optimizer.gradient_bytes
+    )
     for kind, parameters, shards in (
         ("experts", experts, expert_shards(stage.degrees)),
         ("others", together, num_shards(plan, index)),
@@ -208,13 +216,26 @@ def passing_bytes(
             stage.degrees,
             {kind: (float(g[at]), float(f[at])) for kind, (g, f) in leaving.items()},
             float(waiting[at]) * optimizer.gradient_bytes,
+            bool(stacks[at]),
         )
         for at, layer in enumerate(range(inside.start, inside.stop))
     )
     if gathers_by_run(plan):
         at_once = float(whole.sum()) + shared_bytes
-        return PassingBytes(phases, np.zeros(len(whole)), np.zeros(len(whole)), at_once=at_once)
-    return PassingBytes(phases, whole, copied, at_once=shared_bytes)
+        return PassingBytes(phases, np.zeros(len(whole)), np.zeros(len(whole)), at_once=at_once, staying=staying)
+    return PassingBytes(phases, whole, copied, at_once=shared_bytes, staying=staying)
+
+
+def _has_stacks(layer: LayerClass) -> bool:
+    """Whether its routed experts are stacks, as they are multiplied at once; so are those of which nothing is known."""
+    own = [tensor for tensor in layer.tensors if tensor.of_experts]
+    return not layer.tensors or any(tensor.num_matrices > 1 for tensor in own)
+
+
+def _undeferred(row: LayerCosts, inside: slice, degrees: Degrees) -> Floats:
+    """Return the parameters of experts that leave with the rest of their layer, where some of that waits, [layers]."""
+    waits = row.late_bytes[0, inside] > 0
+    return np.asarray(row.table.expert_parameters[inside] * waits * (degrees.ep * degrees.etp == 1))
 
 
 def _shared_inside(plan: Plan, profile: ModelProfile, inside: slice) -> tuple[Floats, Floats, Floats]:
@@ -251,6 +272,7 @@ def _phases(
     degrees: Degrees,
     leaving: Mapping[str, tuple[float, float]],
     waiting: float,
+    has_stacks: bool,
 ) -> tuple[GradientPhase, ...]:
     """Return the phases of a layer's backward, given whole and scattered gradients of each kind that leaves.
 
@@ -264,11 +286,12 @@ def _phases(
     if not measured:
         kept, workspace = float(row.table.activation_bytes[0, layer]), float(row.table.workspace_bytes[0, layer])
         found = []
-        for gradients, scattered in leaving.values():
-            found.append(GradientPhase(kept, max(kept, gradients) + workspace, gradients, scattered))
+        for kind, (gradients, scattered) in leaving.items():
+            by_input = has_stacks and kind == "experts"
+            found.append(GradientPhase(kept, max(kept, gradients) + workspace, gradients, scattered, by_input=by_input))
             kept = workspace = 0.0
         return (*found, GradientPhase(0.0, 0.0))
-    phases = _measured_phases(plan, measured, row, layer, degrees, leaving)
+    phases = _measured_phases(plan, measured, row, layer, degrees, leaving, has_stacks=has_stacks)
     return tuple(replace(phase, begin=phase.begin + waiting, peak=phase.peak + waiting) for phase in phases)
 
 
@@ -279,6 +302,8 @@ def _measured_phases(
     layer: int,
     degrees: Degrees,
     leaving: Mapping[str, tuple[float, float]],
+    *,
+    has_stacks: bool,
 ) -> tuple[GradientPhase, ...]:
     """Return a layer's phases as they were measured, with the gradients that one device makes of each kind.
 
@@ -301,7 +326,9 @@ def _measured_phases(
         if kind == "none":
             found.append(GradientPhase(begin, peak))
         elif is_apart or kind == kinds[-1]:
-            found.append(GradientPhase(begin, peak, *leaving.get(kind if is_apart else "others", (0.0, 0.0))))
+            gone = leaving.get(kind if is_apart else "others", (0.0, 0.0))
+            by_input = has_stacks and is_apart and kind == "experts"
+            found.append(GradientPhase(begin, peak, *gone, by_input=by_input))
             begin, peak, held = None, 0.0, 0.0
         else:
             held += made[kind]

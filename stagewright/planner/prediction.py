@@ -52,6 +52,7 @@ from stagewright.planner.planned_states import (
     rank_sum,
     shared_state_bytes,
     spared_shard_bytes,
+    undivided_experts_bytes,
     unlike_state_bytes,
     version_bytes,
 )
@@ -73,6 +74,7 @@ from stagewright.planner.tied_gradients import not_waiting_bytes
 from stagewright.planner.version_work import with_version_work
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,8 @@ class Evaluation:
     `host_bytes` [D] is what one device of each rank keeps on its host, `step_bytes` [D] what it needs for the time of an
     optimizer step beside its states, `unlike_bytes` [3, D] what its parameters, gradients and optimizer states take beyond
     the prediction, which like the search counts a weight that several stages share with the layers of each, and Shampoo's
-    statistics as those of square tiles: a run is expected to hold them.
+    statistics as those of square tiles, and shards experts that nothing divides over a tensor-parallel group too: a run is
+    expected to hold them.
     """
 
     prediction: Prediction
@@ -158,6 +161,7 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
         step_bytes=step_bytes,
         unlike_bytes=unlike_state_bytes(plan, profile, layout, layers)
         - spared_shard_bytes(plan, profile, layout, bounds, layers)
+        + undivided_experts_bytes(plan, profile, layout, bounds, layers)
         + np.outer((0.0, 0.0, 1.0), rank_sum(layout, unlike_statistics_bytes(plan, profile, layers))),
     )
 
@@ -174,7 +178,7 @@ def _stage_bytes(
         absent = not_waiting_bytes(plan, profile, stage, row, bounds)
         found.append(
             StageBytes(
-                row.kept_bytes[at],
+                row.kept_bytes[at] + _received_bytes(profile, row, chosen),
                 row.late_bytes[at],
                 np.maximum(row.table.workspace_bytes[at] - absent, 0.0),
                 np.maximum(row.table.split_workspace_bytes[at] - absent, 0.0),
@@ -182,9 +186,22 @@ def _stage_bytes(
                 whole=passing.whole,
                 copied=passing.copied,
                 at_once=passing.at_once,
+                staying=passing.staying,
             )
         )
     return tuple(found)
+
+
+def _received_bytes(profile: ModelProfile, row: LayerCosts, inside: Ints) -> Floats:
+    """Return what a stage keeps of what it receives, beside what its layers keep, [layers]: the logits of a loss alone.
+
+    It keeps what it makes of them, and the stage sends their gradient. Any other first layer is taken to keep its input, which
+    one that keeps a wider copy of it does not: such stages hold a message more for each microbatch than is counted.
+    """
+    found = np.zeros(len(inside))
+    if len(inside) and inside[0] > 0 and profile.classes[profile.layer_classes[inside[0]]].kind == "loss":
+        found[0] = row.cut_bytes[inside[0]]
+    return found
 
 
 def step_time_at(evaluation: Evaluation, slowness: Floats) -> float:

@@ -177,12 +177,12 @@ class BucketSet:
 
         Buckets that other stages hold too do not start to be reduced in it.
         """
-        if stage in self._windows:
-            self._windows[stage].begin(-1)
         for bucket in self.of(stage):
             bucket.before_backward(microbatch)
             if is_last and len(bucket.holders) == 1:
                 bucket.arm()
+        if stage in self._windows:  # weights come when gradients on their way have landed
+            self._windows[stage].begin(-1)
 
     def after_pass(self, stage: StageKey) -> None:
         """Take note that a forward or a backward is over."""

@@ -114,3 +114,14 @@ def test_a_slower_run_is_expected_to_be_longer_in_every_part():
     assert step_time_at(evaluation, np.ones(2)) == pytest.approx(found.step_time_s, rel=1e-12)
     hops_s = (MICROBATCHES + 2) * evaluation.pipeline.hop_s.max()  # messages on their way do not become slower
     assert step_time_at(evaluation, np.full(2, 2.0)) == pytest.approx(2 * found.step_time_s, abs=hops_s)
+
+
+def test_a_loss_alone_keeps_the_logits_that_it_receives():
+    """Beside the 3 that it makes of them; any other layer keeps what it receives among its own 3."""
+    for kind, kept in (("loss", 3e6 + 1e6), ("other", 3e6)):
+        kinds = (kind, kind)
+        profile = profile_factory(2, microbatches=(1,), output_bytes=1e6, activation_bytes=3e6, kinds=kinds)
+        job = TrainingJob(global_batch=MICROBATCHES, sequence_length=128, precision="fp32")
+        choice = Choice(Degrees(dp=1), 2, 1, 1, "1f1b", Recompute.NONE)
+        first, last = evaluate(even_plan(profile, cluster_with(), job, choice), profile).stage_bytes
+        assert (first.kept.tolist(), last.kept.tolist()) == ([3e6], [kept])

@@ -79,6 +79,25 @@ def test_gradients_of_divided_experts_and_of_the_rest_are_scattered_at_once():
     assert found.tolist() == [pytest.approx((dense + experts) * LAYERS * PARAMETERS * 4)]
 
 
+@pytest.mark.parametrize(("zero", "states"), [(0, 0), (1, 4), (2, 8), (3, 12)])
+def test_experts_that_nothing_divides_are_sharded_with_the_rest_of_their_layer(zero, states):
+    """Half of the parameters over dp 2 and tp 2: a run shards the states of experts over 2 devices, the ledger over all 4."""
+    sizes = {"forward_s": 1e-3, "parameters": PARAMETERS, "microbatches": (1,), "activation_bytes": 1.0}
+    profile = profile_factory(LAYERS, **sizes, tensor_degrees=(1, 2))
+    classes = {
+        name: layer.model_copy(update={"expert_parameters": PARAMETERS // 2}) for name, layer in profile.classes.items()
+    }
+    profile = profile.model_copy(
+        update={"classes": classes, "architecture": Architecture(num_experts=2, experts_per_token=1)}
+    )
+    optimizer = Optimizer.standard("sgd-momentum", "fp32")
+    job = TrainingJob(global_batch=2, sequence_length=128, precision="fp32", optimizer=optimizer)
+    choice = Choice(Degrees(dp=2, tp=2, zero=zero), 1, 1, 1, "gpipe", Recompute.NONE)
+    evaluation = evaluate(even_plan(profile, cluster_factory(4, 1), job, choice), profile)
+    found = evaluation.unlike_bytes.sum()
+    assert found == pytest.approx(states * LAYERS * PARAMETERS / 2 * (1 / 2 - 1 / 4))
+
+
 def test_where_few_activations_live_the_step_is_the_peak():
     evaluation = evaluate(plan_of("cpu", zero=1), PROFILE)
     states = evaluation.pipeline.static_bytes.sum() + evaluation.pipeline.base_bytes

@@ -287,7 +287,7 @@ class Models:
         if problem.analytic:
             return self._analytic(problem.model)
         rng = random.Random(problem.seed)
-        known = self._measure(problem.model, problem.precision)
+        known = self.measured(problem.model, problem.precision)
         classes = {}
         for name, layer in known.classes.items():
             second = rng.uniform(0.5, 2.0) * (1e-3 if layer.kind == "block" else 3e-4)
@@ -308,7 +308,8 @@ class Models:
         """Return the analytic profile of a configuration over the layers of the model that runs."""
         return over_layers(profile_from_config(CONFIGS[name], name), split(huggingface_model(self.reference(name))))
 
-    def _measure(self, name: str, precision: str) -> ModelProfile:
+    def measured(self, name: str, precision: str) -> ModelProfile:
+        """Return the profile of a model as it was measured."""
         if (name, precision) not in self._measured:
             self._measured[name, precision] = profile_model(
                 self.reference(name),

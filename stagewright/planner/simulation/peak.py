@@ -25,7 +25,12 @@ other, divided experts' last: r those that are left,
 
     need_W = max over l, kinds of  r + max(2 g, f)
 
-Layers of which nothing waits, such as embeddings and norms, are done in the input gradient.
+Layers of which nothing waits, such as embeddings and norms, are done in the input gradient. So are gradients that nothing
+defers, those of stacks of experts, in a layer of which others wait: where they leave by themselves they do so there, as in
+need_B; where they leave with the rest of their layer they stay until a weight gradient of the stage has run, m bytes of
+each layer. Those of later units are added to what stays, so that m is held once, beside all that runs on the rank meanwhile:
+
+    need_I += m_(l+1) + ...  where none stay yet,  all of m  where they do
 
 Where ZeRO-3 gathers weights, a layer's own p are whole and so are those of the next one in the direction of the work,
 which arrive in copies c: beside layer l stand p_l + p_(l-1) + c_(l-1) in a backward, p_l + p_(l+1) + c_(l+1) in a
@@ -58,13 +63,15 @@ _COUNTED = (Kind.F, Kind.B, Kind.I, Kind.W)
 class GradientPhase:
     """A part of a layer's backward, in bytes beside what the layers before keep.
 
-    `gradients` leave at its end, and are `scattered` on their way; `begin` is there as it begins, `peak` the most.
+    `gradients` leave at its end, and are `scattered` on their way; `begin` is there as it begins, `peak` the most. With
+    `by_input` that is at the latest in the input gradient.
     """
 
     begin: float
     peak: float
     gradients: float = 0.0
     scattered: float = 0.0
+    by_input: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +83,7 @@ class StageBytes:
     kept : from the forward until the backward; late : between input and weight gradient.
     workspace : highest temporary use; split_workspace : that of an input gradient alone, above the larger of kept and late.
     phases : of each layer's backward, where it makes gradients for a time.
+    staying : gradients that an input gradient makes and a weight gradient sends away.
     whole : weights that are gathered for the layer and for the one that runs before or after it; copied : copies in which they
         come. Where a run gathers all at once, `at_once` stand beside every layer in place of both.
     """
@@ -88,26 +96,37 @@ class StageBytes:
     whole: Floats | None = None
     copied: Floats | None = None
     at_once: float = 0.0
+    staying: Floats | None = None
 
-    def need(self, kind: Kind, share: float) -> float:
-        """Return the most that one unit's action holds, of a unit that is `share` of a microbatch."""
+    @property
+    def stays(self) -> float:
+        """Return the bytes of gradients that stay between an input and a weight gradient."""
+        return 0.0 if self.staying is None else float(self.staying.sum())
+
+    def need(self, kind: Kind, share: float, *, is_first: bool = True) -> float:
+        """Return the most that one unit's action holds, of a unit that is `share` of a microbatch.
+
+        Unless it `is_first`, gradients of an earlier input gradient stay, and are counted with what lives beside it.
+        """
         if not len(self.kept):
             return 0.0
         kept, late = self.kept * share, self.late * share
         if kind is Kind.W:
-            return max(float(late.sum()), self._leaving())
+            return max(float(late.sum()) + self.stays, self._leaving())
         before, (whole, coming, arriving) = np.cumsum(kept) - kept, self._beside(kind)
         if kind is Kind.F:
             return float((before + whole + coming + np.maximum(kept + self.workspace, arriving)).max())
-        work = kept + self.workspace
+        work, passed = kept + self.workspace, np.zeros(len(kept))
         if kind is Kind.I:
-            work = np.maximum(kept, late) + self.split_workspace + late.sum() - np.cumsum(late)
+            work, passed = np.maximum(kept, late) + self.split_workspace, late.sum() - np.cumsum(late)
+            if is_first and self.staying is not None:
+                passed = passed + self.staying.sum() - np.cumsum(self.staying)
         work = np.maximum(work, kept + arriving)
         most = on_its_way = 0.0
         for layer in reversed(range(len(kept))):
-            held = float(before[layer] + whole[layer] + coming[layer])
+            held = float(before[layer] + whole[layer] + coming[layer] + passed[layer])
             most = max(most, held + float(work[layer]) + on_its_way)
-            phases = self.phases[layer] if self.phases and (kind is Kind.B or not late[layer]) else ()
+            phases = self._leaving_phases(layer, 0.0 if kind is Kind.B else float(late[layer]))
             less = (1.0 - share) * float(self.kept[layer])
             for phase, following in zip_longest(phases, phases[1:]):
                 most = max(most, held + phase.peak - less + on_its_way)
@@ -116,10 +135,22 @@ class StageBytes:
                     on_its_way = phase.scattered
         return most
 
+    def _leaving_phases(self, layer: int, late: float) -> tuple[GradientPhase, ...]:
+        """Return the phases of a layer's backward whose gradients leave in it, and what is behind them.
+
+        Where `late` bytes wait for a weight gradient they are there in place of the other gradients.
+        """
+        phases = self.phases[layer] if self.phases else ()
+        if not late:
+            return phases
+        leaving = tuple(phase for phase in phases if phase.by_input)
+        rest = phases[len(leaving) :][:1] if leaving else ()
+        return (*leaving, *(GradientPhase(each.begin, each.peak - each.gradients + late) for each in rest))
+
     def _leaving(self) -> float:
         """Return the most that a weight gradient holds of gradients, which leave from the first layer on, divided experts' last."""
         rows = [
-            [phase for phase in phases if phase.gradients]
+            [phase for phase in phases if phase.gradients and not phase.by_input]
             for phases, late in zip(self.phases, self.late.tolist(), strict=False)
             if late
         ]
@@ -164,16 +195,17 @@ def peak_activations(
         return None
     shares = {True: 1.0, False: 1.0 / max(schedule.num_slices, 1)}  # by whether a whole microbatch is meant
     need = {
-        (int(kind), stage, whole): each.need(kind, share)
+        (int(kind), stage, whole, is_first): each.need(kind, share, is_first=is_first)
         for stage, each in enumerate(stages)
         for kind in _COUNTED
         for whole, share in shares.items()
+        for is_first in (True, False)
     }
     kept = [float(each.kept.sum()) for each in stages]
     late = [float(each.late.sum()) for each in stages]
     peaks = np.zeros(schedule.num_ranks)
     for rank, order in enumerate(schedule.orders):
-        live = 0.0
+        live, with_gradients = 0.0, set[int]()  # stages of which some stay
         waiting = np.zeros(len(order)) if beside is None else np.where(order[:, KIND] == Kind.F, 0.0, beside[rank])
         for (kind, stage, slice_index), more in zip(
             order[:, [KIND, STAGE, SLICE]].tolist(), waiting.tolist(), strict=True
@@ -184,11 +216,15 @@ def peak_activations(
                 live -= kept[stage] * share
             elif kind == Kind.W:
                 live -= late[stage] * share
-            peaks[rank] = max(peaks[rank], live + more + need[kind, stage, whole])
+                with_gradients.discard(stage)
+            staying = sum(stages[other].stays for other in with_gradients)
+            is_first = stage not in with_gradients
+            peaks[rank] = max(peaks[rank], live + staying + more + need[kind, stage, whole, is_first])
             if kind == Kind.F:
                 live += kept[stage] * share
             elif kind == Kind.I:
                 live += late[stage] * share
+                with_gradients.add(stage)
     return peaks
 
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stagewright.planner.schedules.action import Kind
+from stagewright.planner.schedules.action import Kind, parse_action
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.registry import generate
+from stagewright.planner.schedules.schedule import encode
 from stagewright.planner.simulation.peak import GradientPhase, StageBytes, message_bytes_beside, peak_activations
 
 
@@ -142,10 +143,10 @@ def test_what_a_norm_computes_behind_its_layers_last_gradients_stands_beside_the
 
 
 def test_layers_without_waiting_products_scatter_in_the_input_gradient():
-    """An embedding's gradients of 20 leave in I, those of a layer with products that wait in W."""
+    """An embedding's gradients of 20 leave in I, beside the 8 that wait behind it; those of a layer with products that wait in W."""
     phases = ((GradientPhase(0.0, 20.0, 20.0, 30.0), GradientPhase(0.0, 0.0)),) * 2
     given = replace(stage([0, 10], [0, 3], late=[0, 8]), phases=phases)
-    assert given.need(Kind.I, 1.0) == 8 + 2 * 20 - 8 == 40
+    assert given.need(Kind.I, 1.0) == 8 + 2 * 20
     assert given.need(Kind.W, 1.0) == 2 * 20
 
 
@@ -163,6 +164,10 @@ def test_weights_that_arrive_stand_beside_the_layer_at_work_and_its_next_one_onl
     # Its own copies are there until it begins: those of 1 beside 10, of 2 and 5 beside 30.
     assert given.need(Kind.F, 1.0) == max(10 + 3 + 1 + 2 * 5, 20 + 5 + 5 + 2 * 2, 30 + 3 + 2)
     assert given.need(Kind.B, 1.0) == max(30 + 3 + 2 + 2 * 5, 20 + 5 + 5 + 2 * 1, 30 + 2 * (2 + 5))
+    waiting = replace(given, late=np.array([4.0, 6.0, 7.0]))  # behind the first layer those of the others
+    assert waiting.need(Kind.I, 1.0) == max(
+        30 + 3 + 2 + 2 * 5, 20 + 5 + 5 + 2 * 1 + 7, 10 + 3 + 1 + 6 + 7, 30 + 2 * (2 + 5)
+    )
     heavy = replace(given, copied=np.array([1.0, 5.0, 20.0]))
     assert heavy.need(Kind.B, 1.0) == 30 + (2 + 20) + (5 + 5)
     nothing = np.zeros(3)
@@ -179,3 +184,31 @@ def test_gradients_of_experts_leave_before_those_of_the_rest_of_their_layer():
     assert given.need(Kind.B, 1.0) == 4 + 2 + 15
     # A weight gradient lets all other gradients leave first: 6 of the last layer's experts wait for those of the first.
     assert given.need(Kind.W, 1.0) == 6 + 15
+
+
+def test_gradients_that_nothing_defers_stay_until_a_weight_gradient():
+    """Two layers of stacks of experts, 6 and 5, of which products wait too: later units add to what stays."""
+    bare = stage([10, 10], [3, 3], late=[2, 2])
+    given = replace(bare, staying=np.array([6.0, 5.0]))
+    assert given.need(Kind.I, 1.0) == max(10 + 10 + 3, 10 + 3 + 2 + 5)
+    assert given.need(Kind.I, 1.0, is_first=False) == 10 + 10 + 3
+    assert given.need(Kind.W, 1.0) == 2 + 2 + 6 + 5
+    assert given.need(Kind.B, 1.0) == given.need(Kind.F, 1.0) == bare.need(Kind.B, 1.0)
+    order = encode([parse_action(text) for text in ("0F0", "0F1", "0I0", "0I1", "0W0", "0W1")])
+    schedule = replace(generate("zb-h1", ScheduleRequest(1, 2)), orders=(order,))
+    # The second input gradient runs beside what waits of the first, 4, and its gradients.
+    assert peak_activations(schedule, [given]).tolist() == [max(20 + 23, 4 + 11 + 23)]
+    heavy = replace(given, staying=np.array([6.0, 25.0]))
+    assert peak_activations(schedule, [heavy]).tolist() == [max(20 + 10 + 3 + 2 + 25, 4 + 31 + 23)]
+
+
+def test_experts_gradients_that_leave_by_themselves_do_so_in_the_input_gradient():
+    """Divided experts in a stack (6, 15 on their way) leave in I, all else (2, 5) in W."""
+    phases = (
+        GradientPhase(4.0, 7.0, 6.0, 15.0, by_input=True),
+        GradientPhase(0.0, 2.0, 2.0, 5.0),
+        GradientPhase(0.0, 0.0),
+    )
+    given = replace(stage([4], [1], late=[1]), phases=(phases,))
+    assert given.need(Kind.I, 1.0) == max(4 + 1, 7, 15 + 1)
+    assert given.need(Kind.W, 1.0) == 5
