@@ -97,10 +97,10 @@ class Branching:
     best: Completion | None = None
     num_nodes: int = 0
     carrying: dict[int, None] = field(default_factory=dict)
-    _held: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._wholes = self.program.wholes
+        self._held = self._wholes.low, self._wholes.high  # limits that the program has
         self.program.stop_at(self.target_s)
 
     def run(self, most_nodes: int) -> float:
@@ -218,16 +218,10 @@ class Branching:
             self._low[place], self._high[place] = max(self._low[place], low), min(self._high[place], high)
         if (self._low > self._high).any():
             return False
-        places = {place for place, _, _ in limits}
-        for place in sorted(places | self._held.keys()):
-            now = (float(self._low[place]), float(self._high[place]))
-            if self._held.get(place) != now:
-                self._limit(place, *now)
-                self._held[place] = now
+        changed = np.flatnonzero((self._low != self._held[0]) | (self._high != self._held[1]))
+        self.program.limit(self._wholes.variable[changed], self._low[changed], self._high[changed])
+        self._held = self._low, self._high
         return True
-
-    def _limit(self, place: int, low: float, high: float) -> None:
-        self.program.limit(int(self._wholes.variable[place]), low, high)
 
 
 def _denied(limit: Limit) -> Limit:

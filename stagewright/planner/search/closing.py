@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from stagewright.planner.search.branching import Branching, Split
 from stagewright.planner.search.candidate_costs import CandidateCosts
@@ -272,25 +273,26 @@ def _rounded(costs: CandidateCosts, point: Point) -> Longs:
     Every stage keeps at least one layer. With two replicas the stages are rounded at once.
     """
     wanted = point.layers.sum(axis=1)
+    sizes = np.ones(costs.num_stages, dtype=np.int64)
     if costs.order.num_replicas > 1:
-        sizes = _whole(wanted, costs.num_layers)
+        sizes = _whole(wanted, sizes, costs.num_layers)
     else:
         held = [[slot.stage for slot in slots] for slots in costs.order.slots]
-        ranks = _whole(np.array([wanted[stages].sum() for stages in held]), costs.num_layers, [len(s) for s in held])
-        sizes = np.ones(costs.num_stages, dtype=np.int64)
+        on_rank, least = np.array([wanted[stages].sum() for stages in held]), np.array([len(stages) for stages in held])
+        ranks = _whole(on_rank, least, costs.num_layers)
         for stages, total in zip(held, ranks.tolist(), strict=True):
-            sizes[stages] = _whole(wanted[stages], total)
+            sizes[stages] = _whole(wanted[stages], sizes[stages], total)
     return np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(sizes)))
 
 
-def _whole(wanted: Floats, total: int, least: list[int] | None = None) -> Longs:
-    """Return integers near `wanted` that sum to `total`, each at least its least (1): largest remainders."""
-    lowest = np.ones(len(wanted), dtype=np.int64) if least is None else np.array(least, dtype=np.int64)
-    sizes = np.maximum(np.floor(wanted + 1e-9).astype(np.int64), lowest)
+@njit(cache=True)
+def _whole(wanted: Floats, least: Longs, total: int) -> Longs:
+    """Return integers near `wanted` that sum to `total`, each at least its least: largest remainders."""
+    sizes = np.maximum(np.floor(wanted + 1e-9).astype(np.int64), least)
     while sizes.sum() < total:
-        sizes[int(np.argmax(wanted - sizes))] += 1
+        sizes[np.argmax(wanted - sizes)] += 1
     while sizes.sum() > total:
-        sizes[int(np.argmin(np.where(sizes > lowest, wanted - sizes, np.inf)))] -= 1
+        sizes[np.argmin(np.where(sizes > least, wanted - sizes, np.inf))] -= 1
     return sizes
 
 

@@ -522,9 +522,9 @@ class CutProgram:
         """Return the best point, without a bound."""
         return self._point(self.inner, -np.inf)
 
-    def limit(self, variable: int, low: float, high: float) -> None:
-        """Set the limits of a variable of `wholes`."""
-        self._solver.limit(variable, low, high)
+    def limit(self, variables: Longs, low: Floats, high: Floats) -> None:
+        """Set the limits of some variables of `wholes`, [n] each."""
+        self._solver.limit(variables, low, high)
 
     def stop_at(self, target_s: float) -> None:
         """Stop solving where the optimum is proved to be at least `target_s`."""

@@ -509,7 +509,7 @@ def _miss_of(t: Table, known: int, values: Floats) -> float:
     for place in range(len(line)):
         activity += line[place] * values[place]
     variable = len(t.at) + known
-    return max(t.low[variable] - activity, activity - t.high[variable])
+    return float(max(t.low[variable] - activity, activity - t.high[variable]))
 
 
 @njit(cache=True, no_cpython_wrapper=True)

@@ -93,9 +93,9 @@ class LinearProgram:
         """Return the limits of some variables, [n] each."""
         return self.table.low[variables], self.table.high[variables]
 
-    def limit(self, variable: int, low: float, high: float) -> None:
-        """Set the limits of a variable."""
-        self.table.low[variable], self.table.high[variable] = low, high
+    def limit(self, variables: int | Longs, low: float | Floats, high: float | Floats) -> None:
+        """Set the limits of a variable, or of some, [n] each."""
+        self.table.low[variables], self.table.high[variables] = low, high
 
     def probe(self, variable: int, low: float, high: float, limit: float, most_pivots: int) -> float:
         """Return what a few pivots prove under other limits of a variable, infinite from `limit` on."""
