@@ -9,9 +9,8 @@ basic variable that is furthest beyond a limit (steepest edge, whose norms the d
 nonbasic one whose reduced cost gets to zero (Harris' two passes): all variables have two limits, so those where that happens
 first go to their other limit as long as the row stays beyond its own (the long step), O(m n).
 
-Rows are known first and enter the table where a solution misses them, the worst few at once; rows that are basic say nothing and
-leave it. So programs of hundreds of known rows are solved in tables of tens. Looking at all known rows takes as long as several
-pivots, so those missed then are looked at alone until none of them is missed. Limits may change between solves, variables go to the one
+Rows are known first and enter the table where a solution misses them; rows that are basic say nothing and leave it. So
+programs of hundreds of known rows are solved in tables of tens. Limits may change between solves, variables go to the one
 that their reduced cost asks for, and the method goes on from where it was, or from the basis of another program that is like
 this one: so all limits are finite.
 
@@ -104,7 +103,6 @@ def solve(t: Table, limit: float, most_pivots: int) -> int:
     last = t.size[PIVOTS] + min(most_pivots, _MOST_PIVOTS)
     ray = np.zeros(len(t.at))
     rebuilt, rebuilt_at = 0, -1
-    watched, number = np.empty(t.size[KNOWN] + 1, dtype=np.int64), 0
     _settle(t)
     while True:
         status, row = _iterate(t, limit + _CLEARLY * abs(limit), last)
@@ -121,8 +119,7 @@ def solve(t: Table, limit: float, most_pivots: int) -> int:
             or t.size[PIVOTS] < t.size[CHECKED] + _TRUSTED
             or _drift(t) <= _DRIFT
         ):
-            entered, number = _enter_missed(t, watched, number)
-            if not entered:
+            if not _enter_missed(t):
                 return OPTIMAL
             continue
         _rebuild(t)
@@ -457,59 +454,36 @@ def _make_room(t: Table) -> None:
 
 
 @njit(cache=True, no_cpython_wrapper=True)
-def _enter_missed(t: Table, watched: Longs, number: int) -> tuple[bool, int]:
-    """Let the known rows that the solution misses most into the table; tell whether there are any, and how many are watched.
-
-    Rows that were missed when all were looked at last, `watched` [number], come first: all are looked at where none of them is
-    missed.
-    """
+def _enter_missed(t: Table) -> bool:
+    """Let the known rows that the solution misses most into the table; tell whether there are any."""
     count = len(t.at)
     values = np.empty(count)
     solution(t, values)
+    found = np.full(_ENTER, -1)
+    short = np.zeros(_ENTER)
+    number = 0
     objective = abs(np.dot(t.cost, values))
-    found, short = np.full(_ENTER, -1), np.zeros(_ENTER)
-    for _ in range(2):
-        looks_at_all = number == 0
-        if looks_at_all:
-            for known in range(t.size[KNOWN]):
-                watched[number] = known
-                number += t.place[count + known] == -1
-        missed, worst = 0, 0
-        for place in range(number):
-            known = watched[place]
-            miss = 0.0 if t.place[count + known] != -1 else _miss_of(t, known, values)
-            # A row with the objective in it is as long as it.
-            if miss <= _MISSED or miss <= _MISSED * abs(np.dot(t.rows[known], t.cost)) * objective:
-                continue
-            watched[missed] = known
-            missed += 1
-            if worst == _ENTER and miss <= short[-1]:
-                continue
-            slot = min(worst, _ENTER - 1)
-            while slot > 0 and short[slot - 1] < miss:
-                short[slot], found[slot] = short[slot - 1], found[slot - 1]
-                slot -= 1
-            short[slot], found[slot] = miss, known
-            worst = min(worst + 1, _ENTER)
-        number = missed
-        if worst > 0:
-            _make_room(t)
-            for place in range(worst):
-                _enter(t, found[place])
-            return True, number
-        if looks_at_all:
-            break
-    return False, 0
-
-
-@njit(cache=True, fastmath={"reassoc", "contract"}, no_cpython_wrapper=True)
-def _miss_of(t: Table, known: int, values: Floats) -> float:
-    """Return by how much values of the columns [n] miss a known row; negative where they do not."""
-    line, activity = t.rows[known], 0.0
-    for place in range(len(line)):
-        activity += line[place] * values[place]
-    variable = len(t.at) + known
-    return float(max(t.low[variable] - activity, activity - t.high[variable]))
+    activities = np.dot(t.rows[: t.size[KNOWN]], values)
+    for known in range(t.size[KNOWN]):
+        if t.place[count + known] != -1:
+            continue
+        miss = max(t.low[count + known] - activities[known], activities[known] - t.high[count + known])
+        if miss <= _MISSED or (number == _ENTER and miss <= short[-1]):
+            continue
+        # A row with the objective in it is as long as it.
+        if miss <= _MISSED * abs(np.dot(t.rows[known], t.cost)) * objective:
+            continue
+        place = min(number, _ENTER - 1)
+        while place > 0 and short[place - 1] < miss:
+            short[place], found[place] = short[place - 1], found[place - 1]
+            place -= 1
+        short[place], found[place] = miss, known
+        number = min(number + 1, _ENTER)
+    if number:
+        _make_room(t)
+    for place in range(number):
+        _enter(t, found[place])
+    return number > 0
 
 
 @njit(cache=True, no_cpython_wrapper=True)
