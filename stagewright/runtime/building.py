@@ -13,7 +13,7 @@ from stagewright.modeling.hugging_face import huggingface_model, is_huggingface
 from stagewright.modeling.split import split
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
-from stagewright.planner.errors import InvalidArgument, InvalidDocument
+from stagewright.planner.errors import InvalidArgument, InvalidDocument, StagewrightError
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,6 +51,25 @@ def split_as_profiled(
     model: nn.Module, reference: str, profile: ModelProfile, plan: Plan, device: torch.device
 ) -> LayerChain:
     """Return the model's layers, in the plan's mixed precision; raises InvalidDocument when they are not the profile's."""
+    return with_autocast(_profiled(model, reference, profile), autocast_type(plan), device)
+
+
+def refuse_other_layers(reference: str, profile: ModelProfile, plan: Plan) -> None:
+    """Raise InvalidDocument when the model's layers are not the profile's, as far as can be told without its values.
+
+    A factory that fails on the meta device, since it looks at values or asks for its rank, is left to the ranks, which compare too.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = build_model(reference, plan, seed=0)
+    except StagewrightError:
+        raise
+    except Exception:
+        return
+    _profiled(model, reference, profile)
+
+
+def _profiled(model: nn.Module, reference: str, profile: ModelProfile) -> LayerChain:
     chain = split(model)
     if chain.layer_digest != profile.layer_digest:
         raise InvalidDocument(
@@ -58,4 +77,4 @@ def split_as_profiled(
             field="layer_digest",
             hint="profile and plan this model again",
         )
-    return with_autocast(chain, autocast_type(plan), device)
+    return chain

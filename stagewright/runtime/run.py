@@ -125,6 +125,10 @@ def run_plan(
     check_world(plan, torchrun_arguments)
     if not emulate and replay is None:
         check_devices(plan)
+    if not emulate:
+        from stagewright.runtime.building import refuse_other_layers
+
+        refuse_other_layers(_absolute(model), profile, plan)
     replayed = None if replay is None else replayed_ranks(plan, replay)
     schedule, evaluation = program_of(plan, profile)
     if not emulate:  # emulated actions take just their medians

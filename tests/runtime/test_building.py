@@ -14,8 +14,8 @@ from runtime_documents import plan_of, profile_of  # noqa: E402
 from stagewright.cli.inputs import is_config  # noqa: E402
 from stagewright.modeling import split  # noqa: E402
 from stagewright.modeling.hugging_face import huggingface_model  # noqa: E402
-from stagewright.planner.errors import InvalidArgument  # noqa: E402
-from stagewright.runtime.building import build_model, split_as_profiled  # noqa: E402
+from stagewright.planner.errors import InvalidArgument, InvalidDocument  # noqa: E402
+from stagewright.runtime.building import build_model, refuse_other_layers, split_as_profiled  # noqa: E402
 from stagewright.runtime.data import open_data  # noqa: E402
 
 VIT = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 16, "num_hidden_layers": 2}
@@ -38,6 +38,24 @@ def test_a_configuration_is_built_cut_and_fed_like_any_model(config):
     assert split_as_profiled(model, config, profile, plan, torch.device("cpu")).layer_names == chain.layer_names
     again = build_model(config, plan, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_ranks_refuse_a_model_of_other_layers_that_only_they_can_build(config, tmp_path):
+    factory = tmp_path / "valued.py"
+    factory.write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))\n"
+        "    assert model[0].weight.sum().item() != 0.0\n"
+        "    return model\n"
+    )
+    chain = split(huggingface_model(config))
+    profile = profile_of(chain)
+    plan = plan_of(chain, profile, "1f1b", 2, 2)
+    reference = f"{factory}:build"
+    refuse_other_layers(reference, profile, plan)
+    with pytest.raises(InvalidDocument, match="has layers sha256:"):
+        split_as_profiled(build_model(reference, plan, seed=0), reference, profile, plan, torch.device("cpu"))
 
 
 def test_guessed_batches_are_the_same_on_every_rank_and_leave_random_numbers_alone(config):

@@ -186,7 +186,8 @@ def test_a_rank_that_raises_ends_the_run_with_its_message(tmp_path):
         run_plan(plan, profile, model=MODEL.replace(":build", ":broken"), data=DATA, steps=1, checks=())
 
 
-def test_a_plan_for_other_layers_is_refused(tmp_path):
+def test_a_plan_for_other_layers_is_refused_before_a_rank_starts(monkeypatch):
+    monkeypatch.setattr("stagewright.runtime.run.launch", lambda *_, **__: pytest.fail("ranks were started"))
     plan, profile = documents()
     with pytest.raises(InvalidDocument, match=r"has layers sha256:.*, the profile sha256:"):
         run_plan(plan, profile, model=MODEL.replace(":build", ":longer"), data=DATA, steps=1, checks=())
