@@ -1,6 +1,6 @@
 """What weights, gradients and optimizer states of a plan take beside the sum of its layers', by pipeline rank or stage.
 
-Weights that several layers share, versions of weights, states on hosts, shards that a run spares, experts that nothing divides.
+Weights that several layers share, versions of weights, states on hosts, shards that a run spares.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.cost.memory import ParameterBytes, expert_shards, state_bytes
+from stagewright.planner.cost.memory import ParameterBytes, expert_shards
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.link_bytes import (
     reduced_parameters,
-    sharding_group,
     shared_weights,
     tied_members,
     unit_parameters,
@@ -150,30 +149,3 @@ def spared_shard_bytes(
             if shards > 1:
                 spared[index] += parameters * optimizer.parameter_bytes / shards
     return np.stack([rank_sum(layout, spared), *np.zeros((2, layout.num_ranks))])
-
-
-def undivided_experts_bytes(
-    plan: Plan, profile: ModelProfile, layout: Layout, bounds: Sequence[int], layers: Sequence[LayerCosts]
-) -> Floats:
-    """Return the bytes [3, D] of states of experts that nothing divides, which a run shards with the rest of their layer.
-
-    That is over the replicas of the weights, where the ledger shards them over a tensor-parallel group too.
-    """
-    found, sizes = np.zeros((3, layout.num_stages)), ParameterBytes.of(plan.job.optimizer)
-    for index, (stage, row) in enumerate(zip(plan.stages, layers, strict=True)):
-        degrees = stage.degrees
-        inside = range(bounds[index], bounds[index + 1])
-        trained = [layer for layer in inside if profile.classes[profile.layer_classes[layer]].is_trained]
-        experts = float(row.table.expert_parameters[trained].sum())
-        if degrees.zero and degrees.tp > 1 and degrees.ep * degrees.etp == 1 and experts:
-            counted = min(expert_shards(degrees), sharding_group(plan) or expert_shards(degrees))
-            run, ledger = (
-                state_bytes(experts, zero=degrees.zero, num_shards=shards, sizes=sizes)
-                for shards in (num_shards(plan, index), counted)
-            )
-            found[:, index] = (
-                run.parameters - ledger.parameters,
-                run.gradients - ledger.gradients,
-                run.master_weights + run.optimizer - ledger.master_weights - ledger.optimizer,
-            )
-    return np.stack([rank_sum(layout, each) for each in found])

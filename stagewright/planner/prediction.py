@@ -52,7 +52,6 @@ from stagewright.planner.planned_states import (
     rank_sum,
     shared_state_bytes,
     spared_shard_bytes,
-    undivided_experts_bytes,
     unlike_state_bytes,
     version_bytes,
 )
@@ -161,7 +160,6 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
         step_bytes=step_bytes,
         unlike_bytes=unlike_state_bytes(plan, profile, layout, layers)
         - spared_shard_bytes(plan, profile, layout, bounds, layers)
-        + undivided_experts_bytes(plan, profile, layout, bounds, layers)
         + np.outer((0.0, 0.0, 1.0), rank_sum(layout, unlike_statistics_bytes(plan, profile, layers))),
     )
 

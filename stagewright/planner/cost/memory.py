@@ -77,8 +77,12 @@ def dense_shards(degrees: Degrees) -> int:
 
 
 def expert_shards(degrees: Degrees) -> int:
-    """Return the expert data-parallel degree: devices of the pipeline rank over ep * etp."""
-    return degrees.num_devices // (degrees.ep * degrees.etp)
+    """Return over how many devices the states of routed experts may be sharded: the expert data-parallel degree.
+
+    That is the devices of the pipeline rank over ep * etp. Experts that nothing divides are sharded with the rest of their layer.
+    """
+    divided = degrees.ep * degrees.etp
+    return dense_shards(degrees) if divided == 1 else degrees.num_devices // divided
 
 
 def device_state_bytes(

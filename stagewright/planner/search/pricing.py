@@ -400,7 +400,7 @@ class PriceList:
 
     def _group(self, key: tuple[int, ...]) -> tuple[float, ...]:
         if key not in self._groups:
-            inner, count, outer_stride, outer_count, zero = key
+            inner, count, outer_stride, outer_count, shards, zero = key
             group = self.model.cluster.groups[0]
             shape = (
                 strided_shape(count, inner, group)
@@ -409,7 +409,7 @@ class PriceList:
                     (np.arange(count)[None, :] * inner + np.arange(outer_count)[:, None] * outer_stride).ravel(), group
                 )
             )
-            self._groups[key] = group_costs(self.model, shape, count * outer_count, zero)
+            self._groups[key] = group_costs(self.model, shape, shards, zero)
         return self._groups[key]
 
 
@@ -494,10 +494,10 @@ def _table_keys(shapes: Ints) -> Ints:
 
 
 def _group_keys(shapes: Ints, *, expert: bool) -> Ints:
-    """Return (stride, size, outer stride, outer size, ZeRO stage) of the devices that share a weight.
+    """Return (stride, size, outer stride, outer size, shards, ZeRO stage) of the devices that share a weight.
 
     Replicas of dense weights are the cp x dp devices at distance tp, of routed experts every (ep * etp)-th device. With
-    the pipeline inside, dp steps over whole pipelines: the group is then a grid.
+    the pipeline inside, dp steps over whole pipelines: the group is then a grid. Shards are those of `memory.expert_shards`.
     """
     tp, cp, dp, pp = shapes[:, TP], shapes[:, CP], shapes[:, DP], shapes[:, PP]
     inner = shapes[:, EP] * shapes[:, ETP] if expert else tp
@@ -509,7 +509,8 @@ def _group_keys(shapes: Ints, *, expert: bool) -> Ints:
     size = np.where(grid, np.where(crosses, unit * dp // inner, unit // np.minimum(inner, unit)), unit * dp // inner)
     outer_stride = np.where(grid & ~crosses, unit * pp, ones)
     outer_size = np.where(grid & ~crosses, dp, ones)
-    return np.stack([stride, size, outer_stride, outer_size, shapes[:, ZERO]], axis=1)
+    shards = np.where(inner == 1, cp * dp, unit * dp // inner)
+    return np.stack([stride, size, outer_stride, outer_size, shards, shapes[:, ZERO]], axis=1)
 
 
 def combined_rows(shapes: Ints, table: dict[str, Floats], dense: Floats, expert: Floats, model: CostModel) -> Priced:
