@@ -83,8 +83,7 @@ class Evaluation:
     `host_bytes` [D] is what one device of each rank keeps on its host, `step_bytes` [D] what it needs for the time of an
     optimizer step beside its states, `unlike_bytes` [3, D] what its parameters, gradients and optimizer states take beyond
     the prediction, which like the search counts a weight that several stages share with the layers of each, and Shampoo's
-    statistics as those of square tiles, and shards experts that nothing divides over a tensor-parallel group too: a run is
-    expected to hold them.
+    statistics as those of square tiles: a run is expected to hold them.
     """
 
     prediction: Prediction
