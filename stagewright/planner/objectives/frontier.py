@@ -109,6 +109,8 @@ def solve_frontier(problem: Problem, limits: Limits) -> PlanOutcome:
             outcome = least_step(problem.narrowed(counts=tuple(reversed(counts))), limits, tally)
         return unanswered(tally, below_deadline(problem, outcome), "frontier")
     best = min(kept, key=lambda point: point.step_time_s)
+    own = max(point.step_time_s / point.bound_s - 1.0 for point in kept)
+    left = (1.0 + gap) * max(1.0, (1.0 + own) / (1.0 + limits.gap)) - 1.0
     answer = answered(
         problem,
         limits,
@@ -117,7 +119,7 @@ def solve_frontier(problem: Problem, limits: Limits) -> PlanOutcome:
         name="frontier",
         objective=best.step_time_s,
         bound=min(best.bound_s, best.step_time_s),
-        gap=max(gap, *(point.step_time_s / point.bound_s - 1.0 for point in kept)),
+        gap=max(own, left),
         stopped=stopped,
         counts=counts,
         words=f"points that no plan beats in devices, step and peak memory by more than {limits.gap:.3g}",
@@ -150,7 +152,9 @@ def _split(
             plan=outcome.plan,
         )
     )
-    reachable_s = max(bound_s, step_s / (1.0 + limits.gap))  # the point's own gap counts once, in the answer
+    reachable_s = max(
+        bound_s, step_s / (1.0 + limits.gap)
+    )  # what the point's own gap is beyond that counts in the answer
     frontier.leave_open(Span(span.count, span.low, peak / (1.0 + SLACK), reachable_s))
     frontier.leave_open(above)
     return outcome, limits.reached()
