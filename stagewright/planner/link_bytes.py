@@ -189,7 +189,7 @@ class SharedWeight:
 def shared_weights(plan: Plan, profile: ModelProfile) -> list[SharedWeight]:
     """Return the profile's trained tied weights as the plan places them."""
     position = {name: index for index, name in enumerate(profile.layer_names)}
-    stage_of = {layer: index for index, stage in enumerate(plan.stages) for layer in stage.layer_indices}
+    stage_of = plan.stage_of_layer
     found = []
     for tie in profile.trained_ties:
         layers = tuple(sorted(position[name] for name in tie.layers))

@@ -14,6 +14,7 @@ from stagewright.planner.cost.memory import ParameterBytes, expert_shards
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.link_bytes import (
+    SharedWeight,
     reduced_parameters,
     shared_weights,
     tied_members,
@@ -87,24 +88,27 @@ def offloaded_bytes(plan: Plan, profile: ModelProfile, bounds: Sequence[int], la
         for index in tie.stages:
             row = layers[index]
             for layer in [layer for layer in tie.layers if bounds[index] <= layer < bounds[index + 1]][1:]:
-                share = tie.num_parameters / max(float(row.table.dense_parameters[layer]), 1.0)
-                states[index] -= row.state_bytes[2, layer] * min(1.0, share)
+                states[index] -= row.state_bytes[2, layer] * _part_of(row, layer, tie)
     return states * [stage.optimizer_offload for stage in plan.stages]
 
 
 def shared_state_bytes(plan: Plan, profile: ModelProfile, layout: Layout, layers: Sequence[LayerCosts]) -> Floats:
     """Return the bytes [3, D] of parameters, gradients and optimizer that layers of one rank share and each counts."""
     shared = np.zeros((3, layout.num_ranks))
-    stage_of = {layer: index for index, stage in enumerate(plan.stages) for layer in stage.layer_indices}
+    stage_of = plan.stage_of_layer
     for tie in shared_weights(plan, profile):
         for rank, slots in enumerate(layout.slots):
             held = {slot.stage for slot in slots}
             for layer in [layer for layer in tie.layers if stage_of[layer] in held][1:]:
                 row = layers[stage_of[layer]]
-                parameters = float(row.table.dense_parameters[layer])
-                if parameters > 0:
-                    shared[:, rank] += row.state_bytes[:, layer] * min(1.0, tie.num_parameters / parameters)
+                shared[:, rank] += row.state_bytes[:, layer] * _part_of(row, layer, tie)
     return shared
+
+
+def _part_of(row: LayerCosts, layer: int, tie: SharedWeight) -> float:
+    """Return which part of a layer's weights a shared one is."""
+    parameters = float(row.table.dense_parameters[layer])
+    return min(1.0, tie.num_parameters / parameters) if parameters > 0 else 0.0
 
 
 def unlike_state_bytes(plan: Plan, profile: ModelProfile, layout: Layout, layers: Sequence[LayerCosts]) -> Floats:
@@ -114,7 +118,7 @@ def unlike_state_bytes(plan: Plan, profile: ModelProfile, layout: Layout, layers
     neither gradients nor weights.
     """
     unlike = np.zeros((3, layout.num_ranks))
-    stage_of = {layer: index for index, stage in enumerate(plan.stages) for layer in stage.layer_indices}
+    stage_of = plan.stage_of_layer
     sizes = ParameterBytes.of(plan.job.optimizer)
     for tie in shared_weights(plan, profile):
         if len(tie.stages) == 1 or not any(plan.stages[stage].degrees.zero for stage in tie.stages):
@@ -125,8 +129,8 @@ def unlike_state_bytes(plan: Plan, profile: ModelProfile, layout: Layout, layers
             inside = [layer for layer in tie.layers if stage_of[layer] in {slot.stage for slot in slots}]
             if inside:
                 row = layers[stage_of[inside[0]]]
-                share = min(1.0, tie.num_parameters / max(float(row.table.dense_parameters[inside[0]]), 1.0))
-                unlike[:, rank] += tie.num_parameters * held - row.state_bytes[:, inside[0]] * share
+                counted = row.state_bytes[:, inside[0]] * _part_of(row, inside[0], tie)
+                unlike[:, rank] += tie.num_parameters * held - counted
     return unlike
 
 

@@ -76,7 +76,7 @@ class BucketMaker:
     def make(self) -> list[Bucket]:
         """One bucket a stage, and one for each set of stages that share parameters; all ranks make the same groups."""
         users: dict[str, frozenset[int]] = {}
-        stage_of = {layer: index for index, stage in enumerate(self._plan.stages) for layer in stage.layer_indices}
+        stage_of = self._plan.stage_of_layer
         position = {name: index for index, name in enumerate(self._chain.layer_names)}
         for tie in self._chain.ties:
             users.update(dict.fromkeys(tie.names, frozenset(stage_of[position[layer]] for layer in tie.layers)))

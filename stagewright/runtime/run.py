@@ -125,15 +125,14 @@ def run_plan(
     check_world(plan, torchrun_arguments)
     if not emulate and replay is None:
         check_devices(plan)
-    if not emulate:
-        from stagewright.runtime.building import refuse_other_layers
-
-        refuse_other_layers(_absolute(model), profile, plan)
     replayed = None if replay is None else replayed_ranks(plan, replay)
     schedule, evaluation = program_of(plan, profile)
     if not emulate:  # emulated actions take just their medians
         evaluation = with_expectation(evaluation, plan, profile)
         check_memory(plan, evaluation.prediction.peak_memory_bytes)
+        from stagewright.runtime.building import refuse_other_layers  # with torch: behind all that is told without it
+
+        refuse_other_layers(_absolute(model), profile, plan)
     if (
         "local_steps" in plan.schedule.parameters
     ):  # replicas do not equal one process, nor does one step send what all do

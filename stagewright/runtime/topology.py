@@ -335,7 +335,7 @@ def stage_edges(plan: Plan, layer_edges: tuple[tuple[int, int], ...]) -> dict[tu
 
     Raises InvalidDocument when two stages need an edge that the plan's schedule does not have.
     """
-    stage_of = {layer: index for index, stage in enumerate(plan.stages) for layer in stage.layer_indices}
+    stage_of = plan.stage_of_layer
     found: dict[tuple[int, int], set[int]] = {}
     for source, target in layer_edges:
         if stage_of[source] != stage_of[target]:

@@ -320,6 +320,11 @@ class Plan(Document):
     def num_devices(self) -> int:
         return self.mapping.num_ranks
 
+    @property
+    def stage_of_layer(self) -> dict[int, int]:
+        """The stage of each layer, by index."""
+        return {layer: index for index, stage in enumerate(self.stages) for layer in stage.layer_indices}
+
     def check_profile(self, *, layer_digest: str, num_layers: int) -> None:
         """Raise InvalidDocument when the plan was made for a model with other layers."""
         if num_layers != self.num_layers:

@@ -6,17 +6,17 @@ is not known yet are spans of memory: plans of one device count that need more t
 of them faster than the bound that a search with more memory proved. A span is closed when some point has at most as
 many devices, at most (1 + gap) `low` bytes and a step of at most (1 + gap) times that bound; else a search inside
 splits it. The widest span comes first, the smallest count where none fits yet: a frontier that is stopped early covers
-all counts and all memory, coarsely, and says how widely.
-With gap 0 a span is searched from its upper end, point by point, which visits the whole frontier. TensorOpt (Cai et
-al., TPDS 2022) tracks the same frontier layer by layer.
+all counts and all memory, coarsely, and says how widely. With gap 0 a span is searched from its upper end, point by
+point, which visits the whole frontier. TensorOpt (Cai et al., TPDS 2022) tracks the same frontier layer by layer.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count as counting
 
 from stagewright.planner.documents.outcome import FrontierPoint, PlanOutcome
 from stagewright.planner.objectives.least_step import (
@@ -60,7 +60,7 @@ class OpenFrontier:
 
     points: list[FrontierPoint] = field(default_factory=list)
     _spans: list[tuple[float, int, Span]] = field(default_factory=list)
-    _num_spans: int = 0
+    _places: Iterator[int] = field(default_factory=counting)
 
     @property
     def num_spans(self) -> int:
@@ -69,17 +69,16 @@ class OpenFrontier:
     def leave_open(self, span: Span) -> None:
         """Note where plans may be missing."""
         if span.low < span.high:
-            self._num_spans += 1
-            heapq.heappush(self._spans, (-span.gap_to(self.points), self._num_spans, span))
+            heapq.heappush(self._spans, (-span.gap_to(self.points), next(self._places), span))
 
     def widest(self) -> tuple[float, Span] | None:
         """Take the span with the largest gap to the points; None when there is none. Points only make gaps smaller."""
         while self._spans:
-            _, number, span = heapq.heappop(self._spans)
+            _, place, span = heapq.heappop(self._spans)
             gap = span.gap_to(self.points)
             if not self._spans or gap >= -self._spans[0][0]:
                 return gap, span
-            heapq.heappush(self._spans, (-gap, number, span))
+            heapq.heappush(self._spans, (-gap, place, span))
         return None
 
 
@@ -152,9 +151,8 @@ def _split(
             plan=outcome.plan,
         )
     )
-    reachable_s = max(
-        bound_s, step_s / (1.0 + limits.gap)
-    )  # what the point's own gap is beyond that counts in the answer
+    # What the point's own gap is beyond the wanted one counts in the answer.
+    reachable_s = max(bound_s, step_s / (1.0 + limits.gap))
     frontier.leave_open(Span(span.count, span.low, peak / (1.0 + SLACK), reachable_s))
     frontier.leave_open(above)
     return outcome, limits.reached()

@@ -94,7 +94,7 @@ class PoolSpace:
     @cached_property
     def rules(self) -> list[FamilyRule]:
         """The families of one stage a rank."""
-        return single_chunk(self.problem.rules)
+        return _single_chunk(self.problem.rules)
 
     @cached_property
     def levels(self) -> Levels:
@@ -214,16 +214,22 @@ class PoolSpace:
     # ---- candidates ------------------------------------------------------------------------------------------------
 
     def candidate(self, skeleton: Skeleton, chosen: Sequence[int], rule: FamilyRule) -> StageCandidate | None:
-        """Return a candidate; None when the family refuses its sizes."""
-        order = self.order(skeleton, rule)
-        if order is None:
-            return None
+        """Return the candidate of a row of each pool's price list; None when the family refuses its sizes."""
         choices = tuple(
             PoolChoice(pool, count, group, priced.shape[row])
             for pool, count, (group, priced, _), row in zip(
                 skeleton.pools, skeleton.ranks, self.rows(skeleton), chosen, strict=True
             )
         )
+        return self.of_choices(skeleton, choices, rule)
+
+    def of_choices(
+        self, skeleton: Skeleton, choices: tuple[PoolChoice, ...], rule: FamilyRule
+    ) -> StageCandidate | None:
+        """Return the candidate of a choice for each pool; None when the family refuses its sizes."""
+        order = self.order(skeleton, rule)
+        if order is None:
+            return None
         return StageCandidate(
             self.problem,
             self.model(skeleton.pools),
@@ -273,7 +279,7 @@ class PoolSpace:
         return self._models[key]
 
 
-def single_chunk(rules: Sequence[FamilyRule]) -> list[FamilyRule]:
+def _single_chunk(rules: Sequence[FamilyRule]) -> list[FamilyRule]:
     """Return the families that place one stage on each rank, once."""
     return [rule for rule in rules if rule.num_replicas == 1 and tuple(rule.chunks(8)) == (1,)]
 
@@ -282,10 +288,10 @@ def windows_of(skeleton: Skeleton, num_layers: int) -> Longs:
     """Return where each stage of a skeleton may start, int64 [S + 1, 2]."""
     if skeleton.graph is not None:
         return np.array(skeleton.graph.windows, dtype=np.int64)
-    return chain_windows(skeleton.num_ranks, num_layers)
+    return _chain_windows(skeleton.num_ranks, num_layers)
 
 
-def chain_windows(num_stages: int, num_layers: int) -> Longs:
+def _chain_windows(num_stages: int, num_layers: int) -> Longs:
     """Return where each stage may start, each stage holding at least one layer, int64 [S + 1, 2]."""
     stage = np.arange(num_stages + 1)
     return (

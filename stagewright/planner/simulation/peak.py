@@ -203,6 +203,7 @@ def peak_activations(
     }
     kept = [float(each.kept.sum()) for each in stages]
     late = [float(each.late.sum()) for each in stages]
+    stays = [each.stays for each in stages]
     peaks = np.zeros(schedule.num_ranks)
     for rank, order in enumerate(schedule.orders):
         live, with_gradients = 0.0, set[int]()  # stages of which some stay
@@ -217,7 +218,7 @@ def peak_activations(
             elif kind == Kind.W:
                 live -= late[stage] * share
                 with_gradients.discard(stage)
-            staying = sum(stages[other].stays for other in with_gradients)
+            staying = sum(stays[other] for other in with_gradients)
             is_first = stage not in with_gradients
             peaks[rank] = max(peaks[rank], live + staying + more + need[kind, stage, whole, is_first])
             if kind == Kind.F:

@@ -11,7 +11,7 @@ import numpy as np
 from stagewright.planner.documents import Recompute, TrainingJob
 from stagewright.planner.documents.job import SearchSpace
 from stagewright.planner.search.joined_choice import JoinedChoices
-from stagewright.planner.search.pool_space import PoolSpace, Skeleton, windows_of
+from stagewright.planner.search.pool_space import PoolSpace
 from stagewright.planner.search.pricing import AXES, DP, MICROBATCH, PP
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import shapes
@@ -110,21 +110,7 @@ def all_candidates(space: PoolSpace) -> Iterator[StageCandidate]:
             rows = rows[rows[:, DP] * rows[:, MICROBATCH] == skeleton.samples]
             rows = group.problem.price_list.without_limit().price(rows).shape if len(rows) else rows
             parts.append([PoolChoice(pool, count, group, np.ascontiguousarray(row)) for row in rows])
-        for choices in product(*parts):
-            yield from _with_rules(space, skeleton, choices)
-
-
-def _with_rules(space: PoolSpace, skeleton: Skeleton, choices: tuple[PoolChoice, ...]) -> Iterator[StageCandidate]:
-    for rule in space.rules_for(skeleton):
-        order = space.order(skeleton, rule)
-        if order is not None:
-            yield StageCandidate(
-                space.problem,
-                space.model(skeleton.pools),
-                choices,
-                skeleton.samples,
-                rule,
-                order,
-                windows_of(skeleton, space.problem.profile.num_layers),
-                space.levels,
-            )
+        for choices, rule in product(product(*parts), space.rules_for(skeleton)):
+            candidate = space.of_choices(skeleton, choices, rule)
+            if candidate is not None:
+                yield candidate
