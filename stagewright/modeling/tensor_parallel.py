@@ -18,7 +18,7 @@ Papers: Shoeybi et al., Megatron-LM, 2019; Korthikanti et al., MLSys 2023.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -37,24 +37,42 @@ from stagewright.planner.errors import InvalidArgument
 
 @dataclass(frozen=True)
 class InnerSplit:
-    """A parameter that a group splits along a dimension, each of the `parts` that lie along it apart."""
+    """A parameter that a group splits along a dimension, each of the `parts` that lie along it apart.
+
+    `copies` neighbours in the group hold the same.
+    """
 
     dimension: int
     parts: int
     group: TensorGroup
+    copies: int = 1
+
+    @property
+    def factor(self) -> int:
+        """How many times as much as one rank has the whole is."""
+        return self.group.size // self.copies
+
+    def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the whole, given that of one rank's part."""
+        found = list(shape)
+        found[self.dimension] *= self.factor
+        return tuple(found)
 
     def whole(self, value: Tensor) -> Tensor:
         """Return the value whole; every rank of the group calls this."""
         pieces = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(self.group.size)]
         dist.all_gather(pieces, value.contiguous(), group=self.group.group)
-        split = [piece.chunk(self.parts, dim=self.dimension) for piece in pieces]
+        split = [piece.chunk(self.parts, dim=self.dimension) for piece in pieces[:: self.copies]]
         return torch.cat([row[part] for part in range(self.parts) for row in split], dim=self.dimension)
 
     def part(self, value: Tensor) -> Tensor:
         """Return this rank's part of a whole value."""
-        size, index = self.group.size, self.group.index
-        parts = value.chunk(self.parts, dim=self.dimension)
-        return torch.cat([part.chunk(size, dim=self.dimension)[index] for part in parts], dim=self.dimension)
+        return torch.cat(self.views(value, self.group.index), dim=self.dimension)
+
+    def views(self, whole: Tensor, index: int) -> list[Tensor]:
+        """Return the places in a whole value that belong to a rank of the group, each of the parts'."""
+        parts = whole.chunk(self.parts, dim=self.dimension)
+        return [part.chunk(self.factor, dim=self.dimension)[index // self.copies] for part in parts]
 
 
 @dataclass
@@ -85,6 +103,20 @@ class TensorShards:
     def group_of(self, parameter: Tensor) -> TensorGroup | None:
         """Return the group that splits a parameter."""
         return self.groups.get(id(parameter), self.group)
+
+    def tensor_split(self, parameter: Tensor) -> InnerSplit | None:
+        """Return how a group splits the tensors in a parameter; None where each is whole, as those of experts on their rank are."""
+        if id(parameter) in self.inner:
+            return self.inner[id(parameter)]
+        if self.group is None or id(parameter) not in self.dimensions or id(parameter) in self.groups:
+            return None
+        return InnerSplit(self.dimensions[id(parameter)], 1, self.group, self.num_copies(parameter))
+
+    def dividing(self, parameter: Tensor) -> list[TensorGroup]:
+        """Return the groups over whose ranks the elements of a parameter are divided."""
+        inner = self.inner.get(id(parameter))
+        outer = self.group_of(parameter) if id(parameter) in self.dimensions else None
+        return [group for group in (outer, None if inner is None else inner.group) if group is not None]
 
     def num_copies(self, parameter: Tensor) -> int:
         """Return how many ranks of the group that splits a parameter hold what this one holds of it."""

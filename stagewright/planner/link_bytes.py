@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stagewright.planner.cost.memory import expert_shards
+from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS, is_matrix
+from stagewright.planner.cost.memory import MASTER_BYTES, expert_shards
 from stagewright.planner.cost.memory_actions import offloaded_elements
 from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile, Recompute
@@ -43,7 +44,6 @@ Totals = dict[str, float]
 
 LENT = "send-receive/lent"  # activations on their way to a peer rank and back
 UPDATE = "all-gather/update"  # momentum of matrices that ZeRO has cut
-SPLIT_UPDATE = "all-gather/update-tp"  # and of those that tensor parallelism has
 _LOSS_SUMS = 3  # maximum, sum of exponentials, logit of the target
 RING = "send-receive/cp"  # keys and values
 HOST_COPY = "copy/host"  # optimizer states between device and host
@@ -110,7 +110,6 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     blocks = [layer for layer, kind in enumerate(kinds) if kind == "block"]
     ends = (blocks[0], blocks[-1] + 1) if blocks and degrees.sp else ()
     levels = plan.stages[stage].recompute_levels()
-    gathered_bytes = plan.job.optimizer.gathered_bytes * len(plan.schedule.placement)
     scatters = (
         degrees.dp * degrees.cp > 1 or plan.job.optimizer.parameter_bytes < 4
     )  # masters are stepped as shards are
@@ -138,15 +137,66 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
                 copied += float(row.table.expert_parameters[layer])
             size = copied * plan.job.optimizer.gradient_bytes
             _add(total, "all-reduce/tp", 2 * (degrees.tp - 1) / degrees.tp * size * devices * sums)
-        if kinds[layer] == "block" and degrees.tp > 1:
-            size = float(row.table.dense_parameters[layer]) - copied_parameters(
-                profile.classes[profile.layer_classes[layer]]
-            )
-            _add(total, SPLIT_UPDATE, (degrees.tp - 1) * size * devices * gathered_bytes)
+        _split_updates(total, plan, profile, stage, row, layer)
         shared, copies = shared_key_values(profile, layer, degrees.tp)
         if copies > 1:
             size = shared * plan.job.optimizer.gradient_bytes
             _add(total, "all-reduce/tp", 2 * (copies - 1) / copies * size * devices * sums)
+
+
+def _split_updates(total: Totals, plan: Plan, profile: ModelProfile, stage: int, row: LayerCosts, layer: int) -> None:
+    """Add what an optimizer of whole matrices exchanges of a layer's tensors that tensor parallelism splits, and that of experts.
+
+    Muon gathers updates of all of them on each replica, of experts those of matrices; Shampoo gathers matrices' gradients and
+    scatters their directions, on one device of those that divide states.
+    """
+    degrees, optimizer = plan.stages[stage].degrees, plan.job.optimizer
+    kind = profile.classes[profile.layer_classes[layer]]
+    if kind.kind != "block" or optimizer.name not in MATRIX_OPTIMIZERS:
+        return
+    devices = degrees.num_devices * len(plan.schedule.placement)
+    split = float(row.table.dense_parameters[layer]) - copied_parameters(kind)
+    experts = float(row.table.expert_parameters[layer]) * _matrix_share(kind)
+    if optimizer.name == "muon":
+        for purpose, group, size in (("tp", degrees.tp, split), ("etp", degrees.etp, experts)):
+            _add(total, f"all-gather/update-{purpose}", (group - 1) * size * devices * optimizer.gathered_bytes)
+        return
+    matrices = split - _split_vectors(profile, kind, degrees.tp)
+    owners = expert_shards(degrees) if degrees.zero else 1
+    for purpose, group, size in (
+        ("tp", degrees.tp, matrices * devices / _num_shards(plan, stage)),
+        ("etp", degrees.etp, experts * devices / owners),
+    ):
+        _add(total, f"all-gather/update-{purpose}", (group - 1) * size * optimizer.gradient_bytes)
+        width = max(MASTER_BYTES, optimizer.parameter_bytes)
+        _add(total, f"reduce-scatter/update-{purpose}", (group - 1) * size * width)
+
+
+def _matrix_share(layer: LayerClass) -> float:
+    """Return the share of matrices in the parameters of a layer's experts; 1 where their tensors are not known."""
+    experts = [tensor for tensor in layer.tensors if tensor.of_experts]
+    whole = sum(tensor.num_elements * tensor.count for tensor in experts)
+    return sum(tensor.num_elements * tensor.count for tensor in experts if tensor.is_matrix) / whole if whole else 1.0
+
+
+def _split_vectors(profile: ModelProfile, layer: LayerClass, tp: int) -> float:
+    """Return the elements of vectors that tensor parallelism splits, on one device: biases.
+
+    A layer that was measured is taken to have no other matrices than those that are split.
+    """
+    if layer.operators:
+        heads = tp if profile.architecture is None else profile.architecture.num_kv_heads or tp
+        return sum(
+            (operator.parameters - operator.output_features * operator.inner_features * operator.num_groups)
+            / (min(heads, tp) if "kv" in operator.split else tp)
+            for operator in layer.operators
+            if is_matrix(operator) and {"tp", "kv"} & set(operator.split)
+        )
+    dense = [tensor for tensor in layer.tensors if tensor.is_matrix and not tensor.of_experts]
+    if not dense:
+        return 0.0
+    split = layer.parameters - layer.expert_parameters - copied_parameters(layer)
+    return max(split - sum(tensor.num_elements * tensor.count for tensor in dense), 0.0) / tp
 
 
 def _devices(plan: Plan, stage: int, samples: int) -> float:
@@ -246,7 +296,7 @@ def _gradients(
         updates = plan.schedule.num_microbatches // replicas if stashes else 1  # workers meet at each
         _add(total, "all-reduce/dp", 2 * (members * replicas - 1) * size * degrees.tp * updates)
         return
-    shards = min(sharding_group(plan) or members, members)
+    shards = _num_shards(plan, stage)
     filled = shards if has_even_shards(plan, stage) else 1
     padded = sum(_padded(size, filled) for size in (dense if degrees.zero >= 2 else [sum(dense)]))
     scatters = units if degrees.zero >= 2 else replicas
@@ -388,6 +438,12 @@ def _members(plan: Plan, stage: int) -> int:
     """Return the devices of one model replica that sum a stage's gradients."""
     degrees = plan.stages[stage].degrees
     return degrees.cp if local_steps(plan) else degrees.dp * degrees.cp
+
+
+def _num_shards(plan: Plan, stage: int) -> int:
+    """Return over how many devices ZeRO divides a stage's states."""
+    members = _members(plan, stage)
+    return min(sharding_group(plan) or members, members) if plan.stages[stage].degrees.zero else 1
 
 
 def tied_members(plan: Plan, tie: SharedWeight) -> int:

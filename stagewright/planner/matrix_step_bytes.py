@@ -8,7 +8,11 @@ of a matrix of N over the tensor-parallel group, needs under Muon
 with NS of `newton_schulz_elements`, and any other tensor the sum of squares of e n, which processors take in fp32. Under ZeRO the
 momentum of a bucket of S elements is gathered first, from each device's own part of it and by gloo in a copy, and stays
 beside each of its matrices. Shampoo needs s n for the direction, as much where gradients are narrower, and `shampoo_elements`
-for a matrix.
+for a matrix. Of one that a group splits, with gradients of g bytes, it needs beside the direction
+
+    max( 2 g N,  (g + s) N + s `shampoo_elements`,  2 s N + s n )
+
+the gradient as it is gathered, beside the directions of its tiles, and these as they are scattered.
 """
 
 from __future__ import annotations
@@ -90,14 +94,20 @@ def matrix_step_bytes(optimizer: Optimizer, buckets: Iterable[SteppedBucket], *,
 
 
 def _shampoo_bytes(optimizer: Optimizer, bucket: SteppedBucket, is_cpu: bool) -> float:
-    width, copies = _width(optimizer), 1 + _widens(optimizer)
     return max(
-        (
-            width * (copies * min(each.size, bucket.owned) + (each.count and shampoo_elements(each.rows, each.columns)))
-            for each in bucket.tensors
-        ),
-        default=0.0,
+        (_preconditioned_bytes(optimizer, each, min(each.size, bucket.owned)) for each in bucket.tensors), default=0.0
     )
+
+
+def _preconditioned_bytes(optimizer: Optimizer, tensor: SteppedTensor, owned: float) -> float:
+    width, copies = _width(optimizer), 1 + _widens(optimizer)
+    tile = width * shampoo_elements(tensor.rows, tensor.columns) if tensor.count else 0.0
+    if tensor.whole <= tensor.size:
+        return width * copies * owned + tile
+    joined = tensor.whole * owned / tensor.size
+    gathering = 2 * optimizer.gradient_bytes * joined
+    turning = (optimizer.gradient_bytes + width) * joined + tile
+    return width * owned + max(width * owned * (copies - 1), gathering, turning, width * (2 * joined + owned))
 
 
 def _muon_bytes(optimizer: Optimizer, bucket: SteppedBucket, is_cpu: bool) -> float:

@@ -2,7 +2,8 @@
 
 With b bytes a number, a parameter is counted with 6 b: two moments, and of L, R and their roots four numbers. A run holds the
 moments of all parameters, and statistics of blocks' matrices only, 2 (p^2 + q^2) numbers for each tile of p x q: thin tiles have more
-than four for each of their elements, embeddings, heads, norms and biases none. ZeRO gives each tile to one of its n devices,
+than four for each of their elements, embeddings, heads, norms and biases none. ZeRO gives each tile to one of its n devices, and a group
+that splits a matrix to one of its own,
 
     (2 b Psi + sum over tiles 2 b (p^2 + q^2) - 6 b Psi) / n        of a layer with Psi parameters on a device
 
@@ -56,14 +57,12 @@ def _statistics(layer: LayerClass, degrees: Degrees, *, of_experts: bool) -> flo
         return 0.0
     if layer.tensors:
         tensors = [each for each in layer.tensors if each.is_matrix and each.of_experts == of_experts]
-        return sum(
-            shampoo_state_bytes(*each.shape[-2:]) * each.num_matrices * each.count / (degrees.ep if of_experts else 1)
-            for each in tensors
-        )
+        share = degrees.ep * degrees.etp if of_experts else degrees.tp
+        return sum(shampoo_state_bytes(*each.shape[-2:]) * each.num_matrices * each.count / share for each in tensors)
     return sum(
         shampoo_state_bytes(operator.output_features, operator.inner_features)
         * operator.num_groups
-        / (degrees.ep if of_experts else 1)
+        / (degrees.ep * degrees.etp if of_experts else degrees.tp if {"tp", "kv"} & set(operator.split) else 1)
         for operator in layer.operators
         if is_matrix(operator) and ("ep" in operator.split) == of_experts
     )

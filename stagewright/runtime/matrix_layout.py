@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.tensor_collectives import TensorGroup
-from stagewright.modeling.tensor_parallel import TensorShards
+from stagewright.modeling.tensor_parallel import InnerSplit, TensorShards
 from stagewright.planner.cost.matrix_optimizer import BLOCK
 
 
@@ -24,14 +24,105 @@ class TensorKinds:
     Parameters
     ----------
     matrices : matrices of blocks, several in a stack included.
-    gathered : tensors of which the ranks of a group hold parts and each needs the whole.
+    gathered : tensors of which the ranks of a group hold parts and the whole is needed, each with its number among them.
     rows : tensors of which each rank of a group needs its own rows and the sum of all squares: a vocabulary's, and vectors of
         divided experts.
     """
 
     matrices: frozenset[int]
-    gathered: frozenset[int] = frozenset()
+    gathered: Mapping[int, int] = field(default_factory=dict)
     rows: frozenset[int] = frozenset()
+
+    def split_of(self, parameter: Tensor, shards: TensorShards) -> SplitTensor | None:
+        """Return how a group splits a tensor that is needed whole; None for any other."""
+        split = shards.tensor_split(parameter) if id(parameter) in self.gathered else None
+        return None if split is None else SplitTensor(tuple(parameter.shape), split, self.gathered[id(parameter)])
+
+
+@dataclass(frozen=True)
+class SplitTensor:
+    """A tensor that a group holds in parts, and who of the group keeps the statistics of which of its tiles.
+
+    Tiles are dealt out one after the other, those of the next tensor from the next rank on.
+
+    Parameters
+    ----------
+    shape : of this rank's part.
+    number : of the tensor among those that are split.
+    """
+
+    shape: tuple[int, ...]
+    split: InnerSplit
+    number: int
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
+        return self.split.whole_shape(self.shape)
+
+    @property
+    def splits_rows(self) -> bool:
+        """Whether a part has some rows of each matrix, and not some columns of all rows."""
+        return self.split.dimension == len(self.shape) - 2
+
+    def keeps(self, tile: int) -> bool:
+        """Whether this rank keeps the statistics of a tile, given its number in the tensor."""
+        return (self.number + tile) % self.split.group.size == self.split.group.index
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Return the tensor, flat, from the parts of the group; a collective."""
+        self._count("all-gather", part)
+        return self.split.whole(part.view(self.shape)).reshape(-1)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of the tensor, flat."""
+        return self.split.part(whole.view(self.whole_shape)).reshape(-1)
+
+    def joined(self, part: Tensor) -> Tensor:
+        """Return rows of the tensor's matrices, [rows, columns], from what the group has of them, flat; a collective.
+
+        What is split by rows must be whole matrices.
+        """
+        self._count("all-gather", part)
+        return self._along.whole(self._shaped(part)).reshape(-1, self.whole_shape[-1])
+
+    def placed(self, part: Tensor) -> Tensor:
+        """Return such rows with this rank's part of them, zeros elsewhere."""
+        local = self._shaped(part)
+        shape = self._along.whole_shape(local.shape)
+        rows = part.new_zeros(shape)
+        views = self._along.views(rows, self.split.group.index)
+        for view, own in zip(views, local.chunk(self.split.parts, self._along.dimension), strict=True):
+            view.copy_(own)
+        return rows.view(-1, shape[-1])
+
+    def scattered(self, rows: Tensor) -> Tensor:
+        """Return this rank's part of the sum of such rows over the group, flat; a collective."""
+        group, along = self.split.group, self._along
+        columns = self.whole_shape[-1]
+        shaped = rows.view(-1, self.whole_shape[-2], columns) if self.splits_rows else rows.view(1, -1, columns)
+        parts = [torch.cat(along.views(shaped, index), dim=along.dimension) for index in range(group.size)]
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, parts, group=group.group)
+        self._count("reduce-scatter", own)
+        return own.reshape(-1)
+
+    @property
+    def _along(self) -> InnerSplit:
+        """Return the split of what `_shaped` gives."""
+        return InnerSplit(1 if self.splits_rows else 2, self.split.parts, self.split.group, self.split.copies)
+
+    def _shaped(self, part: Tensor) -> Tensor:
+        """Return rows of this rank's part, [matrices, rows, columns] or [1, rows, columns]."""
+        if self.splits_rows:
+            return part.view(-1, *self.shape[-2:])
+        return part.view(1, -1, self.shape[-1])
+
+    def _count(self, operation: str, part: Tensor) -> None:
+        group = self.split.group
+        name = f"{operation}/update-{group.purpose}"
+        sent = (group.size - 1.0) * part.numel() * part.element_size()
+        group.traffic[name] = group.traffic.get(name, 0.0) + sent
 
 
 @dataclass(frozen=True)
@@ -43,8 +134,9 @@ class Piece:
     shape : of the tensor.
     is_matrix : the tensor is a matrix of a block, or several in a stack.
     part : where the elements lie in the parameter.
-    first : the first element of the tensor that is one of them.
+    first : the first element of the tensor that is one of them; where a group splits the tensor, of this rank's part of it.
     place : of the tensor among those of which the parameter holds elements; None where it is the only one.
+    split : how a group splits the tensor, where it is needed whole.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +144,22 @@ class Piece:
     part: slice
     first: int = 0
     place: int | None = None
+    split: SplitTensor | None = None
+
+    def tiles(self) -> Iterator[Tile]:
+        """Yield those of the tensor's tiles that lie in the elements, of all ranks of a group that splits it."""
+        factor = 1 if self.split is None else self.split.split.factor
+        return tiles(self.shape, factor * self.first, factor * (self.part.stop - self.part.start))
+
+    def kept(self) -> frozenset[int]:
+        """Return the numbers of those tiles of which this rank keeps the statistics."""
+        return frozenset(tile.number for tile in self.tiles() if self.split is None or self.split.keeps(tile.number))
+
+    @property
+    def first_row(self) -> int:
+        """Return the row of the tensor's matrices, one under the other, at which the elements begin."""
+        factor = 1 if self.split is None else self.split.split.factor
+        return factor * self.first // self.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -90,12 +198,12 @@ def statistics_key(place: int | None, number: int) -> str:
     return f".{number}" if place is None else f"@{place}.{number}"
 
 
-def nearest_band(shape: Sequence[int], element: int) -> int:
-    """Return the element of a tensor nearest to another at which a band of tiles begins, or behind the last one."""
+def nearest_band(shape: Sequence[int], element: int, rows: int = BLOCK) -> int:
+    """Return the element of a tensor nearest to another at which a band of `rows` rows of a matrix begins, or behind the last one."""
     height, width = shape[-2:]
     matrix, inside = divmod(element, height * width)
-    below = inside // (BLOCK * width) * BLOCK * width
-    above = min(below + BLOCK * width, height * width)
+    below = inside // (rows * width) * rows * width
+    above = min(below + rows * width, height * width)
     return matrix * height * width + (below if inside - below <= above - inside else above)
 
 
@@ -173,32 +281,24 @@ class WholeLayout:
 
 @dataclass(frozen=True)
 class SplitLayout:
-    """A parameter that is a tensor-parallel rank's part of a tensor.
+    """A parameter that is one rank's part of a tensor that a group splits."""
 
-    Parameters
-    ----------
-    sent : told the bytes that this rank sends to gather the tensor.
-    """
-
-    parameter: nn.Parameter
+    tensor: SplitTensor
     is_matrix: bool
-    shards: TensorShards
-    sent: Callable[[float], None]
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """Return the one tensor, by its whole shape."""
-        shape = whole_shape(self.parameter, self.shards)
-        return (Piece(shape, self.is_matrix, slice(0, self.parameter.numel())),)
+        part = slice(0, math.prod(self.tensor.shape))
+        return (Piece(self.tensor.whole_shape, self.is_matrix, part, split=self.tensor),)
 
     def gathered(self, update: Update) -> Iterator[tuple[int, Tensor]]:
-        """Yield the tensor, from the parts of the tensor-parallel group."""
-        part = update.make(self.pieces[0].part)
-        yield 0, gathered_over_tensors(part, self.parameter, self.shards, self.sent)
+        """Yield the tensor, from the parts of the group."""
+        yield 0, self.tensor.whole(update.make(self.pieces[0].part))
 
     def own(self, index: int, whole: Tensor) -> Tensor:
         """Return this rank's part."""
-        return self.shards.part(whole.view(self.pieces[0].shape), self.parameter).reshape(-1)
+        return self.tensor.part(whole)
 
     def mean_square(self, index: int, gathered: Tensor, dtype: torch.dtype) -> float:
         """Return that of the whole tensor."""
@@ -209,11 +309,11 @@ class SplitLayout:
 class RowsLayout:
     """A parameter that is a rank's rows of a tensor, of which no step needs the others: one sum goes over them.
 
-    A vocabulary's, or vectors of experts.
+    A vocabulary's, or vectors of experts, which two groups may divide.
     """
 
     parameter: nn.Parameter
-    group: TensorGroup
+    groups: Sequence[TensorGroup]
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -230,33 +330,15 @@ class RowsLayout:
 
     def mean_square(self, index: int, gathered: Tensor, dtype: torch.dtype) -> float:
         """Return that of all ranks' rows; a collective."""
-        return mean_square_of_rows(gathered, self.group, dtype)
+        return mean_square_of_rows(gathered, self.groups, dtype)
 
 
-def whole_shape(parameter: Tensor, shards: TensorShards) -> tuple[int, ...]:
-    """Return the shape of a tensor of which this rank of the tensor-parallel group holds a part."""
-    shape = list(parameter.shape)
-    group = shards.group_of(parameter)
-    assert group is not None
-    shape[shards.dimensions[id(parameter)]] *= group.size // shards.num_copies(parameter)
-    return tuple(shape)
-
-
-def gathered_over_tensors(
-    part: Tensor, parameter: Tensor, shards: TensorShards, sent: Callable[[float], None]
-) -> Tensor:
-    """Return a tensor whole and flat, from the parts of the tensor-parallel group; tells the bytes that this rank sends."""
-    group = shards.group_of(parameter)
-    assert group is not None
-    sent((group.size - 1.0) * part.numel() * part.element_size())
-    return shards.whole(part.view(parameter.shape), parameter).reshape(-1)
-
-
-def mean_square_of_rows(rows: Tensor, group: TensorGroup, dtype: torch.dtype) -> float:
-    """Return the mean of the squares of all ranks' rows, as many on each; a collective."""
+def mean_square_of_rows(rows: Tensor, groups: Sequence[TensorGroup], dtype: torch.dtype) -> float:
+    """Return the mean of the squares of all rows that the ranks of some groups have, as many on each; a collective."""
     total = rows.new_tensor(mean_square(rows, dtype), dtype=dtype)
-    dist.all_reduce(total, group=group.group)
-    return float(total) / group.size
+    for group in groups:
+        dist.all_reduce(total, group=group.group)
+    return float(total) / math.prod(group.size for group in groups)
 
 
 def mean_square(value: Tensor, dtype: torch.dtype) -> float:

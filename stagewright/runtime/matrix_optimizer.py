@@ -35,13 +35,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
         )
         self._layouts = {id(parameter): layout for parameter, layout in parameters}
 
+    def layout_of(self, parameter: nn.Parameter) -> Layout:
+        """Return where the tensors of a parameter lie."""
+        return self._layouts[id(parameter)]
+
     @torch.no_grad()
     def step(self, closure: object = None) -> None:
         """Take a step; a parameter without a gradient stays."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    layout = self._layouts[id(parameter)]
+                    layout = self.layout_of(parameter)
                     self._step_one(parameter, parameter.grad, layout, self.state[parameter], group)
 
     @abstractmethod

@@ -28,6 +28,7 @@ from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.runtime.gradient_buffer import BUCKET_BYTES, GradientBuffer
 from stagewright.runtime.ring import Ring
+from stagewright.runtime.shampoo import Shampoo
 from stagewright.runtime.tile_statistics import is_statistics, own_statistics, whole_statistics
 from stagewright.runtime.used_parameters import UsedParameters
 
@@ -427,12 +428,10 @@ class ReplicatedBucket:
                 if isinstance(value, Tensor) and not is_statistics(key):
                     whole = self.shards.whole(value, parameter) if value.shape == parameter.shape else value
                     result.setdefault(key, {})[name] = whole.clone()
-            statistics = {key: value for key, value in found.items() if is_statistics(key)}
-            experts = self.shards.groups.get(id(parameter))
-            for key, value in (
-                whole_statistics(statistics, parameter.shape, experts, parameter.device).items() if statistics else ()
-            ):
-                result.setdefault(key, {})[name] = value
+            if _kept_tiles(optimizer, parameter) is not None:
+                statistics = {key: value for key, value in found.items() if is_statistics(key)}
+                for key, value in whole_statistics(statistics, parameter, self.shards).items():
+                    result.setdefault(key, {})[name] = value
         return result
 
     def load_states(self, optimizer: torch.optim.Optimizer, values: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -444,8 +443,9 @@ class ReplicatedBucket:
                 if name in found and not is_statistics(key)
             }
             whole = {key: found[name] for key, found in values.items() if is_statistics(key) and name in found}
-            if whole:
-                mine = own_statistics(whole, parameter.shape, self.shards.groups.get(id(parameter)))
+            kept = _kept_tiles(optimizer, parameter)
+            if whole and kept is not None:
+                mine = own_statistics(whole, parameter, self.shards, kept)
                 state |= {key: value.clone() for key, value in mine.items()}
             if parameter.requires_grad and state:
                 optimizer.state[parameter] = state
@@ -457,6 +457,14 @@ class ReplicatedBucket:
                 parameter.grad.zero_()
         for buffer in self._buffers:
             buffer.clear()
+
+
+def _kept_tiles(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> frozenset[int] | None:
+    """Return the tiles of a matrix of which this rank keeps statistics; None for what has none."""
+    if not isinstance(optimizer, Shampoo) or not parameter.requires_grad:
+        return None
+    (piece,) = optimizer.layout_of(parameter).pieces
+    return piece.kept() if piece.is_matrix else None
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor:

@@ -12,6 +12,10 @@ in the type of what is stepped. A piece is whole where it is stepped, since stat
 ZeRO divides a bucket it cuts matrices between bands of pieces only (`sharding`), so that each piece has one owner, nothing but the
 weights is gathered, and shares of a bucket differ by up to a band.
 
+Where a group splits a matrix (tensor parallelism, or that of experts), its ranks gather the gradient whole, sum |A|^2 of each
+piece, and deal the pieces out: each keeps the statistics and makes D of its own, and D is reduced and scattered to who holds the
+weights. Moments lie with those.
+
 Papers: Gupta et al., Shampoo, ICML 2018; Shi et al., A Distributed Data-Parallel PyTorch Implementation of the Distributed Shampoo
 Optimizer, 2023 (pieces and grafting).
 """
@@ -21,10 +25,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.planner.cost.matrix_optimizer import STEPS_BETWEEN_ROOTS
-from stagewright.runtime.matrix_layout import Layout, Piece, statistics_key, tiles
+from stagewright.runtime.matrix_layout import Layout, Piece, SplitTensor, Tile, statistics_key
 from stagewright.runtime.matrix_optimizer import MatrixOptimizer
 
 _BETA = 0.999
@@ -58,8 +63,12 @@ def _step_piece(
     second.mul_(_BETA).addcmul_(wide, wide, value=1 - _BETA)
     direction = (second / (1 - _BETA**count)).sqrt_().add_(_EPSILON)
     torch.div(wide, direction, out=direction)
-    if piece.is_matrix:
-        _precondition(direction, wide, piece, state, renews=count % STEPS_BETWEEN_ROOTS == 1)
+    renews = count % STEPS_BETWEEN_ROOTS == 1
+    if piece.is_matrix and piece.split is None:
+        _precondition(direction, wide, piece, state, renews=renews)
+    elif piece.split is not None:
+        del wide
+        _precondition_together(direction, gradient, piece, piece.split, state, renews=renews)
     first.mul_(group["momentum"]).add_(direction)
     target.mul_(1 - group["lr"] * group["weight_decay"])
     target.add_(first, alpha=-group["lr"])
@@ -69,22 +78,46 @@ def _precondition(direction: Tensor, gradient: Tensor, piece: Piece, state: dict
     """Turn the direction of each tile of a matrix, in place, keeping its size; add to the tile's statistics."""
     width = piece.shape[-1]
     onto, rows = direction.view(-1, width), gradient.view(-1, width)
-    above = piece.first // width
-    for tile in tiles(piece.shape, piece.first, rows.numel()):
-        place = (slice(tile.rows.start - above, tile.rows.stop - above), tile.columns)
-        _precondition_tile(onto[place], rows[place], state, statistics_key(piece.place, tile.number), renews=renews)
+    for tile in piece.tiles():
+        place, name = _place_of(tile, piece), statistics_key(piece.place, tile.number)
+        _turn(onto[place], rows[place], onto[place].norm(), state, name, renews=renews)
 
 
-def _precondition_tile(
-    direction: Tensor, gradient: Tensor, state: dict[str, Tensor], name: str, *, renews: bool
+def _precondition_together(
+    direction: Tensor, gradient: Tensor, piece: Piece, split: SplitTensor, state: dict[str, Tensor], *, renews: bool
 ) -> None:
+    """Do so to this rank's part of matrices that a group splits, tile by tile where their statistics are; collectives."""
+    tiles = list(piece.tiles())
+    places = [_place_of(tile, piece) for tile in tiles]
+    onto = split.placed(direction)
+    squares = torch.stack([onto[place].norm().square() for place in places])
+    dist.all_reduce(squares, group=split.split.group.group)
+    sizes = (squares / split.split.copies).sqrt()
+    onto.zero_()
+    rows = split.joined(gradient)
+    for tile, place, size in zip(tiles, places, sizes, strict=True):
+        if split.keeps(tile.number):
+            name = statistics_key(piece.place, tile.number)
+            _turn(onto[place], rows[place].to(onto.dtype), size, state, name, renews=renews)
+    del rows
+    direction.copy_(split.scattered(onto))
+
+
+def _place_of(tile: Tile, piece: Piece) -> tuple[slice, slice]:
+    """Return where a tile lies in the rows of a piece."""
+    return slice(tile.rows.start - piece.first_row, tile.rows.stop - piece.first_row), tile.columns
+
+
+def _turn(
+    direction: Tensor, gradient: Tensor, size: Tensor, state: dict[str, Tensor], name: str, *, renews: bool
+) -> None:
+    """Set the direction of a tile, of this norm, given its gradient; add to its statistics."""
     _add(state, "left" + name, gradient, gradient.mT)
     _add(state, "right" + name, gradient.mT, gradient)
     for side in ("left", "right") if renews else ():
         state[f"{side}_root{name}"] = fourth_root_inverse(state[side + name])
     turned = state["left_root" + name] @ gradient @ state["right_root" + name]
-    size = direction.norm() / (turned.norm() + torch.finfo(turned.dtype).tiny)
-    direction.copy_(turned.mul_(size))
+    direction.copy_(turned.mul_(size / (turned.norm() + torch.finfo(turned.dtype).tiny)))
 
 
 def _add(state: dict[str, Tensor], name: str, first: Tensor, second: Tensor) -> None:

@@ -34,19 +34,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.modeling.tensor_parallel import TensorShards
+from stagewright.planner.cost.matrix_optimizer import BLOCK
 from stagewright.planner.link_bytes import UPDATE
 from stagewright.planner.replica_shares import shard_bounds
 from stagewright.runtime.matrix_layout import (
     Piece,
+    SplitTensor,
     TensorKinds,
     Update,
-    gathered_over_tensors,
     mean_square,
     mean_square_of_rows,
     nearest_band,
     statistics_key,
-    tiles,
-    whole_shape,
 )
 from stagewright.runtime.offload import HostTail
 from stagewright.runtime.reduction import StageKey, Traffic, all_reduce_bytes, local_gradient, squared_norm, sum_partial
@@ -98,8 +97,8 @@ class _Placed(NamedTuple):
 class ShardLayout:
     """The tensors of one rank's shard.
 
-    Tensors of which tensor parallelism leaves a part here are gathered over its group by every rank of the bucket, one after
-    the other: the ranks of the group own the same elements.
+    Tensors of which a group leaves a part here are gathered over it by every rank of the bucket, one after the other: the ranks
+    of the group own the same elements.
 
     Parameters
     ----------
@@ -107,7 +106,6 @@ class ShardLayout:
     begin : where this shard begins in the flat buffer.
     kinds : what is needed of which tensor.
     gather : returns the flat buffer, from this rank's part of it; None where that is all of it.
-    sent : told the bytes that this rank sends over the tensor-parallel group.
     """
 
     placed: tuple[_Placed, ...]
@@ -115,7 +113,6 @@ class ShardLayout:
     kinds: TensorKinds
     shards: TensorShards
     gather: Callable[[Tensor], Tensor] | None
-    sent: Callable[[float], None]
 
     @cached_property
     def _own(self) -> tuple[_Placed, ...]:
@@ -125,16 +122,19 @@ class ShardLayout:
     def pieces(self) -> tuple[Piece, ...]:
         """Return the elements of each tensor that lie in the shard, by the tensor's whole shape."""
         return tuple(
-            Piece(
-                whole_shape(value, self.shards) if id(value) in self.kinds.gathered else tuple(value.shape),
-                id(value) in self.kinds.matrices,
-                part,
-                self.begin + part.start - offset,
-                place,
-            )
-            for place, (value, offset, part) in enumerate(self.placed)
-            if part.start < part.stop
+            self._piece(place, *each) for place, each in enumerate(self.placed) if each.part.start < each.part.stop
         )
+
+    def _piece(self, place: int, parameter: nn.Parameter, offset: int, part: slice) -> Piece:
+        split = self._splits[id(parameter)]
+        shape = tuple(parameter.shape) if split is None else split.whole_shape
+        first = self.begin + part.start - offset
+        return Piece(shape, id(parameter) in self.kinds.matrices, part, first, place, split)
+
+    @cached_property
+    def _splits(self) -> dict[int, SplitTensor | None]:
+        """How groups split the tensors that are needed whole, by their ids."""
+        return {id(each.parameter): self.kinds.split_of(each.parameter, self.shards) for each in self.placed}
 
     def gathered(self, update: Update) -> Iterator[tuple[int, Tensor]]:
         """Yield each piece's index and its whole tensor, flat; every rank of the bucket calls this."""
@@ -144,25 +144,26 @@ class ShardLayout:
             is_own = part.start < part.stop
             index += is_own
             whole = update.make(part) if flat is None else flat[offset : offset + parameter.numel()]
-            if id(parameter) in self.kinds.gathered:
-                whole = gathered_over_tensors(whole, parameter, self.shards, self.sent)
+            split = self._splits[id(parameter)]
+            if split is not None:
+                whole = split.whole(whole)
             if is_own:
                 yield index, whole
 
     def own(self, index: int, whole: Tensor) -> Tensor:
         """Return what of a whole tensor lies in the shard, flat."""
         parameter, offset, part = self._own[index]
-        if id(parameter) in self.kinds.gathered:
-            whole = self.shards.part(whole.view(self.pieces[index].shape), parameter)
+        split = self._splits[id(parameter)]
+        if split is not None:
+            whole = split.part(whole)
         moved = self.begin - offset
         return whole.reshape(-1)[part.start + moved : part.stop + moved]
 
     def mean_square(self, index: int, gathered: Tensor, dtype: torch.dtype) -> float:
         """Return that of a whole tensor."""
         parameter = self._own[index].parameter
-        group = self.shards.group_of(parameter)
-        if id(parameter) in self.kinds.rows and group is not None:
-            return mean_square_of_rows(gathered, group, dtype)
+        if id(parameter) in self.kinds.rows:
+            return mean_square_of_rows(gathered, self.shards.dividing(parameter), dtype)
         return mean_square(gathered, dtype)
 
 
@@ -182,7 +183,7 @@ class ShardedBucket:
     traffic : counts bytes sent by ring algorithms.
     shards : how tensor parallelism has split the parameters.
     shares : of the elements that each rank of the group owns, where they differ.
-    whole_tiles : ids of the matrices that are cut between bands of tiles only.
+    whole_tiles : ids of the matrices that are cut between bands of tiles only, between matrices where a group splits their rows.
     purpose : `dp` or `tied`, in the names of the traffic.
     by_layer : at stage 3, UNSHARD leaves the gathering to a `gathering.GatherWindow`.
     scattering : shared by the rank's buckets.
@@ -261,9 +262,16 @@ class ShardedBucket:
             if id(parameter) in whole_tiles:
                 for place, bound in enumerate(bounds):
                     if offset < bound < offset + parameter.numel():
-                        found[place] = offset + nearest_band(parameter.shape, bound - offset)
+                        found[place] = offset + nearest_band(
+                            parameter.shape, bound - offset, self._rows_of_band(parameter)
+                        )
             offset += parameter.numel()
         return tuple(found)
+
+    def _rows_of_band(self, parameter: nn.Parameter) -> int:
+        """Return how many rows lie together for the tiles in them: all of a matrix where a group splits its rows."""
+        split = self._shards.tensor_split(parameter)
+        return parameter.shape[-2] if split is not None and split.dimension == parameter.dim() - 2 else BLOCK
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -467,14 +475,11 @@ class ShardedBucket:
         for key, value in ((key, value) for each in everyone for key, value in each.items()):
             kind, _, place = key.partition("@")
             found[names[int(place.partition(".")[0])]][f"{kind}.{place.partition('.')[2]}"] = value
-        return {
-            name: whole_statistics(found[name], parameter.shape, self._shards.groups.get(id(parameter)), device)
-            for name, parameter in self._names()
-        }
+        return {name: whole_statistics(found[name], parameter, self._shards) for name, parameter in self._names()}
 
     def load_states(self, optimizer: torch.optim.Optimizer, values: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Set the optimizer's states."""
-        state = self._own_statistics(values)
+        state = self._own_statistics(optimizer, values)
         for key, found in values.items():
             one = next((found[name] for name, _ in self._names() if name in found), None)
             if one is None or is_statistics(key):
@@ -483,22 +488,19 @@ class ShardedBucket:
         if state:
             optimizer.state[self._shard] = state
 
-    def _own_statistics(self, values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return, of statistics by key and name, those of the tiles that lie in this rank's shard."""
+    def _own_statistics(
+        self, optimizer: torch.optim.Optimizer, values: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return, of statistics by key and name, those that this rank keeps of the tiles in its shard."""
         state: dict[str, Tensor] = {}
-        if not any(is_statistics(key) for key in values):
-            return state
-        for place, ((name, parameter), (_, offset, part)) in enumerate(zip(self._names(), self._placed(), strict=True)):
-            whole = {key: found[name] for key, found in values.items() if is_statistics(key) and name in found}
-            if not whole or part.start == part.stop:
+        for piece in optimizer.layout_of(self._shard).pieces if isinstance(optimizer, Shampoo) else ():
+            if not piece.is_matrix or piece.place is None:
                 continue
-            mine = own_statistics(whole, parameter.shape, self._shards.groups.get(id(parameter)))
-            first = self._own.start + part.start - offset
-            numbers = {tile.number for tile in tiles(parameter.shape, first, part.stop - part.start)}
-            for key, value in mine.items():
+            name, parameter = self._names()[piece.place]
+            whole = {key: found[name] for key, found in values.items() if is_statistics(key) and name in found}
+            for key, value in own_statistics(whole, parameter, self._shards, piece.kept()).items():
                 kind, _, number = key.partition(".")
-                if int(number) in numbers:
-                    state[kind + statistics_key(place, int(number))] = value.clone()
+                state[kind + statistics_key(piece.place, int(number))] = value.clone()
         return state
 
     def _own_part(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -550,10 +552,10 @@ class ShardedBucket:
         unused = {id(parameter) for parameter in self._used.unused}
         return [part for parameter, _, part in self._placed() if id(parameter) in unused and part.start < part.stop]
 
-    def layout(self, kinds: TensorKinds, sent: Callable[[float], None]) -> ShardLayout:
+    def layout(self, kinds: TensorKinds) -> ShardLayout:
         """Return which tensors lie in the shard."""
         gather = None if self._group is None else self._gather_update
-        return ShardLayout(self._placed(), self._own.start, kinds, self._shards, gather, sent)
+        return ShardLayout(self._placed(), self._own.start, kinds, self._shards, gather)
 
     def _placed(self) -> tuple[_Placed, ...]:
         placed, offset = [], 0

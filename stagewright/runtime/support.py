@@ -60,25 +60,11 @@ def check_supported(plan: Plan) -> None:
 
 
 def _check_matrices(plan: Plan) -> None:
-    """Optimizers of whole matrices: Muon gathers what ZeRO and tensor parallelism have cut, Shampoo nothing.
-
-    An expert's matrices are whole wherever it is, and ZeRO leaves Shampoo's tiles whole.
-    """
-    name, shampoo = plan.job.optimizer.name, plan.job.optimizer.name == "shampoo"
-    for index, stage in enumerate(plan.stages):
-        degrees = stage.degrees
-        if degrees.etp > 1 or (shampoo and degrees.tp > 1):
-            raise InvalidArgument(
-                f"stages[{index}] has {degrees.model_dump(exclude_defaults=True)} with {name}, which is planned and priced so; the "
-                "runtime steps whole matrices"
-                + ("" if shampoo else ", gathered where ZeRO or tensor parallelism has cut them"),
-                field=f"stages[{index}].degrees",
-                hint="pin etp=1 and tp=1" if shampoo else "pin etp=1",
-            )
+    """Optimizers of whole matrices: one version of the weights."""
     family = next((row for row in families() if row.name == plan.schedule.name), None)
     if family is not None and not family.synchronous:
         raise InvalidArgument(
-            f"optimizer {name} with {plan.schedule.name}: the runtime takes it under synchronous schedules",
+            f"optimizer {plan.job.optimizer.name} with {plan.schedule.name}: the runtime takes it under synchronous schedules",
             field="job.optimizer.name",
             hint="plan with --optimizer adamw, or a synchronous schedule",
         )

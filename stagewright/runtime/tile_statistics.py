@@ -1,18 +1,19 @@
 """Statistics of tiles, as checkpoints hold them: by their tile's number in the whole tensor, wherever they are kept.
 
 An optimizer keeps them as `left.3` beside a parameter that is one tensor, and as `left@2.3` beside one with several, by the tensor's
-place. Where a group divides a tensor's experts, each rank counts the tiles of its own.
+place. Where a group divides a tensor's experts, each rank counts the tiles of its own; where one splits the tensor itself, each
+keeps those of some tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagewright.modeling.tensor_collectives import TensorGroup
+from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.runtime.matrix_layout import num_tiles
 
 
@@ -36,26 +37,36 @@ def everyones(own: Mapping[str, Tensor], group: dist.ProcessGroup, device: torch
     return found
 
 
-def whole_statistics(
-    own: Mapping[str, Tensor], shape: Sequence[int], experts: TensorGroup | None, device: torch.device
-) -> dict[str, Tensor]:
-    """Return copies of a tensor's statistics by their tiles' numbers in the whole one; a collective where `experts` divide it."""
+def whole_statistics(own: Mapping[str, Tensor], parameter: Tensor, shards: TensorShards) -> dict[str, Tensor]:
+    """Return copies of a tensor's statistics by their tiles' numbers in the whole one; a collective where a group divides it."""
+    split, experts = shards.tensor_split(parameter), shards.groups.get(id(parameter))
+    found = {key: value.clone() for key, value in own.items()}
+    if split is not None:
+        gathered = everyones(found, split.group.group, parameter.device)
+        found = {key: value for each in gathered for key, value in each.items()}
     if experts is None:
-        return {key: value.clone() for key, value in own.items()}
+        return found
     return {
-        _moved(key, place * num_tiles(shape)): value
-        for place, found in enumerate(everyones(own, experts.group, device))
-        for key, value in found.items()
+        _moved(key, place * _num_tiles(parameter, shards)): value
+        for place, each in enumerate(everyones(found, experts.group, parameter.device))
+        for key, value in each.items()
     }
 
 
-def own_statistics(whole: Mapping[str, Tensor], shape: Sequence[int], experts: TensorGroup | None) -> dict[str, Tensor]:
-    """Return those of a tensor's statistics that belong to this rank's part of it, by the numbers that its tiles have here."""
-    if experts is None:
-        return dict(whole)
-    before = experts.index * num_tiles(shape)
+def own_statistics(
+    whole: Mapping[str, Tensor], parameter: Tensor, shards: TensorShards, kept: Collection[int]
+) -> dict[str, Tensor]:
+    """Return those of a tensor's statistics that this rank keeps, by the numbers that its tiles have here."""
+    experts = shards.groups.get(id(parameter))
+    before = 0 if experts is None else experts.index * _num_tiles(parameter, shards)
     moved = {_moved(key, -before): value for key, value in whole.items()}
-    return {key: value for key, value in moved.items() if 0 <= _number(key) < num_tiles(shape)}
+    return {key: value for key, value in moved.items() if _number(key) in kept}
+
+
+def _num_tiles(parameter: Tensor, shards: TensorShards) -> int:
+    """Return how many tiles the tensors have of which a parameter holds a part, without other ranks' experts."""
+    split = shards.tensor_split(parameter)
+    return num_tiles(parameter.shape if split is None else split.whole_shape(parameter.shape))
 
 
 def _number(key: str) -> int:

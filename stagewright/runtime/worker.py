@@ -26,7 +26,7 @@ from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS
 from stagewright.planner.cost.memory_actions import offloaded_elements
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
-from stagewright.planner.link_bytes import HOST_COPY, SPLIT_UPDATE
+from stagewright.planner.link_bytes import HOST_COPY
 from stagewright.planner.replica_shares import has_uneven_shares, samples_by_replica
 from stagewright.planner.schedules.action import Action, Kind
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
@@ -228,19 +228,19 @@ class Worker:
             counts.append((bucket, away))
         narrow = any(has_narrow_gradients(parameter) for parameter, _ in parameters)
         if choice.name in MATRIX_OPTIMIZERS or not (narrow or any(away for _, away in counts)):
-            return make_optimizer(choice, [parameter for parameter, _ in parameters], self._layouts(key))
+            return make_optimizer(choice, [parameter for parameter, _ in parameters], self._layouts(choice, key))
         made = PiecewiseOptimizer(partial(make_optimizer, choice), parameters, self._count_copy)
         for bucket, away in counts:
             self._keep_on_host(bucket, away)
         return made
 
-    def _layouts(self, key: StageKey) -> LayoutOf:
+    def _layouts(self, choice: OptimizerChoice, key: StageKey) -> LayoutOf:
         """Return which tensors lie in what the optimizer of a stage's OPT steps."""
         split = self._layers.shards_of(key[1])
-        kinds = self._tensor_kinds(split)
+        kinds = self._tensor_kinds(split, matrices_only=choice.name == "shampoo")
         whole = whole_layouts(kinds.matrices)
         shards = {
-            id(value): bucket.layout(kinds, self._count_gather)
+            id(value): bucket.layout(kinds)
             for bucket in self._stepped(key)
             if isinstance(bucket, ShardedBucket)
             for value in bucket.optimized()
@@ -249,25 +249,23 @@ class Worker:
         def layout_of(parameter: nn.Parameter) -> Layout:
             if id(parameter) in shards:
                 return shards[id(parameter)]
-            group = split.group_of(parameter)
-            if id(parameter) in kinds.rows and group is not None:
-                return RowsLayout(parameter, group)
-            if id(parameter) in kinds.gathered:
-                return SplitLayout(parameter, id(parameter) in kinds.matrices, split, self._count_gather)
-            return whole(parameter)
+            if id(parameter) in kinds.rows:
+                return RowsLayout(parameter, split.dividing(parameter))
+            tensor = kinds.split_of(parameter, split)
+            return whole(parameter) if tensor is None else SplitLayout(tensor, id(parameter) in kinds.matrices)
 
         return layout_of
 
-    def _tensor_kinds(self, split: TensorShards) -> TensorKinds:
-        """Return what an optimizer of whole matrices needs of parameters split so; an expert's matrices are whole here."""
+    def _tensor_kinds(self, split: TensorShards, *, matrices_only: bool) -> TensorKinds:
+        """Return what an optimizer needs of parameters split so, whole matrices only or any other tensor's size as well."""
         matrices, vocabulary = block_matrices(self.chain), vocabulary_parameters(self.chain)
         experts = frozenset(self._layers.experts)
-        parts = frozenset(id(value) for value in self.chain.model.parameters() if split.is_split(value))
+        parameters = list(self.chain.model.parameters())
+        parts = frozenset(id(value) for value in parameters if split.is_split(value))
         rows = parts & (vocabulary | (experts - matrices))
-        return TensorKinds(matrices, parts - experts - rows, rows)
-
-    def _count_gather(self, num_bytes: float) -> None:
-        self._traffic[SPLIT_UPDATE] = self._traffic.get(SPLIT_UPDATE, 0.0) + num_bytes
+        wanted = matrices if matrices_only else parts - rows
+        gathered = [id(value) for value in parameters if id(value) in wanted and split.tensor_split(value) is not None]
+        return TensorKinds(matrices, {value: number for number, value in enumerate(gathered)}, rows)
 
     def _keep_on_host(self, bucket: Bucket, num_elements: int) -> None:
         if isinstance(bucket, ShardedBucket):

@@ -75,19 +75,15 @@ def test_uneven_shares_of_states_are_taken_where_replicas_alone_divide_them():
         check_supported(plan.model_copy(update={"schedule": divided}))
 
 
-@pytest.mark.parametrize(
-    ("name", "degrees", "words"),
-    [
-        ("muon", {"dp": 2, "etp": 2}, "'etp': 2.* with muon"),
-        ("shampoo", {"tp": 2}, "'tp': 2.* with shampoo"),
-    ],
-)
-def test_optimizers_of_whole_matrices_are_refused_where_they_stay_cut(name, degrees, words):
+@pytest.mark.parametrize("name", ["muon", "shampoo"])
+def test_optimizers_of_whole_matrices_are_taken_under_every_degree_and_synchronous_schedules(name):
     chain = split(TinyModel(3))
-    plan = plan_of(chain, profile_of(chain), "1f1b", 2, 4, degrees=Degrees(dp=2), optimizer=name)
-    check_supported(plan)
-    with pytest.raises(InvalidArgument, match=words):
-        check_supported(plan_of(chain, profile_of(chain), "1f1b", 2, 4, degrees=Degrees(**degrees), optimizer=name))
+    for degrees in ({"dp": 2, "etp": 2}, {"tp": 2, "dp": 2, "zero": 3}):
+        plan = plan_of(chain, profile_of(chain), "1f1b", 2, 4, degrees=Degrees(**degrees), optimizer=name)
+        check_supported(plan)
+    delayed = plan.schedule.model_copy(update={"name": "pipedream"})
+    with pytest.raises(InvalidArgument, match=f"optimizer {name} with pipedream"):
+        check_supported(plan.model_copy(update={"schedule": delayed}))
 
 
 def test_states_on_the_host_are_taken_where_single_elements_are_stepped_once_an_iteration():

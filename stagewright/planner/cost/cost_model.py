@@ -413,7 +413,7 @@ class CostModel:
             for name, layer in self.profile.classes.items()
         }
         whole_s = {
-            name: matrix_step_s(self.job.optimizer.name, layer, groups, roofline)
+            name: matrix_step_s(self.job.optimizer, layer, groups, roofline)
             for name, layer in self.profile.classes.items()
         }
         return self._assemble(costs, whole_s, roofline, np.shape(setting.microbatch))

@@ -19,8 +19,9 @@ Optimizer, 2023) preconditions blocks of at most b x b, b = 1,024, with G <- L^(
     roots          25 (p^3 + q^3) / 100   an eigendecomposition of both, once in 100 steps
 
 and holds L, R and their roots, 2 (p^2 + q^2) numbers of 4 bytes: 16 bytes a parameter of full square blocks, with grafting's
-second moment and the momentum 24 (`planner.statistics_bytes` says what a run holds beyond that). Blocks lie inside the tensor
-shards and have one owner each, so nothing is gathered that the weights' own all-gather does not carry.
+second moment and the momentum 24 (`planner.statistics_bytes` says what a run holds beyond that). Under ZeRO blocks have one owner
+each, so nothing is gathered that the weights' own all-gather does not carry. Where tensor parallelism cuts a matrix its gradient is
+gathered over the group, whose devices share its blocks, and the directions are reduced and scattered in the width of the statistics.
 
 Only matrices of blocks count; embeddings, heads, norms and biases are stepped elementwise, as all three papers do. Not
 modelled: their second moment beside Muon's one (states are counted as if all parameters were the matrices'), layers that
@@ -30,11 +31,12 @@ were measured without operators (their bytes alone count).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import ceil
 
 from stagewright.planner.cost.communication import collective_s
+from stagewright.planner.cost.memory import MASTER_BYTES
 from stagewright.planner.cost.rank_groups import RankGroups
 from stagewright.planner.cost.roofline import Roofline
+from stagewright.planner.documents.job import Optimizer
 from stagewright.planner.documents.operator import Operator
 from stagewright.planner.documents.profile import LayerClass
 
@@ -85,11 +87,13 @@ def shampoo_elements(rows: int, columns: int) -> float:
     return max(max(p * p, q * q, 2 * p * q) for p, q, _ in _blocks(rows, columns))
 
 
-def matrix_step_s(name: str, layer: LayerClass, groups: RankGroups, roofline: Roofline) -> float:
+def matrix_step_s(optimizer: Optimizer, layer: LayerClass, groups: RankGroups, roofline: Roofline) -> float:
     """Return what an optimizer's matrices add to one layer's step on one device, before ZeRO divides it; 0 for others."""
-    if name not in MATRIX_OPTIMIZERS or layer.kind != "block" or layer.backward != "full":
+    if optimizer.name not in MATRIX_OPTIMIZERS or layer.kind != "block" or layer.backward != "full":
         return 0.0
-    return sum(_operator_s(name, operator, groups, roofline) for operator in layer.operators if is_matrix(operator))
+    return sum(
+        _operator_s(optimizer, operator, groups, roofline) for operator in layer.operators if is_matrix(operator)
+    )
 
 
 def is_matrix(operator: Operator) -> bool:
@@ -97,18 +101,23 @@ def is_matrix(operator: Operator) -> bool:
     return operator.parameters > 0 and operator.output_features > 0 and operator.inner_features > 0
 
 
-def _operator_s(name: str, operator: Operator, groups: RankGroups, roofline: Roofline) -> float:
+def _operator_s(optimizer: Optimizer, operator: Operator, groups: RankGroups, roofline: Roofline) -> float:
     rows, columns = operator.output_features, operator.inner_features
     degrees = groups.degrees
     count = operator.num_groups / (degrees.ep if "ep" in operator.split else 1)
     inside = groups.etp if "etp" in operator.split else groups.tp
     is_cut = bool({"tp", "kv", "vocab", "etp"} & set(operator.split)) and inside.size > 1
-    if name == "muon":
+    if optimizer.name == "muon":
         each_s = roofline.seconds("matmul", newton_schulz_flops(rows, columns), 0.0)
         gather_s = collective_s("all-gather", GATHERED_BYTES * rows * columns, inside) if is_cut else 0.0
         return count * (each_s + gather_s)
-    share = inside.size if is_cut else 1
-    return count * roofline.seconds("matmul", shampoo_flops(rows, ceil(columns / share)), 0.0)
+    each_s = roofline.seconds("matmul", shampoo_flops(rows, columns), 0.0)
+    if not is_cut:
+        return count * each_s
+    numbers = float(rows * columns)
+    gathered_s = collective_s("all-gather", optimizer.gradient_bytes * numbers, inside)
+    width = max(MASTER_BYTES, optimizer.parameter_bytes)
+    return count * (each_s / inside.size + gathered_s + collective_s("reduce-scatter", width * numbers, inside))
 
 
 def _blocks(rows: int, columns: int) -> Iterator[tuple[float, float, int]]:
