@@ -36,6 +36,7 @@ from stagewright.planner.search.pipeline_costs import slowest_link
 from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.network import Shares
 from stagewright.planner.simulation.peak import message_bytes_beside, peak_activations
+from stagewright.planner.tile_shards import unlike_members
 
 _SEED = 0
 _MOST_DRAWS, _FEWEST_DRAWS = 32, 4
@@ -100,17 +101,20 @@ def _beside(evaluation: Evaluation) -> list[Floats] | None:
     return message_bytes_beside(lowered, np.asarray(evaluation.links.boundary_bytes))
 
 
-def peaks_by_device(plan: Plan, profile: ModelProfile) -> list[float]:
-    """Return the peak of each device by global rank where replicas take uneven shares of samples or states."""
+def peaks_by_device(plan: Plan, profile: ModelProfile) -> list[float] | None:
+    """Return the peak of each device by global rank; None where the devices of a pipeline rank hold as much.
+
+    They don't where replicas take uneven shares of samples or states, and where ZeRO cuts matrices between bands of tiles.
+    """
     found = [0.0] * plan.num_devices
-    for replica in range(max(stage.degrees.dp for stage in plan.stages)):
-        peaks = peak_bytes(evaluate(plan, profile, replica=replica))
+    unlike = unlike_members(plan)
+    for places in unlike:
+        peaks = peak_bytes(evaluate(plan, profile, member=places[0]))
         for rank, devices in enumerate(plan.mapping.pipeline_ranks):
-            degrees = plan.stages[plan.schedule.placement[0].index(rank)].degrees
-            inner = degrees.tp * degrees.cp
-            for device in devices[replica * inner : (replica + 1) * inner]:
-                found[device] = float(peaks[rank])
-    return found
+            for place in places:
+                if place < len(devices):
+                    found[devices[place]] = float(peaks[rank])
+    return found if unlike else None
 
 
 def message_ends(plan: Plan, layout: Layout) -> tuple[Floats, Floats]:

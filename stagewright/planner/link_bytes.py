@@ -434,6 +434,19 @@ def has_even_shards(plan: Plan, stage: int) -> bool:
     return not plan.stages[stage].state_shares and not divides_by_tiles(plan)
 
 
+def num_shards(plan: Plan, index: int) -> int:
+    """Return over how many devices ZeRO divides the states of a stage."""
+    degrees = plan.stages[index].degrees
+    members = _members(plan, index)
+    return min(sharding_group(plan) or members, members) if degrees.zero else 1
+
+
+def state_share(plan: Plan, index: int, member: int | None = None) -> float:
+    """Return the share of a stage's states that ZeRO leaves on a device, or on one of those that a prediction speaks of."""
+    part = told_part(plan, index, member).state_share
+    return 1.0 / num_shards(plan, index) if part is None else part / plan.stages[index].degrees.cp
+
+
 def _members(plan: Plan, stage: int) -> int:
     """Return the devices of one model replica that sum a stage's gradients."""
     degrees = plan.stages[stage].degrees

@@ -7,10 +7,11 @@ of a matrix of N over the tensor-parallel group, needs under Muon
 
 with NS of `newton_schulz_elements`, and any other tensor the sum of squares of e n, which processors take in fp32. Under ZeRO the
 momentum of a bucket of S elements is gathered first, from each device's own part of it and by gloo in a copy, and stays
-beside each of its matrices. Shampoo needs s n for the direction, as much where gradients are narrower, and `shampoo_elements`
-for a matrix. Of one that a group splits, with gradients of g bytes, it needs beside the direction
+beside each of its matrices. Shampoo needs s n for the direction, as much where gradients are narrower, and the tile of
+`shampoo_step_bytes` for a matrix, in a step that renews its roots. Of one that a group splits, with gradients of g bytes, it needs
+beside the direction
 
-    max( 2 g N,  (g + s) N + s `shampoo_elements`,  2 s N + s n )
+    max( 2 g N,  (g + s) N + tile,  2 s N + s n )
 
 the gradient as it is gathered, beside the directions of its tiles, and these as they are scattered.
 """
@@ -20,10 +21,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stagewright.planner.cost.matrix_optimizer import GATHERED_BYTES, newton_schulz_elements, shampoo_elements
+from stagewright.planner.cost.matrix_optimizer import GATHERED_BYTES, newton_schulz_elements, shampoo_step_bytes
 from stagewright.planner.documents.job import Optimizer
 from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import LayerClass
+from stagewright.planner.tile_shards import OwnedTensor
 
 _SUM_BYTES = 4.0
 
@@ -87,6 +89,15 @@ def stepped_tensors(
     return tuple(found[0]), tuple(found[1])
 
 
+def stepped_part(owned: OwnedTensor) -> SteppedTensor:
+    """Return what a device steps of a tensor that is cut between bands of tiles, as matrices of its highest band."""
+    if not owned.is_matrix:
+        return SteppedTensor(owned.count)
+    columns = owned.shape[-1]
+    rows = max(height for height, _ in owned.tile_sizes)
+    return SteppedTensor(owned.count, rows, columns, owned.count // (rows * columns))
+
+
 def matrix_step_bytes(optimizer: Optimizer, buckets: Iterable[SteppedBucket], *, is_cpu: bool) -> float:
     """Return the most that stepping any of some buckets holds beside the states."""
     need = _muon_bytes if optimizer.name == "muon" else _shampoo_bytes
@@ -101,7 +112,7 @@ def _shampoo_bytes(optimizer: Optimizer, bucket: SteppedBucket, is_cpu: bool) ->
 
 def _preconditioned_bytes(optimizer: Optimizer, tensor: SteppedTensor, owned: float) -> float:
     width, copies = _width(optimizer), 1 + _widens(optimizer)
-    tile = width * shampoo_elements(tensor.rows, tensor.columns) if tensor.count else 0.0
+    tile = shampoo_step_bytes(tensor.rows, tensor.columns, width) if tensor.count else 0.0
     if tensor.whole <= tensor.size:
         return width * copies * owned + tile
     joined = tensor.whole * owned / tensor.size

@@ -34,20 +34,21 @@ from stagewright.planner.documents.profile import LayerClass, ModelProfile
 from stagewright.planner.link_bytes import (
     gathers_by_run,
     has_even_shards,
-    local_steps,
+    num_shards,
     reduced_parameters,
-    sharding_group,
     shared_weights,
+    state_share,
     unit_parameters,
 )
 from stagewright.planner.matrix_step_bytes import (
     SteppedBucket,
     matrix_step_bytes,
+    stepped_part,
     stepped_tensors,
 )
-from stagewright.planner.replica_shares import told_part
 from stagewright.planner.search.layer_costs import LayerCosts
 from stagewright.planner.simulation.peak import GradientPhase
+from stagewright.planner.tile_shards import owned_buckets
 
 Floats = npt.NDArray[np.float64]
 
@@ -56,18 +57,20 @@ Shards = list[tuple[float, int]]
 
 
 def step_workspaces(
-    plan: Plan, profile: ModelProfile, layers: Sequence[LayerCosts], bounds: Sequence[int], replica: int | None = None
+    plan: Plan, profile: ModelProfile, layers: Sequence[LayerCosts], bounds: Sequence[int], member: int | None = None
 ) -> list[float]:
     """Return the bytes on one device of each stage, [stages].
 
-    Where replicas hold uneven shares of the states, those of `replica`.
+    Where devices hold unlike shares of the states, those of the one with this place in its pipeline rank.
     """
     found = []
     for index, row in enumerate(layers):
-        dense, experts = _tensors(plan, profile, index, row, bounds, replica)
+        dense, experts = _tensors(plan, profile, index, row, bounds, member)
         shards = [*dense, *experts]
         if plan.job.optimizer.name in MATRIX_OPTIMIZERS:
-            buckets = _buckets(plan, profile, index, row, bounds, (dense, experts))
+            buckets = _owned(plan, profile, index, bounds, member)
+            if buckets is None:
+                buckets = _buckets(plan, profile, index, row, bounds, (dense, experts))
             need = matrix_step_bytes(plan.job.optimizer, buckets, is_cpu=_is_cpu(plan, index))
         else:
             need = _elementwise_bytes(plan, index, [size for size, _ in shards])
@@ -104,6 +107,16 @@ def _elementwise_bytes(plan: Plan, index: int, tensors: Sequence[float]) -> floa
     return max(width * needed, piece * (optimizer.state_bytes + (copies + widens) * width))
 
 
+def _owned(
+    plan: Plan, profile: ModelProfile, index: int, bounds: Sequence[int], member: int | None
+) -> list[SteppedBucket] | None:
+    """Return what a device steps tensor by tensor where it is known how tensors are cut between bands of tiles."""
+    buckets = None if member is None else owned_buckets(plan, profile, index, bounds, member)
+    if buckets is None:
+        return None
+    return [SteppedBucket(tuple(map(stepped_part, bucket.tensors)), inf, 1, is_even=False) for bucket in buckets]
+
+
 def _buckets(
     plan: Plan,
     profile: ModelProfile,
@@ -134,7 +147,7 @@ def _buckets(
 
 
 def _tensors(
-    plan: Plan, profile: ModelProfile, index: int, row: LayerCosts, bounds: Sequence[int], replica: int | None
+    plan: Plan, profile: ModelProfile, index: int, row: LayerCosts, bounds: Sequence[int], member: int | None
 ) -> tuple[Shards, Shards]:
     """Return the elements of each tensor that one device's optimizer steps, parameters or shards of buckets, and how many shards.
 
@@ -149,8 +162,7 @@ def _tensors(
     ties = shared_weights(plan, profile)
     together, experts = reduced_parameters(row, slice(inside.start, inside.stop), degrees)
     dense = unit_parameters(together, inside.start, ties)
-    part = told_part(plan, index, replica).state_share
-    share = 1.0 / num_shards(plan, index) if part is None else part / degrees.cp
+    share = state_share(plan, index, member)
     owners = expert_shards(degrees) if degrees.zero else 1
     by_layer = degrees.zero >= 2
     found = dense if by_layer and num_shards(plan, index) > 1 else [sum(dense)]
@@ -339,13 +351,6 @@ def _is_cpu(plan: Plan, index: int) -> bool:
     name = plan.stages[index].group
     device = next((group.device for group in plan.cluster.groups if group.name == name), None)
     return (device or plan.cluster.groups[0].device).kind == "cpu"
-
-
-def num_shards(plan: Plan, index: int) -> int:
-    """Return over how many devices ZeRO divides the states of a stage."""
-    degrees = plan.stages[index].degrees
-    members = degrees.cp if local_steps(plan) else degrees.dp * degrees.cp
-    return min(sharding_group(plan) or members, members) if degrees.zero else 1
 
 
 def _largest(layer: LayerClass, degrees: Degrees, dense: float) -> float:

@@ -15,12 +15,12 @@ from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.link_bytes import (
     SharedWeight,
+    num_shards,
     reduced_parameters,
     shared_weights,
     tied_members,
     unit_parameters,
 )
-from stagewright.planner.passing_bytes import num_shards
 from stagewright.planner.schedules.schedule import Schedule, WeightPolicy
 from stagewright.planner.search.layer_costs import LayerCosts
 from stagewright.planner.search.order import Layout

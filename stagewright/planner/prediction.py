@@ -34,7 +34,7 @@ from stagewright.planner.documents.plan import Degrees, MemoryItems, Plan, Predi
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.layerwise import Gather, changes_of
-from stagewright.planner.link_bytes import link_bytes, local_steps
+from stagewright.planner.link_bytes import divides_by_tiles, link_bytes, local_steps
 from stagewright.planner.passing_bytes import passing_bytes, step_workspaces
 from stagewright.planner.planned_devices import base_bytes, device_of, group_of, peak_flops, price_per_s, rank_devices
 from stagewright.planner.planned_links import links_of, plan_ties, wiring_of
@@ -55,7 +55,7 @@ from stagewright.planner.planned_states import (
     unlike_state_bytes,
     version_bytes,
 )
-from stagewright.planner.replica_shares import parts_of_stage, samples_by_replica, told_part
+from stagewright.planner.replica_shares import has_uneven_shares, parts_of_stage, samples_by_replica, told_part
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.lowering.gradients import UPDATES_PER_MICROBATCH, update_period, with_optimizer_steps
 from stagewright.planner.schedules.schedule import Schedule
@@ -70,6 +70,7 @@ from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.planner.statistics_bytes import unlike_statistics_bytes
 from stagewright.planner.tied_gradients import not_waiting_bytes
+from stagewright.planner.tile_shards import unlike_members
 from stagewright.planner.version_work import with_version_work
 
 Floats = npt.NDArray[np.float64]
@@ -98,14 +99,15 @@ class Evaluation:
     unlike_bytes: Floats
 
 
-def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -> Evaluation:
+def evaluate(plan: Plan, profile: ModelProfile, *, member: int | None = None) -> Evaluation:
     """Return what the plan costs on its cluster; raises InvalidDocument when it was made for other layers.
 
-    Where replicas take uneven shares, bytes are those of `replica`; of the one with most samples where it is None.
+    Where the devices of a pipeline rank hold unlike shares, bytes are those of the one with the place `member` among them. Where
+    that is None, they are those of a replica with most samples, or of the device with most states.
     """
     plan.check_profile(layer_digest=profile.layer_digest, num_layers=profile.num_layers)
     schedule = schedule_of(plan.schedule)
-    layers = _layers_by_stage(plan, profile, replica)
+    layers = _layers_by_stage(plan, profile, member)
     bounds = stage_bounds(plan.stages)
     levels = recompute_indices(plan.stages)
     layout = layout_of(schedule)
@@ -143,10 +145,10 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
     prediction = _prediction(
         plan, profile, schedule, layout, pipeline, timeline, layers, levels, bounds, costs, gathers
     )
-    step_bytes = np.zeros(layout.num_ranks)
-    for stage, needed in enumerate(step_workspaces(plan, profile, layers, bounds, replica)):
-        ranks = np.unique(schedule.placement[:, stage])
-        step_bytes[ranks] = np.maximum(step_bytes[ranks], needed)
+    told = [member]
+    if member is None and divides_by_tiles(plan) and not has_uneven_shares(plan):
+        told = [places[0] for places in unlike_members(plan)] or told
+    step_bytes = np.max([_step_bytes(plan, profile, schedule, layers, bounds, each) for each in told], axis=0)
     return Evaluation(
         prediction,
         timeline,
@@ -159,8 +161,44 @@ def evaluate(plan: Plan, profile: ModelProfile, *, replica: int | None = None) -
         step_bytes=step_bytes,
         unlike_bytes=unlike_state_bytes(plan, profile, layout, layers)
         - spared_shard_bytes(plan, profile, layout, bounds, layers)
-        + np.outer((0.0, 0.0, 1.0), rank_sum(layout, unlike_statistics_bytes(plan, profile, layers))),
+        + _fullest([_unlike_statistics(plan, profile, layout, layers, bounds, each) for each in told]),
     )
+
+
+def _step_bytes(
+    plan: Plan,
+    profile: ModelProfile,
+    schedule: Schedule,
+    layers: Sequence[LayerCosts],
+    bounds: Sequence[int],
+    member: int | None,
+) -> Floats:
+    """Return what a device of each pipeline rank needs for the time of an optimizer step, [D]."""
+    found = np.zeros(schedule.num_ranks)
+    for stage, needed in enumerate(step_workspaces(plan, profile, layers, bounds, member)):
+        ranks = np.unique(schedule.placement[:, stage])
+        found[ranks] = np.maximum(found[ranks], needed)
+    return found
+
+
+def _unlike_statistics(
+    plan: Plan,
+    profile: ModelProfile,
+    layout: Layout,
+    layers: Sequence[LayerCosts],
+    bounds: Sequence[int],
+    member: int | None,
+) -> Floats:
+    """Return what a device of each pipeline rank holds for Shampoo beyond the ledger, by class of state, [3, D]."""
+    by_stage = unlike_statistics_bytes(plan, profile, layers, bounds, member)
+    return np.stack([rank_sum(layout, row) for row in by_stage])
+
+
+def _fullest(by_member: Sequence[Floats]) -> Floats:
+    """Return of each pipeline rank the bytes [3, D] of the device where they are most together."""
+    every = np.stack(by_member)
+    most = every.sum(axis=1).argmax(axis=0)
+    return every[most, :, np.arange(every.shape[2])].T
 
 
 def _stage_bytes(
@@ -338,14 +376,14 @@ def _with_changes(
     return replace(pipeline, costs=costs)
 
 
-def _layers_by_stage(plan: Plan, profile: ModelProfile, replica: int | None = None) -> list[LayerCosts]:
+def _layers_by_stage(plan: Plan, profile: ModelProfile, member: int | None = None) -> list[LayerCosts]:
     known: dict[tuple[Degrees, str | None, tuple[int, ...], tuple[float, ...]], LayerCosts] = {}
     model = CostModel(profile, plan.cluster, plan.job, options_of(plan), plan.mapping.axis_order)
     for index, stage in enumerate(plan.stages):
         key = (stage.degrees, stage.group, stage.batch_shares, stage.state_shares)
         if key not in known and (stage.batch_shares or stage.state_shares):
             parts = parts_of_stage(plan, index)
-            known[key] = joined_layer_costs(model, stage.degrees, parts, told=told_part(plan, index, replica))
+            known[key] = joined_layer_costs(model, stage.degrees, parts, told=told_part(plan, index, member))
         elif key not in known:
             known[key] = layer_costs(
                 model,

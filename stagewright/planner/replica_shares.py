@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
-from stagewright.planner.documents.plan import Plan
+from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.errors import InvalidDocument
 
 
@@ -103,13 +103,17 @@ def shard_bounds(num_elements: int, shares: Sequence[float]) -> tuple[int, ...]:
     return (0, *ends[:-1], num_elements)
 
 
-def told_part(plan: Plan, index: int, replica: int | None = None) -> ReplicaPart:
-    """Return the part whose memory a prediction speaks of: a replica's, or on the stage's group the one with most samples."""
+def replica_of(degrees: Degrees, member: int) -> int:
+    """Return which replica a device belongs to, given its place among those of its pipeline rank."""
+    return min(member // (degrees.tp * degrees.cp), degrees.dp - 1)
+
+
+def told_part(plan: Plan, index: int, member: int | None = None) -> ReplicaPart:
+    """Return the part whose memory a prediction speaks of: a device's, or on the stage's group the one with most samples."""
     parts = parts_of_stage(plan, index)
-    if replica is not None:
-        return [part for part in parts for _ in range(part.num_replicas)][
-            min(replica, plan.stages[index].degrees.dp - 1)
-        ]
+    if member is not None:
+        each = [part for part in parts for _ in range(part.num_replicas)]
+        return each[replica_of(plan.stages[index].degrees, member)]
     name = plan.stages[index].group
     there = [part for part in parts if part.group == name] or list(parts)
     return max(there, key=lambda part: part.samples)

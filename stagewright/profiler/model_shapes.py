@@ -7,9 +7,9 @@ are told by their structure, not their position.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -139,7 +139,7 @@ def expert_parameters(chain: LayerChain, layer: Layer) -> int:
 
 
 def weight_tensors(chain: LayerChain) -> dict[str, tuple[WeightTensor, ...]]:
-    """Return the shapes of each layer's trainable tensors, each once, by the layer's name."""
+    """Return runs of each layer's trainable tensors, in the order in which a run lays them, each once, by the layer's name."""
     parameters, matrices = dict(chain.model.named_parameters(remove_duplicate=False)), block_matrices(chain)
     return {layer.name: _tensors(layer, parameters, matrices) for layer in chain.layers}
 
@@ -148,12 +148,12 @@ def _tensors(
     layer: Layer, parameters: Mapping[str, torch.Tensor], matrices: Collection[int]
 ) -> tuple[WeightTensor, ...]:
     found = {id(parameters[name]): (name, parameters[name]) for name in layer.parameters}
-    counts = Counter(
+    each = (
         (tuple(value.shape), id(value) in matrices, is_expert_parameter(name))
         for name, value in found.values()
         if value.requires_grad and value.numel()
     )
     return tuple(
-        WeightTensor(shape=shape, count=count, is_matrix=is_matrix, of_experts=of_experts)
-        for (shape, is_matrix, of_experts), count in counts.items()
+        WeightTensor(shape=shape, count=len(list(run)), is_matrix=is_matrix, of_experts=of_experts)
+        for (shape, is_matrix, of_experts), run in groupby(each)
     )

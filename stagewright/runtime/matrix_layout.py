@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.tensor_collectives import TensorGroup
 from stagewright.modeling.tensor_parallel import InnerSplit, TensorShards
-from stagewright.planner.cost.matrix_optimizer import BLOCK
+from stagewright.planner.matrix_tiles import Tile, tiles
 
 
 @dataclass(frozen=True)
@@ -162,49 +162,9 @@ class Piece:
         return factor * self.first // self.shape[-1]
 
 
-@dataclass(frozen=True)
-class Tile:
-    """At most BLOCK x BLOCK neighbouring elements of a matrix, or of one in a stack: the `number`-th of the tensor's tiles.
-
-    `rows` are those of all matrices of the stack, one under the other.
-    """
-
-    number: int
-    rows: slice
-    columns: slice
-
-
-def tiles(shape: Sequence[int], first: int, count: int) -> Iterator[Tile]:
-    """Yield those of a tensor's tiles that lie in `count` elements from `first` on, where bands of tiles begin and end."""
-    height, width = shape[-2:]
-    number = 0
-    for top in range(0, math.prod(shape) // width, height):
-        for upper in range(top, top + height, BLOCK):
-            rows = slice(upper, min(upper + BLOCK, top + height))
-            for left in range(0, width, BLOCK):
-                if first <= rows.start * width < first + count:
-                    yield Tile(number, rows, slice(left, min(left + BLOCK, width)))
-                number += 1
-
-
-def num_tiles(shape: Sequence[int]) -> int:
-    """Return how many tiles a matrix has, or a stack of them."""
-    height, width = shape[-2:]
-    return math.prod(shape[:-2]) * -(-height // BLOCK) * -(-width // BLOCK)
-
-
 def statistics_key(place: int | None, number: int) -> str:
     """Return how the names of a tile's statistics end: by the tensor's place among several, and the tile's number."""
     return f".{number}" if place is None else f"@{place}.{number}"
-
-
-def nearest_band(shape: Sequence[int], element: int, rows: int = BLOCK) -> int:
-    """Return the element of a tensor nearest to another at which a band of `rows` rows of a matrix begins, or behind the last one."""
-    height, width = shape[-2:]
-    matrix, inside = divmod(element, height * width)
-    below = inside // (rows * width) * rows * width
-    above = min(below + rows * width, height * width)
-    return matrix * height * width + (below if inside - below <= above - inside else above)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument
 from stagewright.planner.expectation import peaks_by_device, with_expectation
 from stagewright.planner.layerwise import is_layerwise
-from stagewright.planner.replica_shares import has_uneven_shares
 from stagewright.runtime.failure import LOST
 from stagewright.runtime.job import RunJob
 from stagewright.runtime.launch import Progress, launch
@@ -168,7 +167,7 @@ def run_plan(
             progress=progress,
         )
         measurement = Measurement.load(path / "measurement.json")
-    peaks = peaks_by_device(plan, profile) if has_uneven_shares(plan) and not emulate else None
+    peaks = None if emulate else peaks_by_device(plan, profile)
     return make_report(plan, evaluation, measurement, checks, probe_s=profile.pedigree.probe_s, peak_bytes=peaks)
 
 

@@ -29,7 +29,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagewright.planner.cost.matrix_optimizer import STEPS_BETWEEN_ROOTS
-from stagewright.runtime.matrix_layout import Layout, Piece, SplitTensor, Tile, statistics_key
+from stagewright.planner.matrix_tiles import Tile
+from stagewright.runtime.matrix_layout import Layout, Piece, SplitTensor, statistics_key
 from stagewright.runtime.matrix_optimizer import MatrixOptimizer
 
 _BETA = 0.999
@@ -40,6 +41,12 @@ _RAISED = 1e-6
 class Shampoo(MatrixOptimizer):
     """Steps whole tensors, or parts that hold whole bands of a matrix's pieces; weight decay is decoupled."""
 
+    _due: frozenset[int] = frozenset()  # ids of parameters whose next step renews roots, whatever its number
+
+    def renew_roots(self) -> None:
+        """Let the next step of every parameter renew its roots."""
+        self._due = frozenset(id(parameter) for group in self.param_groups for parameter in group["params"])
+
     def _step_one(
         self, parameter: nn.Parameter, gradient: Tensor, layout: Layout, state: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
@@ -48,12 +55,20 @@ class Shampoo(MatrixOptimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["step"] += 1
+        renews = id(parameter) in self._due or int(state["step"]) % STEPS_BETWEEN_ROOTS == 1
+        self._due -= {id(parameter)}
         for piece in layout.pieces:
-            _step_piece(parameter, gradient.reshape(-1)[piece.part], piece, state, group)
+            _step_piece(parameter, gradient.reshape(-1)[piece.part], piece, state, group, renews=renews)
 
 
 def _step_piece(
-    parameter: Tensor, gradient: Tensor, piece: Piece, state: dict[str, Tensor], group: dict[str, Any]
+    parameter: Tensor,
+    gradient: Tensor,
+    piece: Piece,
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    *,
+    renews: bool,
 ) -> None:
     """Step the elements of one tensor, given their gradient."""
     target, first, second = (
@@ -63,7 +78,6 @@ def _step_piece(
     second.mul_(_BETA).addcmul_(wide, wide, value=1 - _BETA)
     direction = (second / (1 - _BETA**count)).sqrt_().add_(_EPSILON)
     torch.div(wide, direction, out=direction)
-    renews = count % STEPS_BETWEEN_ROOTS == 1
     if piece.is_matrix and piece.split is None:
         _precondition(direction, wide, piece, state, renews=renews)
     elif piece.split is not None:
@@ -115,9 +129,18 @@ def _turn(
     _add(state, "left" + name, gradient, gradient.mT)
     _add(state, "right" + name, gradient.mT, gradient)
     for side in ("left", "right") if renews else ():
-        state[f"{side}_root{name}"] = fourth_root_inverse(state[side + name])
+        _renew(state, f"{side}_root{name}", state[side + name])
     turned = state["left_root" + name] @ gradient @ state["right_root" + name]
     direction.copy_(turned.mul_(size / (turned.norm() + torch.finfo(turned.dtype).tiny)))
+
+
+def _renew(state: dict[str, Tensor], name: str, statistics: Tensor) -> None:
+    """Set a root of statistics, in place where there is one."""
+    root = fourth_root_inverse(statistics)
+    if name in state:
+        state[name].copy_(root)
+    else:
+        state[name] = root
 
 
 def _add(state: dict[str, Tensor], name: str, first: Tensor, second: Tensor) -> None:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from stagewright.modeling.tensor_parallel import TensorShards
 from stagewright.planner.cost.matrix_optimizer import BLOCK
 from stagewright.planner.link_bytes import UPDATE
-from stagewright.planner.replica_shares import shard_bounds
+from stagewright.planner.matrix_tiles import band_bounds
 from stagewright.runtime.matrix_layout import (
     Piece,
     SplitTensor,
@@ -44,7 +44,6 @@ from stagewright.runtime.matrix_layout import (
     Update,
     mean_square,
     mean_square_of_rows,
-    nearest_band,
     statistics_key,
 )
 from stagewright.runtime.offload import HostTail
@@ -253,20 +252,14 @@ class ShardedBucket:
 
     def _shard_bounds(self, shares: Sequence[float], whole_tiles: Collection[int]) -> tuple[int, ...]:
         """Return where the shards of the flat buffer begin, and its end."""
-        total = sum(parameter.numel() for parameter in self._trained)
         if self._is_even:
+            total = sum(parameter.numel() for parameter in self._trained)
             return tuple(place * -(-total // self._count) for place in range(self._count + 1))
-        bounds = shard_bounds(total, shares or [1 / self._count] * self._count)
-        offset, found = 0, list(bounds)
-        for parameter in self._trained:
-            if id(parameter) in whole_tiles:
-                for place, bound in enumerate(bounds):
-                    if offset < bound < offset + parameter.numel():
-                        found[place] = offset + nearest_band(
-                            parameter.shape, bound - offset, self._rows_of_band(parameter)
-                        )
-            offset += parameter.numel()
-        return tuple(found)
+        shapes = [
+            (parameter.shape, self._rows_of_band(parameter) if id(parameter) in whole_tiles else 0)
+            for parameter in self._trained
+        ]
+        return band_bounds(shapes, shares or [1 / self._count] * self._count)
 
     def _rows_of_band(self, parameter: nn.Parameter) -> int:
         """Return how many rows lie together for the tiles in them: all of a matrix where a group splits its rows."""

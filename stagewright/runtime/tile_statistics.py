@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagewright.modeling.tensor_parallel import TensorShards
-from stagewright.runtime.matrix_layout import num_tiles
+from stagewright.planner.matrix_tiles import num_tiles
 
 
 def is_statistics(key: str) -> bool:

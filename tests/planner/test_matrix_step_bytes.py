@@ -6,9 +6,16 @@ from math import inf
 
 import pytest
 
-from stagewright.planner.cost.matrix_optimizer import newton_schulz_elements, shampoo_elements
+from stagewright.planner.cost.matrix_optimizer import newton_schulz_elements, shampoo_step_bytes
 from stagewright.planner.documents import Degrees, LayerClass, Optimizer, WeightTensor
-from stagewright.planner.matrix_step_bytes import SteppedBucket, SteppedTensor, matrix_step_bytes, stepped_tensors
+from stagewright.planner.matrix_step_bytes import (
+    SteppedBucket,
+    SteppedTensor,
+    matrix_step_bytes,
+    stepped_part,
+    stepped_tensors,
+)
+from stagewright.planner.tile_shards import OwnedTensor
 from stagewright.testing import profile_factory
 
 MATRIX, VECTOR = SteppedTensor(200.0, rows=10, columns=20, count=1), SteppedTensor(500.0)
@@ -28,10 +35,23 @@ def test_newton_schulz_holds_the_most_where_a_matrix_is_thin_behind_its_products
     assert newton_schulz_elements(10, 20, widens=True) == 3 * 200 + 2 * 100 + 2 * 200
 
 
-def test_shampoo_holds_two_products_of_a_tile_or_its_larger_statistic():
-    assert shampoo_elements(10, 12) == 2 * 10 * 12
-    assert shampoo_elements(10, 30) == 30 * 30
-    assert shampoo_elements(2048, 1024) == shampoo_elements(1024, 1024) == 2 * 1024**2
+def root(size: int, width: int) -> int:
+    return (3 * size * size + 7 * size) * width + 5 * size * 4
+
+
+def test_shampoo_holds_two_products_of_a_tile_or_what_makes_a_root_of_its_larger_statistic():
+    assert shampoo_step_bytes(100, 200, 8) == root(200, 8)
+    assert shampoo_step_bytes(200, 100, 4) == root(200, 4)
+    assert shampoo_step_bytes(2048, 1024, 4) == shampoo_step_bytes(1024, 1024, 4) == root(1024, 4) > 4 * 2 * 1024**2
+
+
+def test_what_is_stepped_of_a_matrix_that_is_cut_is_its_bands():
+    """A stack of two matrices of 1,500 x 40: of the band of 476 rows alone, or of both bands of one."""
+    low = OwnedTensor((2, 1500, 40), is_matrix=True, first=1024 * 40, count=476 * 40)
+    assert stepped_part(low) == SteppedTensor(476 * 40, 476, 40, 1)
+    both = OwnedTensor((2, 1500, 40), is_matrix=True, first=1500 * 40, count=1500 * 40)
+    assert stepped_part(both) == SteppedTensor(1500 * 40, 1024, 40, 1)
+    assert stepped_part(OwnedTensor((7, 9), is_matrix=False, first=3, count=10)) == SteppedTensor(10)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +90,7 @@ def test_muon_joins_a_split_matrix_before_it_steps_it():
 
 @pytest.mark.parametrize(("precision", "copies", "width"), [("fp32", 1, 4), ("fp64", 1, 8), ("bf16", 2, 4)])
 def test_shampoo_holds_a_direction_and_what_turns_it(precision, copies, width):
-    assert need("shampoo", precision, MATRIX) == width * (copies * 200 + 2 * 200)
+    assert need("shampoo", precision, MATRIX) == width * copies * 200 + root(20, width)
     assert need("shampoo", precision, VECTOR) == width * copies * 500
     assert need("shampoo", precision, VECTOR, owned=100.0, num_shards=5) == width * copies * 100
 

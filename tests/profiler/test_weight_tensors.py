@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 pytest.importorskip("torch")
@@ -21,6 +23,16 @@ def test_tensors_of_a_layer_are_told_by_shape_and_matrices_of_blocks_from_all_el
     assert block == {((24, 8), 1), ((8, 8), 1), ((32, 8), 1), ((8, 32), 1)}
     for layer in chain.layers:
         assert sum(each.count * each.num_elements for each in weight_tensors(chain)[layer.name]) == layer.num_parameters
+
+
+def test_tensors_follow_each_other_as_in_the_layer_in_runs_of_one_shape():
+    chain = split(GPT(width=8, num_blocks=2, num_heads=2, context=4, tied=False))
+    named = dict(chain.model.named_parameters())
+    for layer in chain.layers:
+        runs = weight_tensors(chain)[layer.name]
+        shapes = [each.shape for each in runs for _ in range(each.count)]
+        assert shapes == [tuple(named[name].shape) for name in layer.parameters]
+        assert all((a.shape, a.is_matrix) != (b.shape, b.is_matrix) for a, b in pairwise(runs))
 
 
 def test_frozen_tensors_are_not_stepped():

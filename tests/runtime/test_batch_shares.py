@@ -89,7 +89,7 @@ def test_each_replica_holds_its_share_of_the_states_and_the_ledger_says_so(rank_
     profile = profile_of(split(make_model(case, 2)), sequence_length=LENGTH)
     peaks = peaks_by_device(prepared.plan, profile)
     for rank, memory in enumerate(pool.run("degree_cases.held_states", prepared)):
-        states = evaluate(prepared.plan, profile, replica=rank // cp).prediction.memory[0]
+        states = evaluate(prepared.plan, profile, member=rank).prediction.memory[0]
         assert memory.optimizer == pytest.approx(states.optimizer, rel=0.01)
         assert memory.states == pytest.approx(states.parameters + states.gradients + states.optimizer, rel=0.01)
         assert peaks[rank] - peaks[0] == pytest.approx(

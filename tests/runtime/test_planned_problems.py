@@ -70,22 +70,26 @@ def assert_runs(pools, models: Models, monkeypatch, tmp_path: Path, seed: int, *
 
 
 @pytest.mark.parametrize(
-    ("schedule", "chunks"),
+    ("schedule", "chunks", "optimizer", "zero"),
     [
-        ("zb-h1", 1),  # experts' gradients come with the input gradient and stay
-        ("interleaved-zb", 2),  # a backward of one stage behind the weight gradient of another
+        ("zb-h1", 1, "sgd-momentum", 3),  # experts' gradients come with the input gradient and stay
+        ("interleaved-zb", 2, "sgd-momentum", 3),  # a backward of one stage behind the weight gradient of another
+        ("1f1b", 1, "shampoo", 3),  # devices step unlike parts of a layer, and renew their roots
+        ("1f1b", 1, "shampoo", 1),
     ],
 )
-def test_peaks_where_weight_gradients_run_late_under_zero_3(
-    rank_pools, models, monkeypatch, tmp_path, schedule, chunks
-):
-    """They were 17 and 9 % low."""
+def test_peaks_that_were_known_to_be_off(rank_pools, models, monkeypatch, tmp_path, schedule, chunks, optimizer, zero):
+    """They were 17 and 9 % low, and Shampoo's between 24 % low and 38 % high."""
     monkeypatch.setattr(run, "launch", partial(launch_on_pool, rank_pools))
     profile = models.measured("mixtral", "fp32")
-    optimizer = Optimizer.standard("sgd-momentum", "fp32")
-    job = TrainingJob(global_batch=8, sequence_length=planned_problems.LENGTH, precision="fp32", optimizer=optimizer)
+    job = TrainingJob(
+        global_batch=8,
+        sequence_length=planned_problems.LENGTH,
+        precision="fp32",
+        optimizer=Optimizer.standard(optimizer, "fp32"),
+    )
     cluster = planned_problems.on_processors(cluster_factory(4, 1))
-    choice = Choice(Degrees(dp=2, zero=3), 2, chunks, 1, schedule, Recompute.NONE)
+    choice = Choice(Degrees(dp=2, zero=zero), 2, chunks, 1, schedule, Recompute.NONE)
     plan = with_prediction(even_plan(profile, cluster, job, choice), profile)
     report = run_plan(plan, profile, models.reference("mixtral"), tmp_path, checks=("memory", "traffic"))
     assert report.passed, failures(report)

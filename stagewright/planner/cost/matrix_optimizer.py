@@ -46,6 +46,7 @@ GATHERED_BYTES = 2.0  # Newton-Schulz runs in bf16
 BLOCK = 1024
 ROOT_FLOPS = 25.0
 STEPS_BETWEEN_ROOTS = 100
+_INTEGER_BYTES = 4.0
 
 
 def newton_schulz_flops(rows: int, columns: int) -> float:
@@ -79,12 +80,19 @@ def newton_schulz_elements(rows: int, columns: int, count: int = 1, *, widens: b
     return max(count * squares + 2 * widens * m * m, count * products + 2 * widens * m * n, count * last)
 
 
-def shampoo_elements(rows: int, columns: int) -> float:
-    """Return the elements that are there for a step beside the direction of a matrix: a statistic of one tile, or two products.
+def shampoo_step_bytes(rows: int, columns: int, element_bytes: float) -> float:
+    """Return the bytes that are there beside the direction of a matrix in a step that renews its roots.
 
-    Not counted is the step that renews the roots, one in 100.
+    Of one tile: two products, or what an eigendecomposition of a statistic of n x n makes: vectors, their product with roots of
+    the values, and the root, 3 n^2; LAPACK's workspace in the place of the last two with n values, 2 n^2 + 7 n and 5 n integers.
     """
-    return max(max(p * p, q * q, 2 * p * q) for p, q, _ in _blocks(rows, columns))
+    return max(
+        max(_root_bytes(max(p, q), element_bytes), 2 * p * q * element_bytes) for p, q, _ in _blocks(rows, columns)
+    )
+
+
+def _root_bytes(size: float, element_bytes: float) -> float:
+    return (3 * size * size + 7 * size) * element_bytes + 5 * size * _INTEGER_BYTES
 
 
 def matrix_step_s(optimizer: Optimizer, layer: LayerClass, groups: RankGroups, roofline: Roofline) -> float:
@@ -122,11 +130,12 @@ def _operator_s(optimizer: Optimizer, operator: Operator, groups: RankGroups, ro
 
 def _blocks(rows: int, columns: int) -> Iterator[tuple[float, float, int]]:
     """Yield height, width and number of the blocks of each size."""
-    for p, down in _pieces(rows):
-        for q, across in _pieces(columns):
+    for p, down in tile_sides(rows):
+        for q, across in tile_sides(columns):
             yield float(p), float(q), down * across
 
 
-def _pieces(size: int) -> list[tuple[int, int]]:
+def tile_sides(size: int) -> list[tuple[int, int]]:
+    """Return the sides of the tiles along one side of a matrix, each with how many there are of it."""
     whole, rest = divmod(size, BLOCK)
     return [(piece, count) for piece, count in ((BLOCK, whole), (rest, 1)) if piece and count]

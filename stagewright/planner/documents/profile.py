@@ -162,12 +162,12 @@ class ConfigurationCost(Part):
 
 
 class WeightTensor(Part):
-    """Trainable tensors of one shape in a layer.
+    """A run of trainable tensors of one shape in a layer.
 
     Parameters
     ----------
     shape : of the whole tensor.
-    count : how many of them there are.
+    count : how many of them follow each other.
     is_matrix : optimizers of whole matrices take it for one, or for a stack of them.
     of_experts : it belongs to routed experts.
     """
@@ -199,7 +199,8 @@ class LayerClass(Part):
     expert_parameters : of these, how many belong to routed experts, split by the expert groups.
     unused_parameters : of these, how many no forward uses. A plain loop makes neither gradients nor optimizer states for
         them; a run's buffers hold theirs like all others'.
-    tensors : the shapes of its trainable tensors, where they are known: what an optimizer's step holds for a time.
+    tensors : the shapes of its trainable tensors in their order, where they are known: what an optimizer's step holds for a time,
+        and where ZeRO cuts them for one that needs whole matrices.
     costs : measured or derived entries, at most one for each configuration; may be empty when `operators` are given.
     operators : the layer's operators for the analytic model.
     backward : what of the backward runs: all of it; `input` where the layer's weights are frozen and layers before it are
