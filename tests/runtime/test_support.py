@@ -11,11 +11,18 @@ from runtime_models import TinyModel
 from stagewright.modeling import split
 from stagewright.planner.catalog import resolve_cluster, resolve_model
 from stagewright.planner.documents import Degrees, Optimizer, TrainingJob
+from stagewright.planner.documents.job import Pins, SearchSpace
 from stagewright.planner.errors import InvalidArgument, InvalidDocument
 from stagewright.planner.planners.registry import planners
 from stagewright.planner.planning import make_plan
 from stagewright.runtime.run import run_plan
-from stagewright.runtime.support import check_memory, check_shared_weights, check_supported
+from stagewright.runtime.support import (
+    check_layerwise_model,
+    check_memory,
+    check_shared_weights,
+    check_split_logits,
+    check_supported,
+)
 
 
 def with_shares(plan, *shares):
@@ -150,12 +157,20 @@ def plans_of(outcome):
     return [plan for plan in (outcome.plan, *(other.plan for other in outcome.alternatives)) if plan is not None]
 
 
-@pytest.mark.parametrize("name", [row.name for row in planners() if row.name != "exhaustive"])
-def test_what_a_planner_returns_is_taken(name):
-    job = TrainingJob(global_batch=16, sequence_length=512)
-    outcome = make_plan(resolve_model("gpt2"), resolve_cluster("a100-sxm-40g:4x1"), job, planner=name)
+def assert_taken(outcome, profile):
+    """Of each plan of an answer, ask all that `run` asks before a rank starts."""
+    assert outcome.plan
     for plan in plans_of(outcome):
         check_supported(plan)
+        check_shared_weights(plan, profile)
+        check_layerwise_model(plan, profile)
+        check_split_logits(plan, profile)
+
+
+@pytest.mark.parametrize("name", [row.name for row in planners() if row.name != "exhaustive"])
+def test_what_a_planner_returns_is_taken(name):
+    job, profile = TrainingJob(global_batch=16, sequence_length=512), resolve_model("gpt2")
+    assert_taken(make_plan(profile, resolve_cluster("a100-sxm-40g:4x1"), job, planner=name), profile)
 
 
 MIXED = "a100-sxm-40g:4x1+v100-sxm-16g:4x1"
@@ -177,11 +192,43 @@ def test_what_the_exact_planner_returns_is_taken(model, cluster, optimizer):
     job = TrainingJob(
         global_batch=64, sequence_length=1024, optimizer=Optimizer.standard(optimizer, "bf16"), precision="bf16"
     )
-    outcome = make_plan(profile, resolve_cluster(cluster), job)
-    assert outcome.plan
-    for plan in plans_of(outcome):
-        check_supported(plan)
-        check_shared_weights(plan, profile)
+    assert_taken(make_plan(profile, resolve_cluster(cluster), job), profile)
+
+
+@pytest.mark.parametrize(
+    ("planner", "model", "cluster", "optimizer", "space"),
+    [
+        ("exact", "qwen1.5-moe-a2.7b", "v100-sxm-16g:4x4", "muon", {"pins": Pins(etp=4, zero=1)}),
+        ("exact", "olmoe-1b-7b", "a100-sxm-80g:8x1", "shampoo", {"pins": Pins(etp=2, zero=3)}),
+        ("alpa", "gnmt", "a100-sxm-80g:8x2", "shampoo", {"pins": Pins(tp=2)}),
+        ("mist", "gpt2", "v100-sxm-16g:4x4", "shampoo", {"per_stage_degrees": True, "pins": Pins(tp=2)}),
+        ("galvatron", "gpt2-xl", "a100-sxm-40g:4x1", "shampoo", {"per_stage_degrees": True}),
+        # Plans that no run takes were among these: pools are searched alike, and models that are no chain not by layer.
+        ("exact", "llava-1.5-7b", "a100-sxm-80g:2x1+v100-sxm-32g:4x2", "sgd-momentum", {"pins": Pins(dp=2)}),
+        ("galvatron", "gnmt", "a100-sxm-40g:2x1", "adamw", {"per_stage_degrees": True}),
+    ],
+)
+def test_what_a_planner_returns_to_problems_whose_plans_were_refused_is_taken(
+    planner, model, cluster, optimizer, space
+):
+    profile = resolve_model(model)
+    job = TrainingJob(
+        global_batch=16,
+        sequence_length=1024,
+        optimizer=Optimizer.standard(optimizer, "bf16"),
+        precision="bf16",
+        space=SearchSpace(**space),
+    )
+    assert_taken(make_plan(profile, resolve_cluster(cluster), job, planner=planner, gap=0.25), profile)
+
+
+def test_plans_for_mixed_devices_split_a_shared_weight_alike_and_the_certificate_says_so():
+    profile = resolve_model("gemma-2b")
+    optimizer = Optimizer.standard("sgd-momentum", "fp32")
+    job = TrainingJob(global_batch=16, sequence_length=1024, optimizer=optimizer, precision="fp32")
+    outcome = make_plan(profile, resolve_cluster("a100-sxm-40g:1x1+v100-sxm-16g:2x1"), job)
+    assert_taken(outcome, profile)
+    assert "but for tp and vocab_parallel" in str(outcome.plan.certificate.space)
 
 
 def test_a_plan_whose_stages_divide_sequences_unlike_is_taken_as_the_exact_planner_returns_it():
@@ -191,6 +238,4 @@ def test_a_plan_whose_stages_divide_sequences_unlike_is_taken_as_the_exact_plann
     )
     outcome = make_plan(profile, resolve_cluster("a100-sxm-80g:8x2+v100-sxm-32g:8x4"), job)
     assert any(len({stage.degrees.cp for stage in plan.stages}) > 1 for plan in plans_of(outcome))
-    for plan in plans_of(outcome):
-        check_supported(plan)
-        check_shared_weights(plan, profile)
+    assert_taken(outcome, profile)

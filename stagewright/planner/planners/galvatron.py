@@ -114,7 +114,7 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
     uniform = _EQUAL.solve(problem, limits)
     space = problem.job.space
     plain = (("pp", 1), ("cp", 1), ("ep", 1), ("etp", 1))
-    if not space.per_stage_degrees or problem.profile.trained_ties:
+    if not space.per_stage_degrees or problem.profile.trained_ties or problem.profile.edges is not None:
         return uniform
     zero_stages = [zero for zero in _ZERO if zero in space.zero and allows(space, "zero", zero)]
     if not zero_stages or not all(allows(space, name, value) for name, value in plain):

@@ -40,7 +40,7 @@ from stagewright.planner.search.pricing import (
 )
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import allows, divisors, inner_splits
-from stagewright.planner.search.stage_choice import GroupChoices, undominated
+from stagewright.planner.search.stage_choice import GroupChoices, undominated_of_each
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -104,10 +104,7 @@ class JoinedChoices:
             shapes, samples = self.shapes(num_devices)
             priced, legal = self.price(shapes)
             samples = samples[legal]
-            keep = np.concatenate(
-                [np.zeros(0, np.int64)]
-                + [undominated(priced, np.flatnonzero(samples == value)) for value in np.unique(samples)]
-            )
+            keep = undominated_of_each(priced, samples, self.members[0].apart)
             self._priced[num_devices] = (priced.take(keep), samples[keep])
         return self._priced[num_devices]
 

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.search.pool_space import PoolSpace, Skeleton
+from stagewright.planner.search.pool_space import Alike, PoolSpace, Skeleton
 from stagewright.planner.search.pricing import Priced
 from stagewright.planner.search.rank_filling import Heads, RankCosts, before
 from stagewright.planner.search.reproof import NUM_ATTACKED, TOLERANCE, Reproof, refuse_plan_below
@@ -47,7 +47,7 @@ class PoolReproof:
     space: PoolSpace
     bound_s: float
     _heads: dict[int, Heads] = field(default_factory=dict)
-    _reaches: dict[tuple[str, int, int, bool, bool, float], Longs] = field(default_factory=dict)
+    _reaches: dict[tuple[str, int, int, Alike, bool, bool, float], Longs] = field(default_factory=dict)
 
     def run(self) -> Reproof:
         """Return what holds by arithmetic; raises InvalidDocument for a plan below the bound."""
@@ -88,7 +88,7 @@ class PoolReproof:
     def reach_of_rank(self, skeleton: Skeleton, pool: int, split: bool, live: float) -> Longs:
         """Return the layer that one rank of a pool reaches from each layer, for each of its choices, [n, L + 1]."""
         size = skeleton.pools[pool].num_devices // skeleton.ranks[pool]
-        key = (skeleton.pools[pool].group, size, skeleton.samples, split, skeleton.graph is None, live)
+        key = (skeleton.pools[pool].group, size, skeleton.samples, skeleton.alike, split, skeleton.graph is None, live)
         if key not in self._reaches:
             choices, priced, rows = self.space.rows(skeleton)[pool]
             costs = self._costs(skeleton, priced.take(rows), choices.room_bytes, split, live)

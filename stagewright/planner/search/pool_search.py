@@ -202,7 +202,7 @@ class PoolSearch:
                 cluster = self.space.problem.cluster
                 self.open_bound_s = least_step_s(self.space.problem.model(PIPELINE_OUTSIDE), cluster.num_devices)
                 break
-            key = (skeleton.pools, skeleton.ranks, skeleton.samples, skeleton.graph is None)
+            key = (skeleton.pools, skeleton.ranks, skeleton.samples, skeleton.alike, skeleton.graph is None)
             if key not in known:
                 needs = self.space.needs(skeleton, together=True)
                 known[key] = (
@@ -211,7 +211,7 @@ class PoolSearch:
             if np.isnan(known[key]):
                 continue
             numbers = [
-                len(self.space.pool_costs(pool.group, pool.num_devices // count, skeleton.samples, False).latency_s)
+                len(self.space.pool_costs(skeleton, pool.group, pool.num_devices // count, False).latency_s)
                 for pool, count in zip(skeleton.pools, skeleton.ranks, strict=True)
             ]
             self.num_candidates += int(np.prod(numbers)) * len(self.space.rules_for(skeleton))
@@ -284,7 +284,7 @@ class PoolSearch:
         return MergedCandidate(
             self.space.problem,
             tuple(
-                self.space.tables(pool, count, skeleton.samples, layout).take(rows)
+                self.space.tables(skeleton, pool, count, layout).take(rows)
                 for pool, count, rows in zip(skeleton.pools, skeleton.ranks, sets.rows, strict=True)
             ),
             skeleton.ranks,

@@ -8,7 +8,7 @@ priced once for each number of devices of a rank (`joined_choice`, `pricing`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 
@@ -27,6 +27,7 @@ from stagewright.planner.search.pricing import Priced
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import PIPELINE_OUTSIDE, FamilyRule, allows, divisors
 from stagewright.planner.search.stage_candidate import Levels, PoolChoice, StageCandidate
+from stagewright.planner.search.stage_choice import BRANCHING, SHARED, shares_weights
 from stagewright.planner.search.stage_graph import (
     MOST_RANKS,
     Edges,
@@ -38,17 +39,23 @@ from stagewright.planner.search.stage_graph import (
 )
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
+Alike = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Pools along the pipeline, pipeline ranks of each, samples of a microbatch; a graph unless stages form a chain."""
+    """Pools along the pipeline, pipeline ranks of each, samples of a microbatch; a graph unless stages form a chain.
+
+    `alike` are columns of `pricing.SHAPE` with the values that the choices of all pools have in them.
+    """
 
     pools: tuple[Pool, ...]
     ranks: tuple[int, ...]
     samples: int
     graph: StageGraph | None = None
+    alike: Alike = ()
 
     @property
     def num_ranks(self) -> int:
@@ -71,10 +78,10 @@ class PoolSpace:
     chains: bool = True
     alone: bool = True
     _models: dict[tuple[str, ...], CostModel] = field(default_factory=dict)
-    _costs: dict[tuple[str, int, int, bool], PoolCosts] = field(default_factory=dict)
+    _costs: dict[tuple[str, int, int, Alike, bool], PoolCosts] = field(default_factory=dict)
     _graphs: dict[int, list[StageGraph | None]] = field(default_factory=dict)
     _graph_orders: dict[tuple[str, Edges, int], Order] = field(default_factory=dict)
-    _choice_tables: dict[tuple[str, int, int, float], ChoiceTables] = field(default_factory=dict)
+    _choice_tables: dict[tuple[str, int, int, Alike, float], ChoiceTables] = field(default_factory=dict)
 
     @cached_property
     def sequences(self) -> list[tuple[Pool, ...]]:
@@ -117,7 +124,26 @@ class PoolSpace:
                     if graph is None and on_one and not self.alone:
                         continue
                     for samples in divisors(job.global_batch):
-                        yield Skeleton(pools, ranks, samples, graph)
+                        yield from self._alike(Skeleton(pools, ranks, samples, graph))
+
+    def _alike(self, skeleton: Skeleton) -> Iterator[Skeleton]:
+        """Yield the skeleton for each way in which all pools can make the choices that a run takes only alike."""
+        columns = list(self.alike_columns(skeleton))
+        if not columns:
+            yield skeleton
+            return
+        ways = [
+            {tuple(way) for way in priced.shape[rows][:, columns].tolist()} for _, priced, rows in self.rows(skeleton)
+        ]
+        for way in sorted(set.intersection(*ways)):
+            yield replace(skeleton, alike=tuple(zip(columns, way, strict=True)))
+
+    def alike_columns(self, skeleton: Skeleton) -> tuple[int, ...]:
+        """Return the columns in which all pools of a skeleton have to be alike: shared weights, and graphs of stages."""
+        if len(skeleton.pools) == 1:
+            return ()
+        shared = SHARED if shares_weights(self.problem.profile, self.problem.job) else ()
+        return tuple(sorted({*shared, *(() if skeleton.graph is None else BRANCHING)}))
 
     def graphs(self, num_ranks: int) -> list[StageGraph | None]:
         """Return the stage graphs of a depth, None for the chain; others only for a model that is no chain."""
@@ -143,7 +169,7 @@ class PoolSpace:
         for pool, count in zip(skeleton.pools, skeleton.ranks, strict=True):
             group = self.choices[pool.group]
             priced, samples = group.priced(pool.num_devices // count)
-            found.append((group, priced, np.flatnonzero(samples == skeleton.samples)))
+            found.append((group, priced, chosen_rows(priced, samples, skeleton.samples, skeleton.alike)))
         return found
 
     def rules_for(self, skeleton: Skeleton) -> list[FamilyRule]:
@@ -168,7 +194,7 @@ class PoolSpace:
         head = np.zeros(len(of_layer) + 1)
         ahead = np.full(len(of_layer), np.inf)
         for place, (pool, count) in enumerate(zip(skeleton.pools, skeleton.ranks, strict=True)):
-            costs = self.pool_costs(pool.group, pool.num_devices // count, skeleton.samples, together)
+            costs = self.pool_costs(skeleton, pool.group, pool.num_devices // count, together)
             firsts = slice(0, 1) if place == 0 else EVERY
             if not len(costs.latency_s):
                 return None
@@ -191,24 +217,24 @@ class PoolSpace:
             head = np.concatenate((np.zeros(1), np.cumsum(ahead)))
         return found
 
-    def pool_costs(self, name: str, num_devices: int, samples: int, together: bool) -> PoolCosts:
+    def pool_costs(self, skeleton: Skeleton, name: str, num_devices: int, together: bool) -> PoolCosts:
         """Return what a group's choices cost on so many devices; with `together` one row, the least of all of them."""
-        key = (name, num_devices, samples, together)
+        key = (name, num_devices, skeleton.samples, skeleton.alike, together)
         if key not in self._costs:
             priced, of_row = self.choices[name].priced(num_devices)
-            each = PoolCosts.of(priced.take(np.flatnonzero(of_row == samples)), list(self.problem.levels))
+            rows = chosen_rows(priced, of_row, skeleton.samples, skeleton.alike)
+            each = PoolCosts.of(priced.take(rows), list(self.problem.levels))
             self._costs[key] = each.together() if together else each
         return self._costs[key]
 
-    def tables(self, pool: Pool, num_ranks: int, samples: int, layout: Layout) -> ChoiceTables:
+    def tables(self, skeleton: Skeleton, pool: Pool, num_ranks: int, layout: Layout) -> ChoiceTables:
         """Return what a pool's choices cost by ranges of layers, at the share of a backward that the layout splits."""
         size = pool.num_devices // num_ranks
-        key = (pool.group, size, samples, layout.split_share)
+        key = (pool.group, size, skeleton.samples, skeleton.alike, layout.split_share)
         if key not in self._choice_tables:
             priced, of_row = self.choices[pool.group].priced(size)
-            self._choice_tables[key] = ChoiceTables.of(
-                priced.take(np.flatnonzero(of_row == samples)), list(self.problem.levels), layout
-            )
+            rows = chosen_rows(priced, of_row, skeleton.samples, skeleton.alike)
+            self._choice_tables[key] = ChoiceTables.of(priced.take(rows), list(self.problem.levels), layout)
         return self._choice_tables[key]
 
     # ---- candidates ------------------------------------------------------------------------------------------------
@@ -282,6 +308,17 @@ class PoolSpace:
 def _single_chunk(rules: Sequence[FamilyRule]) -> list[FamilyRule]:
     """Return the families that place one stage on each rank, once."""
     return [rule for rule in rules if rule.num_replicas == 1 and tuple(rule.chunks(8)) == (1,)]
+
+
+def chosen_rows(priced: Priced, of_row: Longs, samples: int, alike: Alike) -> Longs:
+    """Return the rows that take microbatches of so many samples, and have the values that pools have alike."""
+    rows = np.flatnonzero(of_row == samples)
+    return rows[admitted(priced.shape[rows], alike)]
+
+
+def admitted(shapes: Ints, alike: Alike) -> npt.NDArray[np.bool_]:
+    """Return which rows of SHAPE have the values that pools have alike."""
+    return np.array([shapes[:, column] == value for column, value in alike] or [np.ones(len(shapes), bool)]).all(axis=0)
 
 
 def windows_of(skeleton: Skeleton, num_layers: int) -> Longs:

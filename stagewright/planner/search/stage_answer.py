@@ -24,6 +24,7 @@ from stagewright.planner.search.pool_search import Completed, PoolSearch
 from stagewright.planner.search.pool_space import PoolSpace
 from stagewright.planner.search.pools import Pool, group_pools, used_first
 from stagewright.planner.search.problem import Problem
+from stagewright.planner.search.stage_choice import shares_weights
 from stagewright.planner.search.stage_graph import MOST_RANKS
 
 _MOST = 0.9  # of the peak rate of all groups
@@ -189,7 +190,9 @@ def pool_words(space: PoolSpace) -> Space:
                 if space.side_by_side
                 else "chains"
             ),
-            "degrees": "equal on the ranks of a pool, different from pool to pool; a pool is used whole",
+            "degrees": "equal on the ranks of a pool, different from pool to pool"
+            + _alike_words(space)
+            + "; a pool is used whole",
         }
     )
     if any(pool.parts for row in space.sequences for pool in row):
@@ -201,6 +204,14 @@ def pool_words(space: PoolSpace) -> Space:
     if problem.job.space.ties:
         words["tied"] = [" = ".join(names) for names in problem.job.space.ties]
     return words
+
+
+def _alike_words(space: PoolSpace) -> str:
+    """Return what no pool may have unlike another one, which no run takes."""
+    shared = shares_weights(space.problem.profile, space.problem.job)
+    return (" but for tp and vocab_parallel, since stages share a weight" * shared) + (
+        "; on graphs of stages but for tp, cp and sp" * space.side_by_side
+    )
 
 
 def _words(space: Space) -> list[str]:

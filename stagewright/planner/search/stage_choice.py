@@ -4,10 +4,14 @@ A microbatch of M samples flows through all stages; a stage of dp replicas gives
 devices that a rank of the pool can have, the rows are those of the common space (`space.shapes`) without a pipeline,
 priced by the common price list on the pool's node group. A choice that is no better than another one in any cost or
 memory term, for the same devices and M, is dropped: the step and every peak are monotone in all of them.
+
+Some choices a run takes only where all pools have made them alike: how a weight is split that stages share, and how sequences and
+tensors are on graphs of stages. One that differs in these is no other's better.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -18,13 +22,16 @@ from stagewright.planner.documents.cluster import Cluster
 from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts
-from stagewright.planner.search.pricing import AXES, DP, MICROBATCH, PP, SP, TP, Priced, configuration_of
+from stagewright.planner.search.pricing import AXES, CP, DP, MICROBATCH, PP, SP, TP, VOCAB, Priced, configuration_of
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import shapes
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
+
+SHARED = (TP, VOCAB)
+BRANCHING = (TP, CP, SP)
 
 
 @dataclass(eq=False)
@@ -62,6 +69,13 @@ class GroupChoices:
         """Bytes of a device for what depends on the plan."""
         return self.problem.capacity_bytes - self.problem.base_bytes
 
+    @cached_property
+    def apart(self) -> tuple[int, ...]:
+        """Return the columns in which pools may have to be alike."""
+        profile = self.problem.profile
+        shared = SHARED if shares_weights(profile, self.problem.job) else ()
+        return tuple(sorted({*shared, *(() if profile.is_chain else BRANCHING)}))
+
     @property
     def per_node(self) -> int:
         return self.problem.cluster.groups[0].devices_per_node
@@ -73,10 +87,7 @@ class GroupChoices:
             rows = rows[(rows[:, PP] == 1) & (rows[:, AXES] == 0)]
             priced = self.problem.price_list.price(rows)
             samples = priced.shape[:, DP].astype(np.int64) * priced.shape[:, MICROBATCH]
-            keep = np.concatenate(
-                [np.zeros(0, np.int64)]
-                + [undominated(priced, np.flatnonzero(samples == value)) for value in np.unique(samples)]
-            )
+            keep = undominated_of_each(priced, samples, self.apart)
             self._priced[num_devices] = (priced.take(keep), samples[keep])
         return self._priced[num_devices]
 
@@ -86,6 +97,19 @@ class GroupChoices:
         if configuration not in self._costs:
             self._costs[configuration] = self.problem.costs(configuration)
         return self._costs[configuration]
+
+
+def shares_weights(profile: ModelProfile, job: TrainingJob) -> bool:
+    """Return whether stages may share a weight that is trained: layers that have one need not lie in one stage."""
+    together = [set(names) for names in job.space.ties]
+    return any(not any(names.issuperset(tie.layers) for names in together) for tie in profile.trained_ties)
+
+
+def undominated_of_each(priced: Priced, samples: Longs, apart: Sequence[int]) -> Longs:
+    """Return the rows that no other one of as many samples, equal in the columns `apart`, equals or beats in every term."""
+    kinds = np.column_stack((samples, priced.shape[:, list(apart)]))
+    found = [undominated(priced, np.flatnonzero((kinds == kind).all(axis=1))) for kind in np.unique(kinds, axis=0)]
+    return np.concatenate([np.zeros(0, np.int64), *found])
 
 
 def undominated(priced: Priced, rows: Longs) -> Longs:

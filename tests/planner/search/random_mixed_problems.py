@@ -11,7 +11,7 @@ import numpy as np
 from stagewright.planner.documents import Recompute, TrainingJob
 from stagewright.planner.documents.job import SearchSpace
 from stagewright.planner.search.joined_choice import JoinedChoices
-from stagewright.planner.search.pool_space import PoolSpace
+from stagewright.planner.search.pool_space import PoolSpace, admitted
 from stagewright.planner.search.pricing import AXES, DP, MICROBATCH, PP
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import shapes
@@ -102,12 +102,14 @@ def all_candidates(space: PoolSpace) -> Iterator[StageCandidate]:
             if isinstance(group, JoinedChoices):
                 rows, samples = group.shapes(pool.num_devices // count)
                 rows = rows[samples == skeleton.samples]
-                admitted = group.price(rows)[0].shape if len(rows) else rows
-                parts.append([PoolChoice(pool, count, group, np.ascontiguousarray(row)) for row in admitted])
+                rows = rows[admitted(rows, skeleton.alike)]
+                legal = group.price(rows)[0].shape if len(rows) else rows
+                parts.append([PoolChoice(pool, count, group, np.ascontiguousarray(row)) for row in legal])
                 continue
             rows = shapes(group.problem.profile, group.problem.job, pool.num_devices // count, group.per_node)
             rows = rows[(rows[:, PP] == 1) & (rows[:, AXES] == 0)]
             rows = rows[rows[:, DP] * rows[:, MICROBATCH] == skeleton.samples]
+            rows = rows[admitted(rows, skeleton.alike)]
             rows = group.problem.price_list.without_limit().price(rows).shape if len(rows) else rows
             parts.append([PoolChoice(pool, count, group, np.ascontiguousarray(row)) for row in rows])
         for choices, rule in product(product(*parts), space.rules_for(skeleton)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from stagewright.planner.search.brute_force import best_by_stage, best_of_all
 from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.pool_search import ChoiceSets, PoolSearch
-from stagewright.planner.search.pool_space import PoolSpace
+from stagewright.planner.search.pool_space import PoolSpace, Skeleton
+from stagewright.planner.search.pricing import CP, SP, TP, VOCAB
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.stage_answer import solve_mixed
 from stagewright.planner.search.stage_candidate import StageCandidate
@@ -149,6 +151,30 @@ def test_what_sets_of_choices_cost_together_is_never_above_the_best_plan_of_any_
                 assert closer.run() <= least_s * (1 + 1e-9)
                 checked += 1
     assert checked >= 6
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pools_have_alike_what_no_run_takes_unlike_and_all_ways_to_do_so_are_searched(seed: int) -> None:
+    problem = random_mixed_problem(3000 + seed, most_layers=4)
+    space = PoolSpace(problem, split=problem.job.space.per_stage_degrees)
+    ways: dict[Skeleton, set[tuple[int, ...]]] = {}
+    for skeleton in space.skeletons():
+        columns = list(space.alike_columns(skeleton))
+        if problem.profile.trained_ties and len(skeleton.pools) > 1:
+            assert set(columns) >= {TP, VOCAB}
+        if skeleton.graph is not None and len(skeleton.pools) > 1:
+            assert set(columns) >= {TP, CP, SP}
+        way = tuple(value for _, value in skeleton.alike)
+        for _, priced, rows in space.rows(skeleton):
+            assert (priced.shape[rows][:, columns] == way).all()
+        if columns:
+            ways.setdefault(replace(skeleton, alike=()), set()).add(way)
+    for skeleton, found in ways.items():
+        columns = list(space.alike_columns(skeleton))
+        each = [
+            {tuple(way) for way in priced.shape[rows][:, columns].tolist()} for _, priced, rows in space.rows(skeleton)
+        ]
+        assert set.intersection(*each) == found
 
 
 def test_halves_of_sets_hold_every_product_once() -> None:
