@@ -177,9 +177,10 @@ def test_optimizer_states_lie_on_the_host_by_stage(rank_pools):
     _assert_equal_to_one_process(pool, _prepared(pool, stages))
 
 
-def test_muon_steps_whole_matrices_of_every_stage(rank_pools):
+@pytest.mark.parametrize("optimizer", ["muon", "shampoo"])
+def test_whole_matrices_of_every_stage_are_stepped(rank_pools, optimizer):
     pool = rank_pools(2)
-    case = replace(CASE, optimizer="muon", clip_norm=None)
+    case = replace(CASE, optimizer=optimizer, clip_norm=None)
     _assert_equal_to_one_process(pool, _prepared(pool, ({"tp": 2}, {"dp": 2, "zero": 1}), case))
 
 
