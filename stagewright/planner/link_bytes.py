@@ -164,7 +164,7 @@ def _split_updates(total: Totals, plan: Plan, profile: ModelProfile, stage: int,
     matrices = split - _split_vectors(profile, kind, degrees.tp)
     owners = expert_shards(degrees) if degrees.zero else 1
     for purpose, group, size in (
-        ("tp", degrees.tp, matrices * devices / _num_shards(plan, stage)),
+        ("tp", degrees.tp, matrices * devices / num_shards(plan, stage)),
         ("etp", degrees.etp, experts * devices / owners),
     ):
         _add(total, f"all-gather/update-{purpose}", (group - 1) * size * optimizer.gradient_bytes)
@@ -296,7 +296,7 @@ def _gradients(
         updates = plan.schedule.num_microbatches // replicas if stashes else 1  # workers meet at each
         _add(total, "all-reduce/dp", 2 * (members * replicas - 1) * size * degrees.tp * updates)
         return
-    shards = _num_shards(plan, stage)
+    shards = num_shards(plan, stage)
     filled = shards if has_even_shards(plan, stage) else 1
     padded = sum(_padded(size, filled) for size in (dense if degrees.zero >= 2 else [sum(dense)]))
     scatters = units if degrees.zero >= 2 else replicas
@@ -451,12 +451,6 @@ def _members(plan: Plan, stage: int) -> int:
     """Return the devices of one model replica that sum a stage's gradients."""
     degrees = plan.stages[stage].degrees
     return degrees.cp if local_steps(plan) else degrees.dp * degrees.cp
-
-
-def _num_shards(plan: Plan, stage: int) -> int:
-    """Return over how many devices ZeRO divides a stage's states."""
-    members = _members(plan, stage)
-    return min(sharding_group(plan) or members, members) if plan.stages[stage].degrees.zero else 1
 
 
 def tied_members(plan: Plan, tie: SharedWeight) -> int:

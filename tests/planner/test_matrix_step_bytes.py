@@ -95,6 +95,15 @@ def test_shampoo_holds_a_direction_and_what_turns_it(precision, copies, width):
     assert need("shampoo", precision, VECTOR, owned=100.0, num_shards=5) == width * copies * 100
 
 
+@pytest.mark.parametrize(("precision", "gradient", "width"), [("fp32", 4, 4), ("fp64", 8, 8), ("bf16", 2, 4)])
+def test_shampoo_joins_the_gradient_of_a_split_matrix_and_scatters_its_direction(precision, gradient, width):
+    half = SteppedTensor(100.0, rows=10, columns=20, count=1)
+    turning = (gradient + width) * 200 + root(20, width)
+    assert need("shampoo", precision, half) == width * 100 + max(turning, width * (2 * 200 + 100))
+    quarter = need("shampoo", precision, half, owned=50.0, num_shards=2)
+    assert quarter == width * 50 + (gradient + width) * 100 + root(20, width)
+
+
 def test_tensors_of_a_layer_are_divided_by_the_degrees_that_divide_them():
     (known,) = profile_factory(1, forward_s=1e-3, parameters=1).classes.values()
     matrix = WeightTensor(shape=(8, 4), count=2, is_matrix=True)

@@ -402,13 +402,20 @@ def test_shampoo_moves_masters_in_bf16(rank_pools, degrees):
     [
         ({"dp": 2, "zero": 2}, {"dp": 2}, {"dp": 2, "zero": 1}),
         ({"dp": 4, "ep": 2, "zero": 2}, {"dp": 4, "ep": 4}, {"dp": 4, "zero": 3}, {"dp": 4, "ep": 2}),
+        (
+            {"dp": 2, "tp": 2, "zero": 1},
+            {"dp": 4, "ep": 2, "etp": 2},
+            {"dp": 2, "tp": 2, "etp": 2, "zero": 2},
+            {"dp": 4},
+        ),
     ],
     ids=str,
 )
 def test_shampoos_statistics_go_into_a_checkpoint_and_out_of_it_under_other_plans(rank_pools, tmp_path, degrees):
     case = Case("gpipe", 1, 2, optimizer="shampoo", dropout=0.0, dtype="float64", num_choices=2)
-    pool = rank_pools(degrees[0]["dp"])
-    for first, second in pairwise(prepare(replace(case, degrees=each), pool.next_number()) for each in degrees):
+    cases = [replace(case, degrees=each, num_microbatches=2 * degrees[-1]["dp"] // each["dp"]) for each in degrees]
+    pool = rank_pools(cases[0].world)
+    for first, second in pairwise(prepare(each, pool.next_number()) for each in cases):
         errors = pool.run("continue_under_another_plan", (first, second, str(tmp_path / str(second.number))))
         assert max(errors) <= 1e-10
 

@@ -107,12 +107,13 @@ def test_a_plan_with_muon_holds_one_moment_less_pays_its_products_and_gathers_up
     assert flops / 312e12 - moved_s < more_s < 3 * flops / 312e12
 
 
-def test_tensor_parallel_matrices_are_gathered_for_muon_and_not_for_shampoo() -> None:
+def test_tensor_parallel_matrices_are_whole_on_each_device_for_muon_and_shared_out_for_shampoo() -> None:
     fixed = {"pp": 1, "cp": 1, "zero": 0, "microbatch": 8}
     whole, cut = _planned("muon", tp=1, dp=8, **fixed), _planned("muon", tp=4, dp=2, **fixed)
     assert cut.prediction.optimizer_s > whole.prediction.optimizer_s  # same products on each device, and the gathers
     blocks = _planned("shampoo", tp=4, dp=2, **fixed), _planned("shampoo", tp=1, dp=8, **fixed)
-    assert blocks[0].prediction.optimizer_s < blocks[1].prediction.optimizer_s
+    shared_s, whole_s = (plan.prediction.optimizer_s for plan in blocks)
+    assert 0.25 * whole_s < shared_s < whole_s  # a quarter of the products, and gradients and directions on their way
 
 
 def test_bytes_of_a_custom_optimizer_are_not_guessed() -> None:
