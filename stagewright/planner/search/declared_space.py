@@ -127,9 +127,10 @@ class DeclaredSpace:
         shape = self.priced.shape
         pairs, where = unique_rows(shape[:, [PP, NUM_MICROBATCHES]])
         rules = self.problem.rules
+        place = {rule.name: number for number, rule in enumerate(rules)}
         sizes = [
             [
-                (rules.index(rule), chunks)
+                (place[rule.name], chunks)
                 for rule, chunks in schedule_sizes(
                     rules, self.problem.job.space, ranks, count, self.problem.profile.num_layers
                 )

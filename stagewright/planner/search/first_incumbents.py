@@ -1,23 +1,28 @@
 """The first incumbents: the most promising candidates completed and simulated, the best of them improved.
 
-Heuristic: what is found sets the target of the proofs that follow, nothing is proved here but bounds by caps.
+Heuristic: what is found sets the target of the proofs that follow, nothing is proved here but bounds by caps. What is asked of a
+candidate is a request (`starts`), answered a few at once on the cores there are; how many at once depends on no core.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
+from stagewright.planner.lanes import Lanes
 from stagewright.planner.search.bounds import KINDS
 from stagewright.planner.search.completions import Completions
 from stagewright.planner.search.cost_store import CostStore
 from stagewright.planner.search.declared_space import DeclaredSpace
-from stagewright.planner.search.incumbent import MOST_STEPS, PROMISING, TRIES, improve, start
+from stagewright.planner.search.incumbent import MOST_STEPS, PROMISING, TRIES
 from stagewright.planner.search.limits import Limits, Termination
-from stagewright.planner.search.order import Order, OrderKey
+from stagewright.planner.search.order import OrderKey
+from stagewright.planner.search.starts import Begin, Improve, Promise, Start, StartRequest
 from stagewright.planner.search.work_count import WorkCount
 
 Longs = npt.NDArray[np.int64]
@@ -29,6 +34,8 @@ NUM_FIRST = 12
 NUM_STARTS = 24
 NUM_TRIED, NUM_ALIKE = 96, 2
 NUM_IMPROVED = 12
+# Candidates that are started at once, whatever the number of cores: the answer is the same.
+AT_ONCE, PROMISED_AT_ONCE = 8, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +45,7 @@ class FirstIncumbents:
     space: DeclaredSpace
     costs: CostStore
     completions: Completions
+    lanes: Lanes[StartRequest, Start]
     limits: Limits
     work: WorkCount
 
@@ -73,37 +81,28 @@ class FirstIncumbents:
         """
         leading = self.space.leaders(chosen)[0]
         leading = leading[np.argsort(self.space.estimate(leading), kind="stable")].tolist()
-        tried: dict[OrderKey, int] = {}
         found: list[tuple[float, int]] = []
-        for index in leading:
-            key = self.space.key(index)._replace(num_microbatches=0)
-            if len(found) >= NUM_TRIED or self.limits.reached() is not None:
+        asked = self._alike_at_most(leading, NUM_ALIKE)
+        while len(found) < NUM_TRIED and self.limits.reached() is None:
+            some = list(islice(asked, min(PROMISED_AT_ONCE, NUM_TRIED - len(found))))
+            if not some:
                 break
-            if tried.get(key, 0) >= NUM_ALIKE or self.space.rule(index).num_replicas > 1:
-                continue
-            tried[key] = tried.get(key, 0) + 1
-            promised_s = self._promise(index)
-            if promised_s is not None:
-                found.append((promised_s, index))
+            promised = self._answers([Promise(index) for index in some])
+            found += [
+                (start.step_s, index) for index, start in zip(some, promised, strict=True) if start.step_s < np.inf
+            ]
         first = [index for _, index in sorted(found)]
         known = set(first)
         return first + [index for index in leading if index not in known]
 
-    def _promise(self, index: int) -> float | None:
-        """Return the step of a start with few microbatches, the rest at the pace of its fullest rank; None without one."""
-        short = self.costs.short_of(index)
-        if short is None:
-            return None
-        costs, left = short
-        self.work.simulated += 1
-        completion = start(costs)
-        if completion is None:
-            return None
-        if left == 0:
-            self.completions.keep(index, completion)
-        on_stage = costs.stage_costs(completion.counts).sum(axis=0)
-        on_rank = np.where(costs.slots.stage >= 0, on_stage[costs.slots.stage], 0.0).sum(axis=1)
-        return completion.step_s + left / costs.order.num_replicas * float(on_rank.max())
+    def _alike_at_most(self, indices: Sequence[int], most: int) -> Iterator[int]:
+        """Yield the candidates of one replica, at most so many of each family, depth and chunks."""
+        number: Counter[OrderKey] = Counter()
+        for index in indices:
+            key = self.space.key(index)._replace(num_microbatches=0)
+            if number[key] < most and self.space.rule(index).num_replicas == 1:
+                number[key] += 1
+                yield index
 
     def _begin(self, chosen: Sequence[int], most: int | None = None) -> Termination | None:
         """Complete candidates until `most` were tried, and improve the best of them where they are promising.
@@ -115,41 +114,51 @@ class FirstIncumbents:
         in_haste = self.limits.deadline_s is not None and self.limits.deadline_s < LEAST_ANSWERED_S
         begun: list[tuple[float, int]] = []
         tried = 0
-        for index in chosen:
-            if most is not None and tried >= most and completions.best is not None:
-                break
-            if self.space.bound_s[index] >= completions.target_s:
-                continue
-            stopped = self.limits.reached() if tried % 8 == 0 else None
+        left = deque(chosen)
+        while left and (most is None or tried < most or completions.best is None):
+            stopped = self.limits.reached()
             if stopped is not None and (
                 in_haste or completions.best is not None or stopped == "cancelled" or tried >= NUM_FIRST
             ):
                 return stopped
-            costs = self.costs.of(index)
-            if costs is None:
-                continue
-            tried += 1
-            self.work.simulated += 1
-            completion = start(costs)
-            if completion is not None:
-                completions.keep(index, completion)
-                begun.append((completion.step_s, index))
+            some: list[int] = []
+            while left and len(some) < AT_ONCE:
+                index = left.popleft()
+                if self.space.bound_s[index] < completions.target_s:
+                    some.append(index)
+            starts = self._answers([Begin(index) for index in some])
+            tried += sum(not start.is_refused for start in starts)
+            begun += [
+                (start.step_s, index) for index, start in zip(some, starts, strict=True) if start.completion is not None
+            ]
         self.limits.report("incumbents", tried, tried, completions.known_s(), float(self.space.bound_s.min()))
-        for begun_s, index in sorted(begun)[:NUM_IMPROVED]:
-            if begun_s > PROMISING * completions.incumbent_s or self.limits.reached() is not None:
-                break
-            costs = self.costs.of(index)
-            assert costs is not None
-            steps = self._moves_in_time(costs.order)
-            better, made = improve(costs, completions.found[index].bounds, most_steps=steps)
-            self.work.simulated += made
-            if better is not None:
-                completions.keep(index, better)
+        if self.limits.reached() is None:
+            most_s = PROMISING * completions.incumbent_s
+            self._answers(
+                [self._improving(index) for begun_s, index in sorted(begun)[:NUM_IMPROVED] if begun_s <= most_s]
+            )
         return self.limits.reached()
 
-    def _moves_in_time(self, order: Order) -> int:
-        """Return how many steps local search may take on an order before the deadline, at least one."""
+    def _answers(self, requests: Sequence[StartRequest]) -> list[Start]:
+        """Return what became of candidates, and note it."""
+        found = self.lanes.answers([(request.candidate, request) for request in requests])
+        for request, start in zip(requests, found, strict=True):
+            self.work.simulated += start.simulated
+            if start.completion is not None:
+                self.completions.keep(request.candidate, start.completion)
+            if start.is_refused and not isinstance(request, Promise):
+                self.work.count("schedule")
+                self.space.bound_s[request.candidate] = np.inf
+        return found
+
+    def _improving(self, index: int) -> Improve:
+        return Improve(index, self.completions.found[index].bounds, self._moves_in_time(index))
+
+    def _moves_in_time(self, index: int) -> int:
+        """Return how many steps local search may take on a candidate's order before the deadline, at least one."""
         if self.limits.deadline_s is None:
             return MOST_STEPS
-        each_s = TRIES * _EVALUATED_S * len(order.before)
+        costs = self.costs.of(index)
+        assert costs is not None
+        each_s = TRIES * _EVALUATED_S * len(costs.order.before)
         return max(1, min(MOST_STEPS, int(self.limits.left_s() / each_s)))

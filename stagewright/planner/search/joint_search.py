@@ -12,7 +12,9 @@ the bounds of what was left open. Everything that is enumerated here is the decl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -26,7 +28,11 @@ from stagewright.planner.search.first_incumbents import FirstIncumbents
 from stagewright.planner.search.limits import Limits, Termination
 from stagewright.planner.search.order_closing import OrderClosing, Outcome, Request
 from stagewright.planner.search.problem import Problem
+from stagewright.planner.search.starts import Starts
 from stagewright.planner.search.work_count import WorkCount
+
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +74,21 @@ class JointSearch:
         if np.isfinite(self.completions.target_s) and self.space.bound_s.min() >= self.completions.target_s:
             self.work.count("bound", self.space.num_candidates)
             return self.completions.target_s, "gap"
-        parts = self.space, self.costs, self.completions
-        stopped = FirstIncumbents(*parts, self.limits, self.work).find()
+        with self.lanes(Starts(self.costs).answer) as lanes:
+            stopped = FirstIncumbents(self.space, self.costs, self.completions, lanes, self.limits, self.work).find()
         if stopped is not None:
             return float(min(self.space.bound_s.min(), self.completions.incumbent_s)), stopped
         return self._closed()
 
     def _closed(self) -> tuple[float, Termination]:
-        """Close what the first incumbents left: on all cores, or on one where other parts of a search have the others."""
-        most = None if self.limits.known is None else 1
-        lanes: Lanes[Request, Outcome] = Lanes(lambda request: closing.answer(request), self._is_late, most=most)
+        """Close what the first incumbents left."""
+        lanes: Lanes[Request, Outcome] = self.lanes(lambda request: closing.answer(request))
         limits = replace(self.limits, should_stop=lanes.should_stop)
         closing = OrderClosing(self.space, self.costs, self.completions, limits)
         with lanes:
             return ClosingPass(self.space, self.completions, lanes, self.limits, self.work).run()
+
+    def lanes(self, answer: Callable[[Asked], Answer], forks_after_s: float | None = None) -> Lanes[Asked, Answer]:
+        """Return lanes on all cores, or on one where other parts of a search have the others."""
+        most = None if self.limits.known is None else 1
+        return Lanes(answer, self._is_late, most=most, forks_after_s=forks_after_s)

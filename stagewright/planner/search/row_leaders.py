@@ -45,6 +45,7 @@ class RowLeaders:
     _leading: Longs = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     _levels: dict[tuple[int, ...], Ints] = field(default_factory=dict)
     _known_lines: dict[tuple[float, ...], Floats] = field(default_factory=dict)
+    _known_sums: dict[tuple[int, ...], list[list[float]]] = field(default_factory=dict)
 
     def of(self, rows: Longs) -> Longs:
         """Return the leading row of each of some different rows; those asked for before keep their leaders."""
@@ -121,16 +122,13 @@ class RowLeaders:
 
     def _tie_sums(self, shape: Ints) -> Floats:
         """Return the seconds of summing each pair of tied layers over each level and within a rank, [n, ties, levels + 1]."""
-        links = self.problem.cluster.groups[0].links
+        links, known = self.problem.cluster.groups[0].links, self._known_sums
         keys, where = unique_rows(shape[:, [TP, VOCAB]])
-        first = np.unique(where, return_index=True)[1]
-        sums = [
-            [
-                [*(pair_sum_s(link, tie.gradient_bytes) for link in links), 0.0]
-                for tie in self.problem.ties(configuration)
-            ]
-            for configuration in map(configuration_of, shape[first])
-        ]
+        for key, place in zip(map(tuple, keys.tolist()), np.unique(where, return_index=True)[1], strict=True):
+            if key not in known:
+                ties = self.problem.ties(configuration_of(shape[place]))
+                known[key] = [[*(pair_sum_s(link, tie.gradient_bytes) for link in links), 0.0] for tie in ties]
+        sums = [known[key] for key in map(tuple, keys.tolist())]
         return np.array(sums).reshape(len(keys), -1, len(links) + 1)[where]
 
 
