@@ -381,13 +381,14 @@ def _expert_exchanges(operator: Operator, setting: Setting, options: CostOptions
     """Return dispatch and combine, forward and backward: 2 k cf bsh (e-1)/e elements each way (GShard).
 
     Each tensor-parallel device dispatches its share of the tokens; without sequence parallelism it holds them all, so the
-    results are gathered afterwards.
+    results are gathered afterwards, and backwards the gradients of tokens and of their k routing weights.
     """
     payload = routed_bytes(operator, setting, options)
     found = [Exchange(forward, "all-to-all", "ep", payload, times=2) for forward in (True, False)]
     if setting.degrees.tp > 1 and not setting.degrees.sp:
         whole = setting.tokens(operator) * operator.output_features * setting.element_bytes
-        found += [Exchange(forward, "all-gather", "tp", whole) for forward in (True, False)]
+        weights = setting.tokens(operator) * setting.architecture.experts_per_token * setting.element_bytes
+        found += [Exchange(True, "all-gather", "tp", whole), Exchange(False, "all-gather", "tp", whole + weights)]
     return found
 
 
