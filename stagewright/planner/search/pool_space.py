@@ -318,7 +318,10 @@ def chosen_rows(priced: Priced, of_row: Longs, samples: int, alike: Alike) -> Lo
 
 def admitted(shapes: Ints, alike: Alike) -> npt.NDArray[np.bool_]:
     """Return which rows of SHAPE have the values that pools have alike."""
-    return np.array([shapes[:, column] == value for column, value in alike] or [np.ones(len(shapes), bool)]).all(axis=0)
+    found = np.ones(len(shapes), dtype=np.bool_)
+    for column, value in alike:
+        found &= shapes[:, column] == value
+    return found
 
 
 def windows_of(skeleton: Skeleton, num_layers: int) -> Longs:
