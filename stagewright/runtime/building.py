@@ -11,6 +11,7 @@ from stagewright.modeling.expert_capacity import limit_experts
 from stagewright.modeling.factory import load_object
 from stagewright.modeling.hugging_face import huggingface_model, is_huggingface
 from stagewright.modeling.split import split
+from stagewright.modeling.tensor_plan import tensor_plan
 from stagewright.planner.documents.plan import Plan
 from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidArgument, InvalidDocument, StagewrightError
@@ -57,6 +58,8 @@ def split_as_profiled(
 def refuse_other_layers(reference: str, profile: ModelProfile, plan: Plan) -> None:
     """Raise InvalidDocument when the model's layers are not the profile's, as far as can be told without its values.
 
+    Raises InvalidArgument when the plan splits tensors of a model that does not say how.
+
     A factory that fails on the meta device, since it looks at values or asks for its rank, is left to the ranks, which compare too.
     """
     try:
@@ -67,6 +70,8 @@ def refuse_other_layers(reference: str, profile: ModelProfile, plan: Plan) -> No
     except Exception:
         return
     _profiled(model, reference, profile)
+    if any(stage.degrees.tp > 1 for stage in plan.stages):
+        tensor_plan(model)
 
 
 def _profiled(model: nn.Module, reference: str, profile: ModelProfile) -> LayerChain:

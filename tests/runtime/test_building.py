@@ -14,6 +14,7 @@ from runtime_documents import plan_of, profile_of  # noqa: E402
 from stagewright.cli.inputs import is_config  # noqa: E402
 from stagewright.modeling import split  # noqa: E402
 from stagewright.modeling.hugging_face import huggingface_model  # noqa: E402
+from stagewright.planner.documents import Degrees  # noqa: E402
 from stagewright.planner.errors import InvalidArgument, InvalidDocument  # noqa: E402
 from stagewright.runtime.building import build_model, refuse_other_layers, split_as_profiled  # noqa: E402
 from stagewright.runtime.data import open_data  # noqa: E402
@@ -38,6 +39,17 @@ def test_a_configuration_is_built_cut_and_fed_like_any_model(config):
     assert split_as_profiled(model, config, profile, plan, torch.device("cpu")).layer_names == chain.layer_names
     again = build_model(config, plan, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_split_tensors_of_a_model_that_does_not_say_how_are_refused_before_a_rank_starts(tmp_path):
+    path = tmp_path / "config.json"
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 36, "bos_token_id": 0, "eos_token_id": 0}
+    path.write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **sizes}))
+    chain = split(huggingface_model(str(path)))
+    profile = profile_of(chain)
+    refuse_other_layers(str(path), profile, plan_of(chain, profile, "1f1b", 2, 2))
+    with pytest.raises(InvalidArgument, match="GPT2LMHeadModel has no tensor-parallel plan"):
+        refuse_other_layers(str(path), profile, plan_of(chain, profile, "1f1b", 2, 2, degrees=Degrees(tp=2)))
 
 
 def test_ranks_refuse_a_model_of_other_layers_that_only_they_can_build(config, tmp_path):
