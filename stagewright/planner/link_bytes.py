@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS, is_matrix
-from stagewright.planner.cost.memory import MASTER_BYTES, expert_shards
+from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.cost.memory_actions import offloaded_elements
 from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile, Recompute
@@ -110,9 +110,7 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     blocks = [layer for layer, kind in enumerate(kinds) if kind == "block"]
     ends = (blocks[0], blocks[-1] + 1) if blocks and degrees.sp else ()
     levels = plan.stages[stage].recompute_levels()
-    scatters = (
-        degrees.dp * degrees.cp > 1 or plan.job.optimizer.parameter_bytes < 4
-    )  # masters are stepped as shards are
+    scatters = degrees.dp * degrees.cp > 1 or plan.job.optimizer.has_masters  # masters are stepped as shards are
     sums = units if degrees.zero >= 2 and scatters else len(plan.schedule.placement)
     for layer, level in zip(plan.stages[stage].layer_indices, levels, strict=True):
         summed = degrees.sp and kinds[layer] in ("embedding", "head", "loss")
@@ -168,7 +166,7 @@ def _split_updates(total: Totals, plan: Plan, profile: ModelProfile, stage: int,
         ("etp", degrees.etp, experts * devices / owners),
     ):
         _add(total, f"all-gather/update-{purpose}", (group - 1) * size * optimizer.gradient_bytes)
-        width = max(MASTER_BYTES, optimizer.parameter_bytes)
+        width = optimizer.stepped_bytes
         _add(total, f"reduce-scatter/update-{purpose}", (group - 1) * size * width)
 
 
@@ -355,7 +353,7 @@ def _outer_step(
     weights += sum(
         tie.num_parameters for tie in ties if len(tie.stages) > 1 and stage in tie.stages
     )  # every holder of a shared weight has a copy
-    width = max(4.0, plan.job.optimizer.parameter_bytes)
+    width = plan.job.optimizer.stepped_bytes
     copies = degrees.tp * (1 if degrees.zero else degrees.cp)
     _add(total, "all-reduce/outer", 2 * (degrees.dp - 1) * weights * width * copies / every)
 

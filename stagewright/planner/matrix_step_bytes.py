@@ -111,7 +111,7 @@ def _shampoo_bytes(optimizer: Optimizer, bucket: SteppedBucket, is_cpu: bool) ->
 
 
 def _preconditioned_bytes(optimizer: Optimizer, tensor: SteppedTensor, owned: float) -> float:
-    width, copies = _width(optimizer), 1 + _widens(optimizer)
+    width, copies = optimizer.stepped_bytes, 1 + optimizer.has_masters
     tile = shampoo_step_bytes(tensor.rows, tensor.columns, width) if tensor.count else 0.0
     if tensor.whole <= tensor.size:
         return width * copies * owned + tile
@@ -127,7 +127,7 @@ def _muon_bytes(optimizer: Optimizer, bucket: SteppedBucket, is_cpu: bool) -> fl
         return max((_tensor_bytes(optimizer, each, each.size, is_cpu) for each in bucket.tensors), default=0.0)
     gathered = narrow * bucket.owned * bucket.num_shards
     largest = min(max((each.size for each in bucket.tensors), default=0.0), bucket.owned)
-    made = narrow * bucket.owned + _width(optimizer) * _widens(optimizer) * largest
+    made = narrow * bucket.owned + optimizer.stepped_bytes * optimizer.has_masters * largest
     coming = narrow * bucket.owned + gathered * (1 + (is_cpu and bucket.is_even))
     beside = [
         _tensor_bytes(optimizer, each, min(each.size, bucket.owned), is_cpu, is_there=True) for each in bucket.tensors
@@ -139,10 +139,10 @@ def _tensor_bytes(
     optimizer: Optimizer, tensor: SteppedTensor, owned: float, is_cpu: bool, *, is_there: bool = False
 ) -> float:
     """Return what one tensor needs; with `is_there` beside the gathered momentum that it lies in."""
-    narrow, width = _narrow_bytes(optimizer), _width(optimizer)
+    narrow, width = _narrow_bytes(optimizer), optimizer.stepped_bytes
     is_copied = narrow < width and not is_there
     own = narrow * tensor.size if is_copied else 0.0
-    widened = width * owned * _widens(optimizer)
+    widened = width * owned * optimizer.has_masters
     if not tensor.count:
         sums = _SUM_BYTES * tensor.size if is_cpu and narrow < _SUM_BYTES else 0.0
         return own + max(sums, widened)
@@ -152,14 +152,6 @@ def _tensor_bytes(
     widens = is_cpu and narrow < _SUM_BYTES
     iterated = narrow * newton_schulz_elements(tensor.rows, tensor.columns, tensor.count, widens=widens)
     return max(own + (0.0 if is_there else widened), joining, held + iterated)
-
-
-def _width(optimizer: Optimizer) -> float:
-    return max(_SUM_BYTES, optimizer.parameter_bytes)
-
-
-def _widens(optimizer: Optimizer) -> bool:
-    return optimizer.parameter_bytes < _SUM_BYTES
 
 
 def _narrow_bytes(optimizer: Optimizer) -> float:

@@ -96,8 +96,8 @@ def _sent_bytes(plan: Plan, index: int, shards: Sequence[tuple[float, int]]) -> 
 def _elementwise_bytes(plan: Plan, index: int, tensors: Sequence[float]) -> float:
     """Return what a step holds, given the elements of what one device's optimizer steps."""
     stage, optimizer = plan.stages[index], plan.job.optimizer
-    width, is_cpu = max(4.0, optimizer.parameter_bytes), _is_cpu(plan, index)
-    makes_copies, widens = optimizer.name in ("adam", "adamw", "custom"), optimizer.parameter_bytes < 4
+    width, is_cpu = optimizer.stepped_bytes, _is_cpu(plan, index)
+    makes_copies, widens = optimizer.name in ("adam", "adamw", "custom"), optimizer.has_masters
     copies = (_COPIES_ONE_BY_ONE if is_cpu else _COPIES_TOGETHER) * makes_copies
     staying = [size * (1.0 - stage.optimizer_offload) for size in tensors]
     most = max(staying, default=0.0)
@@ -155,7 +155,7 @@ def _tensors(
     """
     degrees = plan.stages[index].degrees
     inside = range(bounds[index], bounds[index + 1])
-    if num_shards(plan, index) == 1 and plan.job.optimizer.parameter_bytes >= 4:
+    if num_shards(plan, index) == 1 and not plan.job.optimizer.has_masters:
         classes = [profile.classes[profile.layer_classes[layer]] for layer in inside]
         dense = [float(row.table.dense_parameters[layer]) for layer in inside]
         return [(_largest(layer, degrees, own), 1) for layer, own in zip(classes, dense, strict=True)], []
@@ -218,7 +218,7 @@ def passing_bytes(
             gradients = (parameters + (ends if kind == "others" else 0.0)) * optimizer.gradient_bytes
             leaving[kind] = (gradients, gradients * (1.0 + 1.0 / shards + is_cpu if is_even else 1.0))
             whole += parameters * optimizer.parameter_bytes * is_gathered
-            narrow = 1.0 / shards if optimizer.parameter_bytes < 4 else 0.0  # of the masters that leave
+            narrow = 1.0 / shards if optimizer.has_masters else 0.0  # of the masters that leave
             copied += parameters * optimizer.parameter_bytes * is_gathered * ((is_cpu and is_even) + narrow)
     phases = tuple(
         _phases(

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.cost.matrix_optimizer import is_matrix, shampoo_state_bytes
-from stagewright.planner.cost.memory import MASTER_BYTES, ParameterBytes, expert_shards
+from stagewright.planner.cost.memory import ParameterBytes, expert_shards
+from stagewright.planner.documents.job import MASTER_BYTES
 from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile
 from stagewright.planner.link_bytes import (
@@ -50,7 +51,7 @@ def unlike_statistics_bytes(
     optimizer = plan.job.optimizer
     if optimizer.name != "shampoo":
         return found
-    width = max(MASTER_BYTES, optimizer.parameter_bytes)
+    width = optimizer.stepped_bytes
     for index, row in enumerate(layers):
         share = state_share(plan, index, member)
         counted = _counted_parameters(plan, profile, index, row, bounds, share)

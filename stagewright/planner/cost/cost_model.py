@@ -31,7 +31,6 @@ from stagewright.planner.cost.layer_table import Floats, LayerTable
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS, matrix_step_s
 from stagewright.planner.cost.measured_cost import measured_cost, on_other_device, worst_source
 from stagewright.planner.cost.memory import (
-    MASTER_BYTES,
     ParameterBytes,
     StateBytes,
     device_state_bytes,
@@ -570,7 +569,7 @@ def optimizer_traffic(optimizer: Optimizer, precision: str) -> float:
     writes them once more; states are read and written; weights are written, and read where they are their own master.
     """
     passes = 5 if precision == "fp16" else 3
-    weights = 1 if optimizer.parameter_bytes < MASTER_BYTES else 2
+    weights = 1 if optimizer.has_masters else 2
     return 2 * optimizer.state_bytes + passes * optimizer.gradient_bytes + weights * optimizer.parameter_bytes
 
 

@@ -33,7 +33,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stagewright.planner.cost.communication import collective_s
-from stagewright.planner.cost.memory import MASTER_BYTES
 from stagewright.planner.cost.rank_groups import RankGroups
 from stagewright.planner.cost.roofline import Roofline
 from stagewright.planner.documents.job import Optimizer
@@ -124,7 +123,7 @@ def _operator_s(optimizer: Optimizer, operator: Operator, groups: RankGroups, ro
         return count * each_s
     numbers = float(rows * columns)
     gathered_s = collective_s("all-gather", optimizer.gradient_bytes * numbers, inside)
-    width = max(MASTER_BYTES, optimizer.parameter_bytes)
+    width = optimizer.stepped_bytes
     return count * (each_s / inside.size + gathered_s + collective_s("reduce-scatter", width * numbers, inside))
 
 

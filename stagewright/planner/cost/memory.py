@@ -14,10 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from stagewright.planner.documents.job import Optimizer
+from stagewright.planner.documents.job import MASTER_BYTES, Optimizer
 from stagewright.planner.documents.plan import Degrees, MemoryItems
-
-MASTER_BYTES = 4.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class ParameterBytes:
     @classmethod
     def of(cls, optimizer: Optimizer) -> ParameterBytes:
         """Return the classes of an optimizer; master weights exist where parameters are narrower than 4 bytes."""
-        master = min(MASTER_BYTES, optimizer.state_bytes) if optimizer.parameter_bytes < MASTER_BYTES else 0.0
+        master = min(MASTER_BYTES, optimizer.state_bytes) if optimizer.has_masters else 0.0
         return cls(optimizer.parameter_bytes, optimizer.gradient_bytes, master, optimizer.state_bytes - master)
 
 

@@ -12,6 +12,7 @@ from stagewright.planner.documents.profile import Recompute
 from stagewright.planner.errors import InvalidArgument
 
 Precision = Literal["fp64", "fp32", "bf16", "fp16", "fp8"]
+MASTER_BYTES = 4.0
 Objective = Literal["step-time", "tokens-per-dollar", "fewest-devices", "min-max-memory", "frontier"]
 
 OptimizerName = Literal["adamw", "adam", "sgd", "sgd-momentum", "muon", "shampoo", "custom"]
@@ -49,6 +50,16 @@ class Optimizer(Part):
         if element >= 4:
             return cls(name=name, parameter_bytes=element, gradient_bytes=element, state_bytes=moments * element)
         return cls(name=name, parameter_bytes=2, gradient_bytes=2, state_bytes=4 + 4 * moments)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether weights are narrower than 4 bytes, so that what is stepped are masters of theirs."""
+        return self.parameter_bytes < MASTER_BYTES
+
+    @property
+    def stepped_bytes(self) -> float:
+        """Bytes of a number of what is stepped: of a master where there are some, else of the weight."""
+        return max(MASTER_BYTES, self.parameter_bytes)
 
     @property
     def gathered_bytes(self) -> float:
