@@ -53,6 +53,7 @@ from stagewright.planner.tile_shards import owned_buckets
 Floats = npt.NDArray[np.float64]
 
 _COPIES_ONE_BY_ONE, _COPIES_TOGETHER = 2, 1
+_SUM_BYTES = 4.0
 Shards = list[tuple[float, int]]
 
 
@@ -181,6 +182,7 @@ class PassingBytes:
     at_once : all weights of the stage, where a run of forwards or backwards gathers them together; else those that several
         of its layers share.
     staying : gradients that are made in an input gradient and leave with those that wait for the weight gradient, [layers].
+    sums : what the largest product of a weight gradient is rounded from, where processors sum narrow numbers in 4 bytes, [layers].
     """
 
     phases: tuple[tuple[GradientPhase, ...], ...]
@@ -188,6 +190,7 @@ class PassingBytes:
     copied: Floats
     at_once: float = 0.0
     staying: Floats | None = None
+    sums: Floats | None = None
 
 
 def passing_bytes(
@@ -220,6 +223,14 @@ def passing_bytes(
             whole += parameters * optimizer.parameter_bytes * is_gathered
             narrow = 1.0 / shards if optimizer.has_masters else 0.0  # of the masters that leave
             copied += parameters * optimizer.parameter_bytes * is_gathered * ((is_cpu and is_even) + narrow)
+    sums = np.array(
+        [
+            _SUM_BYTES
+            * _largest(profile.classes[name], stage.degrees, float(row.table.dense_parameters[layer]))
+            * (is_cpu and optimizer.has_masters)
+            for layer, name in enumerate(profile.layer_classes[inside], inside.start)
+        ]
+    )
     phases = tuple(
         _phases(
             plan,
@@ -234,8 +245,10 @@ def passing_bytes(
     )
     if gathers_by_run(plan):
         at_once = float(whole.sum()) + shared_bytes
-        return PassingBytes(phases, np.zeros(len(whole)), np.zeros(len(whole)), at_once=at_once, staying=staying)
-    return PassingBytes(phases, whole, copied, at_once=shared_bytes, staying=staying)
+        return PassingBytes(
+            phases, np.zeros(len(whole)), np.zeros(len(whole)), at_once=at_once, staying=staying, sums=sums
+        )
+    return PassingBytes(phases, whole, copied, at_once=shared_bytes, staying=staying, sums=sums)
 
 
 def _has_stacks(layer: LayerClass) -> bool:

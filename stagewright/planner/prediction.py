@@ -222,6 +222,7 @@ def _stage_bytes(
                 copied=passing.copied,
                 at_once=passing.at_once,
                 staying=passing.staying,
+                sums=passing.sums,
             )
         )
     return tuple(found)

@@ -25,6 +25,11 @@ other, divided experts' last: r those that are left,
 
     need_W = max over l, kinds of  r + max(2 g, f)
 
+and before any leaves it makes those of the last layer first, with sums q of a product in wider numbers, beside what an earlier
+weight gradient scattered, h, if nothing but weight gradients has run on the rank since:
+
+    need_W = max over l of  h + v_0 + ... + v_(l-1) + g_l + g_(l+1) + ... + q_l
+
 Layers of which nothing waits, such as embeddings and norms, are done in the input gradient. So are gradients that nothing
 defers, those of stacks of experts, in a layer of which others wait: where they leave by themselves they do so there, as in
 need_B; where they leave with the rest of their layer they stay until a weight gradient of the stage has run, m bytes of
@@ -84,6 +89,7 @@ class StageBytes:
     workspace : highest temporary use; split_workspace : that of an input gradient alone, above the larger of kept and late.
     phases : of each layer's backward, where it makes gradients for a time.
     staying : gradients that an input gradient makes and a weight gradient sends away.
+    sums : what a product of a weight gradient that waits is rounded from, in wider numbers.
     whole : weights that are gathered for the layer and for the one that runs before or after it; copied : copies in which they
         come. Where a run gathers all at once, `at_once` stand beside every layer in place of both.
     """
@@ -97,6 +103,7 @@ class StageBytes:
     copied: Floats | None = None
     at_once: float = 0.0
     staying: Floats | None = None
+    sums: Floats | None = None
 
     @property
     def stays(self) -> float:
@@ -112,7 +119,7 @@ class StageBytes:
             return 0.0
         kept, late = self.kept * share, self.late * share
         if kind is Kind.W:
-            return max(float(late.sum()) + self.stays, self._leaving())
+            return max(float(late.sum()) + self.stays, self._leaving(), self.made(share))
         before, (whole, coming, arriving) = np.cumsum(kept) - kept, self._beside(kind)
         if kind is Kind.F:
             return float((before + whole + coming + np.maximum(kept + self.workspace, arriving)).max())
@@ -147,14 +154,35 @@ class StageBytes:
         rest = phases[len(leaving) :][:1] if leaving else ()
         return (*leaving, *(GradientPhase(each.begin, each.peak - each.gradients + late) for each in rest))
 
-    def _leaving(self) -> float:
-        """Return the most that a weight gradient holds of gradients, which leave from the first layer on, divided experts' last."""
+    def made(self, share: float) -> float:
+        """Return the most that a weight gradient holds before any gradients leave, where they do."""
+        late, most, gradients = self.late * share, 0.0, 0.0
+        sums = np.zeros(len(late)) if self.sums is None else self.sums
+        before = np.cumsum(late) - late
+        for layer in reversed(range(len(self.phases))):
+            if late[layer]:
+                gradients += sum(phase.gradients for phase in self.phases[layer] if not phase.by_input)
+                most = max(most, float(before[layer]) + gradients + float(sums[layer]))
+        return most if gradients else 0.0
+
+    @property
+    def on_its_way(self) -> float:
+        """Return what a weight gradient leaves on its way."""
+        waiting = self._waiting()
+        return waiting[-1].scattered if waiting else 0.0
+
+    def _waiting(self) -> list[GradientPhase]:
+        """Return the phases whose gradients leave in a weight gradient: from the first layer on, divided experts' last."""
         rows = [
             [phase for phase in phases if phase.gradients and not phase.by_input]
             for phases, late in zip(self.phases, self.late.tolist(), strict=False)
             if late
         ]
-        waiting = [row[-1] for row in rows if row] + [phase for row in rows for phase in row[:-1]]
+        return [row[-1] for row in rows if row] + [phase for row in rows for phase in row[:-1]]
+
+    def _leaving(self) -> float:
+        """Return the most that a weight gradient holds of gradients while they leave."""
+        waiting = self._waiting()
         left, most = sum(phase.gradients for phase in waiting), 0.0
         for phase in waiting:
             left -= phase.gradients
@@ -204,9 +232,12 @@ def peak_activations(
     kept = [float(each.kept.sum()) for each in stages]
     late = [float(each.late.sum()) for each in stages]
     stays = [each.stays for each in stages]
+    made = {(stage, whole): each.made(share) for stage, each in enumerate(stages) for whole, share in shares.items()}
+    on_its_way = [each.on_its_way for each in stages]
     peaks = np.zeros(schedule.num_ranks)
     for rank, order in enumerate(schedule.orders):
         live, with_gradients = 0.0, set[int]()  # stages of which some stay
+        scattered = 0.0
         waiting = np.zeros(len(order)) if beside is None else np.where(order[:, KIND] == Kind.F, 0.0, beside[rank])
         for (kind, stage, slice_index), more in zip(
             order[:, [KIND, STAGE, SLICE]].tolist(), waiting.tolist(), strict=True
@@ -220,7 +251,11 @@ def peak_activations(
                 with_gradients.discard(stage)
             staying = sum(stays[other] for other in with_gradients)
             is_first = stage not in with_gradients
-            peaks[rank] = max(peaks[rank], live + staying + more + need[kind, stage, whole, is_first])
+            needed = need[kind, stage, whole, is_first]
+            if kind == Kind.W:
+                needed = max(needed, scattered + made[stage, whole])
+            scattered = on_its_way[stage] if kind == Kind.W else 0.0
+            peaks[rank] = max(peaks[rank], live + staying + more + needed)
             if kind == Kind.F:
                 live += kept[stage] * share
             elif kind == Kind.I:
