@@ -98,7 +98,7 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     Under sequence parallelism the sequence is split at the first block and joined behind the last, which gathers gradients
     at the one and values at the other; embedding and head lie outside and sum whole tensors. Parameters of blocks that
     tensor parallelism copies see a part of the sequence each, experts that nothing divides too, so their gradients are
-    summed: once an iteration, or before each scatter of ZeRO-2 and 3 (with masters of narrow weights on one replica too).
+    summed: once an iteration, or before each scatter of ZeRO-2 and 3 (with masters of narrow weights in each of several pipelines too).
     So are those of keys and values whose heads are fewer than the devices. A loss on logits that are split by the vocabulary
     sums three numbers a token, in fp32 at least.
     """
@@ -110,8 +110,9 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     blocks = [layer for layer, kind in enumerate(kinds) if kind == "block"]
     ends = (blocks[0], blocks[-1] + 1) if blocks and degrees.sp else ()
     levels = plan.stages[stage].recompute_levels()
-    scatters = degrees.dp * degrees.cp > 1 or plan.job.optimizer.has_masters  # masters are stepped as shards are
-    sums = units if degrees.zero >= 2 and scatters else len(plan.schedule.placement)
+    pipelines = len(plan.schedule.placement)
+    scatters = degrees.dp * degrees.cp > 1 or (plan.job.optimizer.has_masters and pipelines > 1)
+    sums = units if degrees.zero >= 2 and scatters else pipelines
     for layer, level in zip(plan.stages[stage].layer_indices, levels, strict=True):
         summed = degrees.sp and kinds[layer] in ("embedding", "head", "loss")
         for name, each in row.table.again_link_bytes.items():

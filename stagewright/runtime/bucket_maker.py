@@ -270,6 +270,8 @@ class BucketMaker:
         narrow = any(value.element_size() < 4 for value in parameters.values())
         if (zero == 0 or group is None) and not narrow:
             return self._replicated(purpose, parameters, group, holders)
+        if group is None:  # nothing is scattered from one replica, so that gradients can stay where they are summed
+            zero = min(zero, 1)
         inside, across = sharding if zero else (None, group)
         return ShardedBucket(
             parameters,
