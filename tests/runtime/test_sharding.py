@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("torch")
@@ -169,3 +171,14 @@ def _assert_held_as_expected(pools, case: Case) -> None:
         assert memory.parameters == pytest.approx(items.parameters + parameters + masters, rel=0.01)
         assert memory.gradients == pytest.approx(items.gradients + gradients, rel=0.01)
         assert memory.optimizer == pytest.approx(items.optimizer + optimizer - masters, rel=0.01)
+
+
+def test_a_stage_on_one_device_sums_gradients_where_they_stay_whatever_zero_is_asked_of_it(rank_pools):
+    """In bf16 a second set of a stage's gradients came and went with each microbatch, which no prediction held."""
+    pool = rank_pools(2)
+    case = Case("1f1b", 2, 2, dropout=0.0, tied=False, dtype="bfloat16")
+    peaks = [
+        pool.run("peak_memory", prepare(replace(case, degrees={"zero": zero}), pool.next_number()))
+        for zero in (1, 2, 3)
+    ]
+    assert peaks[0] == peaks[1] == peaks[2]
