@@ -105,7 +105,7 @@ class TensorShards:
         return self.groups.get(id(parameter), self.group)
 
     def tensor_split(self, parameter: Tensor) -> InnerSplit | None:
-        """Return how a group splits the tensors in a parameter; None where each is whole, as those of experts on their rank are."""
+        """Return how a group splits the tensors in a parameter; None where each is whole, as an expert's on its rank."""
         if id(parameter) in self.inner:
             return self.inner[id(parameter)]
         if self.group is None or id(parameter) not in self.dimensions or id(parameter) in self.groups:

@@ -144,10 +144,10 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
 
 
 def _split_updates(total: Totals, plan: Plan, profile: ModelProfile, stage: int, row: LayerCosts, layer: int) -> None:
-    """Add what an optimizer of whole matrices exchanges of a layer's tensors that tensor parallelism splits, and that of experts.
+    """Add what an optimizer of whole matrices exchanges of a layer's tensors that tp and etp split.
 
-    Muon gathers updates of all of them on each replica, of experts those of matrices; Shampoo gathers matrices' gradients and
-    scatters their directions, on one device of those that divide states.
+    Muon gathers updates of all of them on each replica, of experts those of matrices; Shampoo gathers matrices'
+    gradients and scatters their directions, on one device of those that divide states.
     """
     degrees, optimizer = plan.stages[stage].degrees, plan.job.optimizer
     kind = profile.classes[profile.layer_classes[layer]]

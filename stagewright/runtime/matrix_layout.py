@@ -24,7 +24,7 @@ class TensorKinds:
     Parameters
     ----------
     matrices : matrices of blocks, several in a stack included.
-    gathered : tensors of which the ranks of a group hold parts and the whole is needed, each with its number among them.
+    gathered : tensors of which the ranks of a group hold parts and the whole is needed, each with its number.
     rows : tensors of which each rank of a group needs its own rows and the sum of all squares: a vocabulary's, and vectors of
         divided experts.
     """
@@ -134,7 +134,7 @@ class Piece:
     shape : of the tensor.
     is_matrix : the tensor is a matrix of a block, or several in a stack.
     part : where the elements lie in the parameter.
-    first : the first element of the tensor that is one of them; where a group splits the tensor, of this rank's part of it.
+    first : the first element of the tensor that is one of them; where a group splits it, of this rank's part.
     place : of the tensor among those of which the parameter holds elements; None where it is the only one.
     split : how a group splits the tensor, where it is needed whole.
     """

@@ -12,9 +12,9 @@ in the type of what is stepped. A piece is whole where it is stepped, since stat
 ZeRO divides a bucket it cuts matrices between bands of pieces only (`sharding`), so that each piece has one owner, nothing but the
 weights is gathered, and shares of a bucket differ by up to a band.
 
-Where a group splits a matrix (tensor parallelism, or that of experts), its ranks gather the gradient whole, sum |A|^2 of each
-piece, and deal the pieces out: each keeps the statistics and makes D of its own, and D is reduced and scattered to who holds the
-weights. Moments lie with those.
+Where a group splits a matrix (tensor parallelism, or that of experts), its ranks gather the gradient whole, sum |A|^2
+of each piece, and deal the pieces out: each keeps the statistics and makes D of its own, and D is reduced and
+scattered to who holds the weights. Moments lie with those.
 
 Papers: Gupta et al., Shampoo, ICML 2018; Shi et al., A Distributed Data-Parallel PyTorch Implementation of the Distributed Shampoo
 Optimizer, 2023 (pieces and grafting).
@@ -100,7 +100,7 @@ def _precondition(direction: Tensor, gradient: Tensor, piece: Piece, state: dict
 def _precondition_together(
     direction: Tensor, gradient: Tensor, piece: Piece, split: SplitTensor, state: dict[str, Tensor], *, renews: bool
 ) -> None:
-    """Do so to this rank's part of matrices that a group splits, tile by tile where their statistics are; collectives."""
+    """Do so to this rank's part of split matrices, tile by tile where their statistics are; collectives."""
     tiles = list(piece.tiles())
     places = [_place_of(tile, piece) for tile in tiles]
     onto = split.placed(direction)

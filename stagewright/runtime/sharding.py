@@ -96,8 +96,8 @@ class _Placed(NamedTuple):
 class ShardLayout:
     """The tensors of one rank's shard.
 
-    Tensors of which a group leaves a part here are gathered over it by every rank of the bucket, one after the other: the ranks
-    of the group own the same elements.
+    Tensors of which a group leaves a part here are gathered over it by every rank of the bucket, one after the other:
+    the ranks of the group own the same elements.
 
     Parameters
     ----------

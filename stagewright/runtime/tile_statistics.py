@@ -38,7 +38,7 @@ def everyones(own: Mapping[str, Tensor], group: dist.ProcessGroup, device: torch
 
 
 def whole_statistics(own: Mapping[str, Tensor], parameter: Tensor, shards: TensorShards) -> dict[str, Tensor]:
-    """Return copies of a tensor's statistics by their tiles' numbers in the whole one; a collective where a group divides it."""
+    """Return copies of a tensor's statistics by their tiles' numbers in the whole; a collective where it is divided."""
     split, experts = shards.tensor_split(parameter), shards.groups.get(id(parameter))
     found = {key: value.clone() for key, value in own.items()}
     if split is not None:

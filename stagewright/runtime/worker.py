@@ -257,7 +257,7 @@ class Worker:
         return layout_of
 
     def _tensor_kinds(self, split: TensorShards, *, matrices_only: bool) -> TensorKinds:
-        """Return what an optimizer needs of parameters split so, whole matrices only or any other tensor's size as well."""
+        """Return what an optimizer needs of parameters split so: whole matrices, or any other tensor's size too."""
         matrices, vocabulary = block_matrices(self.chain), vocabulary_parameters(self.chain)
         experts = frozenset(self._layers.experts)
         parameters = list(self.chain.model.parameters())

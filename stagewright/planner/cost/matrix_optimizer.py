@@ -19,9 +19,10 @@ Optimizer, 2023) preconditions blocks of at most b x b, b = 1,024, with G <- L^(
     roots          25 (p^3 + q^3) / 100   an eigendecomposition of both, once in 100 steps
 
 and holds L, R and their roots, 2 (p^2 + q^2) numbers of 4 bytes: 16 bytes a parameter of full square blocks, with grafting's
-second moment and the momentum 24 (`planner.statistics_bytes` says what a run holds beyond that). Under ZeRO blocks have one owner
-each, so nothing is gathered that the weights' own all-gather does not carry. Where tensor parallelism cuts a matrix its gradient is
-gathered over the group, whose devices share its blocks, and the directions are reduced and scattered in the width of the statistics.
+second moment and the momentum 24 (`planner.statistics_bytes` says what a run holds beyond that). Under ZeRO blocks
+have one owner each, so nothing is gathered that the weights' own all-gather does not carry. Where tensor parallelism
+cuts a matrix its gradient is gathered over the group, whose devices share its blocks, and the directions are reduced
+and scattered in the width of the statistics.
 
 Only matrices of blocks count; embeddings, heads, norms and biases are stepped elementwise, as all three papers do. Not
 modelled: their second moment beside Muon's one (states are counted as if all parameters were the matrices'), layers that

@@ -9,8 +9,8 @@ With T microbatches, one of them in flight, and the layer's costs from the commo
 
 and infinite between a head that splits the vocabulary and its loss. `galvatron.layer_strategies` is exact for their sum under a
 budget in UNITS of what a device has beside the largest workspace, which is enumerated. Neighbouring layers of equal degrees form a
-stage. Pipelines are not chosen by layer, and models whose layers share weights or are no chain, which no run takes so, are left to
-strategies that are equal for all.
+stage. Pipelines are not chosen by layer, and models whose layers share weights or are no chain, which no run takes
+so, are left to strategies that are equal for all.
 """
 
 from __future__ import annotations

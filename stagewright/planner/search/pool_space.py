@@ -139,7 +139,7 @@ class PoolSpace:
             yield replace(skeleton, alike=tuple(zip(columns, way, strict=True)))
 
     def alike_columns(self, skeleton: Skeleton) -> tuple[int, ...]:
-        """Return the columns in which all pools of a skeleton have to be alike: shared weights, and graphs of stages."""
+        """Return the columns in which all pools of a skeleton are alike: of shared weights, and on graphs of stages."""
         if len(skeleton.pools) == 1:
             return ()
         shared = SHARED if shares_weights(self.problem.profile, self.problem.job) else ()

@@ -5,8 +5,8 @@ devices that a rank of the pool can have, the rows are those of the common space
 priced by the common price list on the pool's node group. A choice that is no better than another one in any cost or
 memory term, for the same devices and M, is dropped: the step and every peak are monotone in all of them.
 
-Some choices a run takes only where all pools have made them alike: how a weight is split that stages share, and how sequences and
-tensors are on graphs of stages. One that differs in these is no other's better.
+Some choices a run takes only where all pools have made them alike: how a weight is split that stages share, and how
+sequences and tensors are on graphs of stages. One that differs in these is no other's better.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def shares_weights(profile: ModelProfile, job: TrainingJob) -> bool:
 
 
 def undominated_of_each(priced: Priced, samples: Longs, apart: Sequence[int]) -> Longs:
-    """Return the rows that no other one of as many samples, equal in the columns `apart`, equals or beats in every term."""
+    """Return the rows that no other of as many samples, equal in the columns `apart`, equals or beats everywhere."""
     kinds = np.column_stack((samples, priced.shape[:, list(apart)]))
     found = [undominated(priced, np.flatnonzero((kinds == kind).all(axis=1))) for kind in np.unique(kinds, axis=0)]
     return np.concatenate([np.zeros(0, np.int64), *found])
