@@ -132,7 +132,7 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
             _add(total, "all-gather/tp", float(row.table.output_bytes[blocks[0]]) * (degrees.tp - 1) * repeats * like)
         if degrees.sp and kinds[layer] == "block":
             copied = float(copied_parameters(profile.classes[profile.layer_classes[layer]]))
-            if degrees.ep * degrees.etp == 1:
+            if degrees.expert_split == 1:
                 copied += float(row.table.expert_parameters[layer])
             size = copied * plan.job.optimizer.gradient_bytes
             _add(total, "all-reduce/tp", 2 * (degrees.tp - 1) / degrees.tp * size * devices * sums)
@@ -267,7 +267,7 @@ def reduced_parameters(row: LayerCosts, inside: slice, degrees: Degrees) -> tupl
     Experts that nothing divides are summed with the rest of their layer.
     """
     dense, experts = row.table.dense_parameters[inside], row.table.expert_parameters[inside]
-    if degrees.ep * degrees.etp == 1:
+    if degrees.expert_split == 1:
         return (dense + experts).tolist(), [0.0] * len(experts)
     return dense.tolist(), experts.tolist()
 

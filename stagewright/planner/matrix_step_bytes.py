@@ -75,7 +75,7 @@ def stepped_tensors(
 
     `dense` are the parameters without experts' that the device holds.
     """
-    divided = degrees.ep * degrees.etp
+    divided = degrees.expert_split
     share = dense / max(layer.parameters - layer.expert_parameters, 1)
     found: tuple[list[SteppedTensor], list[SteppedTensor]] = ([], [])
     for tensor in layer.tensors:

@@ -260,7 +260,7 @@ def _has_stacks(layer: LayerClass) -> bool:
 def _undeferred(row: LayerCosts, inside: slice, degrees: Degrees) -> Floats:
     """Return the parameters of experts that leave with the rest of their layer, where some of that waits, [layers]."""
     waits = row.late_bytes[0, inside] > 0
-    return np.asarray(row.table.expert_parameters[inside] * waits * (degrees.ep * degrees.etp == 1))
+    return np.asarray(row.table.expert_parameters[inside] * waits * (degrees.expert_split == 1))
 
 
 def _shared_inside(plan: Plan, profile: ModelProfile, inside: slice) -> tuple[Floats, Floats, Floats]:
@@ -335,7 +335,7 @@ def _measured_phases(
     Experts that nothing divides leave with the rest of their layer: what comes before is one phase with it.
     """
     width, share = plan.job.optimizer.gradient_bytes, 1.0 / degrees.cp
-    divided = degrees.ep * degrees.etp
+    divided = degrees.expert_split
     experts = float(row.table.expert_parameters[layer]) * width
     is_apart = divided > 1
     kinds = [phase.ends_with for phase in measured if phase.ends_with != "none"]

@@ -69,4 +69,4 @@ def _weights(layer: LayerClass, degrees: Degrees) -> Iterator[tuple[str, int, in
     if layer.replicated_parameters:
         yield "replicated", layer.replicated_parameters, 1
     if layer.expert_parameters:
-        yield "expert", layer.expert_parameters, degrees.ep * degrees.etp
+        yield "expert", layer.expert_parameters, degrees.expert_split

@@ -109,7 +109,7 @@ def _statistics_of(bucket: OwnedBucket) -> float:
 def _mean_statistics(plan: Plan, profile: ModelProfile, index: int, share: float) -> float:
     """Return the bytes of statistics and roots on a device of a stage in fp32, given its share of all that ZeRO divides."""
     stage = plan.stages[index]
-    divided = stage.degrees.ep * stage.degrees.etp > 1
+    divided = stage.degrees.expert_split > 1
     own = 1.0 / expert_shards(stage.degrees) if divided and stage.degrees.zero else share
     classes = [profile.classes[profile.layer_classes[layer]] for layer in stage.layer_indices]
     return sum(
@@ -125,12 +125,12 @@ def _statistics(layer: LayerClass, degrees: Degrees, *, of_experts: bool) -> flo
         return 0.0
     if layer.tensors:
         tensors = [each for each in layer.tensors if each.is_matrix and each.of_experts == of_experts]
-        share = degrees.ep * degrees.etp if of_experts else degrees.tp
+        share = degrees.expert_split if of_experts else degrees.tp
         return sum(shampoo_state_bytes(*each.shape[-2:]) * each.num_matrices * each.count / share for each in tensors)
     return sum(
         shampoo_state_bytes(operator.output_features, operator.inner_features)
         * operator.num_groups
-        / (degrees.ep * degrees.etp if of_experts else degrees.tp if {"tp", "kv"} & set(operator.split) else 1)
+        / (degrees.expert_split if of_experts else degrees.tp if {"tp", "kv"} & set(operator.split) else 1)
         for operator in layer.operators
         if is_matrix(operator) and ("ep" in operator.split) == of_experts
     )

@@ -87,7 +87,7 @@ def owned_buckets(
     experts = [list(_experts(kind, degrees)) for kind in classes]
     shares, place = _shares(plan, index), member // degrees.tp % num_shards(plan, index)
     owners = expert_shards(degrees)
-    own = (1 / owners,) * owners, member // (degrees.ep * degrees.etp) % owners
+    own = (1 / owners,) * owners, member // degrees.expert_split % owners
     if degrees.zero == 1:
         one = _cut(chain(*dense), shares, place)
         other = _cut(chain(*experts), *own, of_experts=True)
@@ -123,7 +123,7 @@ def _each(layer: LayerClass) -> Iterator[WeightTensor]:
 
 def _dense(layer: LayerClass, degrees: Degrees, elsewhere: Iterable[SharedWeight]) -> list[Shape]:
     """Return the tensors of a layer that are reduced with all replicas, without some shared ones."""
-    divided = degrees.ep * degrees.etp > 1
+    divided = degrees.expert_split > 1
     found = [(each.shape, each.is_matrix) for each in _each(layer) if not (divided and each.of_experts)]
     for tie in elsewhere:
         shared = next((each for each in found if prod(each[0]) == tie.num_parameters and not each[1]), None)
@@ -134,7 +134,7 @@ def _dense(layer: LayerClass, degrees: Degrees, elsewhere: Iterable[SharedWeight
 
 def _experts(kind: LayerClass, degrees: Degrees) -> Iterator[Shape]:
     """Yield the tensors of a layer's divided experts on one device: all experts are alike."""
-    if degrees.ep * degrees.etp == 1:
+    if degrees.expert_split == 1:
         return
     own = [each for each in _each(kind) if each.of_experts]
     stacks = any(each.num_matrices > 1 for each in own)

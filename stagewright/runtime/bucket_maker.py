@@ -107,7 +107,7 @@ class BucketMaker:
     def _expert_gradient_group(self, stage: int) -> dist.ProcessGroup | None:
         """Make the groups of ranks that own the same experts of a stage; returns this rank's."""
         degrees = self._plan.stages[stage].degrees
-        if degrees.ep * degrees.etp == 1:
+        if degrees.expert_split == 1:
             return None
         sets = []
         for view in self._views:
@@ -118,7 +118,7 @@ class BucketMaker:
     def _expert_sharding_groups(self, stage: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
         """Make the groups of `_sharding_groups` among those that own the same experts; returns this rank's."""
         degrees = self._plan.stages[stage].degrees
-        if degrees.ep * degrees.etp == 1 or degrees.zero == 0:
+        if degrees.expert_split == 1 or degrees.zero == 0:
             return None, None
         views = [view for view in self._views if any(other == stage for _, other in view.stages)]
         inside = {view.expert_shard_ranks(stage) for view in views}

@@ -54,7 +54,7 @@ def outer_step_of(plan: Plan) -> OuterStep | None:
     if every < 1:
         raise InvalidArgument(f"local_steps is {every}, it must be at least 1", field=field)
     degrees = plan.stages[0].degrees
-    if degrees.ep * degrees.etp > 1 or plan.schedule.num_replicas > 1:
+    if degrees.expert_split > 1 or plan.schedule.num_replicas > 1:
         raise InvalidArgument(
             f"local_steps is {every} with ep {degrees.ep}, etp {degrees.etp} and {plan.schedule.num_replicas} model replicas in a pipeline, "
             "which meet at each step",

@@ -217,7 +217,7 @@ def _degrees(plan: Plan) -> Degrees:
     degrees = plan.stages[0].degrees
     if any(stage.degrees != degrees for stage in plan.stages):
         raise InvalidArgument("stages have different degrees", field="stages", hint="verify a plan of equal degrees")
-    if degrees.cp * degrees.ep * degrees.etp > 1:
+    if degrees.cp * degrees.expert_split > 1:
         raise InvalidArgument(
             f"cp * ep * etp = {degrees.cp} * {degrees.ep} * {degrees.etp}, primitives of modules know tp alone",
             field="stages",

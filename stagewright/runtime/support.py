@@ -96,7 +96,7 @@ def _check_layerwise(plan: Plan) -> None:
         )
     for index, stage in enumerate(plan.stages):
         degrees = stage.degrees
-        rest = degrees.cp * degrees.ep * degrees.etp
+        rest = degrees.cp * degrees.expert_split
         if rest > 1 or stage.batch_shares or stage.state_shares:
             raise InvalidArgument(
                 f"stages[{index}] has {degrees.model_dump(exclude_defaults=True)}, batch_shares {list(stage.batch_shares)} and "
@@ -192,7 +192,7 @@ def _check_shares(plan: Plan, index: int) -> None:
     """Replicas with shares of their own: whole sequences of equal microbatches, every expert on each of them."""
     degrees, told = plan.stages[index].degrees, plan.schedule.parameters
     stated = sorted({"halved", "local_steps", "slice_lengths", "updates", "pipelines"} & set(told))
-    if degrees.ep * degrees.etp > 1 or stated or plan.schedule.name == "dynapipe":
+    if degrees.expert_split > 1 or stated or plan.schedule.name == "dynapipe":
         raise InvalidArgument(
             f"stages[{index}].batch_shares is {list(plan.stages[index].batch_shares)} with ep {degrees.ep}, etp {degrees.etp}, "
             f"{plan.schedule.name} and parameters {stated}; the runtime takes uneven shares without split experts and with "

@@ -156,7 +156,7 @@ class Topology:
 
     def expert_gradient_ranks(self, stage: int) -> tuple[int, ...]:
         """Return the global ranks that own the same experts of a stage as this rank."""
-        size = self.degrees.ep * self.degrees.etp
+        size = self.degrees.expert_split
         holders = {row[stage] for row in self.plan.schedule.placement}
         return tuple(
             sorted(

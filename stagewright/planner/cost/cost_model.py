@@ -133,7 +133,7 @@ class CostModel:
         """
         node_group = self.node_group(group)
         inner = degrees.tp * degrees.cp
-        experts = degrees.ep * degrees.etp
+        experts = degrees.expert_split
         reach = degrees.dp if experts > 1 and (self.order[-1] != "pp" or degrees.dp * inner % experts) else 1
         key = (
             degrees.tp,

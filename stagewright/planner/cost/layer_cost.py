@@ -246,7 +246,7 @@ def frozen_cost(cost: LayerCost, backward: Literal["full", "input", "none"]) -> 
 def device_parameters(operator: Operator, setting: Setting) -> tuple[float, float]:
     """Return (dense, expert) parameters of an operator on one device, before ZeRO."""
     if "ep" in operator.split:
-        return 0.0, operator.parameters / (setting.degrees.ep * setting.degrees.etp)
+        return 0.0, operator.parameters / setting.degrees.expert_split
     return operator.parameters / setting.divisor([axis for axis in operator.split if axis != "sp"]), 0.0
 
 

@@ -100,7 +100,7 @@ def _sequence(architecture: Architecture, job: TrainingJob, degrees: Degrees) ->
 
 def _experts(architecture: Architecture, degrees: Degrees) -> str | None:
     experts = architecture.num_experts
-    if degrees.ep * degrees.etp == 1:
+    if degrees.expert_split == 1:
         return None
     if not experts:
         return f"the model has no experts, ep is {degrees.ep} and etp {degrees.etp}"

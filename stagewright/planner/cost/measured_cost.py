@@ -280,7 +280,7 @@ def _exchange(item: Collective, weight: float) -> Exchange:
 def _parameters(layer: LayerClass, tensor_degree: int, setting: Setting) -> tuple[float, float]:
     split = layer.parameters - layer.replicated_parameters - layer.expert_parameters
     dense = layer.replicated_parameters + split / tensor_degree
-    return dense, layer.expert_parameters / (setting.degrees.ep * setting.degrees.etp)
+    return dense, layer.expert_parameters / setting.degrees.expert_split
 
 
 _ORDER = (Source.MEASURED, Source.FITTED, Source.ANALYTIC, Source.MOCKED)

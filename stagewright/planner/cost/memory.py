@@ -79,7 +79,7 @@ def expert_shards(degrees: Degrees) -> int:
 
     That is the devices of the pipeline rank over ep * etp. Experts that nothing divides are sharded with the rest of their layer.
     """
-    divided = degrees.ep * degrees.etp
+    divided = degrees.expert_split
     return dense_shards(degrees) if divided == 1 else degrees.num_devices // divided
 
 

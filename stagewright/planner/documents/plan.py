@@ -35,7 +35,7 @@ class Degrees(Part):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.num_devices % (self.ep * self.etp):
+        if self.num_devices % self.expert_split:
             raise ValueError(
                 f"ep * etp = {self.ep} * {self.etp} must divide dp * cp * tp = {self.dp} * {self.cp} * {self.tp}"
             )
@@ -47,6 +47,11 @@ class Degrees(Part):
     def num_devices(self) -> int:
         """Devices of one pipeline rank, dp * cp * tp."""
         return self.dp * self.cp * self.tp
+
+    @property
+    def expert_split(self) -> int:
+        """Devices that a layer's routed experts are divided over, ep * etp; with 1 each device has all of them whole."""
+        return self.ep * self.etp
 
 
 class RecomputeRun(Part):
