@@ -223,14 +223,13 @@ def passing_bytes(
             whole += parameters * optimizer.parameter_bytes * is_gathered
             narrow = 1.0 / shards if optimizer.has_masters else 0.0  # of the masters that leave
             copied += parameters * optimizer.parameter_bytes * is_gathered * ((is_cpu and is_even) + narrow)
-    sums = np.array(
-        [
-            _SUM_BYTES
-            * _largest(profile.classes[name], stage.degrees, float(row.table.dense_parameters[layer]))
-            * (is_cpu and optimizer.has_masters)
+    sums = None
+    if is_cpu and optimizer.has_masters:
+        largest = (
+            _largest(profile.classes[name], stage.degrees, float(row.table.dense_parameters[layer]))
             for layer, name in enumerate(profile.layer_classes[inside], inside.start)
-        ]
-    )
+        )
+        sums = _SUM_BYTES * np.array(list(largest))
     phases = tuple(
         _phases(
             plan,

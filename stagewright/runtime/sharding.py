@@ -486,10 +486,11 @@ class ShardedBucket:
     ) -> dict[str, Tensor]:
         """Return, of statistics by key and name, those that this rank keeps of the tiles in its shard."""
         state: dict[str, Tensor] = {}
+        names = self._names()
         for piece in optimizer.layout_of(self._shard).pieces if isinstance(optimizer, Shampoo) else ():
             if not piece.is_matrix or piece.place is None:
                 continue
-            name, parameter = self._names()[piece.place]
+            name, parameter = names[piece.place]
             whole = {key: found[name] for key, found in values.items() if is_statistics(key) and name in found}
             for key, value in own_statistics(whole, parameter, self._shards, piece.kept()).items():
                 kind, _, number = key.partition(".")
