@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -13,17 +14,32 @@ import pytest
 from stagewright.planner.lanes import Lanes
 
 
+class Meeting:
+    """Has each lane begin one answer before any gives its first: else a quick one may take all that there is to do."""
+
+    def __init__(self, lanes: int) -> None:
+        self.barrier = multiprocessing.get_context("fork").Barrier(lanes, timeout=60.0)
+        self.is_over = False  # in this process
+
+    def wait(self) -> None:
+        if not self.is_over:
+            self.barrier.wait()
+            self.is_over = True
+
+
 class Counting:
     """Answers (owner, number) with the process, and how many of the owner's requests were answered there."""
 
-    def __init__(self) -> None:
+    def __init__(self, meeting: Meeting | None = None) -> None:
         self.seen: Counter[str] = Counter()
+        self.meeting = meeting
 
     def __call__(self, request: tuple[str, int]) -> tuple[int, int, int]:
         owner, number = request
         if number < 0:
             raise ValueError(f"number {number} of {owner}")
-        time.sleep(0.01)
+        if self.meeting is not None:
+            self.meeting.wait()
         self.seen[owner] += 1
         return os.getpid(), self.seen[owner], number
 
@@ -33,8 +49,10 @@ def asked(*owners: str) -> list[tuple[str, tuple[str, int]]]:
 
 
 def test_an_owner_stays_in_one_lane_and_answers_keep_their_order() -> None:
-    with Lanes(Counting(), most=3, forks_after_s=0.0) as lanes:
+    counting = Counting()
+    with Lanes(counting, most=3, forks_after_s=0.0) as lanes:
         lanes.answers(asked("a"))
+        counting.meeting = Meeting(3)
         first = lanes.answers(asked("a", "b", "c", "d", "a", "b", "c", "d"))
         second = lanes.answers(asked("d", "c", "b", "a"))
     assert [number for _, _, number in first] == list(range(8))
@@ -55,16 +73,14 @@ def test_little_work_is_done_here() -> None:
 
 @pytest.mark.parametrize("owners", ["ab", "ba"])
 def test_an_error_in_any_lane_is_raised_here(owners: str) -> None:
-    with Lanes(Counting(), most=2, forks_after_s=0.0) as lanes:
-        lanes.answers(asked("a"))
+    with Lanes(Counting(Meeting(2)), most=2, forks_after_s=-1.0) as lanes:
         lanes.answers(asked("a", "b"))
         with pytest.raises(ValueError, match="number -1 of b"):
             lanes.answers([(owner, (owner, -1 if owner == "b" else 0)) for owner in owners])
 
 
 def test_a_lane_that_dies_is_done_without() -> None:
-    with Lanes(Counting(), most=2, forks_after_s=0.0) as lanes:
-        lanes.answers(asked("a"))
+    with Lanes(Counting(Meeting(2)), most=2, forks_after_s=-1.0) as lanes:
         (other,) = {process for process, _, _ in lanes.answers(asked("a", "b"))} - {os.getpid()}
         os.kill(other, signal.SIGKILL)
         answers = lanes.answers(asked("a", "b", "a", "b"))
@@ -77,8 +93,10 @@ def test_a_lane_that_dies_is_done_without() -> None:
 def test_a_stop_reaches_every_lane() -> None:
     begin_s = time.monotonic()
     lanes: Lanes[str, tuple[int, float]]
+    meeting = Meeting(2)
 
     def wait(owner: str) -> tuple[int, float]:
+        meeting.wait()
         while not lanes.should_stop() and time.monotonic() - begin_s < 60.0:
             time.sleep(0.001)
         return os.getpid(), time.monotonic() - begin_s
@@ -92,17 +110,19 @@ def test_a_stop_reaches_every_lane() -> None:
 
 
 def test_forks_end_with_their_context_and_with_this_process(tmp_path: Path) -> None:
-    with Lanes(Counting(), most=2, forks_after_s=-1.0) as lanes:
+    with Lanes(Counting(Meeting(2)), most=2, forks_after_s=-1.0) as lanes:
         (other,) = {process for process, _, _ in lanes.answers(asked("a", "b"))} - {os.getpid()}
     with pytest.raises(ProcessLookupError):
         os.kill(other, 0)
     note = tmp_path / "fork"
     parent = os.fork()
     if parent == 0:
-        lanes = Lanes(Counting(), most=2, forks_after_s=-1.0)
-        (other,) = {process for process, _, _ in lanes.answers(asked("a", "b"))} - {os.getpid()}
-        note.write_text(str(other))
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            lanes = Lanes(Counting(Meeting(2)), most=2, forks_after_s=-1.0)
+            (other,) = {process for process, _, _ in lanes.answers(asked("a", "b"))} - {os.getpid()}
+            note.write_text(str(other))
+        finally:  # whatever happened: tests go on in one process
+            os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(parent, 0)
     other = int(note.read_text())
     for _ in range(1000):
