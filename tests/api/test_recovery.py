@@ -43,7 +43,7 @@ def test_what_a_killed_server_ran_is_run_again_and_what_it_finished_is_not(tmp_p
         first.until(running, lambda plan: plan["progress"] is not None)
         solver = first.solves("running")[0]
         first.kill()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while Path(f"/proc/{solver}").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{solver}").exists(), "the solver outlived its server"
@@ -72,7 +72,7 @@ def test_two_servers_on_one_store_share_the_work_and_one_takes_over_from_the_oth
             assert second.http.get(f"/v1/plans/{running}").json()["state"] == "running", "taken from a live server"
             assert first.ask(name="other", headers={"Prefer": "wait=20"}).json()["state"] == "succeeded"
             first.kill()
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while len(second.solves("running")) < 2 and time.monotonic() < deadline:
                 time.sleep(0.05)
             second.http.post(f"/v1/plans/{running}/cancel")

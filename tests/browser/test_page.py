@@ -193,14 +193,14 @@ def test_an_alternative_is_shown_when_it_is_chosen(drawn: Chrome) -> None:
     assert "alternative 1" in drawn.find_element("id", "headline").text
     drawn.find_elements("css selector", "#alternatives tbody tr")[0].find_element("tag name", "button").click()
     assert drawn.execute_script("return stagewright.chosen") == 0
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while drawn.execute_script("return stagewright.gantt === null") and time.monotonic() < end:
         time.sleep(0.05)
 
 
 def test_the_timeline_is_there_as_a_table_too(drawn: Chrome) -> None:
     drawn.execute_script("document.querySelector('.table-alternative summary').click()")
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not (cells := drawn.find_elements("css selector", ".table-alternative tbody tr")) and time.monotonic() < end:
         time.sleep(0.05)
     assert len(cells) == drawn.execute_script("return Math.min(500, stagewright.report.timeline.rank.length)")
@@ -227,7 +227,7 @@ def test_both_themes_draw(drawn: Chrome) -> None:
 
 def test_a_wrong_field_is_said_at_the_field_while_it_is_typed(drawn: Chrome) -> None:
     def note(name: str, words: str) -> str:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while time.monotonic() < end:
             text = drawn.find_element("id", f"note-{name}").text
             if words in text:
