@@ -82,9 +82,10 @@ def test_two_servers_on_one_store_share_the_work_and_one_takes_over_from_the_oth
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_fifty_kills_of_solver_processes_lose_no_plan(tmp_path: Path) -> None:
     with serve_fakes(tmp_path, workers=2, max_attempts=100) as server:
-        plans = [server.ask(fake="slow", name=f"plan{index}", deadline_s=240).json()["id"] for index in range(2)]
+        plans = [server.ask(fake="slow", name=f"plan{index}", deadline_s=1800).json()["id"] for index in range(2)]
         for _ in range(50):
             for plan_id in plans:
                 server.until(plan_id, lambda plan: plan["progress"] is not None)
