@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
-import socket
 import sys
 import traceback
 from datetime import timedelta
@@ -87,9 +86,7 @@ class RankPool:
             sys.path.insert(0, here)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        port = 0
         for rank in range(self.num_ranks):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.num_ranks, port, theirs, here), daemon=True)
@@ -97,6 +94,18 @@ class RankPool:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(mine)
+            if rank == 0:
+                port = self._port()
+
+    def _port(self) -> int:
+        """Return the port on which rank 0 listens, which it took itself: one found free here might be another's by then."""
+        try:
+            if self._pipes[0].poll(START_S):
+                return int(self._pipes[0].recv())
+        except EOFError:
+            pass
+        self.close()
+        raise RankError(f"rank 0 of {self.num_ranks} does not start")
 
 
 class RankError(AssertionError):
@@ -110,8 +119,11 @@ def _serve(rank: int, num_ranks: int, port: int, pipe: Connection, path: str) ->
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=START_S))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=START_S))
+    started = timedelta(seconds=START_S)
+    store = dist.TCPStore("127.0.0.1", port, num_ranks, rank == 0, started, wait_for_workers=False)
+    if rank == 0:
+        pipe.send(store.port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=started)
     dist.barrier()
     pipe.send(("result", None))
     while True:
