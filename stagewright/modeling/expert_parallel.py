@@ -149,7 +149,7 @@ def inner_splits(module: nn.Module, group: TensorGroup) -> dict[str, InnerSplit]
                 f"{name} has {parameter.shape[dimension] // parts} hidden units, which etp = {group.size} does not divide",
                 field="degrees.etp",
             )
-        found[name] = InnerSplit(dimension, parts, group)
+        found[name] = InnerSplit(dimension, (1,) * parts, group)
     return found
 
 

@@ -8,7 +8,7 @@
     join       all-gather        | own part          out of it, to equal copies
     gather_rows, scatter_rows    gather and scatter along dimension 0, of uneven parts
 
-(forward | backward). Sequences are split along dimension 1. All ranks of the group hold equal copies outside.
+(forward | backward). Sequences are split along the last dimension but one. All ranks of the group hold equal copies outside.
 
 Papers: Shoeybi et al., Megatron-LM, 2019; Korthikanti et al., MLSys 2023 (sequence parallelism).
 """
@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from stagewright.planner.errors import InvalidArgument
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,15 @@ class TensorGroup:
         self._count("all-reduce", 2 * _bytes(value))
 
     def all_gather(self, value: Tensor) -> Tensor:
-        """Return all parts one behind the other along dimension 1."""
+        """Return all parts one behind the other along the last dimension but one."""
         parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, value.contiguous(), group=self.group)
         self._count("all-gather", self.size * _bytes(value))
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=-2)
 
     def reduce_scatter(self, value: Tensor) -> Tensor:
-        """Return this rank's part, along dimension 1, of the sum over the group."""
-        parts = [part.contiguous() for part in value.chunk(self.size, dim=1)]
+        """Return this rank's part, along the last dimension but one, of the sum over the group."""
+        parts = [part.contiguous() for part in value.chunk(self.size, dim=-2)]
         result = torch.empty_like(parts[0])
         dist.reduce_scatter(result, parts, group=self.group)
         self._count("reduce-scatter", _bytes(value))
@@ -97,8 +99,14 @@ class TensorGroup:
         return result[: counts[self.index]]
 
     def part(self, value: Tensor) -> Tensor:
-        """Return this rank's part along dimension 1."""
-        return value.chunk(self.size, dim=1)[self.index].contiguous()
+        """Return this rank's part along the last dimension but one; raises InvalidArgument when it does not divide."""
+        if value.shape[-2] % self.size:
+            raise InvalidArgument(
+                f"{value.shape[-2]} positions do not divide by tp = {self.size}, which sp needs",
+                field="degrees.sp",
+                hint="take sp off, or a length that tp divides",
+            )
+        return value.chunk(self.size, dim=-2)[self.index].contiguous()
 
     def _count(self, operation: str, num_bytes: float) -> None:
         name = f"{operation}/{self.purpose}"

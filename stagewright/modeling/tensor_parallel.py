@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy as copy_of
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,24 +27,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import functional
 
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.tensor_collectives import TensorGroup, copy, gather, join, reduce, scatter, split
-from stagewright.modeling.tensor_plan import Role, tensor_plan
+from stagewright.modeling.tensor_families import ModuleSplit
+from stagewright.modeling.tensor_plan import is_within, tensor_plan
 from stagewright.modeling.weight_gradients import WeightGradientSink, linear_map
 from stagewright.planner.errors import InvalidArgument
 
 
 @dataclass(frozen=True)
 class InnerSplit:
-    """A parameter that a group splits along a dimension, each of the `parts` that lie along it apart.
+    """A parameter that a group splits along a dimension, each of the parts that lie along it apart.
 
-    `copies` neighbours in the group hold the same.
+    `parts` are their relative sizes; `copies` neighbours in the group hold the same.
     """
 
     dimension: int
-    parts: int
+    parts: tuple[int, ...]
     group: TensorGroup
     copies: int = 1
 
@@ -62,8 +63,8 @@ class InnerSplit:
         """Return the value whole; every rank of the group calls this."""
         pieces = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(self.group.size)]
         dist.all_gather(pieces, value.contiguous(), group=self.group.group)
-        split = [piece.chunk(self.parts, dim=self.dimension) for piece in pieces[:: self.copies]]
-        return torch.cat([row[part] for part in range(self.parts) for row in split], dim=self.dimension)
+        split = [self.pieces(piece) for piece in pieces[:: self.copies]]
+        return torch.cat([row[part] for part in range(len(self.parts)) for row in split], dim=self.dimension)
 
     def part(self, value: Tensor) -> Tensor:
         """Return this rank's part of a whole value."""
@@ -71,8 +72,17 @@ class InnerSplit:
 
     def views(self, whole: Tensor, index: int) -> list[Tensor]:
         """Return the places in a whole value that belong to a rank of the group, each of the parts'."""
-        parts = whole.chunk(self.parts, dim=self.dimension)
-        return [part.chunk(self.factor, dim=self.dimension)[index // self.copies] for part in parts]
+        return [part.chunk(self.factor, dim=self.dimension)[index // self.copies] for part in self.pieces(whole)]
+
+    def pieces(self, value: Tensor) -> tuple[Tensor, ...]:
+        """Return the parts of a value, whole or of one rank, in views of it."""
+        unit = value.shape[self.dimension] // sum(self.parts)
+        return torch.split(value, [unit * size for size in self.parts], dim=self.dimension)
+
+    def divides(self, size: int) -> bool:
+        """Whether the group splits each part of so many evenly."""
+        unit, rest = divmod(size, sum(self.parts))
+        return not rest and all(unit * part % self.factor == 0 for part in self.parts)
 
 
 @dataclass
@@ -83,6 +93,7 @@ class TensorShards:
     ----------
     group : the group; None when nothing is split.
     dimensions : split dimension of each split parameter, by its id.
+    parts : relative sizes of what lies one behind the other along it, where there are several, by the parameter's id.
     groups : the group of a parameter that another group splits (experts), by its id.
     partial : ids of parameters whose gradients are sums over the group, because each rank sees a part of the sequence.
     inner : how another group splits what `dimensions` leaves of a parameter (the tensors of an expert), by its id.
@@ -91,6 +102,7 @@ class TensorShards:
 
     group: TensorGroup | None = None
     dimensions: dict[int, int] = field(default_factory=dict)
+    parts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     groups: dict[int, TensorGroup] = field(default_factory=dict)
     partial: set[int] = field(default_factory=set)
     inner: dict[int, InnerSplit] = field(default_factory=dict)
@@ -108,9 +120,7 @@ class TensorShards:
         """Return how a group splits the tensors in a parameter; None where each is whole, as an expert's on its rank."""
         if id(parameter) in self.inner:
             return self.inner[id(parameter)]
-        if self.group is None or id(parameter) not in self.dimensions or id(parameter) in self.groups:
-            return None
-        return InnerSplit(self.dimensions[id(parameter)], 1, self.group, self.num_copies(parameter))
+        return None if id(parameter) in self.groups else self._outer(parameter)
 
     def dividing(self, parameter: Tensor) -> list[TensorGroup]:
         """Return the groups over whose ranks the elements of a parameter are divided."""
@@ -127,20 +137,23 @@ class TensorShards:
         """Return a parameter-shaped value whole; every rank of the groups calls this."""
         if id(parameter) in self.inner:
             value = self.inner[id(parameter)].whole(value)
-        dimension, group = self.dimensions.get(id(parameter)), self.group_of(parameter)
-        if group is None or dimension is None:
-            return value
-        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(group.size)]
-        dist.all_gather(parts, value.contiguous(), group=group.group)
-        return torch.cat(parts[:: self.num_copies(parameter)], dim=dimension)
+        outer = self._outer(parameter)
+        return value if outer is None else outer.whole(value)
 
     def part(self, value: Tensor, parameter: Tensor) -> Tensor:
         """Return this rank's part of a whole value."""
-        dimension, group = self.dimensions.get(id(parameter)), self.group_of(parameter)
-        if group is not None and dimension is not None:
-            copies = self.num_copies(parameter)
-            value = value.chunk(group.size // copies, dim=dimension)[group.index // copies]
+        outer = self._outer(parameter)
+        if outer is not None:
+            value = outer.part(value)
         return self.inner[id(parameter)].part(value) if id(parameter) in self.inner else value
+
+    def _outer(self, parameter: Tensor) -> InnerSplit | None:
+        """Return how `dimensions` has a group split a parameter."""
+        group = self.group_of(parameter)
+        if group is None or id(parameter) not in self.dimensions:
+            return None
+        parts = self.parts.get(id(parameter), (1,))
+        return InnerSplit(self.dimensions[id(parameter)], parts, group, self.num_copies(parameter))
 
 
 def parallelize(
@@ -164,33 +177,37 @@ def parallelize(
     InvalidArgument : when the model has no tensor plan, or a size does not divide by the group's.
     """
     held = [chain.layers[index] for index in indices]
-    inside = tuple(path for layer in held for path in layer.modules)
+    inside = [path for layer in held for path in layer.modules]
     plan = {
-        path: role
-        for path, role in tensor_plan(chain.model).items()
-        if any(path == part or path.startswith(f"{part}.") for part in inside)
-        and (vocabulary_parallel or role != "vocabulary")
+        path: how
+        for path, how in tensor_plan(chain.model).items()
+        if is_within(path, inside) and (vocabulary_parallel or how.role != "vocabulary")
     }
     _check_heads(chain.model, group.size)
-    splitter = _Splitter(chain.model, group, sink, sequence_parallel, sharing, loss_elsewhere)
-    for path, role in plan.items():
-        splitter.split_module(path, role)
-    splitter.hook_entrances(plan, inside)
+    blocks = [path for layer in held if layer.kind == "block" for path in layer.modules]
+    region = tuple(blocks) if sequence_parallel else ()
+    splitter = _Splitter(chain.model, group, sink, region, sharing, loss_elsewhere)
+    for path, how in plan.items():
+        splitter.split_module(path, how)
+    splitter.hook_entrances(plan)
     if sequence_parallel:
         _hook_region(chain, set(indices), group)
-        splitter.mark_partial([layer.name for layer in held if layer.kind == "block"])
+        splitter.mark_partial(blocks)
     return splitter.shards
 
 
 class _Splitter:
-    """Splits modules one by one and keeps the record."""
+    """Splits modules one by one and keeps the record.
+
+    `region` are the layers between whose modules the sequence is split.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         group: TensorGroup,
         sink: WeightGradientSink,
-        sequence_parallel: bool,
+        region: tuple[str, ...],
         sharing: TensorGroup | None,
         loss_elsewhere: bool,
     ) -> None:
@@ -201,78 +218,133 @@ class _Splitter:
         self._model = model
         self._group = group
         self._sink = sink
-        self._sequence_parallel = sequence_parallel
+        self._region = region
         self._split: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # by the old one's id: old, new
 
-    def split_module(self, path: str, role: Role) -> None:
-        """Split one module's parameters and give it the forward of its role."""
-        module = self._model.get_submodule(path)
-        if role == "vocabulary" and isinstance(module, nn.Embedding):
-            self._split_parameter(path, module, "weight", 0)
-            module.forward = partial(_embed, module, self._group)
+    def split_module(self, path: str, how: ModuleSplit) -> None:
+        """Split one module's parameters, give it the forward of its role, and let it know what is left of its numbers."""
+        if how.role == "heads":
+            self._split_heads(path)
             return
-        if not isinstance(module, nn.Linear):
+        module = self._model.get_submodule(path)
+        for name in how.counts:
+            _divide_count(path, module, name, self._group.size)
+        if how.head_arguments:
+            hook = partial(_own_heads, how.head_arguments, self._num_heads(), self._group)
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+        if how.role == "vocabulary" and isinstance(module, nn.Embedding):
+            self._split_parameter(path, module, "weight", 0)
+            padding = None if module.padding_idx is None else module.padding_idx - self._first_row(module)
+            # Its row has no gradient; the others' ranks have none such.
+            module.padding_idx = padding if padding is not None and 0 <= padding < module.weight.shape[0] else None
+            module.forward = partial(_embed, module, module.forward, self._first_row(module), self._group)
+        elif how.role == "norm":
+            self._split_norm(path, module)
+        elif how.role == "shared":
+            self.mark_partial([path])
+        elif how.role == "latent" and not self._is_in_region(path):
+            module.register_forward_hook(partial(_latent, self._model.config.qk_rope_head_dim, self._group))
+        elif how.role in ("column", "row", "vocabulary"):
+            self._split_linear(path, module, how)
+
+    def _split_linear(self, path: str, module: nn.Module, how: ModuleSplit) -> None:
+        if not is_linear(module):
             raise InvalidArgument(
                 f"{path!r} is {type(module).__name__}, tensor parallelism splits nn.Linear", field="degrees.tp"
             )
-        sharing = self._sharing if role == "column" and self._is_key_value(path, module) else None
-        self._split_parameter(path, module, "weight", 1 if role == "row" else 0, sharing)
-        if role == "row":
-            leave = scatter if self._sequence_parallel else reduce
+        features, parts = linear_features(module), tuple(int(part) for part in how.parts)
+        sharing = self._sharing if how.role == "column" and self._is_key_value(path, features) else None
+        dimension = weight_dimension(module, of_inputs=how.role == "row")
+        self._split_parameter(path, module, "weight", dimension, sharing, parts)
+        if how.role == "row":
+            leave = scatter if self._is_in_region(path) else reduce
             module.forward = partial(_row, module, self._group, self._sink, leave)
             return
-        self._split_parameter(path, module, "bias", 0, sharing)
+        self._split_parameter(path, module, "bias", 0, sharing, parts)
         forward: Callable[[Tensor], Tensor] = partial(_column, module, self._sink)
         module.forward = forward
-        if role == "vocabulary":
+        if how.role == "vocabulary":
             joined = (lambda local: local) if self._loss_elsewhere else split_logits(self._group, module.weight.device)
             module.forward = partial(_head, forward, self._group, joined)
 
-    def _is_key_value(self, path: str, module: nn.Linear) -> bool:
-        """Whether a column layer makes keys or values; lets its attention know how many queries share a head here."""
+    def _split_heads(self, path: str) -> None:
+        """Split the tensors of a module, or one parameter, that have an entry a head."""
+        owner, _, name = path.rpartition(".")
+        module = dict(self._model.named_modules()).get(path)
+        if module is None:
+            self._split_parameter(owner, self._model.get_submodule(owner), name, 0)
+            return
+        for parameter in module._parameters:
+            size = module._parameters[parameter].shape[0]
+            sharing = self._sharing if size == num_key_value_heads(self._model) else None
+            self._split_parameter(path, module, parameter, int(isinstance(module, nn.Embedding)), sharing)
+
+    def _split_norm(self, path: str, module: nn.Module) -> None:
+        sharing = self._sharing if self._is_key_value(path, module.weight.shape[0]) else None
+        self._split_parameter(path, module, "weight", 0, sharing)
+        module.forward = partial(_norm, module, self._group)
+
+    def _first_row(self, module: nn.Embedding) -> int:
+        """Return the row of the whole embedding that is the first of this rank's part."""
+        return self._group.index * int(module.weight.shape[0])
+
+    def _is_in_region(self, path: str) -> bool:
+        return is_within(path, self._region)
+
+    def _num_heads(self) -> int:
+        return int(self._model.config.num_attention_heads)
+
+    def _is_key_value(self, path: str, features: int) -> bool:
+        """Whether so many are those of keys or values; lets their attention know how many queries share a head here."""
         owner = self._model.get_submodule(path.rpartition(".")[0])
         size, count = getattr(owner, "head_dim", None), num_key_value_heads(self._model)
-        if self._sharing is None or not isinstance(size, int) or module.out_features != size * (count or 0):
+        if self._sharing is None or not isinstance(size, int) or features != size * (count or 0):
             return False
         if id(owner) not in self._regrouped and isinstance(getattr(owner, "num_key_value_groups", None), int):
             self._regrouped.add(id(owner))
             owner.num_key_value_groups //= self._sharing.size
         return True
 
-    def hook_entrances(self, plan: Mapping[str, Role], layers: Iterable[str]) -> None:
+    def hook_entrances(self, plan: Mapping[str, ModuleSplit]) -> None:
         """Let column layers communicate at their entrance, those that share an input once.
 
         With sequence parallelism the whole sequence has to be there where shapes are read from it: at the entrance of
         the module that holds the column layers.
         """
-        columns = [path for path, role in plan.items() if role == "column"]
-        if not self._sequence_parallel:
-            entrance = _Entrance(copy, self._group)
-            for path in columns:
-                self._model.get_submodule(path).register_forward_pre_hook(entrance)
-            for path in (path for path, role in plan.items() if role == "row"):
-                self._model.get_submodule(path).register_forward_pre_hook(entrance.forget)
-            return
-        holders = dict.fromkeys(column.rpartition(".")[0] for column in columns)
-        for path in holders:
-            if path in layers:
+        columns = [path for path, how in plan.items() if how.role == "column"]
+        entrance = _Entrance(copy, self._group)
+        for path in (path for path in columns if not self._is_in_region(path)):
+            self._model.get_submodule(path).register_forward_pre_hook(entrance)
+        for path in (path for path, how in plan.items() if how.role == "row"):
+            self._model.get_submodule(path).register_forward_pre_hook(entrance.forget)
+        gathered = (path for path in columns if self._is_in_region(path))
+        holders = (path if plan[path].at_positions else path.rpartition(".")[0] for path in gathered)
+        for path in dict.fromkeys(holders):
+            if path in self._region:
                 raise InvalidArgument(
                     f"sequence parallelism needs the column layers of {path!r} in a module of their own",
                     field="degrees.sp",
                     hint="put attention and feed-forward network into modules, or take sp off",
                 )
-            module = self._model.get_submodule(path)
-            module.register_forward_pre_hook(partial(_enter, gather, self._group), with_kwargs=True)
+            whole = plan[path].whole_arguments if path in plan else ()
+            hook = partial(_enter, gather, self._group, whole)
+            self._model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
 
-    def mark_partial(self, blocks: list[str]) -> None:
-        """Take note of the parameters that are used on a part of the sequence: all in blocks that are not split."""
-        for path in blocks:
+    def mark_partial(self, paths: Iterable[str]) -> None:
+        """Take note of the parameters in modules whose gradients are sums: all that are not split."""
+        for path in paths:
             for parameter in self._model.get_submodule(path).parameters():
                 if id(parameter) not in self.shards.dimensions:
                     self.shards.partial.add(id(parameter))
 
     def _split_parameter(
-        self, path: str, module: nn.Module, name: str, dimension: int, sharing: TensorGroup | None = None
+        self,
+        path: str,
+        module: nn.Module,
+        name: str,
+        dimension: int,
+        sharing: TensorGroup | None = None,
+        parts: tuple[int, ...] = (1,),
     ) -> None:
         parameter = module._parameters.get(name)
         if parameter is None or parameter.is_meta:
@@ -282,18 +354,20 @@ class _Splitter:
             return
         if id(parameter) in self.shards.dimensions:
             return
-        size, copies = parameter.shape[dimension], 1 if sharing is None else sharing.size
-        parts = self._group.size // copies
-        if size % parts:
+        size = parameter.shape[dimension]
+        split = InnerSplit(dimension, parts, self._group, 1 if sharing is None else sharing.size)
+        if not split.divides(size):
+            lying = "" if len(parts) == 1 else f" (in parts of {':'.join(map(str, parts))})"
             raise InvalidArgument(
-                f"{path}.{name} has {size} in dimension {dimension}, which {parts} ranks do not divide",
+                f"{path}.{name} has {size}{lying} in dimension {dimension}, which {split.factor} ranks do not divide",
                 field="degrees.tp",
                 hint="take a degree that divides it, or pad it",
             )
-        own = parameter.detach().chunk(parts, dim=dimension)[self._group.index // copies].clone()
-        made = nn.Parameter(own, requires_grad=parameter.requires_grad)
+        made = nn.Parameter(split.part(parameter.detach()).clone(), requires_grad=parameter.requires_grad)
         self._split[id(parameter)] = (parameter, made)
         self.shards.dimensions[id(made)] = dimension
+        if len(parts) > 1:
+            self.shards.parts[id(made)] = parts
         if sharing is not None:
             self.shards.shared[id(made)] = sharing
         module._parameters[name] = made
@@ -328,9 +402,33 @@ class _Entrance:
         self._last = None
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, or Hugging Face's Conv1D, whose weight is transposed."""
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def weight_dimension(module: nn.Module, *, of_inputs: bool) -> int:
+    """Return the dimension of a linear layer's weight along which its inputs or its outputs lie."""
+    return int(of_inputs != _is_transposed(module))
+
+
+def linear_features(module: nn.Module) -> int:
+    """Return the number of a linear layer's outputs."""
+    return int(module.weight.shape[weight_dimension(module, of_inputs=False)])
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
 def num_key_value_heads(model: nn.Module) -> int | None:
     """Return the key-value heads that the model's configuration tells of; None when it does not."""
-    heads = getattr(getattr(model, "config", None), "num_key_value_heads", None)
+    return _told_heads(model, "num_key_value_heads")
+
+
+def _told_heads(model: nn.Module, name: str) -> int | None:
+    config = getattr(model, "config", None)
+    heads = getattr(getattr(config, "text_config", config), name, None)
     return heads if isinstance(heads, int) else None
 
 
@@ -341,8 +439,8 @@ def key_value_copies(model: nn.Module, size: int) -> int:
 
 
 def _check_heads(model: nn.Module, size: int) -> None:
-    heads, pairs = getattr(getattr(model, "config", None), "num_attention_heads", None), num_key_value_heads(model)
-    if isinstance(heads, int) and heads % size:
+    heads, pairs = _told_heads(model, "num_attention_heads"), num_key_value_heads(model)
+    if heads is not None and heads % size:
         raise InvalidArgument(
             f"the model has {heads} num_attention_heads, which tp = {size} does not divide", field="degrees.tp"
         )
@@ -353,18 +451,65 @@ def _check_heads(model: nn.Module, size: int) -> None:
         )
 
 
-def _column(module: nn.Linear, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
-    return linear_map(inputs, module.weight, module.bias, sink)
+def _divide_count(path: str, module: nn.Module, name: str, size: int) -> None:
+    """Divide a number that a module keeps; one in an object that it shares with others, in a copy of that object."""
+    owner: object = module
+    place, _, last = name.rpartition(".")
+    if place:
+        owner = copy_of(getattr(module, place))
+        setattr(module, place, owner)
+    value = getattr(owner, last)
+    if value % size:
+        raise InvalidArgument(f"{path}.{name} is {value}, which tp = {size} does not divide", field="degrees.tp")
+    setattr(owner, last, value // size)
+
+
+def _own_heads(
+    names: tuple[str, ...],
+    num_heads: int,
+    group: TensorGroup,
+    module: nn.Module,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Keep this rank's heads of arguments: of [samples, heads, ...], or of [samples times heads, ...] in three dimensions."""
+
+    def own(value: Tensor) -> Tensor:
+        if value.dim() == 3:
+            return own(value.unflatten(0, (-1, num_heads))).flatten(0, 1)
+        return value.chunk(group.size, dim=1)[group.index] if value.shape[1] == num_heads else value
+
+    return args, {
+        name: own(value) if name in names and isinstance(value, Tensor) else value for name, value in kwargs.items()
+    }
+
+
+def _latent(num_shared: int, group: TensorGroup, module: nn.Module, args: object, output: Tensor) -> Tensor:
+    """Let the key at the end of a latent, which all heads share, enter; what is before it enters at the next columns."""
+    latent, key = output.split([output.shape[-1] - num_shared, num_shared], dim=-1)
+    return torch.cat((latent, copy(key, group)), dim=-1)
+
+
+def _norm(module: nn.Module, group: TensorGroup, inputs: Tensor) -> Tensor:
+    """Return the root-mean-square norm of features that the group splits; every part is on equally many ranks."""
+    wide = inputs.float()
+    squares = copy(reduce(wide.pow(2).sum(-1, keepdim=True), group), group) / (inputs.shape[-1] * group.size)
+    normed = wide * torch.rsqrt(squares + module.variance_epsilon)
+    return (module.weight * normed).to(inputs.dtype)
+
+
+def _column(module: nn.Module, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
+    return linear_map(inputs, module.weight, module.bias, sink, transposed=_is_transposed(module))
 
 
 def _row(
-    module: nn.Linear,
+    module: nn.Module,
     group: TensorGroup,
     sink: WeightGradientSink,
     leave: Callable[[Tensor, TensorGroup], Tensor],
     inputs: Tensor,
 ) -> Tensor:
-    output = leave(linear_map(inputs, module.weight, None, sink), group)
+    output = leave(linear_map(inputs, module.weight, None, sink, transposed=_is_transposed(module)), group)
     return output if module.bias is None else output + module.bias
 
 
@@ -383,24 +528,29 @@ def split_logits(group: TensorGroup, device: torch.device) -> Callable[[Tensor],
     return lambda local: DTensor.from_local(local, mesh, [Shard(local.dim() - 1)], run_check=False)
 
 
-def _embed(module: nn.Embedding, group: TensorGroup, tokens: Tensor) -> Tensor:
-    first = group.index * module.weight.shape[0]
+def _embed(
+    module: nn.Embedding, forward: Callable[[Tensor], Tensor], first: int, group: TensorGroup, tokens: Tensor
+) -> Tensor:
+    """Return the sum of what the ranks make of the tokens whose rows they hold, from row `first` on."""
     local = tokens - first
     absent = (local < 0) | (local >= module.weight.shape[0])
-    padding = None if module.padding_idx is None else module.padding_idx - first  # whose row has no gradient
-    held = padding if padding is not None and 0 <= padding < module.weight.shape[0] else None
-    found = functional.embedding(local.masked_fill(absent, 0), module.weight, held)
+    found = forward(local.masked_fill(absent, 0))
     return reduce(found.masked_fill(absent[..., None], 0.0), group)
 
 
 def _enter(
     enter: Callable[[Tensor, TensorGroup], Tensor],
     group: TensorGroup,
+    whole: tuple[str, ...],
     module: nn.Module,
     args: tuple[object, ...],
     kwargs: dict[str, object],
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Change the first tensor among a module's arguments."""
+    """Change the first tensor among a module's arguments, and let those named in `whole` enter as they are."""
+    kwargs = {
+        name: copy(value, group) if name in whole and isinstance(value, Tensor) else value
+        for name, value in kwargs.items()
+    }
     if args and isinstance(args[0], Tensor):
         return (enter(args[0], group), *args[1:]), kwargs
     for name, value in kwargs.items():
@@ -410,10 +560,11 @@ def _enter(
 
 
 def _hook_region(chain: LayerChain, held: set[int], group: TensorGroup) -> None:
-    """Split the sequence at the entrance of the first block, join it at the entrance of what follows the last."""
-    blocks = [index for index, layer in enumerate(chain.layers) if layer.kind == "block"]
-    first, after = blocks[0], blocks[-1] + 1
-    for index, change in ((first, split), (after, join)):
-        if index in held and chain.layers[index].modules:
+    """Split the sequence at the entrance of the first block of a row, join it at the entrance of what follows the last."""
+    blocks = [layer.kind == "block" for layer in chain.layers]
+    for index in range(chain.num_layers):
+        before = index > 0 and blocks[index - 1]
+        if blocks[index] != before and index in held and chain.layers[index].modules:
+            change = split if blocks[index] else join
             module = chain.model.get_submodule(chain.layers[index].modules[0])
-            module.register_forward_pre_hook(partial(_enter, change, group), with_kwargs=True)
+            module.register_forward_pre_hook(partial(_enter, change, group, ()), with_kwargs=True)

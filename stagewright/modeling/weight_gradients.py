@@ -91,9 +91,11 @@ def defer_weight_gradients(model: nn.Module, sink: WeightGradientSink) -> int:
     return count
 
 
-def linear_map(inputs: Tensor, weight: Tensor, bias: Tensor | None, sink: WeightGradientSink) -> Tensor:
-    """Return x A^T + b with weight gradients that the sink may defer."""
-    return _Linear.apply(in_autocast_type(inputs), weight, bias, sink, False)
+def linear_map(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, sink: WeightGradientSink, *, transposed: bool = False
+) -> Tensor:
+    """Return x A^T + b, where `transposed` x A + b, with weight gradients that the sink may defer."""
+    return _Linear.apply(in_autocast_type(inputs), weight, bias, sink, transposed)
 
 
 def _linear(module: nn.Linear, sink: WeightGradientSink, input: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ def _linear(module: nn.Linear, sink: WeightGradientSink, input: Tensor) -> Tenso
 
 def _conv1d(module: nn.Module, sink: WeightGradientSink, x: Tensor) -> Tensor:
     """Hugging Face's Conv1D: a linear layer with a transposed weight."""
-    return _Linear.apply(in_autocast_type(x), module.weight, module.bias, sink, True)
+    return linear_map(x, module.weight, module.bias, sink, transposed=True)
 
 
 def _convolution(module: nn.Conv2d, sink: WeightGradientSink, input: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class SplitTensor:
         shape = self._along.whole_shape(local.shape)
         rows = part.new_zeros(shape)
         views = self._along.views(rows, self.split.group.index)
-        for view, own in zip(views, local.chunk(self.split.parts, self._along.dimension), strict=True):
+        for view, own in zip(views, self._along.pieces(local), strict=True):
             view.copy_(own)
         return rows.view(-1, shape[-1])
 

@@ -33,8 +33,9 @@ from stagewright.modeling.batch import Batch
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.tensor_collectives import TensorGroup
+from stagewright.modeling.tensor_families import Role
 from stagewright.modeling.tensor_parallel import TensorShards, key_value_copies, parallelize
-from stagewright.modeling.tensor_plan import Role, tensor_plan
+from stagewright.modeling.tensor_plan import is_within, tensor_plan
 from stagewright.modeling.vocabulary_loss import vocabulary_loss
 from stagewright.modeling.weight_gradients import WeightGradientSink
 from stagewright.planner.documents.plan import Degrees, Plan
@@ -233,7 +234,9 @@ def _shard_steps(chain: LayerChain, degrees: Degrees) -> Iterator[Step]:
             f"{degrees.tp} ranks share key-value heads, which primitives of modules do not express", field="degrees.tp"
         )
     roles = {
-        path: role for path, role in tensor_plan(chain.model).items() if role != "vocabulary" or degrees.vocab_parallel
+        path: split.role
+        for path, split in tensor_plan(chain.model).items()
+        if split.role is not None and (split.role != "vocabulary" or degrees.vocab_parallel)
     }
     for layers in _together(chain, roles, degrees):
         texts = [
@@ -245,9 +248,13 @@ def _shard_steps(chain: LayerChain, degrees: Degrees) -> Iterator[Step]:
             yield Step("shard", layers, tuple(texts))
 
 
-def _texts(path: str, role: Role) -> tuple[str, str]:
+def _texts(path: str, role: Role) -> tuple[str, ...]:
     if role == "row":
         return f'["{path}"].shard("weight", axis=1)', f'["{path}"].sync("forward", "all-reduce")'
+    if role in ("shared", "latent"):
+        return (f'["{path}"].sync("backward", "all-reduce")',)
+    if role == "heads":
+        return (f'["{path}"].shard("heads", axis=0)',)
     names = '["weight", "bias"]' if role == "column" else '"weight"'
     when = "backward" if role == "column" else "forward"
     return f'["{path}"].shard({names}, axis=0)', f'["{path}"].sync("{when}", "all-reduce")'
@@ -255,7 +262,7 @@ def _texts(path: str, role: Role) -> tuple[str, str]:
 
 def _inside(chain: LayerChain, layer: int, roles: dict[str, Role]) -> list[str]:
     parts = chain.layers[layer].modules
-    return [path for path in roles if any(path == part or path.startswith(f"{part}.") for part in parts)]
+    return [path for path in roles if is_within(path, parts)]
 
 
 def _together(chain: LayerChain, roles: dict[str, Role], degrees: Degrees) -> list[tuple[int, ...]]:

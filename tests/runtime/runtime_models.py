@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from model_types import VOCABULARY, model_of_type
 from torch import nn
 from torch.nn import functional
 
-VOCABULARY, LENGTH = 36, 8
+from stagewright.modeling.guessed_batch import guessed_batch
+
+LENGTH = 8
 
 
 class TinyAttention(nn.Module):
@@ -266,8 +269,12 @@ def halving(step: int) -> float:
 
 
 def hugging_face(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A tiny Hugging Face model with random weights, and eight samples for it."""
+    """A tiny Hugging Face model with random weights, and eight samples for it; `type/...` is one of `model_types`."""
     import transformers
+
+    if name.startswith("type/"):
+        model = model_of_type(name.removeprefix("type/"))
+        return model, guessed_batch(model, 8, LENGTH)
 
     torch.manual_seed(7)
     generator = torch.Generator().manual_seed(9)

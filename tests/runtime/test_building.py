@@ -44,11 +44,11 @@ def test_a_configuration_is_built_cut_and_fed_like_any_model(config):
 def test_split_tensors_of_a_model_that_does_not_say_how_are_refused_before_a_rank_starts(tmp_path):
     path = tmp_path / "config.json"
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 36, "bos_token_id": 0, "eos_token_id": 0}
-    path.write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **sizes}))
+    path.write_text(json.dumps({"model_type": "openai-gpt", "architectures": ["OpenAIGPTLMHeadModel"], **sizes}))
     chain = split(huggingface_model(str(path)))
     profile = profile_of(chain)
     refuse_other_layers(str(path), profile, plan_of(chain, profile, "1f1b", 2, 2))
-    with pytest.raises(InvalidArgument, match="GPT2LMHeadModel has no tensor-parallel plan"):
+    with pytest.raises(InvalidArgument, match="OpenAIGPTLMHeadModel has no tensor-parallel plan"):
         refuse_other_layers(str(path), profile, plan_of(chain, profile, "1f1b", 2, 2, degrees=Degrees(tp=2)))
 
 

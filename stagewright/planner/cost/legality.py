@@ -1,7 +1,8 @@
 """Which degrees a model allows: divisibility of heads, experts, vocabulary, sequence, batch and devices.
 
 Each rule answers with both numbers and the way out, or with None. Keys and values may be fewer than the tensor degree
-if they divide it: each device then holds one whole head, replicated.
+if they divide it: each device then holds one whole head, replicated; not where queries, keys and values are one
+projection (Falcon, Phi-3, DBRX).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def split_legality(profile: ModelProfile, job: TrainingJob, degrees: Degrees, mi
     return (
         _tensor(architecture, degrees)
         or _sequence(architecture, job, degrees)
+        or _own_tokens(profile, degrees)
         or _experts(architecture, degrees)
         or _expert_layers(profile, degrees)
         or _measured(profile, job, degrees, microbatch)
@@ -64,6 +66,11 @@ def _tensor(architecture: Architecture, degrees: Degrees) -> str | None:
     heads, kv_heads = architecture.num_heads, architecture.num_kv_heads
     if heads and heads % tp:
         return f"{heads} attention heads do not divide by tp {tp}"
+    if kv_heads and kv_heads % tp and architecture.fused_kv_heads:
+        return (
+            f"{kv_heads} key-value heads do not divide by tp {tp}: one projection makes queries, keys and values, "
+            "in which no head is held by several devices"
+        )
     if kv_heads and kv_heads % tp and tp % kv_heads:
         return f"{kv_heads} key-value heads neither divide by tp {tp} nor divide it"
     for name, size in (("feed-forward size", architecture.ffn_size), ("hidden size", architecture.hidden_size)):
@@ -95,6 +102,20 @@ def _sequence(architecture: Architecture, job: TrainingJob, degrees: Degrees) ->
         kv_heads = max(1, (architecture.num_kv_heads or architecture.num_heads) // degrees.tp)
         if heads % u or kv_heads % u:
             return f"ulysses {u} needs to divide the {heads} heads and {kv_heads} key-value heads that tp {degrees.tp} leaves"
+    return None
+
+
+def _own_tokens(profile: ModelProfile, degrees: Degrees) -> str | None:
+    """Return the first layer whose own number of tokens (an image's patches) sequence parallelism does not divide."""
+    if not degrees.sp:
+        return None
+    for name, layer in profile.classes.items():
+        for operator in layer.operators if layer.kind == "block" else ():
+            if operator.tokens_per_sample % degrees.tp:
+                return (
+                    f"the {operator.tokens_per_sample} tokens of layer class {name!r} do not divide by tp {degrees.tp}, "
+                    "which sp needs"
+                )
     return None
 
 

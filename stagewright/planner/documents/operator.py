@@ -78,7 +78,7 @@ class Architecture(Part):
     """Sizes that legality and the analytic model need; a field that does not apply is 0 or None.
 
     `kv_lora_rank` is above 0 for multi-head latent attention; `num_predicted_tokens` counts multi-token prediction
-    layers beyond the usual next token.
+    layers beyond the usual next token; `fused_kv_heads` tells of one projection that makes queries, keys and values.
     """
 
     family: str = "decoder"
@@ -86,6 +86,7 @@ class Architecture(Part):
     num_layers: Index = 0
     num_heads: Index = 0
     num_kv_heads: Index = 0
+    fused_kv_heads: bool = False
     head_size: Index = 0
     ffn_size: Index = 0
     vocab_size: Index = 0

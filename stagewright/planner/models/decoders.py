@@ -61,6 +61,7 @@ class DecoderShape:
             num_layers=sum(run.count for run in self.runs),
             num_heads=attention.num_heads,
             num_kv_heads=attention.num_kv_heads,
+            fused_kv_heads=attention.fused,
             head_size=attention.head_size,
             ffn_size=split_size,
             vocab_size=self.embedding.vocab_size,
@@ -371,7 +372,10 @@ def _phi(fields: ConfigFields) -> DecoderShape:
 
 
 def _phi3(fields: ConfigFields) -> DecoderShape:
-    return _windowed(fields, _llama(fields))
+    shape = _llama(fields)
+    run = shape.runs[0]
+    block = replace(run.shape, attention=replace(run.shape.attention, fused=True))
+    return _windowed(fields, replace(shape, runs=(replace(run, shape=block),)))
 
 
 def _gptj(fields: ConfigFields) -> DecoderShape:
@@ -457,7 +461,7 @@ def _falcon(fields: ConfigFields) -> DecoderShape:
     bias = fields.flag("bias", False)
     head_size = fields.require_divides("hidden_size", hidden, "num_attention_heads", heads)
     block = BlockShape(
-        attention=AttentionShape(hidden, heads, kv_heads, head_size, qkv_bias=bias, output_bias=bias),
+        attention=AttentionShape(hidden, heads, kv_heads, head_size, qkv_bias=bias, output_bias=bias, fused=True),
         feed_forward=FeedForwardShape(
             hidden, fields.size("ffn_hidden_size", default=4 * hidden), gated=False, bias=bias
         ),
@@ -531,7 +535,7 @@ def _dbrx(fields: ConfigFields) -> DecoderShape:
     heads = fields.size("n_heads")
     attention_fields, experts_fields = fields.part("attn_config"), fields.part("ffn_config")
     head_size = fields.require_divides("d_model", hidden, "n_heads", heads)
-    attention = AttentionShape(hidden, heads, attention_fields.size("kv_n_heads", default=heads), head_size)
+    attention = AttentionShape(hidden, heads, attention_fields.size("kv_n_heads", default=heads), head_size, fused=True)
     size = experts_fields.size("ffn_hidden_size")
     experts = ExpertShape(experts_fields.size("moe_num_experts"), experts_fields.size("moe_top_k"), size)
     block = BlockShape(

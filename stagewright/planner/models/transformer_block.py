@@ -38,7 +38,10 @@ class LatentShape:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Sizes of an attention; `cross` attends to another sequence, whose projections of keys and values are its own."""
+    """Sizes of an attention; `cross` attends to another sequence, whose projections of keys and values are its own.
+
+    `fused` says that one projection makes queries, keys and values.
+    """
 
     hidden: int
     num_heads: int
@@ -54,6 +57,7 @@ class AttentionShape:
     materialised: bool = False
     dropout: bool = False
     cross: bool = False
+    fused: bool = False
     num_extra_parameters: int = 0
 
     @property

@@ -17,6 +17,7 @@ from stagewright.planner.documents import (
 )
 from stagewright.planner.documents.cluster import EfficiencyPoint
 from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.models.hugging_face import profile_from_config
 
 A100 = "a100-sxm-80g:8x2"
 
@@ -170,6 +171,26 @@ def test_keys_and_values_may_be_fewer_than_the_tensor_degree():
     assert found.legality(Degrees(tp=16, vocab_parallel=True), 1) is None
     wide, narrow = found.table(Degrees(tp=16), 1), found.table(Degrees(tp=8), 1)
     assert wide.dense_parameters[1] > narrow.dense_parameters[1] / 2, "key-value projections are replicated"
+
+
+@pytest.mark.parametrize(
+    ("config", "tp"),
+    [
+        ({"model_type": "falcon", "hidden_size": 64, "num_attention_heads": 8, "multi_query": True}, 2),
+        ({"model_type": "phi3", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}, 4),
+    ],
+)
+def test_keys_and_values_in_one_projection_with_queries_are_held_once(config, tp):
+    sizes = {"num_hidden_layers": 2, "vocab_size": 128, "intermediate_size": 128, "max_position_embeddings": 64}
+    found = model(profile_from_config({**sizes, **config}, "small"), 64)
+    assert f"key-value heads do not divide by tp {tp}: one projection" in found.legality(Degrees(tp=tp), 1)
+    assert found.legality(Degrees(tp=tp // 2), 1) is None
+
+
+def test_an_image_whose_tokens_do_not_divide_is_not_split_along_them():
+    found = model(resolve_model("vit-l-16"), 1024)
+    assert "the 197 tokens of layer class 'block' do not divide by tp 2" in found.legality(Degrees(tp=2, sp=True), 1)
+    assert found.legality(Degrees(tp=2), 1) is None
 
 
 def test_a_vocabulary_that_does_not_divide_names_the_padded_one():
