@@ -29,6 +29,7 @@ import numpy as np
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS, is_matrix
 from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.cost.memory_actions import offloaded_elements
+from stagewright.planner.documents.operator import Operator
 from stagewright.planner.documents.plan import Degrees, Plan
 from stagewright.planner.documents.profile import LayerClass, ModelProfile, Recompute
 from stagewright.planner.layerwise import Gather
@@ -98,7 +99,7 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     Under sequence parallelism the sequence is split at the first block and joined behind the last, which gathers gradients
     at the one and values at the other; embedding and head lie outside and sum whole tensors. Parameters of blocks that
     tensor parallelism copies see a part of the sequence each, experts that nothing divides too, so their gradients are
-    summed: once an iteration, or before each scatter of ZeRO-2 and 3 (with masters of narrow weights in each of several pipelines too).
+    summed, as are those of norms of single heads without it: once an iteration, or before each scatter of ZeRO-2 and 3 (with masters of narrow weights in each of several pipelines too).
     So are those of keys and values whose heads are fewer than the devices. A loss on logits that are split by the vocabulary
     sums three numbers a token, in fp32 at least.
     """
@@ -130,9 +131,10 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
             _add(total, "all-reduce/tp" if summed and purpose == "tp" else name, sent)
         if layer in ends and kinds[layer] != "loss":
             _add(total, "all-gather/tp", float(row.table.output_bytes[blocks[0]]) * (degrees.tp - 1) * repeats * like)
-        if degrees.sp and kinds[layer] == "block":
-            copied = float(copied_parameters(profile.classes[profile.layer_classes[layer]]))
-            if degrees.expert_split == 1:
+        if kinds[layer] == "block":
+            known = profile.classes[profile.layer_classes[layer]]
+            copied = float(copied_parameters(known) if degrees.sp else summed_parameters(known))
+            if degrees.sp and degrees.expert_split == 1:
                 copied += float(row.table.expert_parameters[layer])
             size = copied * plan.job.optimizer.gradient_bytes
             _add(total, "all-reduce/tp", 2 * (degrees.tp - 1) / degrees.tp * size * devices * sums)
@@ -186,16 +188,19 @@ def _split_vectors(profile: ModelProfile, layer: LayerClass, tp: int) -> float:
     if layer.operators:
         heads = tp if profile.architecture is None else profile.architecture.num_kv_heads or tp
         return sum(
-            (operator.parameters - operator.output_features * operator.inner_features * operator.num_groups)
-            / (min(heads, tp) if "kv" in operator.split else tp)
+            (operator.parameters - _matrix_elements(operator)) / (min(heads, tp) if "kv" in operator.split else tp)
             for operator in layer.operators
-            if is_matrix(operator) and {"tp", "kv"} & set(operator.split)
+            if {"tp", "kv"} & set(operator.split)
         )
     dense = [tensor for tensor in layer.tensors if tensor.is_matrix and not tensor.of_experts]
     if not dense:
         return 0.0
     split = layer.parameters - layer.expert_parameters - copied_parameters(layer)
     return max(split - sum(tensor.num_elements * tensor.count for tensor in dense), 0.0) / tp
+
+
+def _matrix_elements(operator: Operator) -> int:
+    return operator.output_features * operator.inner_features * operator.num_groups if is_matrix(operator) else 0
 
 
 def _devices(plan: Plan, stage: int, samples: int) -> float:
@@ -218,6 +223,13 @@ def copied_parameters(layer: LayerClass) -> int:
     if not layer.operators:
         return layer.replicated_parameters
     return sum(op.parameters for op in layer.operators if not set(op.split) & {"tp", "kv", "vocab", "ep"})
+
+
+def summed_parameters(layer: LayerClass) -> int:
+    """Return the parameters of a layer that work on what tensor parallelism leaves a device, and are whole on each."""
+    if not layer.operators:
+        return layer.summed_parameters
+    return sum(operator.parameters for operator in layer.operators if operator.sums_gradients)
 
 
 @dataclass(frozen=True)

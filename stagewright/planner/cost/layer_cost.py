@@ -265,6 +265,9 @@ def operator_exchanges(
 ) -> list[Exchange]:
     """Return the collectives an operator issues, and the compute each may hide under."""
     found = _tensor_exchanges(operator, setting, options, forward_s, input_grad_s)
+    if operator.summed_features:
+        payload = setting.tokens(operator) * operator.summed_features * _SUM_BYTES
+        found += [Exchange(forward, "all-reduce", "tp", payload) for forward in (True, False)]
     if operator.kind == "attention" and setting.degrees.cp > 1:
         found += _context_exchanges(operator, setting, options, forward_s, input_grad_s)
     if operator.kind == "dispatch":
@@ -324,6 +327,7 @@ _SHAPES: dict[str, Callable[[RankGroups], GroupShape]] = {
     "etp": lambda groups: groups.etp,
     "dp": lambda groups: groups.replicas,
 }
+_SUM_BYTES = 4.0
 _LINK_NAMES = {"ulysses": "cp", "ring": "cp"}
 
 
@@ -381,8 +385,11 @@ def _expert_exchanges(operator: Operator, setting: Setting, options: CostOptions
     """Return dispatch and combine, forward and backward: 2 k cf bsh (e-1)/e elements each way (GShard).
 
     Each tensor-parallel device dispatches its share of the tokens; without sequence parallelism it holds them all, so the
-    results are gathered afterwards, and backwards the gradients of tokens and of their k routing weights.
+    results are gathered afterwards, and backwards the gradients of tokens and of their k routing weights. Where nobody
+    divides experts, each device runs them on the tokens that it has.
     """
+    if setting.degrees.expert_split == 1:
+        return []
     payload = routed_bytes(operator, setting, options)
     found = [Exchange(forward, "all-to-all", "ep", payload, times=2) for forward in (True, False)]
     if setting.degrees.tp > 1 and not setting.degrees.sp:

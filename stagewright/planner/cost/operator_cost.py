@@ -65,13 +65,19 @@ class Setting:
         return self.element_bytes if self.operand_bytes is None else self.operand_bytes
 
     def divisor(self, axes: Sequence[Axis]) -> float:
-        """Return the product of the degrees that `axes` name; routed experts divide by tp, whatever their shape."""
+        """Return the product of the degrees that `axes` name."""
         if "ep" in axes:
-            return float(self.degrees.tp)
+            return self.routed_divisor
         product = 1.0
         for axis in axes:
             product *= self._degree(axis)
         return product
+
+    @property
+    def routed_divisor(self) -> float:
+        """What divides the tokens of routed experts: tp, whatever their shape; nothing where each device runs whole ones on all."""
+        degrees = self.degrees
+        return float(degrees.tp if degrees.sp or degrees.expert_split > 1 else 1)
 
     def _degree(self, axis: Axis) -> int:
         degrees = self.degrees
@@ -195,7 +201,7 @@ def _product_bytes(operator: Operator, setting: Setting, tokens: Number, imbalan
     degrees, architecture = setting.degrees, setting.architecture
     groups = 1
     if "ep" in operator.split:
-        rows = tokens * max(architecture.experts_per_token, 1) * degrees.etp / degrees.tp * imbalance
+        rows = tokens * max(architecture.experts_per_token, 1) * degrees.etp / setting.routed_divisor * imbalance
         divisor = float(degrees.etp)
         groups = max(1, operator.num_groups // degrees.ep)
     else:

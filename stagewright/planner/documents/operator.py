@@ -39,6 +39,10 @@ class Operator(Part):
     kv_features : features of keys and values together, which context parallelism exchanges.
     enters, exits : the operator begins or ends a region split by tensor parallelism, so its input is gathered
         (or its gradient reduced), or its output reduced.
+    summed_features : numbers of four bytes a token that the devices which split the operator sum, forward and backward (a
+        norm over all heads).
+    sums_gradients : the operator works on what tensor parallelism leaves a device, with parameters that are whole on each,
+        whose gradients are therefore summed (a norm of each head).
     fp32_output : the output is kept and exchanged in 4-byte numbers whatever the precision (logits).
     output_bytes_per_token : bytes of the layer's boundary tensor when this operator writes it.
     tokens_per_sample : tokens of one sample when not the job's sequence length (image patches).
@@ -69,6 +73,8 @@ class Operator(Part):
     kv_features: Index = 0
     enters: bool = False
     exits: bool = False
+    summed_features: Index = 0
+    sums_gradients: bool = False
     fp32_output: bool = False
     output_bytes_per_token: Bytes = 0.0
     tokens_per_sample: Index = 0

@@ -197,6 +197,8 @@ class LayerClass(Part):
     parameters : trainable parameters of the whole layer.
     replicated_parameters : of these, how many tensor parallelism does not split (norms, biases of row-split layers).
     expert_parameters : of these, how many belong to routed experts, split by the expert groups.
+    summed_parameters : of these, how many are whole on each device and work on what tensor parallelism leaves it (norms of heads),
+        in a measured layer.
     unused_parameters : of these, how many no forward uses. A plain loop makes neither gradients nor optimizer states for
         them; a run's buffers hold theirs like all others'.
     tensors : the shapes of its trainable tensors in their order, where they are known: what an optimizer's step holds for a time,
@@ -212,6 +214,7 @@ class LayerClass(Part):
     parameters: Index
     replicated_parameters: Index = 0
     expert_parameters: Index = 0
+    summed_parameters: Index = 0
     unused_parameters: Index = 0
     tensors: tuple[WeightTensor, ...] = ()
     costs: tuple[ConfigurationCost, ...] = ()

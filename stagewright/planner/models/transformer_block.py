@@ -133,8 +133,7 @@ def block_operators(shape: BlockShape) -> tuple[Operator, ...]:
     builder = _Builder(shape)
     operators = [builder.kept_input(hidden)]
     norms_each = 1 if shape.parallel else shape.num_norms // (3 if shape.cross_attention else 2)
-    head_norm = shape.attention.head_norm_parameters
-    operators += builder.norms("attention", norms_each, extra_parameters=head_norm)
+    operators += builder.norms("attention", norms_each)
     operators += builder.attention("attention", shape.attention)
     attention_bias = shape.attention.hidden if shape.attention.output_bias else 0
     if not shape.parallel:
@@ -167,7 +166,7 @@ class _Builder:
         """Return the block's input, which the first norm and the residual need."""
         return self._vector("input", kept=ELEMENT * features, moved=0.0, split=("sp",))
 
-    def norms(self, part: str, count: int, *, extra_parameters: int = 0) -> list[Operator]:
+    def norms(self, part: str, count: int) -> list[Operator]:
         """Return `count` norms round a part; the first one's output is the part's kept input."""
         result = []
         for index in range(count):
@@ -180,7 +179,7 @@ class _Builder:
                     kept_bytes_per_token=ELEMENT * self._hidden,
                     recomputed_by=self._cheap,
                     split=("sp",),
-                    parameters=self._shape.norm_parameters + (extra_parameters if index == 0 else 0),
+                    parameters=self._shape.norm_parameters,
                     tokens_per_sample=self._tokens,
                 )
             )
@@ -247,7 +246,24 @@ class _Builder:
                     level=self._cheap,
                 )
             )
-        return result
+        return [*result, *self._head_norms(part, shape)]
+
+    def _head_norms(self, part: str, shape: AttentionShape) -> list[Operator]:
+        """Return what norms of queries and keys hold and sum; they run with the rotation.
+
+        Norms of single heads are whole on each device, those over all heads are split with them.
+        """
+        nothing = self._vector(f"{part}_head_norms", moved=0.0, kept=0.0, split=("sp",))
+        match shape.head_norm:
+            case "per-head":
+                norms = {"parameters": shape.head_norm_parameters, "sums_gradients": True}
+                return [nothing.model_copy(update=norms)]
+            case "whole":
+                queries = {"parameters": shape.query_features, "split": ("tp",), "summed_features": 2}
+                keys = {"name": f"{part}_key_norm", "parameters": shape.kv_features // 2, "split": ("kv",)}
+                return [nothing.model_copy(update=queries), nothing.model_copy(update=keys)]
+            case _:
+                return []
 
     def _latent(self, part: str, shape: AttentionShape) -> list[Operator]:
         latent = shape.latent
@@ -268,6 +284,10 @@ class _Builder:
             self._matmul(f"{part}_key_value_down", self._hidden, down, split=("sp",)),
             self._latent_norm(f"{part}_key_value_norm", latent.kv_rank),
             self._matmul(f"{part}_key_value", latent.kv_rank, kv_features, split=("tp",), enters=True),
+            # The part of the keys that all heads share goes round the second projection, and enters by itself.
+            self._vector(f"{part}_shared_key", moved=0.0, kept=0.0, split=("tp",)).model_copy(
+                update={"inner_features": latent.rope_size, "enters": True}
+            ),
             self._vector(
                 f"{part}_rotary",
                 moved=2 * ELEMENT * shape.num_heads * 2 * latent.rope_size,
