@@ -20,8 +20,8 @@ class ModuleSplit:
     Parameters
     ----------
     role : what the module is (see `tensor_plan`); None where nothing of its own is split.
-    parts : relative sizes of what lies one behind the other in a column layer's outputs (queries, keys, values); a name is
-        that of a number in the configuration.
+    parts : relative sizes of what lies one behind the other in a column layer's outputs (queries, keys, values), or sizes of
+        a latent and the key behind it; a name is that of a number in the configuration.
     counts : numbers that the module keeps of what is split in it (heads, features), each divided by the degree.
     head_arguments : arguments that have values of their own for each head.
     whole_arguments : arguments that stay whole under sequence parallelism.
@@ -73,7 +73,8 @@ _DBRX: Family = {
 _DEEPSEEK: Family = {
     "layers.*.self_attn": ModuleSplit(counts=("num_heads",)),
     **_pair("layers.*.self_attn", ("q_proj", "q_b_proj", "kv_b_proj"), "o_proj"),
-    "layers.*.self_attn.kv_a_proj_with_mqa": ModuleSplit("latent"),
+    "layers.*.self_attn.q_a_proj": ModuleSplit("latent"),
+    "layers.*.self_attn.kv_a_proj_with_mqa": ModuleSplit("latent", ("kv_lora_rank", "qk_rope_head_dim")),
 }
 _FALCON: Family = {
     **_BLOOM,

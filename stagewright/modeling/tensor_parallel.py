@@ -242,8 +242,8 @@ class _Splitter:
             self._split_norm(path, module)
         elif how.role == "shared":
             self.mark_partial([path])
-        elif how.role == "latent" and not self._is_in_region(path):
-            module.register_forward_hook(partial(_latent, self._model.config.qk_rope_head_dim, self._group))
+        elif how.role == "latent" and len(how.parts) > 1 and not self._is_in_region(path):
+            module.register_forward_hook(partial(_latent, int(how.parts[-1]), self._group))
         elif how.role in ("column", "row", "vocabulary"):
             self._split_linear(path, module, how)
 
@@ -326,9 +326,28 @@ class _Splitter:
                     field="degrees.sp",
                     hint="put attention and feed-forward network into modules, or take sp off",
                 )
+            latents = [each for each in plan if each.rpartition(".")[0] == path and plan[each].role == "latent"]
+            if latents:
+                self._hook_latents(path, latents)
+                continue
             whole = plan[path].whole_arguments if path in plan else ()
             hook = partial(_enter, gather, self._group, whole)
             self._model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _hook_latents(self, holder: str, latents: list[str]) -> None:
+        """Let latents be made of this rank's part of the sequence and gathered, which are narrower than what they are made of.
+
+        The module round them reads the length of the sequence from its input: it is given one of the whole length.
+        """
+        module, held = self._model.get_submodule(holder), _Held()
+        module.register_forward_pre_hook(partial(held.replace, self._group), with_kwargs=True)
+        module.register_forward_hook(held.forget)
+        for path in latents:
+            layer = self._model.get_submodule(path)
+            layer.forward = partial(held.gathered, self._group, partial(_column, layer, self._sink))
+        queries = getattr(module, "q_proj", None)
+        if queries is not None:
+            queries.forward = partial(held.of_gathered, self._group, queries.forward)
 
     def mark_partial(self, paths: Iterable[str]) -> None:
         """Take note of the parameters in modules whose gradients are sums: all that are not split."""
@@ -419,6 +438,38 @@ def linear_features(module: nn.Module) -> int:
 
 def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
+
+
+class _Held:
+    """A module's input while it runs: this rank's part of a sequence."""
+
+    def __init__(self) -> None:
+        self._hidden: Tensor | None = None
+
+    def replace(
+        self, group: TensorGroup, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        """Hold the first tensor among the arguments, and put one of the whole length there that takes no memory."""
+        return _enter(self._stand_in, group, (), module, args, kwargs)
+
+    def _stand_in(self, hidden: Tensor, group: TensorGroup) -> Tensor:
+        self._hidden = hidden
+        batch, length, features = hidden.shape
+        return hidden.detach().new_zeros(()).expand(batch, group.size * length, features)
+
+    def gathered(self, group: TensorGroup, forward: Callable[[Tensor], Tensor], stand_in: Tensor) -> Tensor:
+        """Return what a layer makes of the part, gathered."""
+        assert self._hidden is not None
+        return gather(forward(self._hidden), group)
+
+    def of_gathered(self, group: TensorGroup, forward: Callable[[Tensor], Tensor], stand_in: Tensor) -> Tensor:
+        """Return what a layer makes of the gathered parts."""
+        assert self._hidden is not None
+        return forward(gather(self._hidden, group))
+
+    def forget(self, module: nn.Module, args: object, output: object) -> None:
+        """Let go of the part."""
+        self._hidden = None
 
 
 def num_key_value_heads(model: nn.Module) -> int | None:

@@ -8,7 +8,8 @@ A plan maps module paths, with `*` for any index, to roles:
     heads       a tensor with an entry a head (a bias of positions, a norm's weights), split with the heads
     norm        a root-mean-square norm over the features of all heads; its squares are summed over the ranks
     shared      a module that works on the rank's own heads and is whole on each; its gradients are summed
-    latent      a linear layer, whole on each rank, the last of whose outputs are a key that all heads share
+    latent      a linear layer, whole on each rank, from a block's input to what column layers start from, and behind that
+                maybe a key that all heads share
 
 It comes from the model's `stagewright_tensor_plan()`, or for a Hugging Face model from the table of families and the
 config's `base_model_tp_plan`. A column layer's heads must lie together: a fused projection is split rightly only when it

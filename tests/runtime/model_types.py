@@ -84,6 +84,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def without_dropout(name: str) -> dict[str, float]:
+    """Return the fields of a type's configuration that are probabilities of dropout, as zeros."""
+    import transformers
+
+    fields = vars(transformers.AutoConfig.for_model(name.partition("/")[0]))
+    return {
+        field: 0.0
+        for field, value in fields.items()
+        if isinstance(value, float) and ("dropout" in field or "pdrop" in field)
+    }
+
+
 def model_of_type(name: str) -> nn.Module:
     """Return a model of a type, with a variant's name behind a slash, whose random weights are no zeros."""
     import transformers
