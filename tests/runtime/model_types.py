@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from runtime_models import VOCABULARY
 from torch import nn
-
-VOCABULARY = 36
 
 _WIDTH: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SIZES = {**_WIDTH, "intermediate_size": 32}

@@ -13,13 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from model_types import VOCABULARY, model_of_type
 from torch import nn
 from torch.nn import functional
 
-from stagewright.modeling.guessed_batch import guessed_batch
-
-LENGTH = 8
+VOCABULARY, LENGTH = 36, 8
 
 
 class TinyAttention(nn.Module):
@@ -273,6 +270,10 @@ def hugging_face(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     import transformers
 
     if name.startswith("type/"):
+        from model_types import model_of_type
+
+        from stagewright.modeling.guessed_batch import guessed_batch
+
         model = model_of_type(name.removeprefix("type/"))
         return model, guessed_batch(model, 8, LENGTH)
 
