@@ -115,8 +115,12 @@ _VIT: Family = {
 
 def _t5() -> Family:
     found: dict[str, ModuleSplit] = {}
-    for owner in ("*.block.*.layer.0.SelfAttention", "decoder.block.*.layer.1.EncDecAttention"):
-        found[owner] = ModuleSplit(counts=("n_heads", "inner_dim"), whole_arguments=("key_value_states",))
+    attentions = {
+        "*.block.*.layer.0.SelfAttention": (),
+        "decoder.block.*.layer.1.EncDecAttention": ("key_value_states",),
+    }
+    for owner, whole in attentions.items():
+        found[owner] = ModuleSplit(counts=("n_heads", "inner_dim"), whole_arguments=whole)
         found |= {**_pair(owner, ("q", "k", "v"), "o"), f"{owner}.relative_attention_bias": _HEADS}
     return {**found, **_pair("*.block.*.layer.*.DenseReluDense", ("wi", "wi_0", "wi_1"), "wo")}
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import copy as copy_of
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,7 +29,18 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.tensor_collectives import TensorGroup, copy, gather, join, reduce, scatter, split
-from stagewright.modeling.tensor_families import ModuleSplit
+from stagewright.modeling.tensor_cut import (
+    CutTensor,
+    cut_tensors,
+    divide_counts,
+    divides,
+    is_transposed,
+    lying_parts,
+    num_heads,
+    num_key_value_heads,
+    own_heads,
+)
+from stagewright.modeling.tensor_families import ModuleSplit, Role
 from stagewright.modeling.tensor_plan import is_within, tensor_plan
 from stagewright.modeling.weight_gradients import WeightGradientSink, linear_map
 from stagewright.planner.errors import InvalidArgument
@@ -74,15 +84,13 @@ class InnerSplit:
         """Return the places in a whole value that belong to a rank of the group, each of the parts'."""
         return [part.chunk(self.factor, dim=self.dimension)[index // self.copies] for part in self.pieces(whole)]
 
-    def pieces(self, value: Tensor) -> tuple[Tensor, ...]:
+    def pieces(self, value: Tensor) -> list[Tensor]:
         """Return the parts of a value, whole or of one rank, in views of it."""
-        unit = value.shape[self.dimension] // sum(self.parts)
-        return torch.split(value, [unit * size for size in self.parts], dim=self.dimension)
+        return lying_parts(value, self.dimension, self.parts)
 
     def divides(self, size: int) -> bool:
         """Whether the group splits each part of so many evenly."""
-        unit, rest = divmod(size, sum(self.parts))
-        return not rest and all(unit * part % self.factor == 0 for part in self.parts)
+        return divides(size, self.parts, self.factor)
 
 
 @dataclass
@@ -223,66 +231,43 @@ class _Splitter:
 
     def split_module(self, path: str, how: ModuleSplit) -> None:
         """Split one module's parameters, give it the forward of its role, and let it know what is left of its numbers."""
+        for cut in cut_tensors(self._model, path, how):
+            self._split_parameter(cut)
         if how.role == "heads":
-            self._split_heads(path)
             return
-        module = self._model.get_submodule(path)
-        for name in how.counts:
-            _divide_count(path, module, name, self._group.size)
+        module, group = self._model.get_submodule(path), self._group
+        divide_counts(path, module, how.counts, group.size)
         if how.head_arguments:
-            hook = partial(_own_heads, how.head_arguments, self._num_heads(), self._group)
+            hook = partial(own_heads, how.head_arguments, num_heads(self._model) or group.size, group.size, group.index)
             module.register_forward_pre_hook(hook, with_kwargs=True)
-        if how.role == "vocabulary" and isinstance(module, nn.Embedding):
-            self._split_parameter(path, module, "weight", 0)
-            padding = None if module.padding_idx is None else module.padding_idx - self._first_row(module)
-            # Its row has no gradient; the others' ranks have none such.
-            module.padding_idx = padding if padding is not None and 0 <= padding < module.weight.shape[0] else None
-            module.forward = partial(_embed, module, module.forward, self._first_row(module), self._group)
-        elif how.role == "norm":
-            self._split_norm(path, module)
-        elif how.role == "shared":
+        if how.role == "shared":
             self.mark_partial([path])
         elif how.role == "latent" and len(how.parts) > 1 and not self._is_in_region(path):
-            module.register_forward_hook(partial(_latent, int(how.parts[-1]), self._group))
-        elif how.role in ("column", "row", "vocabulary"):
-            self._split_linear(path, module, how)
+            module.register_forward_hook(partial(_latent, int(how.parts[-1]), group))
+        elif how.role in ("column", "row", "norm", "vocabulary"):
+            module.forward = self._forward_of(path, module, how.role)
 
-    def _split_linear(self, path: str, module: nn.Module, how: ModuleSplit) -> None:
-        if not is_linear(module):
-            raise InvalidArgument(
-                f"{path!r} is {type(module).__name__}, tensor parallelism splits nn.Linear", field="degrees.tp"
-            )
-        features, parts = linear_features(module), tuple(int(part) for part in how.parts)
-        sharing = self._sharing if how.role == "column" and self._is_key_value(path, features) else None
-        dimension = weight_dimension(module, of_inputs=how.role == "row")
-        self._split_parameter(path, module, "weight", dimension, sharing, parts)
-        if how.role == "row":
+    def _forward_of(self, path: str, module: nn.Module, role: Role) -> Callable[[Tensor], Tensor]:
+        group, own = self._group, partial(_column, module, self._sink)
+        if role == "norm":
+            return partial(_norm, module, group)
+        if role == "row":
             leave = scatter if self._is_in_region(path) else reduce
-            module.forward = partial(_row, module, self._group, self._sink, leave)
-            return
-        self._split_parameter(path, module, "bias", 0, sharing, parts)
-        forward: Callable[[Tensor], Tensor] = partial(_column, module, self._sink)
-        module.forward = forward
-        if how.role == "vocabulary":
-            joined = (lambda local: local) if self._loss_elsewhere else split_logits(self._group, module.weight.device)
-            module.forward = partial(_head, forward, self._group, joined)
-
-    def _split_heads(self, path: str) -> None:
-        """Split the tensors of a module, or one parameter, that have an entry a head."""
-        owner, _, name = path.rpartition(".")
-        module = dict(self._model.named_modules()).get(path)
-        if module is None:
-            self._split_parameter(owner, self._model.get_submodule(owner), name, 0)
-            return
-        for parameter in module._parameters:
-            size = module._parameters[parameter].shape[0]
-            sharing = self._sharing if size == num_key_value_heads(self._model) else None
-            self._split_parameter(path, module, parameter, int(isinstance(module, nn.Embedding)), sharing)
-
-    def _split_norm(self, path: str, module: nn.Module) -> None:
-        sharing = self._sharing if self._is_key_value(path, module.weight.shape[0]) else None
-        self._split_parameter(path, module, "weight", 0, sharing)
-        module.forward = partial(_norm, module, self._group)
+            return partial(_row, module, group, self._sink, leave)
+        if role == "column":
+            return own
+        if isinstance(module, nn.Embedding):
+            first, rows = self._first_row(module), module.weight.shape[0]
+            padding = None if module.padding_idx is None else module.padding_idx - first
+            # Its row has no gradient; the others' ranks have none such.
+            module.padding_idx = padding if padding is not None and 0 <= padding < rows else None
+            return partial(_embed, module, module.forward, first, group)
+        return partial(
+            _head,
+            own,
+            group,
+            (lambda local: local) if self._loss_elsewhere else split_logits(group, module.weight.device),
+        )
 
     def _first_row(self, module: nn.Embedding) -> int:
         """Return the row of the whole embedding that is the first of this rank's part."""
@@ -291,19 +276,13 @@ class _Splitter:
     def _is_in_region(self, path: str) -> bool:
         return is_within(path, self._region)
 
-    def _num_heads(self) -> int:
-        return int(self._model.config.num_attention_heads)
-
-    def _is_key_value(self, path: str, features: int) -> bool:
-        """Whether so many are those of keys or values; lets their attention know how many queries share a head here."""
+    def _regroup(self, path: str) -> None:
+        """Let attention know how many queries share a head here."""
+        assert self._sharing is not None
         owner = self._model.get_submodule(path.rpartition(".")[0])
-        size, count = getattr(owner, "head_dim", None), num_key_value_heads(self._model)
-        if self._sharing is None or not isinstance(size, int) or features != size * (count or 0):
-            return False
         if id(owner) not in self._regrouped and isinstance(getattr(owner, "num_key_value_groups", None), int):
             self._regrouped.add(id(owner))
             owner.num_key_value_groups //= self._sharing.size
-        return True
 
     def hook_entrances(self, plan: Mapping[str, ModuleSplit]) -> None:
         """Let column layers communicate at their entrance, those that share an input once.
@@ -356,18 +335,15 @@ class _Splitter:
                 if id(parameter) not in self.shards.dimensions:
                     self.shards.partial.add(id(parameter))
 
-    def _split_parameter(
-        self,
-        path: str,
-        module: nn.Module,
-        name: str,
-        dimension: int,
-        sharing: TensorGroup | None = None,
-        parts: tuple[int, ...] = (1,),
-    ) -> None:
+    def _split_parameter(self, cut: CutTensor) -> None:
+        path, name, dimension, parts = cut.path, cut.name, cut.dimension, cut.parts
+        module = self._model.get_submodule(path)
         parameter = module._parameters.get(name)
         if parameter is None or parameter.is_meta:
             return
+        sharing = self._sharing if cut.of_key_values else None
+        if sharing is not None:
+            self._regroup(path)
         if id(parameter) in self._split:  # tied
             module._parameters[name] = self._split[id(parameter)][1]
             return
@@ -421,25 +397,6 @@ class _Entrance:
         self._last = None
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, or Hugging Face's Conv1D, whose weight is transposed."""
-    return isinstance(module, nn.Linear) or _is_transposed(module)
-
-
-def weight_dimension(module: nn.Module, *, of_inputs: bool) -> int:
-    """Return the dimension of a linear layer's weight along which its inputs or its outputs lie."""
-    return int(of_inputs != _is_transposed(module))
-
-
-def linear_features(module: nn.Module) -> int:
-    """Return the number of a linear layer's outputs."""
-    return int(module.weight.shape[weight_dimension(module, of_inputs=False)])
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
-
-
 class _Held:
     """A module's input while it runs: this rank's part of a sequence."""
 
@@ -472,25 +429,8 @@ class _Held:
         self._hidden = None
 
 
-def num_key_value_heads(model: nn.Module) -> int | None:
-    """Return the key-value heads that the model's configuration tells of; None when it does not."""
-    return _told_heads(model, "num_key_value_heads")
-
-
-def _told_heads(model: nn.Module, name: str) -> int | None:
-    config = getattr(model, "config", None)
-    heads = getattr(getattr(config, "text_config", config), name, None)
-    return heads if isinstance(heads, int) else None
-
-
-def key_value_copies(model: nn.Module, size: int) -> int:
-    """Return how many of `size` tensor-parallel ranks hold one key-value head between them; 1 when each has its own."""
-    heads = num_key_value_heads(model)
-    return size // heads if heads and heads < size and size % heads == 0 else 1
-
-
 def _check_heads(model: nn.Module, size: int) -> None:
-    heads, pairs = _told_heads(model, "num_attention_heads"), num_key_value_heads(model)
+    heads, pairs = num_heads(model), num_key_value_heads(model)
     if heads is not None and heads % size:
         raise InvalidArgument(
             f"the model has {heads} num_attention_heads, which tp = {size} does not divide", field="degrees.tp"
@@ -500,39 +440,6 @@ def _check_heads(model: nn.Module, size: int) -> None:
             f"the model has {pairs} num_key_value_heads, which neither divide by tp = {size} nor divide it",
             field="degrees.tp",
         )
-
-
-def _divide_count(path: str, module: nn.Module, name: str, size: int) -> None:
-    """Divide a number that a module keeps; one in an object that it shares with others, in a copy of that object."""
-    owner: object = module
-    place, _, last = name.rpartition(".")
-    if place:
-        owner = copy_of(getattr(module, place))
-        setattr(module, place, owner)
-    value = getattr(owner, last)
-    if value % size:
-        raise InvalidArgument(f"{path}.{name} is {value}, which tp = {size} does not divide", field="degrees.tp")
-    setattr(owner, last, value // size)
-
-
-def _own_heads(
-    names: tuple[str, ...],
-    num_heads: int,
-    group: TensorGroup,
-    module: nn.Module,
-    args: tuple[object, ...],
-    kwargs: dict[str, object],
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Keep this rank's heads of arguments: of [samples, heads, ...], or of [samples times heads, ...] in three dimensions."""
-
-    def own(value: Tensor) -> Tensor:
-        if value.dim() == 3:
-            return own(value.unflatten(0, (-1, num_heads))).flatten(0, 1)
-        return value.chunk(group.size, dim=1)[group.index] if value.shape[1] == num_heads else value
-
-    return args, {
-        name: own(value) if name in names and isinstance(value, Tensor) else value for name, value in kwargs.items()
-    }
 
 
 def _latent(num_shared: int, group: TensorGroup, module: nn.Module, args: object, output: Tensor) -> Tensor:
@@ -550,7 +457,7 @@ def _norm(module: nn.Module, group: TensorGroup, inputs: Tensor) -> Tensor:
 
 
 def _column(module: nn.Module, sink: WeightGradientSink, inputs: Tensor) -> Tensor:
-    return linear_map(inputs, module.weight, module.bias, sink, transposed=_is_transposed(module))
+    return linear_map(inputs, module.weight, module.bias, sink, transposed=is_transposed(module))
 
 
 def _row(
@@ -560,7 +467,7 @@ def _row(
     leave: Callable[[Tensor, TensorGroup], Tensor],
     inputs: Tensor,
 ) -> Tensor:
-    output = leave(linear_map(inputs, module.weight, None, sink, transposed=_is_transposed(module)), group)
+    output = leave(linear_map(inputs, module.weight, None, sink, transposed=is_transposed(module)), group)
     return output if module.bias is None else output + module.bias
 
 

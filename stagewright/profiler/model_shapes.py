@@ -24,7 +24,7 @@ from stagewright.profiler.model_bench import Configuration
 from stagewright.profiler.model_source import ModelSource
 from stagewright.profiler.settings import ProfileSettings
 from stagewright.profiler.structure import is_expert_parameter, layer_structures
-from stagewright.profiler.tensor_shard import layer_collectives
+from stagewright.profiler.tensor_shard import layer_collectives, passes_bias
 
 _MEMORY_SHARE = 0.5
 _COPIES = 4  # parameters, gradients and two states of the optimizer
@@ -44,7 +44,8 @@ class MeasuredChain:
         """Return what the shards of each class exchange for one microbatch."""
         tokens = configuration.microbatch * configuration.sequence_length
         kinds = [layer.kind for layer in self.chain.layers]
-        hidden = layers[kinds.index("block")].output_bytes if "block" in kinds else layers[0].output_bytes
+        widest = "block" in kinds and not passes_bias(self.chain)
+        hidden = layers[kinds.index("block") if widest else 0].output_bytes
         return {
             name: layer_collectives(self.chain, layer, num_tokens=tokens, boundary_bytes=hidden)
             for name, layer in zip(self.class_names, self.chain.layers, strict=True)

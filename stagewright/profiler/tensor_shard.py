@@ -1,44 +1,40 @@
 """One tensor-parallel shard of a model: its modules cut to the shapes that one rank holds, and what it would exchange.
 
-The plan is the model's own `tp_plan` (Hugging Face models have one; any module may), from patterns of module or
-parameter names to a style:
-
-- `colwise`: a linear layer gives t-th of its outputs. With fewer key/value heads than ranks, heads are replicated.
-- `rowwise`: it takes a t-th of its inputs; its outputs are partial sums, which an all-reduce adds up.
-- `embedding_rowwise`: a t-th of the vocabulary; the result is reduced.
-
-Routed experts stay whole, whatever the plan says: a run divides them over its expert degrees (ep, etp), not over tp.
+What is cut is what a run splits, by the model's tensor plan (`modeling.tensor_plan`). The vocabulary is cut too, rounded up
+where it does not divide, of models whose configuration tells of it, since batches are made for it. Values mean nothing in a shard alone; shapes and times are real.
 
 The head's outputs stay split, and the loss reduces over the vocabulary three numbers a token (maximum, sum of exponentials,
 logit of the target). In the backward, each all-reduce of the forward has one of the same size before the column-split
-layers (Shoeybi et al., Megatron-LM, 2019).
-
-Values mean nothing in a shard alone; shapes and times are real.
+layers (Shoeybi et al., Megatron-LM, 2019), or several that are smaller where columns start from latents.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Literal
 
+import torch
 from torch import nn
 
 from stagewright.modeling import Layer, LayerChain
+from stagewright.modeling.tensor_cut import (
+    CutTensor,
+    cut_tensors,
+    divide_counts,
+    divides,
+    is_transposed,
+    key_value_copies,
+    lying_parts,
+    num_heads,
+    own_heads,
+)
+from stagewright.modeling.tensor_families import ModuleSplit
+from stagewright.modeling.tensor_plan import is_within, tensor_plan
 from stagewright.planner.documents import Collective
 from stagewright.planner.errors import InvalidArgument
-from stagewright.profiler.structure import is_expert_parameter
 
-Style = Literal["colwise", "rowwise", "embedding_rowwise"]
-
-_STYLES: Mapping[str, Style] = {
-    "colwise": "colwise",
-    "colwise_rep": "colwise",
-    "colwise_gather_output": "colwise",
-    "rowwise": "rowwise",
-    "embedding_rowwise": "embedding_rowwise",
-}
 _REDUCTION_BYTES_PER_TOKEN = 4
 
 
@@ -51,123 +47,145 @@ def shard_model(model: nn.Module, degree: int) -> None:
     """
     if degree == 1:
         return
-    plan = tensor_plan(model)
-    done: dict[int, nn.Parameter] = {}
-    for name, module in model.named_modules():
-        style = style_of(plan, name)
-        if style is None:
+    copies, done = key_value_copies(model, degree), dict[int, nn.Parameter]()
+    cuts_vocabulary = _vocabulary_size(model) is not None
+    for path, how in _plan(model).items():
+        if how.role == "vocabulary" and not cuts_vocabulary:
             continue
-        if isinstance(module, nn.Embedding):
-            module.num_embeddings = _cut_parameter(module, "weight", 0, degree, name, done, rounds_up=True)
-        elif isinstance(module, nn.Linear):
-            _cut_linear(model, module, name, style, degree, done)
+        for cut in list(cut_tensors(model, path, how)):
+            parts = degree // copies if cut.of_key_values else degree
+            _cut(model, cut, parts, done, rounds_up=how.role == "vocabulary")
+        if how.role == "heads":
+            continue
+        module = model.get_submodule(path)
+        divide_counts(path, module, how.counts, degree)
+        if how.head_arguments:
+            hook = partial(own_heads, how.head_arguments, num_heads(model) or degree, degree, 0)
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+        _tell_sizes(module)
     for module in model.modules():
         _match_groups(module)
     _shrink_vocabulary(model, degree)
 
 
-def tensor_plan(model: nn.Module) -> Mapping[str, str]:
-    """Return the model's tensor-parallel plan; raises InvalidArgument when it has none."""
-    plan = getattr(model, "tp_plan", None)
-    if not plan:
-        raise InvalidArgument(
-            f"{type(model).__name__} has no tensor-parallel plan (tp_plan)",
-            field="tensor_degrees",
-            hint="measure tensor degree 1 only, let the factory take tensor_degree, or give the model a tp_plan",
-        )
-    return dict(plan)
+def summed_parameters(chain: LayerChain, layer: Layer) -> int:
+    """Return how many of a layer's parameters are whole on each shard and work on its own heads; 0 without a plan."""
+    try:
+        plan = tensor_plan(chain.model)
+    except InvalidArgument:
+        return 0
+    shared = [path for path, how in plan.items() if how.role == "shared" and is_within(path, layer.modules)]
+    return sum(value.numel() for path in shared for value in chain.model.get_submodule(path).parameters())
 
 
-def style_of(plan: Mapping[str, str], name: str) -> Style | None:
-    """Return the style of a module, None when it is replicated, as routed experts are."""
-    if is_expert_parameter(name):
-        return None
-    for pattern, style in plan.items():
-        if fnmatchcase(name, pattern):
-            return _STYLES.get(style)
-    return None
+def passes_bias(chain: LayerChain) -> bool:
+    """Return whether blocks pass on a bias of positions beside the hidden state, as T5's do."""
+    return any(
+        how.role == "heads" and isinstance(dict(chain.model.named_modules()).get(path), nn.Embedding)
+        for path, how in _plan(chain.model).items()
+    )
 
 
 def layer_collectives(
     chain: LayerChain, layer: Layer, *, num_tokens: int, boundary_bytes: float
 ) -> tuple[Collective, ...]:
     """Return what the shards of one layer exchange for one microbatch; `boundary_bytes` is the hidden state's size."""
-    if layer.kind == "loss":
-        payload = float(num_tokens * _REDUCTION_BYTES_PER_TOKEN)
-        return (_all_reduce("forward", payload, 3),)
-    if layer.kind == "head":
-        return (_all_reduce("backward", boundary_bytes, 1),)
-    if layer.kind == "embedding":
-        return (_all_reduce("forward", boundary_bytes, 1),)
-    plan = tensor_plan(chain.model)
-    names = [
-        f"{path}.{name}"
-        for path in layer.modules
-        for name, _ in chain.model.get_submodule(path).named_modules()
-        if name
-    ]
-    count = sum(style_of(plan, name) == "rowwise" for name in names)
-    if not count:
+    whole = _plan(chain.model)
+    plan = {path: how for path, how in whole.items() if is_within(path, layer.modules)}
+    if layer.kind in ("embedding", "head", "loss"):
+        split = any(how.role == "vocabulary" for how in (whole if layer.kind == "loss" else plan).values())
+        return (_of_vocabulary(layer, num_tokens, boundary_bytes),) if split else ()
+    rows = [path for path, how in plan.items() if how.role == "row"]
+    if not rows:
         return ()
-    return (_all_reduce("forward", boundary_bytes, count), _all_reduce("backward", boundary_bytes, count))
+    found = [_all_reduce("forward", boundary_bytes, len(rows))]
+    entering = [share for path in rows for share in _entering(chain.model, plan, path)]
+    for share in sorted(set(entering), reverse=True):
+        found.append(_all_reduce("backward", boundary_bytes * share, entering.count(share)))
+    norms = sum(how.role == "norm" for how in plan.values())
+    if norms:
+        payload = float(num_tokens * _REDUCTION_BYTES_PER_TOKEN)
+        sums = (_all_reduce(phase, payload, norms) for phase in ("forward", "backward"))
+        found += [each.model_copy(update={"of_statistics": True}) for each in sums]
+    return tuple(found)
+
+
+def _of_vocabulary(layer: Layer, num_tokens: int, boundary_bytes: float) -> Collective:
+    if layer.kind == "loss":
+        return _all_reduce("forward", float(num_tokens * _REDUCTION_BYTES_PER_TOKEN), 3)
+    return _all_reduce("backward" if layer.kind == "head" else "forward", boundary_bytes, 1)
+
+
+def _plan(model: nn.Module) -> Mapping[str, ModuleSplit]:
+    try:
+        return tensor_plan(model)
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            error.message,
+            field="tensor_degrees",
+            hint="measure tensor degree 1 only, let the factory take tensor_degree, or give the model "
+            "stagewright_tensor_plan()",
+        ) from error
+
+
+def _entering(model: nn.Module, plan: Mapping[str, ModuleSplit], row: str) -> Iterator[float]:
+    """Yield the sizes, in hidden states, of what enters the columns before a row layer."""
+    owner = row.rpartition(".")[0]
+    inside = {path: how for path, how in plan.items() if path.rpartition(".")[0] == owner}
+    latents = [how for how in inside.values() if how.role == "latent"]
+    hidden = model.get_submodule(row).weight.shape[int(is_transposed(model.get_submodule(row)))]
+    if latents:
+        yield from (
+            model.get_submodule(path).weight.shape[1] / hidden for path, how in inside.items() if how.role == "column"
+        )
+        yield from (int(how.parts[-1]) / hidden for how in latents if len(how.parts) > 1)
+        return
+    yield 1.0
+    yield from (1.0 for _ in (plan[owner].whole_arguments if owner in plan else ()))
 
 
 def _all_reduce(phase: Literal["forward", "backward"], payload_bytes: float, count: int) -> Collective:
     return Collective(phase=phase, operation="all-reduce", group="tp", payload_bytes=payload_bytes, count=count)
 
 
-def _cut_linear(
-    model: nn.Module, module: nn.Linear, name: str, style: Style, degree: int, done: dict[int, nn.Parameter]
-) -> None:
-    if style == "rowwise":
-        module.in_features = _cut_parameter(module, "weight", 1, degree, name, done)
-        return
-    owner = model.get_submodule(name.rpartition(".")[0]) if "." in name else model
-    head_size = getattr(owner, "head_dim", None)
-    is_projection = isinstance(head_size, int) and module.out_features % head_size == 0
-    heads = module.out_features // head_size if is_projection and head_size else 0
-    if heads and heads < degree and degree % heads == 0:
-        degree = heads
-    is_head = "." not in name
-    module.out_features = _cut_parameter(module, "weight", 0, degree, name, done, rounds_up=is_head)
-    if module.bias is not None:
-        _cut_parameter(module, "bias", 0, degree, name, done, rounds_up=is_head)
-
-
-def _cut_parameter(
-    module: nn.Module,
-    attribute: str,
-    dimension: int,
-    degree: int,
-    name: str,
-    done: dict[int, nn.Parameter],
-    *,
-    rounds_up: bool = False,
-) -> int:
-    """Replace a parameter by one shard of it, a tied one by the same shard; returns the new size."""
-    parameter = getattr(module, attribute)
+def _cut(model: nn.Module, cut: CutTensor, count: int, done: dict[int, nn.Parameter], *, rounds_up: bool) -> None:
+    """Replace a parameter by one of `count` shards of it, a tied one by the same shard."""
+    module = model.get_submodule(cut.path)
+    parameter = module._parameters[cut.name]
+    assert parameter is not None
     if id(parameter) not in done:
-        size = parameter.shape[dimension]
-        if size % degree and not rounds_up:
+        size = parameter.shape[cut.dimension]
+        if not rounds_up and not divides(size, cut.parts, count):
             raise InvalidArgument(
-                f"{name} has {size} features, which tensor degree {degree} does not divide", field="tensor_degrees"
+                f"{cut.path} has {size} features, which tensor degree {count} does not divide", field="tensor_degrees"
             )
-        part = parameter.detach().narrow(dimension, 0, math.ceil(size / degree)).clone()
-        done[id(parameter)] = nn.Parameter(part, requires_grad=parameter.requires_grad)
-    cut = done[id(parameter)]
-    setattr(module, attribute, cut)
-    return int(cut.shape[dimension])
+        pieces = lying_parts(parameter.detach(), cut.dimension, cut.parts)
+        own = [each.narrow(cut.dimension, 0, math.ceil(each.shape[cut.dimension] / count)) for each in pieces]
+        done[id(parameter)] = nn.Parameter(torch.cat(own, cut.dimension), requires_grad=parameter.requires_grad)
+    module._parameters[cut.name] = done[id(parameter)]
+
+
+def _tell_sizes(module: nn.Module) -> None:
+    """Let a module's own numbers be those of its weight."""
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif is_transposed(module):
+        module.nx, module.nf = module.weight.shape
 
 
 def _shrink_vocabulary(model: nn.Module, degree: int) -> None:
     """Let the loss and the batches know of the shard's part of the vocabulary."""
-    config = getattr(model, "config", None)
-    size = getattr(config, "vocab_size", None)
-    if not isinstance(size, int):
-        return
-    for holder in (config, *model.modules()):
+    size = _vocabulary_size(model)
+    for holder in () if size is None else (model.config, *model.modules()):
         if getattr(holder, "vocab_size", None) == size:
             setattr(holder, "vocab_size", math.ceil(size / degree))  # noqa: B010
+
+
+def _vocabulary_size(model: nn.Module) -> int | None:
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _match_groups(module: nn.Module) -> None:

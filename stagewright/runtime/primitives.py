@@ -33,8 +33,9 @@ from stagewright.modeling.batch import Batch
 from stagewright.modeling.chain import LayerChain
 from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.tensor_collectives import TensorGroup
+from stagewright.modeling.tensor_cut import key_value_copies
 from stagewright.modeling.tensor_families import Role
-from stagewright.modeling.tensor_parallel import TensorShards, key_value_copies, parallelize
+from stagewright.modeling.tensor_parallel import TensorShards, parallelize
 from stagewright.modeling.tensor_plan import is_within, tensor_plan
 from stagewright.modeling.vocabulary_loss import vocabulary_loss
 from stagewright.modeling.weight_gradients import WeightGradientSink

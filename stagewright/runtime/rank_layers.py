@@ -19,7 +19,8 @@ from stagewright.modeling.expert_parallel import ExpertGroups, divide_experts
 from stagewright.modeling.keep import keep_layers, move_to
 from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.tensor_collectives import TensorGroup
-from stagewright.modeling.tensor_parallel import TensorShards, key_value_copies, parallelize, split_logits
+from stagewright.modeling.tensor_cut import key_value_copies
+from stagewright.modeling.tensor_parallel import TensorShards, parallelize, split_logits
 from stagewright.modeling.unfilled import fill_layers
 from stagewright.modeling.vocabulary_loss import vocabulary_loss
 from stagewright.modeling.weight_gradients import WeightGradientSink, defer_weight_gradients

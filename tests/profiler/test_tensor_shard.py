@@ -10,7 +10,7 @@ from stagewright.planner.documents import Recompute
 from stagewright.planner.errors import InvalidArgument
 from stagewright.profiler.model_profile import profile_model
 from stagewright.profiler.model_source import ModelSource
-from stagewright.profiler.tensor_shard import shard_model, style_of
+from stagewright.profiler.tensor_shard import shard_model
 
 pytest.importorskip("transformers")
 
@@ -59,6 +59,20 @@ def test_experts_stay_whole_as_in_a_run(tmp_path):
     assert tuple(experts.down_proj.shape) == (4, 64, 128)
 
 
+def test_parts_of_a_transposed_projection_are_cut_apart(tmp_path):
+    """GPT-2's queries, keys and values lie one behind the other, in the columns of its weight."""
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 8, "vocab_size": 100}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        whole = shard(tmp_path, config, 1).transformer.h[0].attn
+        torch.manual_seed(0)
+        half = shard(tmp_path, config, 2).transformer.h[0].attn
+    expected = torch.cat([part[:, :32] for part in whole.c_attn.weight.split(64, dim=1)], dim=1)
+    assert torch.equal(half.c_attn.weight, expected)
+    assert tuple(half.c_proj.weight.shape) == (32, 64)
+    assert (half.split_size, half.num_heads) == (32, 4)
+
+
 def test_tied_weights_stay_tied(tmp_path):
     model = shard(tmp_path, {**LLAMA, "tie_word_embeddings": True}, 2)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -73,13 +87,6 @@ def test_a_model_without_a_plan_says_what_to_do():
     with pytest.raises(InvalidArgument, match="no tensor-parallel plan") as caught:
         shard_model(nn.Sequential(nn.Linear(2, 2)), 2)
     assert "tensor_degree" in caught.value.hint
-
-
-def test_patterns_name_modules_and_unknown_styles_are_replicated():
-    plan = {"layers.*.q": "colwise", "layers.*.o": "rowwise", "layers.*.norm": "sequence_parallel"}
-    assert style_of(plan, "layers.3.q") == "colwise"
-    assert style_of(plan, "layers.3.norm") is None
-    assert style_of(plan, "head") is None
 
 
 @pytest.mark.parametrize("config", [LLAMA, MIXTRAL], ids=["llama", "mixtral"])

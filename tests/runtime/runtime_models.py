@@ -231,18 +231,6 @@ def build_wide() -> nn.Module:
     return TinyModel(4, tied=False, dropout=0.0, width=256)
 
 
-def build_split() -> nn.Module:
-    """The same, with what a profile needs to measure parts of it."""
-    model = build_wide()
-    model.tp_plan = {
-        "blocks.*.attention.inputs": "colwise",
-        "blocks.*.attention.output": "rowwise",
-        "blocks.*.feed_forward.0": "colwise",
-        "blocks.*.feed_forward.2": "rowwise",
-    }
-    return model
-
-
 def longer() -> nn.Module:
     return TinyModel(4)
 

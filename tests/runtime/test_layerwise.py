@@ -261,7 +261,7 @@ def _with_seconds(profile: ModelProfile) -> ModelProfile:
 
 def test_what_galvatron_returns_runs_with_every_check():
     """Blocks divide tensors and sequences, since their weights would be gathered for each microbatch; the rest divides samples."""
-    model, data = f"{MODELS}:build_split", f"{MODELS}:data"
+    model, data = f"{MODELS}:build_wide", f"{MODELS}:data"
     profile = _with_seconds(
         profile_model(
             model,

@@ -23,6 +23,7 @@ from stagewright.planner.documents import Degrees, Recompute, TrainingJob
 from stagewright.planner.models.hugging_face import profile_from_config
 from stagewright.planner.prediction import with_prediction
 from stagewright.profiler.analytic_layers import over_layers
+from stagewright.profiler.model_profile import profile_model
 from stagewright.runtime import run
 from stagewright.testing import cluster_factory
 
@@ -91,18 +92,25 @@ PLANNED = (
 )  # fmt: skip
 
 
-def assert_sends_what_is_predicted(rank_pools, monkeypatch, directory, name, options, *, recompute=Recompute.NONE):
+def assert_sends_what_is_predicted(
+    rank_pools, monkeypatch, directory, name, options, *, recompute=Recompute.NONE, is_measured=False
+):
     monkeypatch.setattr(run, "launch", partial(launch_on_pool, rank_pools))
     config = {"model_type": name.partition("/")[0], **CONFIGS[name], **without_dropout(name)}
     path = directory / "config.json"
     path.write_text(json.dumps(config))
-    profile = over_layers(profile_from_config(config, "small"), split(huggingface_model(str(path))))
+    if is_measured:
+        grid = {"microbatches": (1, 4), "sequence_length": 16, "tensor_degrees": (1, 2)}
+        profile = profile_model(str(path), **grid, device="cpu", dtype="fp32", budget_s=0.0)
+    else:
+        profile = over_layers(profile_from_config(config, "small"), split(huggingface_model(str(path))))
     job = TrainingJob(global_batch=8, sequence_length=16, precision="fp32")
     choice = Choice(Degrees(tp=2, **options), 1, 1, 4, "1f1b", recompute)
     plan = with_prediction(even_plan(profile, on_processors(cluster_factory(2, 1)), job, choice), profile)
-    checks = ("gradients", "traffic")
+    checks = ("gradients", "traffic", *(("memory",) if is_measured else ()))
     report = run.run_plan(plan, profile, model=str(path), steps=1, checks=checks, directory=directory / "run")
     assert report.passed, failures(report)
+    assert not is_measured or abs(report.error["peak_memory_max"]) < 0.1, failures(report)
 
 
 @pytest.mark.parametrize("options", [PLAIN, SEQUENCE], ids=str)
@@ -121,3 +129,10 @@ def test_a_planned_configuration_sends_what_is_predicted(rank_pools, monkeypatch
 @pytest.mark.parametrize("name", ["deepseek_v3", "falcon", "phi3", "qwen3"])
 def test_a_recomputed_configuration_sends_what_is_predicted(rank_pools, monkeypatch, tmp_path, name):
     assert_sends_what_is_predicted(rank_pools, monkeypatch, tmp_path, name, PLAIN, recompute=Recompute.FULL)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("options", [PLAIN, SEQUENCE, VOCABULARY], ids=str)
+@pytest.mark.parametrize("name", ["bloom", "deepseek_v3", "gpt2", "gpt_oss", "olmo2", "phi3", "qwen3", "t5"])
+def test_a_measured_model_holds_and_sends_what_is_predicted(rank_pools, monkeypatch, tmp_path, name, options):
+    assert_sends_what_is_predicted(rank_pools, monkeypatch, tmp_path, name, options, is_measured=True)

@@ -247,7 +247,7 @@ def _gathered_bytes(entry: ConfigurationCost) -> float:
 
 
 def _is_sum(item: Collective) -> bool:
-    return item.operation == "all-reduce" and item.group == "tp"
+    return item.operation == "all-reduce" and item.group == "tp" and not item.of_statistics
 
 
 def _sequence_exchanges(item: Collective, weight: float) -> tuple[Exchange, ...]:
@@ -266,7 +266,7 @@ def _sequence_exchanges(item: Collective, weight: float) -> tuple[Exchange, ...]
 def _exchange(item: Collective, weight: float) -> Exchange:
     """Return a collective of a measured layer, whose last sum is behind everything that its backward needs."""
     forward = item.phase == "forward"
-    behind = item.operation in ("all-reduce", "reduce-scatter") and item.group == "tp"
+    behind = item.operation in ("all-reduce", "reduce-scatter") and item.group == "tp" and not item.of_statistics
     return Exchange(
         forward,
         item.operation,

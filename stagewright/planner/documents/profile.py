@@ -76,7 +76,8 @@ class Collective(Part):
     """One collective that a layer issues for each microbatch.
 
     `payload_bytes` is the size of the full tensor: the reduced one for an all-reduce, the gathered one for all-gather
-    and reduce-scatter, one rank's send buffer for all-to-all, the message for send-receive.
+    and reduce-scatter, one rank's send buffer for all-to-all, the message for send-receive. One of statistics remains what it is
+    under sequence parallelism, where a sum of activations is a scatter and a gather.
     """
 
     phase: Literal["forward", "backward"]
@@ -84,6 +85,7 @@ class Collective(Part):
     group: Literal["tp", "cp", "ep", "dp"]
     payload_bytes: Bytes
     count: Count = 1
+    of_statistics: bool = False
 
 
 class BackwardPhase(Part):
