@@ -58,7 +58,8 @@ def _of_model(model: nn.Module) -> dict[str, ModuleSplit]:
         return _found(model, {path: ModuleSplit(role) for path, role in model.stagewright_tensor_plan().items()})
     config, prefix = getattr(model, "config", None), getattr(model, "base_model_prefix", "")
     lead = f"{prefix}." if prefix and hasattr(model, prefix) else ""
-    return {} if config is None else _found(model, _family(config, lead)) | _vocabulary(model)
+    blocks = {} if config is None else _found(model, _family(config, lead))
+    return blocks | _vocabulary(model) if blocks else {}
 
 
 def _family(config: Any, lead: str) -> Family:  # noqa: ANN401
