@@ -213,7 +213,7 @@ def _stage_bytes(
         absent = not_waiting_bytes(plan, profile, stage, row, bounds)
         found.append(
             StageBytes(
-                row.kept_bytes[at] + _received_bytes(profile, row, chosen),
+                row.kept_bytes[at] + _received_bytes(row, level[chosen], chosen),
                 row.late_bytes[at],
                 np.maximum(row.table.workspace_bytes[at] - absent, 0.0),
                 np.maximum(row.table.split_workspace_bytes[at] - absent, 0.0),
@@ -228,15 +228,15 @@ def _stage_bytes(
     return tuple(found)
 
 
-def _received_bytes(profile: ModelProfile, row: LayerCosts, inside: Ints) -> Floats:
-    """Return what a stage keeps of what it receives, beside what its layers keep, [layers]: the logits of a loss alone.
+def _received_bytes(row: LayerCosts, levels: Ints, inside: Ints) -> Floats:
+    """Return what a stage keeps of what it receives, beside what its layers keep at their levels, [layers].
 
-    It keeps what it makes of them, and the stage sends their gradient. Any other first layer is taken to keep its input, which
-    one that keeps a wider copy of it does not: such stages hold a message more for each microbatch than is counted.
+    A message that its first layer does not keep, as a loss that keeps what it makes of logits, or a norm that keeps its input in
+    wider numbers.
     """
     found = np.zeros(len(inside))
-    if len(inside) and inside[0] > 0 and profile.classes[profile.layer_classes[inside[0]]].kind == "loss":
-        found[0] = row.cut_bytes[inside[0]]
+    if len(inside) and inside[0] > 0:
+        found[0] = row.table.unkept_input_bytes[levels[0], inside[0]]
     return found
 
 

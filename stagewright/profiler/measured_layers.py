@@ -42,6 +42,7 @@ class LayerNumbers:
     recompute_s: Mapping[Recompute, float]
     kept_bytes: Mapping[Recompute, float]
     output_bytes: float
+    unkept_input_bytes: float
     workspace_bytes: float
     backward_phases: tuple[BackwardPhase, ...]
     forward_flops: float
@@ -109,7 +110,8 @@ def configuration_numbers(
     }
     freed = _freed(splits, kept[Recompute.NONE])
     unused = [int(count) for count in memory["unused_parameters"]]
-    outputs, workspace, flops = (_row(memory, name) for name in ("output_bytes", "workspace_bytes", "forward_flops"))
+    outputs, unkept = (_row(memory, name) for name in ("output_bytes", "unkept_input_bytes"))
+    workspace, flops = (_row(memory, name) for name in ("workspace_bytes", "forward_flops"))
     layers = tuple(
         LayerNumbers(
             forward_s=float(forward_s[index]),
@@ -120,6 +122,7 @@ def configuration_numbers(
             recompute_s={level: float(row[index]) for level, row in recompute_s.items() if row is not None},
             kept_bytes={level: float(row[index]) for level, row in kept.items()},
             output_bytes=float(outputs[index]),
+            unkept_input_bytes=float(unkept[index]),
             workspace_bytes=float(workspace[index]),
             backward_phases=tuple(
                 BackwardPhase(ends_with=kind, begin_bytes=begin, peak_bytes=max(peak, 0.0))

@@ -214,6 +214,7 @@ class ModelBench:
         return {
             "saved_bytes": list(saved.saved),
             "output_bytes": list(saved.outputs),
+            "unkept_input_bytes": list(saved.unkept_inputs),
             "workspace_bytes": list(workspace),
             "backward_phases": [[list(phase) for phase in layer] for layer in phases],
             "selective_bytes": kept["selective"],

@@ -151,6 +151,7 @@ def _cost(
         workspace_bytes=max(max(value.workspace_bytes for value in values), 0.0),
         backward_phases=_phases([value.backward_phases for value in values]),
         output_bytes=mean("output_bytes"),
+        unkept_input_bytes=min(value.unkept_input_bytes for value in values),
         forward_flops=mean("forward_flops") * configuration.tensor_degree,
         optimizer_s=mean("optimizer_s"),
         collectives=collectives,

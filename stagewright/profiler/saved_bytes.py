@@ -21,10 +21,14 @@ from stagewright.profiler.layer_hooks import LayerHooks
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Bytes by layer: kept without recomputation, and of the output sent on."""
+    """Bytes by layer: kept without recomputation, of the output sent on, and of its input that is not among what it keeps.
+
+    The last are there for a stage that begins with the layer, which holds what it has received until its backward.
+    """
 
     saved: tuple[float, ...]
     outputs: tuple[float, ...]
+    unkept_inputs: tuple[float, ...]
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -43,10 +47,12 @@ def layer_bytes(chain: LayerChain, batch: Batch) -> LayerBytes:
     kept_anyway |= {storage_key(value) for value in batch_tensors(batch)}
     seen = set(kept_anyway)
     saved, outputs = [0.0] * chain.num_layers, [0.0] * chain.num_layers
+    inputs: list[dict[int, int]] = [{} for _ in range(chain.num_layers)]  # bytes by storage, until the layer keeps it
     current = [0]
 
     def entered(index: int, tensors: tuple[Tensor, ...]) -> None:
         current[0] = index
+        inputs[index] = {storage_key(value): storage_bytes(value) for value in tensors}
 
     def produced(index: int, tensors: tuple[Tensor, ...]) -> None:
         outputs[index] = float(sum(value.numel() * value.element_size() for value in tensors))
@@ -56,6 +62,7 @@ def layer_bytes(chain: LayerChain, batch: Batch) -> LayerBytes:
         if key not in seen:
             seen.add(key)
             saved[current[0]] += storage_bytes(tensor)
+            inputs[current[0]].pop(key, None)
         return tensor.detach()
 
     def unpack(tensor: Tensor) -> Tensor:
@@ -68,4 +75,4 @@ def layer_bytes(chain: LayerChain, batch: Batch) -> LayerBytes:
         (loss,) = segment(batch)[chain.num_layers - 1]
         outputs[-1] = float(loss.element_size())
         loss.backward()
-    return LayerBytes(tuple(saved), tuple(outputs))
+    return LayerBytes(tuple(saved), tuple(outputs), tuple(float(sum(each.values())) for each in inputs))

@@ -125,3 +125,22 @@ def test_a_loss_alone_keeps_the_logits_that_it_receives():
         choice = Choice(Degrees(dp=1), 2, 1, 1, "1f1b", Recompute.NONE)
         first, last = evaluate(even_plan(profile, cluster_with(), job, choice), profile).stage_bytes
         assert (first.kept.tolist(), last.kept.tolist()) == ([3e6], [kept])
+
+
+@pytest.mark.parametrize(
+    ("recompute", "kept"), [(Recompute.NONE, 4e6 + 0.75e6), (Recompute.SELECTIVE, 2e6 + 0.75e6), (Recompute.FULL, 1e6)]
+)
+def test_a_stage_holds_what_its_first_layer_does_not_keep_of_what_it_receives(recompute, kept):
+    """A norm that keeps wider numbers, say; a layer that runs again as a whole keeps what it is given."""
+    profile = profile_factory(2, microbatches=(1,), output_bytes=1e6)
+    levels = {Recompute.NONE: 4e6, Recompute.SELECTIVE: 2e6, Recompute.FULL: 1e6}
+    update = {"activation_bytes": levels, "unkept_input_bytes": 0.75e6}
+    classes = {
+        name: layer.model_copy(update={"costs": tuple(cost.model_copy(update=update) for cost in layer.costs)})
+        for name, layer in profile.classes.items()
+    }
+    profile = profile.model_copy(update={"classes": classes})
+    job = TrainingJob(global_batch=MICROBATCHES, sequence_length=128, precision="fp32")
+    plan = even_plan(profile, cluster_with(), job, Choice(Degrees(dp=1), 2, 1, 1, "1f1b", recompute))
+    first, last = evaluate(plan, profile).stage_bytes
+    assert (first.kept.tolist(), last.kept.tolist()) == ([levels[recompute]], [kept])

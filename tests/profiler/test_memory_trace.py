@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from torch import nn
 
 from stagewright.modeling import load_object, split
 from stagewright.profiler.memory_trace import layer_workspace_bytes, peak_above_start, trace_spans
@@ -78,6 +79,26 @@ def test_parameters_and_batches_are_not_counted_as_kept(tiny_model_file):
     model, batch = model_and_batch(tiny_model_file, 2)
     saved = layer_bytes(split(model), batch).saved
     assert saved[0] == 0.0, "an embedding keeps its indices, which are the batch's"
+
+
+class WideNorm(nn.Module):
+    """A norm that computes in 32 bits, and keeps its input so."""
+
+    def forward(self, hidden):
+        wide = hidden.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(hidden.dtype)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 1.0), (torch.float32, 0.0)])
+def test_a_layer_that_keeps_its_input_in_wider_numbers_does_not_keep_what_it_was_given(tiny_model_file, dtype, share):
+    model = load_object(f"{tiny_model_file}:Tiny")(num_blocks=2)
+    for block in model.blocks:
+        block.norm = WideNorm()
+    chain, tokens = split(model.to(dtype)), torch.randint(32, (4, 16))
+    found = layer_bytes(chain, (tokens, tokens))
+    blocks = [index for index, layer in enumerate(chain.layers) if layer.kind == "block"]
+    assert len(blocks) == 2
+    assert [found.unkept_inputs[index] for index in blocks] == [share * found.outputs[index - 1] for index in blocks]
 
 
 @pytest.mark.parametrize("level", ["99", None])

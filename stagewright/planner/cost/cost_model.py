@@ -471,7 +471,8 @@ class CostModel:
         # Only layers of a repeated kind are ever recomputed: an embedding, a head and a loss offer no level.
         offers = column([float(self.profile.classes[name].kind in RECOMPUTED_KINDS) for name in names])
         selective = np.where(offers > 0, selective, none)
-        full = np.where(offers > 0, self._full_kept(values, index, output, selective), none)
+        inputs = self._inputs(output)
+        full = np.where(offers > 0, self._full_kept(values, index, inputs, selective), none)
         kept = np.stack([none, selective, full])
         late = _late_bytes(kept, [column(_shares(values, level)) for level in range(3)], offers)
         workspace = column([cost.workspace_bytes for cost in values])
@@ -504,17 +505,38 @@ class CostModel:
                 name: offers * column([cost.again_link_bytes.get(name, 0.0) for cost in values])
                 for name in sorted({name for cost in values for name in cost.again_link_bytes})
             },
+            unkept_input_bytes=self._unkept_inputs(values, index, inputs, kept),
             phases=tuple(values[place].phases for place in index.tolist()),
             source=worst_source([costs[name].source for name in set(self.profile.layer_classes)]),
         )
 
-    def _full_kept(
-        self, values: list[LayerCost], index: np.ndarray[tuple[int], np.dtype[np.intp]], output: Floats, weaker: Floats
-    ) -> Floats:
-        """Return the bytes of each layer's input, all that full recomputation keeps."""
+    def _inputs(self, output: Floats) -> Floats:
+        """Return the bytes of what each layer is given by others."""
         inputs = np.zeros(output.shape)
         for source, target in self.profile.edge_indices:
             inputs[..., target] += output[..., source]
+        return inputs
+
+    def _unkept_inputs(
+        self, values: list[LayerCost], index: np.ndarray[tuple[int], np.dtype[np.intp]], inputs: Floats, kept: Floats
+    ) -> Floats:
+        """Return what each layer does not keep of its input, at each level: nothing where it runs again as a whole.
+
+        Where nobody looked, a loss keeps what it makes of its input, and any other layer its input.
+        """
+        unkept = np.zeros(inputs.shape)
+        for layer, (position, name) in enumerate(zip(index, self.profile.layer_classes, strict=True)):
+            measured = values[position].unkept_input_bytes
+            if measured is not None:
+                unkept[..., layer] = measured
+            elif self.profile.classes[name].kind == "loss":
+                unkept[..., layer] = inputs[..., layer]
+        return np.stack([unkept, unkept, np.where(kept[2] < kept[1], 0.0, unkept)])
+
+    def _full_kept(
+        self, values: list[LayerCost], index: np.ndarray[tuple[int], np.dtype[np.intp]], inputs: Floats, weaker: Floats
+    ) -> Floats:
+        """Return the bytes of each layer's input, all that full recomputation keeps."""
         kept = np.minimum(weaker, inputs)
         for layer, position in enumerate(index):
             measured = values[position].full_kept_bytes

@@ -87,6 +87,7 @@ class LayerCost:
     source: Source = Source.ANALYTIC
     frozen_parameters: float = 0.0
     phases: tuple[PhaseBytes, ...] = ()
+    unkept_input_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,7 @@ def frozen_cost(cost: LayerCost, backward: Literal["full", "input", "none"]) -> 
         recompute_s=(0.0, 0.0, 0.0),
         kept_bytes=(0.0, 0.0),
         full_kept_bytes=0.0,
+        unkept_input_bytes=0.0,
         model_flops=cost.model_flops / 3,
         exposed_backward_s=0.0,
         link_bytes=cost.forward_link_bytes,

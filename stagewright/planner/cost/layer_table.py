@@ -41,6 +41,7 @@ class LayerTable:
     model_flops : forward matrix-product FLOP of the whole layer for this microbatch, over all its devices; of a frozen layer
         the third of what its forward and backward need.
     logits_bytes : the part of the kept bytes that is logits, the same at every level.
+    unkept_input_bytes : of what a layer is given, that it does not keep: a stage that begins with it does.
     phases : of the backward of each layer, where they were measured.
     link_bytes : bytes one device sends for one microbatch, by "operation/group", each [L].
     again_link_bytes : what full recomputation sends beside that.
@@ -65,5 +66,6 @@ class LayerTable:
     logits_bytes: Floats = field(default_factory=lambda: np.zeros(0))
     link_bytes: Mapping[str, Floats] = field(default_factory=dict)
     again_link_bytes: Mapping[str, Floats] = field(default_factory=dict)
+    unkept_input_bytes: Floats = field(default_factory=lambda: np.zeros((3, 0)))
     phases: tuple[tuple[PhaseBytes, ...], ...] = ()
     source: Source = Source.ANALYTIC

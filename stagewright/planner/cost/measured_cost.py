@@ -89,6 +89,7 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
     ]
     traffic = price(exchanges, groups)
     tokens = 1.0 / degrees.cp
+    passed = tokens / (tensor_degree if splits_sequence else 1)  # of what goes from layer to layer
     forward_s = numbers["forward_s"] * tokens + traffic.forward_s
     levels = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
     kept = [_level(found, level) * tokens for level in levels]
@@ -107,7 +108,8 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         full_kept_bytes=kept[2] if _has(found, Recompute.FULL) else None,
         workspace_bytes=numbers["workspace_bytes"] * tokens,
         phases=_phases(found, spared[0] / tokens),
-        output_bytes=numbers["output_bytes"] * tokens / (tensor_degree if splits_sequence else 1),
+        output_bytes=numbers["output_bytes"] * passed,
+        unkept_input_bytes=_unkept_input(found, passed),
         dense_parameters=dense,
         expert_parameters=expert,
         model_flops=numbers["forward_flops"],
@@ -136,6 +138,11 @@ def _with_divided_tokens(layer: LayerClass, setting: Setting, numbers: dict[str,
         for name in _SECONDS
     }
     return {name: min(value, divided.get(name, value)) for name, value in numbers.items()}
+
+
+def _unkept_input(found: Blend, share: float) -> float | None:
+    told = [entry.unkept_input_bytes for entry, _ in found.entries if entry.unkept_input_bytes is not None]
+    return _mean(found, told) * share if len(told) == len(found.entries) else None
 
 
 def _phases(found: Blend, spared_bytes: float) -> tuple[PhaseBytes, ...]:

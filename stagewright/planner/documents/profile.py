@@ -120,6 +120,8 @@ class ConfigurationCost(Part):
     backward_phases : the same, phase by phase, of a backward whose gradients come and go as under ZeRO-2 and 3; none where
         they were not measured.
     output_bytes : the boundary tensor sent to the next layer.
+    unkept_input_bytes : of the tensors that the layer is given, those that are not among what it keeps: a stage that begins with
+        the layer holds them beside that, unless it recomputes the whole layer. None where nobody looked.
     forward_flops : matrix-product FLOP of the forward of the whole (unsharded) layer.
     optimizer_s : optimizer step of the shard's parameters.
     collectives : what the shards exchange.
@@ -141,6 +143,7 @@ class ConfigurationCost(Part):
     workspace_bytes: Bytes = 0.0
     backward_phases: tuple[BackwardPhase, ...] = ()
     output_bytes: Bytes
+    unkept_input_bytes: Bytes | None = None
     forward_flops: Annotated[float, Field(ge=0)] = 0.0
     optimizer_s: Seconds = 0.0
     collectives: tuple[Collective, ...] = ()
