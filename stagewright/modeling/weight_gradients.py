@@ -261,10 +261,13 @@ def _defer(
     weight: Tensor,
     bias: Tensor | None,
 ) -> bool:
-    """Queue the weight gradient when the sink collects and the parameters are leaves."""
+    """Queue the weight gradient when the sink collects and the parameters are leaves.
+
+    Without the inputs' graph, which would hold what the stage received until then.
+    """
     if sink.queue is None or not weight.is_leaf or (bias is not None and not bias.is_leaf):
         return False
-    sink.queue.append(DeferredGradient(compute, weight, inputs, gradient))
+    sink.queue.append(DeferredGradient(compute, weight, inputs.detach(), gradient))
     return True
 
 

@@ -211,12 +211,15 @@ def _stage_bytes(
         at = (level[chosen], chosen)
         passing = passing_bytes(plan, profile, stage, row, bounds)
         absent = not_waiting_bytes(plan, profile, stage, row, bounds)
+        received = _received_bytes(row, level[chosen], chosen)
         found.append(
             StageBytes(
-                row.kept_bytes[at] + _received_bytes(row, level[chosen], chosen),
+                row.kept_bytes[at] + received,
                 row.late_bytes[at],
                 np.maximum(row.table.workspace_bytes[at] - absent, 0.0),
-                np.maximum(row.table.split_workspace_bytes[at] - absent, 0.0),
+                np.maximum(row.table.input_grad_workspace_bytes[at] - absent, 0.0),
+                forward_workspace=np.maximum(row.table.forward_workspace_bytes[at] - received, 0.0),
+                late_workspace=row.table.weight_grad_workspace_bytes[chosen],
                 phases=passing.phases,
                 whole=passing.whole,
                 copied=passing.copied,

@@ -44,6 +44,9 @@ class LayerNumbers:
     output_bytes: float
     unkept_input_bytes: float
     workspace_bytes: float
+    forward_workspace_bytes: Mapping[Recompute, float]
+    input_grad_workspace_bytes: float
+    weight_grad_workspace_bytes: float
     backward_phases: tuple[BackwardPhase, ...]
     forward_flops: float
     unused_parameters: int
@@ -112,6 +115,8 @@ def configuration_numbers(
     unused = [int(count) for count in memory["unused_parameters"]]
     outputs, unkept = (_row(memory, name) for name in ("output_bytes", "unkept_input_bytes"))
     workspace, flops = (_row(memory, name) for name in ("workspace_bytes", "forward_flops"))
+    forward_workspace = {level: _row(memory["forward_workspace_bytes"], level.value) for level in kept}
+    apart = [_row(memory, f"{part}_workspace_bytes") for part in ("input_grad", "weight_grad")]
     layers = tuple(
         LayerNumbers(
             forward_s=float(forward_s[index]),
@@ -124,6 +129,9 @@ def configuration_numbers(
             output_bytes=float(outputs[index]),
             unkept_input_bytes=float(unkept[index]),
             workspace_bytes=float(workspace[index]),
+            forward_workspace_bytes={level: float(row[index]) for level, row in forward_workspace.items()},
+            input_grad_workspace_bytes=max(float(apart[0][index]), 0.0),
+            weight_grad_workspace_bytes=max(float(apart[1][index]), 0.0),
             backward_phases=tuple(
                 BackwardPhase(ends_with=kind, begin_bytes=begin, peak_bytes=max(peak, 0.0))
                 for kind, begin, peak in memory.get("backward_phases", [()] * len(forward_s))[index]

@@ -90,8 +90,21 @@ def layer_workspace_bytes(
     return tuple(workspace)
 
 
-def layer_growth_bytes(chain: LayerChain, batch: Batch, device: torch.device) -> tuple[float, ...]:
-    """Return by how much the allocated bytes grow from each layer's entrance to the next one's, in the forward."""
+@dataclass(frozen=True)
+class LayerGrowths:
+    """Of a forward, by layer: by how much the allocated bytes grow, and the most above those before the first layer."""
+
+    kept: tuple[float, ...]
+    peaks: tuple[float, ...]
+
+    def workspaces(self, kept_bytes: Sequence[float]) -> list[float]:
+        """Return the highest use of each layer above what it and the layers before it keep until their backward."""
+        rows = zip(self.peaks, accumulate(kept_bytes), strict=True)
+        return [max(peak - kept, 0.0) for peak, kept in rows]
+
+
+def layer_growths(chain: LayerChain, batch: Batch, device: torch.device) -> LayerGrowths:
+    """Return what is allocated in a forward from each layer's entrance to the next one's."""
     segment = chain.segment(0, chain.num_layers)
 
     def work(mark: Callable[[], None]) -> None:
@@ -101,7 +114,11 @@ def layer_growth_bytes(chain: LayerChain, batch: Batch, device: torch.device) ->
             mark()
             del loss
 
-    return tuple(span.end_bytes - span.begin_bytes for span in trace_spans(work, device))
+    spans = trace_spans(work, device)
+    begin = spans[0].begin_bytes
+    return LayerGrowths(
+        tuple(span.end_bytes - span.begin_bytes for span in spans), tuple(span.peak_bytes - begin for span in spans)
+    )
 
 
 def _cuda_spans(work: Callable[[Callable[[], None]], None], device: torch.device) -> list[Span]:

@@ -34,7 +34,7 @@ from stagewright.modeling import Batch, LayerChain
 from stagewright.modeling.recomputation import recompute_layers
 from stagewright.modeling.speed_probe import SpeedProbe
 from stagewright.modeling.weight_gradients import (
-    DeferredGradient,
+    Queue,
     WeightGradientSink,
     defer_weight_gradients,
     run_queue,
@@ -43,9 +43,10 @@ from stagewright.planner.documents import Recompute
 from stagewright.profiler.backward_phases import layer_backward_phases
 from stagewright.profiler.layer_hooks import LayerHooks
 from stagewright.profiler.layer_timer import LayerTimer, LayerTimes, busy_share
-from stagewright.profiler.memory_trace import layer_growth_bytes, layer_workspace_bytes
+from stagewright.profiler.memory_trace import LayerGrowths, layer_growths, layer_workspace_bytes
 from stagewright.profiler.model_source import ModelSource
-from stagewright.profiler.saved_bytes import layer_bytes, storage_bytes, storage_key
+from stagewright.profiler.saved_bytes import layer_bytes
+from stagewright.profiler.split_memory import pieces_by_layer, queue_bytes, split_workspaces
 from stagewright.profiler.structure import is_expert_parameter
 from stagewright.profiler.timing import Clock, clock_of, flush_of
 
@@ -167,7 +168,7 @@ class ModelBench:
         """
         count = self.chain.num_layers
         lengths: dict[int, int] = {}
-        queue: list[DeferredGradient] = []
+        queue: Queue = []
         timer = self._timer
         with timer.hooks:
             fused = timer.full(batch)
@@ -175,16 +176,10 @@ class ModelBench:
             with timer.hooks, sink.collect() as queue:
                 times = timer.full(batch, left=lambda index: lengths.setdefault(index, len(queue)))
             weight_s, held = [0.0] * count, [0.0] * count
-            ends = {index: lengths.get(index - 1, len(queue)) for index in range(1, count)} | {0: len(queue)}
-            done, pieces = 0, list[list[DeferredGradient]]()
-            for index in reversed(range(count)):
-                pieces.append(queue[done : ends[index]])
-                done = max(ends[index], done)
-            queue.clear()
+            pieces = pieces_by_layer(queue, lengths, count)
             wall, busy = time.perf_counter(), time.process_time()
-            for index in range(count):
-                piece = pieces.pop()
-                held[index] = _queue_bytes(piece)
+            for index, piece in enumerate(pieces):
+                held[index] = queue_bytes(piece)
                 weight_s[index] = self._timed(partial(run_queue, piece))
             wall, busy = time.perf_counter() - wall, time.process_time() - busy
         return {
@@ -205,17 +200,24 @@ class ModelBench:
         saved = layer_bytes(chain, batch)
         workspace = layer_workspace_bytes(chain, batch, saved.saved, device)
         phases = layer_backward_phases(chain, batch, saved.saved, device)
-        none = layer_growth_bytes(chain, batch, device)
+        with _deferring(chain) as sink:
+            split = split_workspaces(chain, batch, saved.saved, sink, device)
+        none = layer_growths(chain, batch, device)
         kept: dict[str, list[float]] = {}
+        forward = {Recompute.NONE.value: none.workspaces(saved.saved)}
         for level in (Recompute.SELECTIVE, Recompute.FULL):
-            growth = self._recomputed_growth_bytes(level, batch) or none
-            rows = zip(saved.saved, growth, none, strict=True)
+            growth = self._recomputed_growths(level, batch) or none
+            rows = zip(saved.saved, growth.kept, none.kept, strict=True)
             kept[level.value] = [min(max(own + after - before, 0.0), own) for own, after, before in rows]
+            forward[level.value] = growth.workspaces(kept[level.value])
         return {
             "saved_bytes": list(saved.saved),
             "output_bytes": list(saved.outputs),
             "unkept_input_bytes": list(saved.unkept_inputs),
             "workspace_bytes": list(workspace),
+            "forward_workspace_bytes": forward,
+            "input_grad_workspace_bytes": list(split.input_grad),
+            "weight_grad_workspace_bytes": list(split.weight_grad),
             "backward_phases": [[list(phase) for phase in layer] for layer in phases],
             "selective_bytes": kept["selective"],
             "full_bytes": kept["full"],
@@ -223,8 +225,8 @@ class ModelBench:
             "unused_parameters": self._unused_parameters(),
         }
 
-    def _recomputed_growth_bytes(self, level: Recompute, batch: Batch) -> tuple[float, ...] | None:
-        """Return the bytes that each layer keeps at a level; None for a model that cannot run a layer twice."""
+    def _recomputed_growths(self, level: Recompute, batch: Batch) -> LayerGrowths | None:
+        """Return what each layer allocates in a forward at a level; None for a model that cannot run a layer twice."""
         with recomputed(self.chain, level):
             try:
                 with self._timer.hooks:
@@ -234,7 +236,7 @@ class ModelBench:
             except Exception as error:
                 _log.warning("%s recomputation fails and is left out: %s: %s", level, type(error).__name__, error)
                 return None
-            return layer_growth_bytes(self.chain, batch, self.device)
+            return layer_growths(self.chain, batch, self.device)
 
     def _unused_parameters(self) -> list[int]:
         """Return by layer how many trainable parameters have no gradient, though backwards of all layers ran.
@@ -363,12 +365,6 @@ def _numbers(times: LayerTimes) -> Numbers:
         "outside_s": times.outside_s,
         "busy_share": times.busy_share,
     }
-
-
-def _queue_bytes(queue: list[DeferredGradient]) -> float:
-    """Return the bytes that a layer's deferred weight gradients hold, each storage once."""
-    tensors = [tensor for item in queue for tensor in (item.saved, item.gradient)]
-    return float(sum({storage_key(tensor): storage_bytes(tensor) for tensor in tensors}.values()))
 
 
 def _own_parameters(chain: LayerChain) -> list[list[nn.Parameter]]:

@@ -149,6 +149,11 @@ def _cost(
         activation_bytes=activation,
         freed_at_input_grad={Recompute.NONE: freed} if freed else {},
         workspace_bytes=max(max(value.workspace_bytes for value in values), 0.0),
+        forward_workspace_bytes={
+            level: max(value.forward_workspace_bytes[level] for value in values) for level in activation
+        },
+        input_grad_workspace_bytes=max(value.input_grad_workspace_bytes for value in values),
+        weight_grad_workspace_bytes=max(value.weight_grad_workspace_bytes for value in values),
         backward_phases=_phases([value.backward_phases for value in values]),
         output_bytes=mean("output_bytes"),
         unkept_input_bytes=min(value.unkept_input_bytes for value in values),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -67,6 +70,19 @@ def test_a_norms_gradient_is_made_with_its_input_gradient():
         model(torch.randn(3, 6)).sum().backward()
     missing = [name for name, value in model.named_parameters() if value.grad is None]
     assert len(queue) == 1 and missing == ["1.weight", "1.bias"]
+
+
+def test_what_waits_does_not_hold_what_the_model_was_given():
+    """The graph of a waiting operand would: it ends at the model's input, here a norm's."""
+    model, sink = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)), WeightGradientSink()
+    defer_weight_gradients(model, sink)
+    inputs = torch.randn(3, 6).requires_grad_()
+    with sink.collect() as queue:
+        model(inputs).sum().backward()
+    given = weakref.ref(inputs)
+    del inputs
+    gc.collect()
+    assert len(queue) == 1 and given() is None
 
 
 def test_without_a_collecting_queue_the_gradients_are_computed_at_once():

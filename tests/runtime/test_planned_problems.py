@@ -92,6 +92,28 @@ def test_peaks_hold_what_a_stage_receives_and_keeps_in_wider_numbers_only(rank_p
     assert_peaks(models, tmp_path, "llama", "bf16", "sgd-momentum", choice)
 
 
+@pytest.mark.parametrize(
+    ("precision", "schedule", "chunks", "microbatch", "recompute"),
+    [
+        (
+            "fp64",
+            "zb-h1",
+            1,
+            1,
+            Recompute.NONE,
+        ),  # 4.5 % high: an input gradient alone makes no products of weight gradients
+        ("fp64", "zb-v", 2, 1, Recompute.NONE),  # 3.9 % high
+        ("fp64", "dualpipe-v", 2, 8, Recompute.FULL),  # 3.1 % low: weight gradients make them beside all that waits
+    ],
+)
+def test_peaks_of_backwards_that_run_apart(
+    rank_pools, models, monkeypatch, tmp_path, precision, schedule, chunks, microbatch, recompute
+):
+    monkeypatch.setattr(run, "launch", partial(launch_on_pool, rank_pools))
+    choice = Choice(Degrees(), 2, chunks, microbatch, schedule, recompute)
+    assert_peaks(models, tmp_path, "llama", precision, "sgd-momentum", choice)
+
+
 def assert_peaks(models: Models, directory: Path, model: str, precision: str, optimizer: str, choice: Choice) -> None:
     """Run eight microbatches of an even plan and compare traffic and peaks with the predicted ones."""
     profile = models.measured(model, precision)

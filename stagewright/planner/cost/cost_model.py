@@ -478,6 +478,7 @@ class CostModel:
         workspace = column([cost.workspace_bytes for cost in values])
         dense = column([cost.dense_parameters for cost in values])
         expert = column([cost.expert_parameters for cost in values])
+        split_workspace = workspace + np.maximum(none - np.maximum(kept, late), 0.0)
         return LayerTable(
             forward_s=column([cost.forward_s for cost in values]),
             input_grad_s=column([cost.input_grad_s for cost in values]),
@@ -488,7 +489,10 @@ class CostModel:
             late_bytes=late,
             # Recomputed tensors live again while the layer's backward runs.
             workspace_bytes=workspace + none - kept,
-            split_workspace_bytes=workspace + np.maximum(none - np.maximum(kept, late), 0.0),
+            split_workspace_bytes=split_workspace,
+            forward_workspace_bytes=self._forward_workspaces(values, index, workspace + none - kept),
+            input_grad_workspace_bytes=self._input_grad_workspaces(values, index, kept, late, split_workspace),
+            weight_grad_workspace_bytes=column([cost.weight_grad_workspace_bytes for cost in values]),
             output_bytes=output,
             dense_parameters=dense,
             expert_parameters=expert,
@@ -516,6 +520,35 @@ class CostModel:
         for source, target in self.profile.edge_indices:
             inputs[..., target] += output[..., source]
         return inputs
+
+    def _forward_workspaces(
+        self, values: list[LayerCost], index: np.ndarray[tuple[int], np.dtype[np.intp]], otherwise: Floats
+    ) -> Floats:
+        """Return what the forward of each layer holds for a time at each level, [3, L], and otherwise where nobody looked."""
+        found = otherwise.copy()
+        for layer, position in enumerate(index):
+            measured = values[position].forward_workspace_bytes
+            if measured is not None:
+                is_recomputed = self.profile.classes[self.profile.layer_classes[layer]].kind in RECOMPUTED_KINDS
+                for level in range(3):
+                    found[level, ..., layer] = measured[level if is_recomputed else 0]
+        return found
+
+    def _input_grad_workspaces(
+        self,
+        values: list[LayerCost],
+        index: np.ndarray[tuple[int], np.dtype[np.intp]],
+        kept: Floats,
+        late: Floats,
+        otherwise: Floats,
+    ) -> Floats:
+        """Return what an input gradient that runs apart holds for a time at each level, [3, L]: recomputed tensors live again."""
+        found, held = otherwise.copy(), np.maximum(kept, late)
+        for layer, position in enumerate(index):
+            measured = values[position].input_grad_workspace_bytes
+            if measured is not None:
+                found[..., layer] = measured + np.maximum(held[0, ..., layer] - held[..., layer], 0.0)
+        return found
 
     def _unkept_inputs(
         self, values: list[LayerCost], index: np.ndarray[tuple[int], np.dtype[np.intp]], inputs: Floats, kept: Floats

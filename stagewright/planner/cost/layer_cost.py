@@ -88,6 +88,9 @@ class LayerCost:
     frozen_parameters: float = 0.0
     phases: tuple[PhaseBytes, ...] = ()
     unkept_input_bytes: float | None = None
+    forward_workspace_bytes: tuple[float, float, float] | None = None
+    input_grad_workspace_bytes: float | None = None
+    weight_grad_workspace_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,7 @@ def frozen_cost(cost: LayerCost, backward: Literal["full", "input", "none"]) -> 
         return cost
     frozen = replace(
         cost,
+        weight_grad_workspace_bytes=0.0,
         dense_parameters=0.0,
         expert_parameters=0.0,
         weight_grad_s=0.0,

@@ -41,6 +41,10 @@ class LayerTable:
     model_flops : forward matrix-product FLOP of the whole layer for this microbatch, over all its devices; of a frozen layer
         the third of what its forward and backward need.
     logits_bytes : the part of the kept bytes that is logits, the same at every level.
+    forward_workspace_bytes : highest temporary use of the forward alone, above what is kept.
+    input_grad_workspace_bytes : that of an input gradient that runs apart, above the larger of what is kept and late.
+    weight_grad_workspace_bytes : that of a weight gradient that runs apart, above what is late. All three are the runtime's: what a
+        search takes, the two above, is never less than them by more than a product of a weight gradient.
     unkept_input_bytes : of what a layer is given, that it does not keep: a stage that begins with it does.
     phases : of the backward of each layer, where they were measured.
     link_bytes : bytes one device sends for one microbatch, by "operation/group", each [L].
@@ -66,6 +70,9 @@ class LayerTable:
     logits_bytes: Floats = field(default_factory=lambda: np.zeros(0))
     link_bytes: Mapping[str, Floats] = field(default_factory=dict)
     again_link_bytes: Mapping[str, Floats] = field(default_factory=dict)
+    forward_workspace_bytes: Floats = field(default_factory=lambda: np.zeros((3, 0)))
+    input_grad_workspace_bytes: Floats = field(default_factory=lambda: np.zeros((3, 0)))
+    weight_grad_workspace_bytes: Floats = field(default_factory=lambda: np.zeros(0))
     unkept_input_bytes: Floats = field(default_factory=lambda: np.zeros((3, 0)))
     phases: tuple[tuple[PhaseBytes, ...], ...] = ()
     source: Source = Source.ANALYTIC

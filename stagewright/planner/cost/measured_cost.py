@@ -107,9 +107,15 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         kept_bytes=(kept[0], kept[1]),
         full_kept_bytes=kept[2] if _has(found, Recompute.FULL) else None,
         workspace_bytes=numbers["workspace_bytes"] * tokens,
+        forward_workspace_bytes=_forward_workspaces(found, tokens),
+        input_grad_workspace_bytes=_told(
+            found, [entry.input_grad_workspace_bytes for entry, _ in found.entries], tokens
+        ),
+        weight_grad_workspace_bytes=_told(found, [entry.weight_grad_workspace_bytes for entry, _ in found.entries])
+        or 0.0,
         phases=_phases(found, spared[0] / tokens),
         output_bytes=numbers["output_bytes"] * passed,
-        unkept_input_bytes=_unkept_input(found, passed),
+        unkept_input_bytes=_told(found, [entry.unkept_input_bytes for entry, _ in found.entries], passed),
         dense_parameters=dense,
         expert_parameters=expert,
         model_flops=numbers["forward_flops"],
@@ -140,9 +146,21 @@ def _with_divided_tokens(layer: LayerClass, setting: Setting, numbers: dict[str,
     return {name: min(value, divided.get(name, value)) for name, value in numbers.items()}
 
 
-def _unkept_input(found: Blend, share: float) -> float | None:
-    told = [entry.unkept_input_bytes for entry, _ in found.entries if entry.unkept_input_bytes is not None]
-    return _mean(found, told) * share if len(told) == len(found.entries) else None
+def _told(found: Blend, values: Sequence[float | None], share: float = 1.0) -> float | None:
+    """Return a share of what the entries say; None where one says nothing."""
+    told = [value for value in values if value is not None]
+    return _mean(found, told) * share if len(told) == len(values) else None
+
+
+def _forward_workspaces(found: Blend, tokens: float) -> tuple[float, float, float] | None:
+    """Return the forward's highest use at each level, as `_level` finds it; None where it was not measured."""
+    if not all(entry.forward_workspace_bytes for entry, _ in found.entries):
+        return None
+    none, selective, full = (
+        tokens * _mean(found, [entry.forward_workspace_bytes[level] for entry, _ in found.entries])
+        for level in (_offered(found, level) for level in (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL))
+    )
+    return none, selective, full
 
 
 def _phases(found: Blend, spared_bytes: float) -> tuple[PhaseBytes, ...]:
@@ -202,10 +220,15 @@ def _has(found: Blend, level: Recompute) -> bool:
 
 def _level(found: Blend, level: Recompute) -> float:
     """Return the kept bytes of a level; a level that was not measured keeps what the next weaker one keeps."""
+    offered = _offered(found, level)
+    return _mean(found, [entry.activation_bytes[offered] for entry, _ in found.entries])
+
+
+def _offered(found: Blend, level: Recompute) -> Recompute:
     weaker = {Recompute.FULL: Recompute.SELECTIVE, Recompute.SELECTIVE: Recompute.NONE}
     while not _has(found, level):
         level = weaker[level]
-    return _mean(found, [entry.activation_bytes[level] for entry, _ in found.entries])
+    return level
 
 
 def _recompute(found: Blend, tokens: float, forward_s: Number) -> tuple[Number, Number, Number]:

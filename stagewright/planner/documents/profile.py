@@ -116,7 +116,10 @@ class ConfigurationCost(Part):
     freed_at_input_grad : share of them given back at the end of the input gradient, by level; negative where the weight
         gradient waits with more than the forward kept. A level that is not named holds what level none holds then: what
         is recomputed waits too.
-    workspace_bytes : highest temporary use above what is kept.
+    workspace_bytes : highest temporary use of the forward and of a backward in one piece, above what is kept.
+    forward_workspace_bytes : that of the forward alone, by recomputation level; none where it was not measured.
+    input_grad_workspace_bytes : that of an input gradient that runs apart, above the larger of what is kept and what waits for the
+        weight gradient; weight_grad_workspace_bytes : that of the weight gradient, above what waits. None where not measured.
     backward_phases : the same, phase by phase, of a backward whose gradients come and go as under ZeRO-2 and 3; none where
         they were not measured.
     output_bytes : the boundary tensor sent to the next layer.
@@ -141,6 +144,9 @@ class ConfigurationCost(Part):
     activation_bytes: dict[Recompute, Bytes]
     freed_at_input_grad: dict[Recompute, FreedShare] = {}
     workspace_bytes: Bytes = 0.0
+    forward_workspace_bytes: dict[Recompute, Bytes] = {}
+    input_grad_workspace_bytes: Bytes | None = None
+    weight_grad_workspace_bytes: Bytes | None = None
     backward_phases: tuple[BackwardPhase, ...] = ()
     output_bytes: Bytes
     unkept_input_bytes: Bytes | None = None
@@ -155,6 +161,11 @@ class ConfigurationCost(Part):
     def _check(self) -> Self:
         if Recompute.NONE not in self.activation_bytes:
             raise ValueError("activation_bytes needs the level 'none'")
+        if self.forward_workspace_bytes and self.forward_workspace_bytes.keys() != self.activation_bytes.keys():
+            raise ValueError(
+                f"forward_workspace_bytes has the levels {sorted(self.forward_workspace_bytes)}, "
+                f"activation_bytes {sorted(self.activation_bytes)}"
+            )
         for name in (*self.sources, *self.spread):
             if name not in type(self).model_fields:
                 raise ValueError(f"sources and spread name fields of this entry, {name!r} is none")

@@ -1,13 +1,16 @@
 """The peak of each rank, action by action: what lives beside an action and what the action itself needs at most.
 
 While a forward or a whole backward of stage s runs in its layer l, the rank holds what other units keep, the kept bytes of
-the stage's layers up to l, and the workspace of l. So with kept bytes k and workspaces w of the stage's layers
+the stage's layers up to l, and the workspace of l. So with kept bytes k and workspaces w of the stage's layers, of their
+forwards or their backwards,
 
     need_s = max over l of  k_0 + ... + k_l + w_l
 
-An input gradient leaves what waits for the weight gradient, v, behind the layers it has passed:
+An input gradient leaves what waits for the weight gradient, v, behind the layers it has passed, and a weight gradient makes its
+products, w'', from the first layer to the last beside what still waits:
 
     need_s = max over l of  k_0 + ... + k_(l-1) + max(k_l, v_l) + w'_l + v_(l+1) + ...
+    need_s = max over l of  v_l + v_(l+1) + ... + w''_l
 
 and the peak of a rank is the largest, over its actions, of what other units hold and the action's need. The search takes
 the largest sum of live bytes and, apart from it, the largest workspace of any layer of the rank: never less, and more where
@@ -43,8 +46,9 @@ forward; and as it begins, with the gradient of its output, c_l too, until it is
 
 A receive is posted before the action in front of the one that takes it, so its buffer stands beside that action, and
 beside all in between where it was posted earlier; a value that another stage of the same rank takes later stands beside
-what runs meanwhile. That counts beside backwards: w is the larger of a layer's forward and backward, nearly always the
-latter by more than a message.
+what runs meanwhile. Where the forward's workspace is not told from the backward's that counts beside backwards only, which need
+more, nearly always by more than a message. What is sent stands until the rank next takes a message, so beside the weight gradients
+in between.
 """
 
 from __future__ import annotations
@@ -87,6 +91,8 @@ class StageBytes:
     ----------
     kept : from the forward until the backward; late : between input and weight gradient.
     workspace : highest temporary use; split_workspace : that of an input gradient alone, above the larger of kept and late.
+    forward_workspace : that of the forward, where it is told from a backward's; late_workspace : of a weight gradient alone, above
+        what is late.
     phases : of each layer's backward, where it makes gradients for a time.
     staying : gradients that an input gradient makes and a weight gradient sends away.
     sums : what a product of a weight gradient that waits is rounded from, in wider numbers.
@@ -104,6 +110,8 @@ class StageBytes:
     at_once: float = 0.0
     staying: Floats | None = None
     sums: Floats | None = None
+    forward_workspace: Floats | None = None
+    late_workspace: Floats | None = None
 
     @property
     def stays(self) -> float:
@@ -119,10 +127,11 @@ class StageBytes:
             return 0.0
         kept, late = self.kept * share, self.late * share
         if kind is Kind.W:
-            return max(float(late.sum()) + self.stays, self._leaving(), self.made(share))
+            return max(self._multiplied(late) + self.stays, self._leaving(), self.made(share))
         before, (whole, coming, arriving) = np.cumsum(kept) - kept, self._beside(kind)
         if kind is Kind.F:
-            return float((before + whole + coming + np.maximum(kept + self.workspace, arriving)).max())
+            workspace = self.workspace if self.forward_workspace is None else self.forward_workspace
+            return float((before + whole + coming + np.maximum(kept + workspace, arriving)).max())
         work, passed = kept + self.workspace, np.zeros(len(kept))
         if kind is Kind.I:
             work, passed = np.maximum(kept, late) + self.split_workspace, late.sum() - np.cumsum(late)
@@ -153,6 +162,11 @@ class StageBytes:
         leaving = tuple(phase for phase in phases if phase.by_input)
         rest = phases[len(leaving) :][:1] if leaving else ()
         return (*leaving, *(GradientPhase(each.begin, each.peak - each.gradients + late) for each in rest))
+
+    def _multiplied(self, late: Floats) -> float:
+        """Return the most that a weight gradient holds of what is late and its products, which are summed as they are made."""
+        waiting = late.sum() - np.cumsum(late) + late
+        return float((waiting if self.late_workspace is None else waiting + self.late_workspace).max())
 
     def made(self, share: float) -> float:
         """Return the most that a weight gradient holds before any gradients leave, where they do."""
@@ -238,7 +252,7 @@ def peak_activations(
     for rank, order in enumerate(schedule.orders):
         live, with_gradients = 0.0, set[int]()  # stages of which some stay
         scattered = 0.0
-        waiting = np.zeros(len(order)) if beside is None else np.where(order[:, KIND] == Kind.F, 0.0, beside[rank])
+        waiting = np.zeros(len(order)) if beside is None else beside[rank]
         for (kind, stage, slice_index), more in zip(
             order[:, [KIND, STAGE, SLICE]].tolist(), waiting.tolist(), strict=True
         ):
@@ -255,6 +269,7 @@ def peak_activations(
             if kind == Kind.W:
                 needed = max(needed, scattered + made[stage, whole])
             scattered = on_its_way[stage] if kind == Kind.W else 0.0
+            more = 0.0 if kind == Kind.F and stages[stage].forward_workspace is None else more
             peaks[rank] = max(peaks[rank], live + staying + more + needed)
             if kind == Kind.F:
                 live += kept[stage] * share
@@ -291,8 +306,12 @@ def _beside(lowered: Schedule, rank: int, edges: Sequence[tuple[tuple[int, int],
                 taken[kind != Kind.F, *unit] = position
             position += 1
     change = np.zeros(position + 1)
-    position = 0
+    position, sent = 0, 0.0
     for kind, replica, stage, microbatch, slice_index in rows:
+        if kind == Kind.W:
+            _hold(change, position, position + 1, sent)
+        elif kind in compute:
+            sent = 0.0
         is_back, is_receive = kind in (Kind.B, Kind.I, Kind.RECV_B), kind in receives
         ends = at_source if is_back == is_receive else at_target
         share = 1.0 if slice_index < 0 else 1.0 / max(lowered.num_slices, 1)
@@ -302,6 +321,8 @@ def _beside(lowered: Schedule, rank: int, edges: Sequence[tuple[tuple[int, int],
                 first = max(position - 1, 0) if is_receive else position + 1
                 taker = (is_back, replica, stage if is_receive else other, microbatch, slice_index)
                 _hold(change, first, taken.get(taker, 0), size * share)
+            elif not is_receive:
+                sent += size * share
         position += kind in compute
     return np.cumsum(change)[:-1]
 

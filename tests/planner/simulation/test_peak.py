@@ -66,6 +66,16 @@ def test_an_input_gradient_leaves_what_waits_behind_it():
     assert peaks("zb-h1", stages, ranks=1, microbatches=1).tolist() == [19]
 
 
+def test_forwards_and_weight_gradients_have_workspaces_of_their_own():
+    """Kept 4 and 6, late 3 and 5, one microbatch: a forward needs 4 + 6 + 1, an input gradient 4 + 6 + 2, a weight gradient 3 + 5 + w."""
+    made = stage([4, 6], [20, 20], late=[3, 5], split_workspace=[2, 2])
+    for first, most in ((0, 12), (7, 15)):
+        own = replace(made, forward_workspace=np.array([1.0, 1.0]), late_workspace=np.array([first, 9.0]))
+        expected = max(most, 5 + 9)  # the second layer's products are made when the first layer's have been
+        assert peaks("zb-h1", [own], ranks=1, microbatches=1).tolist() == [expected]
+    assert peaks("zb-h1", [made], ranks=1, microbatches=1).tolist() == [4 + 6 + 20]  # not told from a backward's
+
+
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v", "chimera", "seq1f1b"])
 def test_no_peak_is_above_the_sum_of_both_maxima(name):
     """With one layer a stage, the peak lies between the most that lives and that plus the largest workspace."""
@@ -105,6 +115,19 @@ def test_a_message_stands_beside_the_action_in_front_of_the_one_that_takes_it():
     assert last.tolist() == [5, 5, 0, 5, 0, 5, 0, 0]  # F1's input comes as F0 ends: its receive is posted with F0
     stages = [stage([10], [3]), stage([10], [3])]
     assert peak_activations(schedule, stages, [first, last]).tolist() == [2 * 10 + 3 + 5, 10 + 3 + 5]
+
+
+def test_what_is_sent_stands_beside_the_weight_gradients_up_to_the_next_message_taken():
+    """ZB-H1's last rank runs F I W in turn, and sends the gradient of I to the stage before."""
+    lowered = lower(generate("zb-h1", ScheduleRequest(2, 4)), StageCosts.uniform(2), merge="none", optimizer=False)
+    first, last = message_bytes_beside(lowered, np.array([5.0]))
+    order = [action for step in lowered.actions(1) for action in step if action.kind.name in "FIW"]
+    assert [action.kind.name for action in order[:6]] == ["F", "I", "W", "F", "I", "W"]
+    received = [5, 5, 5, 0] + [0] * (len(order) - 4)  # F1's input comes as F0 ends, and is taken by F1
+    assert last[2] == received[2] + 5
+    after = [at for at, action in enumerate(order) if action.kind.name == "W" and order[at - 1].kind.name == "I"]
+    assert last[after[-1]] == 5  # of the last microbatch nothing else is on its way
+    assert first[-1] == 0  # the first stage sends no gradient
 
 
 def test_what_a_later_stage_of_the_same_rank_takes_stands_beside_what_runs_meanwhile():
