@@ -35,7 +35,7 @@ from stagewright.planner.search.order import Layout, layout_of
 from stagewright.planner.search.pipeline_costs import slowest_link
 from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.network import Shares
-from stagewright.planner.simulation.peak import message_bytes_beside, peak_activations
+from stagewright.planner.simulation.peak import message_bytes_beside, peak_activations, reductions_behind
 from stagewright.planner.tile_shards import unlike_members
 
 _SEED = 0
@@ -84,7 +84,12 @@ def peak_bytes(evaluation: Evaluation) -> Floats:
     unlike = evaluation.unlike_bytes.sum(axis=0)
     held = None
     if schedule.is_synchronous:
-        held = peak_activations(schedule, evaluation.stage_bytes, _beside(evaluation))
+        lowered = _lowered(evaluation)
+        beside = reducing = None
+        if lowered is not None:
+            beside = message_bytes_beside(lowered, np.asarray(evaluation.links.boundary_bytes))
+            reducing = reductions_behind(lowered, evaluation.reductions)
+        held = peak_activations(schedule, evaluation.stage_bytes, beside, reducing)
     if held is None:
         return np.asarray(pipeline.peak_bytes + unlike)
     above = np.maximum(held, evaluation.step_bytes)
@@ -92,13 +97,12 @@ def peak_bytes(evaluation: Evaluation) -> Floats:
     return np.asarray(static + pipeline.version_bytes + above + pipeline.base_bytes)
 
 
-def _beside(evaluation: Evaluation) -> list[Floats] | None:
-    """Return the bytes of messages that lie beside each action; None for a schedule that no runtime executes."""
+def _lowered(evaluation: Evaluation) -> Schedule | None:
+    """Return the actions that ranks execute; None for a schedule that no runtime does."""
     try:
-        lowered = lower(evaluation.schedule, evaluation.costs, merge="none", optimizer=False)
+        return lower(evaluation.schedule, evaluation.costs, data_parallel=True, merge="none")
     except (InvalidArgument, InvalidSchedule):
         return None
-    return message_bytes_beside(lowered, np.asarray(evaluation.links.boundary_bytes))
 
 
 def peaks_by_device(plan: Plan, profile: ModelProfile) -> list[float] | None:

@@ -36,6 +36,7 @@ from stagewright.planner.link_bytes import (
     has_even_shards,
     num_shards,
     reduced_parameters,
+    sharding_group,
     shared_weights,
     state_share,
     unit_parameters,
@@ -47,7 +48,7 @@ from stagewright.planner.matrix_step_bytes import (
     stepped_tensors,
 )
 from stagewright.planner.search.layer_costs import LayerCosts
-from stagewright.planner.simulation.peak import GradientPhase
+from stagewright.planner.simulation.peak import GradientPhase, Reduction
 from stagewright.planner.tile_shards import owned_buckets
 
 Floats = npt.NDArray[np.float64]
@@ -66,32 +67,66 @@ def step_workspaces(
     """
     found = []
     for index, row in enumerate(layers):
-        dense, experts = _tensors(plan, profile, index, row, bounds, member)
-        shards = [*dense, *experts]
-        if plan.job.optimizer.name in MATRIX_OPTIMIZERS:
-            buckets = _owned(plan, profile, index, bounds, member)
-            if buckets is None:
-                buckets = _buckets(plan, profile, index, row, bounds, (dense, experts))
-            need = matrix_step_bytes(plan.job.optimizer, buckets, is_cpu=_is_cpu(plan, index))
-        else:
-            need = _elementwise_bytes(plan, index, [size for size, _ in shards])
-        found.append(max(need, _sent_bytes(plan, index, shards)))
+        kinds = _tensors(plan, profile, index, row, bounds, member)
+        stepped = _stepped_bytes(plan, profile, index, row, bounds, member, kinds)
+        found.append(max(stepped, _scattered_bytes(plan, index, [*kinds[0], *kinds[1]])))
     return found
 
 
-def _sent_bytes(plan: Plan, index: int, shards: Sequence[tuple[float, int]]) -> float:
-    """Return the bytes that even shards arrive and leave in, given their elements and how many there are of each.
+def _stepped_bytes(
+    plan: Plan,
+    profile: ModelProfile,
+    index: int,
+    row: LayerCosts,
+    bounds: Sequence[int],
+    member: int | None,
+    kinds: tuple[Shards, Shards],
+) -> float:
+    """Return what a step makes once gradients are where it looks, given the shards of its buckets, those of divided experts apart."""
+    shards = [*kinds[0], *kinds[1]]
+    if plan.job.optimizer.name in MATRIX_OPTIMIZERS:
+        buckets = _owned(plan, profile, index, bounds, member)
+        if buckets is None:
+            buckets = _buckets(plan, profile, index, row, bounds, kinds)
+        need = matrix_step_bytes(plan.job.optimizer, buckets, is_cpu=_is_cpu(plan, index))
+    else:
+        need = _elementwise_bytes(plan, index, [size for size, _ in shards])
+    return max(need, _gathered_bytes(plan, index, shards))
 
-    All gradients are scattered at once, and weights gathered one tensor after the other.
+
+def reductions(
+    plan: Plan, profile: ModelProfile, layers: Sequence[LayerCosts], bounds: Sequence[int], member: int | None = None
+) -> list[Reduction]:
+    """Return what one device of each stage holds while its gradients are reduced at the end of an iteration and stepped, [stages].
+
+    Only under ZeRO-1 do gradients arrive elsewhere than they were summed. Shards that other devices own too are waited for at
+    once, to be summed over these; others when the optimizer steps.
     """
-    stage, optimizer = plan.stages[index], plan.job.optimizer
-    divided = [(size, count) for size, count in shards if count > 1]
-    if not divided or not has_even_shards(plan, index):
+    has_other_owners = len(plan.schedule.placement) > 1 or sharding_group(plan) is not None
+    found = []
+    for index, row in enumerate(layers):
+        kinds = _tensors(plan, profile, index, row, bounds, member)
+        most = _scattered_bytes(plan, index, [*kinds[0], *kinds[1]])
+        stepped = _stepped_bytes(plan, profile, index, row, bounds, member, kinds)
+        found.append(Reduction(most, 0.0 if has_other_owners else most, stepped))
+    return found
+
+
+def _scattered_bytes(plan: Plan, index: int, shards: Sequence[tuple[float, int]]) -> float:
+    """Return the bytes in which all of a stage's gradients arrive, given the elements of shards and how many there are of each."""
+    if plan.stages[index].degrees.zero != 1 or not has_even_shards(plan, index):
         return 0.0
     copies = _is_cpu(plan, index)
-    scattered = sum(size * (1 + count if copies else 1) for size, count in divided) * (stage.degrees.zero == 1)
-    gathered = max(size for size, _ in divided)
-    return max(scattered * optimizer.gradient_bytes, gathered * optimizer.parameter_bytes)
+    elements = sum(size * (1 + count if copies else 1) for size, count in shards if count > 1)
+    return elements * plan.job.optimizer.gradient_bytes
+
+
+def _gathered_bytes(plan: Plan, index: int, shards: Sequence[tuple[float, int]]) -> float:
+    """Return the bytes of the copy in which even shards of weights leave, one tensor after the other."""
+    divided = [size for size, count in shards if count > 1]
+    if not divided or not has_even_shards(plan, index):
+        return 0.0
+    return max(divided) * plan.job.optimizer.parameter_bytes
 
 
 def _elementwise_bytes(plan: Plan, index: int, tensors: Sequence[float]) -> float:

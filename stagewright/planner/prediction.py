@@ -35,7 +35,7 @@ from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.layerwise import Gather, changes_of
 from stagewright.planner.link_bytes import divides_by_tiles, link_bytes, local_steps
-from stagewright.planner.passing_bytes import passing_bytes, step_workspaces
+from stagewright.planner.passing_bytes import passing_bytes, reductions, step_workspaces
 from stagewright.planner.planned_devices import base_bytes, device_of, group_of, peak_flops, price_per_s, rank_devices
 from stagewright.planner.planned_links import links_of, plan_ties, wiring_of
 from stagewright.planner.planned_schedule import (
@@ -65,7 +65,7 @@ from stagewright.planner.search.order import Layout, layout_of
 from stagewright.planner.search.pipeline_costs import PipelineCosts, pipeline_costs
 from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.network import Collectives, Links, Shares
-from stagewright.planner.simulation.peak import StageBytes
+from stagewright.planner.simulation.peak import Reduction, StageBytes
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.planner.statistics_bytes import unlike_statistics_bytes
@@ -82,7 +82,7 @@ class Evaluation:
     """A plan's prediction with all that it was made of.
 
     `host_bytes` [D] is what one device of each rank keeps on its host, `step_bytes` [D] what it needs for the time of an
-    optimizer step beside its states, `unlike_bytes` [3, D] what its parameters, gradients and optimizer states take beyond
+    optimizer step beside its states, `reductions` what one of each stage needs as its gradients are reduced and stepped, `unlike_bytes` [3, D] what its parameters, gradients and optimizer states take beyond
     the prediction, which like the search counts a weight that several stages share with the layers of each, and Shampoo's
     statistics as those of square tiles: a run is expected to hold them.
     """
@@ -97,6 +97,7 @@ class Evaluation:
     host_bytes: Floats
     step_bytes: Floats
     unlike_bytes: Floats
+    reductions: tuple[Reduction, ...] = ()
 
 
 def evaluate(plan: Plan, profile: ModelProfile, *, member: int | None = None) -> Evaluation:
@@ -159,6 +160,9 @@ def evaluate(plan: Plan, profile: ModelProfile, *, member: int | None = None) ->
         _stage_bytes(plan, profile, bounds, levels, layers),
         host_bytes=rank_sum(layout, offloaded),
         step_bytes=step_bytes,
+        reductions=tuple(
+            map(max, zip(*(reductions(plan, profile, layers, bounds, each) for each in told), strict=True))
+        ),
         unlike_bytes=unlike_state_bytes(plan, profile, layout, layers)
         - spared_shard_bytes(plan, profile, layout, bounds, layers)
         + _fullest([_unlike_statistics(plan, profile, layout, layers, bounds, each) for each in told]),

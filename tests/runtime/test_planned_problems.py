@@ -114,6 +114,21 @@ def test_peaks_of_backwards_that_run_apart(
     assert_peaks(models, tmp_path, "llama", precision, "sgd-momentum", choice)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "chunks", "optimizer"),
+    [
+        ("interleaved", 2, "adamw"),  # a stage's gradients are on their way beside the other's, and its step
+        ("gems", 1, "sgd-momentum"),  # one rank reduces a stage's before its last backward of the other
+    ],
+)
+def test_peaks_of_gradients_that_are_reduced_beside_other_stages(
+    rank_pools, models, monkeypatch, tmp_path, schedule, chunks, optimizer
+):
+    monkeypatch.setattr(run, "launch", partial(launch_on_pool, rank_pools))
+    choice = Choice(Degrees(dp=2, zero=1), 2, chunks, 1, schedule, Recompute.NONE)
+    assert_peaks(models, tmp_path, "llama", "fp32", optimizer, choice)
+
+
 def assert_peaks(models: Models, directory: Path, model: str, precision: str, optimizer: str, choice: Choice) -> None:
     """Run eight microbatches of an even plan and compare traffic and peaks with the predicted ones."""
     profile = models.measured(model, precision)

@@ -49,6 +49,10 @@ beside all in between where it was posted earlier; a value that another stage of
 what runs meanwhile. Where the forward's workspace is not told from the backward's that counts beside backwards only, which need
 more, nearly always by more than a message. What is sent stands until the rank next takes a message, so beside the weight gradients
 in between.
+
+A reduction at the end of an iteration is an action too. Under ZeRO-1 a stage's gradients are reduced as soon as its last backward
+is done, beside what other units of the rank keep then, and arrive in bytes that stand until its optimizer steps: beside the rank's
+other actions, and the steps of its other stages.
 """
 
 from __future__ import annotations
@@ -56,6 +60,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +86,25 @@ class GradientPhase:
     gradients: float = 0.0
     scattered: float = 0.0
     by_input: bool = False
+
+
+class Reduction(NamedTuple):
+    """Bytes in which a stage's gradients arrive as they are reduced once: at most, and from then on until its optimizer steps.
+
+    `stepped` are those that the step makes then.
+    """
+
+    most: float
+    stays: float
+    stepped: float = 0.0
+
+
+class Behind(NamedTuple):
+    """A reduction or a step of one stage, behind so many computations of its rank."""
+
+    position: int
+    is_step: bool
+    reduction: Reduction
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,11 +250,15 @@ class StageBytes:
 
 
 def peak_activations(
-    schedule: Schedule, stages: Sequence[StageBytes], beside: Sequence[Floats] | None = None
+    schedule: Schedule,
+    stages: Sequence[StageBytes],
+    beside: Sequence[Floats] | None = None,
+    reducing: Sequence[Sequence[Behind]] | None = None,
 ) -> Floats | None:
     """Return the most bytes that the actions of each rank hold, [D]; None for actions other than F, B, I and W.
 
-    `beside` holds what lies on its way beside each action of each rank (`message_bytes_beside`).
+    `beside` holds what lies on its way beside each action of each rank (`message_bytes_beside`), `reducing` the reductions and
+    steps of each rank (`reductions_behind`).
     """
     counted = {int(kind) for kind in _COUNTED}
     if any(not set(np.unique(order[:, KIND]).tolist()) <= counted for order in schedule.orders):
@@ -251,10 +279,11 @@ def peak_activations(
     peaks = np.zeros(schedule.num_ranks)
     for rank, order in enumerate(schedule.orders):
         live, with_gradients = 0.0, set[int]()  # stages of which some stay
-        scattered = 0.0
+        scattered = reduced = 0.0
+        behind = list(reducing[rank]) if reducing is not None else []
         waiting = np.zeros(len(order)) if beside is None else beside[rank]
-        for (kind, stage, slice_index), more in zip(
-            order[:, [KIND, STAGE, SLICE]].tolist(), waiting.tolist(), strict=True
+        for position, ((kind, stage, slice_index), more) in enumerate(
+            zip(order[:, [KIND, STAGE, SLICE]].tolist(), waiting.tolist(), strict=True)
         ):
             whole = slice_index < 0
             share = shares[whole]
@@ -270,13 +299,40 @@ def peak_activations(
                 needed = max(needed, scattered + made[stage, whole])
             scattered = on_its_way[stage] if kind == Kind.W else 0.0
             more = 0.0 if kind == Kind.F and stages[stage].forward_workspace is None else more
-            peaks[rank] = max(peaks[rank], live + staying + more + needed)
+            peaks[rank] = max(peaks[rank], live + staying + more + needed + reduced)
             if kind == Kind.F:
                 live += kept[stage] * share
             elif kind == Kind.I:
                 live += late[stage] * share
                 with_gradients.add(stage)
+            while behind and behind[0].position == position + 1:
+                each = behind.pop(0)
+                if each.is_step:
+                    reduced -= each.reduction.stays
+                    peaks[rank] = max(peaks[rank], live + reduced + each.reduction.stepped)
+                else:
+                    peaks[rank] = max(peaks[rank], live + reduced + each.reduction.most)
+                    reduced += each.reduction.stays
     return peaks
+
+
+def reductions_behind(lowered: Schedule, reductions: Sequence[Reduction]) -> list[list[Behind]]:
+    """Return for each rank the reductions and steps of its stages, in their order.
+
+    Where a rank holds a stage of several replicas its gradients are reduced, and it steps, with the last of them.
+    """
+    compute = {int(kind) for kind in _COUNTED}
+    found = []
+    for order in lowered.orders:
+        last: dict[tuple[bool, int], int] = {}
+        position = 0
+        for kind, stage in order[:, [KIND, STAGE]].tolist():
+            position += kind in compute
+            if kind in (Kind.REDUCE_GRAD, Kind.OPT):
+                last.pop((kind == Kind.OPT, stage), None)
+                last[kind == Kind.OPT, stage] = position
+        found.append([Behind(at, is_step, reductions[stage]) for (is_step, stage), at in last.items()])
+    return found
 
 
 def message_bytes_beside(lowered: Schedule, message_bytes: Floats) -> list[Floats]:

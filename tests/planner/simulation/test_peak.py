@@ -13,7 +13,14 @@ from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.lowering import lower
 from stagewright.planner.schedules.registry import generate
 from stagewright.planner.schedules.schedule import encode
-from stagewright.planner.simulation.peak import GradientPhase, StageBytes, message_bytes_beside, peak_activations
+from stagewright.planner.simulation.peak import (
+    GradientPhase,
+    Reduction,
+    StageBytes,
+    message_bytes_beside,
+    peak_activations,
+    reductions_behind,
+)
 
 
 def stage(kept, workspace, late=None, split_workspace=None):
@@ -143,6 +150,26 @@ def test_what_a_later_stage_of_the_same_rank_takes_stands_beside_what_runs_meanw
         expected[units["F", 1, microbatch] + 1 : units["F", 2, microbatch]] += 7
         expected[units["I", 2, microbatch] + 1 : units["I", 1, microbatch]] += 7
     assert found[1].tolist() == expected.tolist() and expected.any()
+
+
+def test_gradients_of_a_stage_are_reduced_beside_what_other_units_of_its_rank_keep():
+    """Interleaved, the last rank: stage 3 is done while two microbatches of stage 1 are still to run back."""
+    schedule = generate("interleaved", ScheduleRequest(2, 4, num_chunks=2))
+    lowered = lower(schedule, StageCosts.uniform(4), data_parallel=True, merge="none")
+    stages = [stage([10], [3]) for _ in range(4)]
+    found = {}
+    for stays in (0.0, 100.0):
+        behind = reductions_behind(lowered, [Reduction(100.0, stays, 50.0 + index) for index in range(4)])
+        names = [("step" if each.is_step else "reduction", each.reduction.stepped) for each in behind[1]]
+        assert names == [("reduction", 53), ("reduction", 51), ("step", 51), ("step", 53)]
+        found[stays] = peak_activations(schedule, stages, None, behind)[1]
+    num_actions = len(schedule.orders[1])
+    left = num_actions - behind[1][0].position  # backwards of stage 1 behind the reduction, each of a unit that is kept
+    assert left > 0
+    bare = peak_activations(schedule, stages)[1]
+    assert found[0.0] == max(bare, left * 10 + 100)
+    # one that is waited for later stands beside these backwards, the other reduction, and the other stage's step
+    assert found[100.0] == max(bare, left * 10 + 3 + 100, 100 + 100, 100 + 51)
 
 
 def test_whole_gradients_come_as_a_layers_kept_bytes_go():
