@@ -65,7 +65,7 @@ from stagewright.planner.search.order import Layout, layout_of
 from stagewright.planner.search.pipeline_costs import PipelineCosts, pipeline_costs
 from stagewright.planner.simulation.implied_shares import implied_shares
 from stagewright.planner.simulation.network import Collectives, Links, Shares
-from stagewright.planner.simulation.peak import Reduction, StageBytes
+from stagewright.planner.simulation.peak import GradientPhase, Reduction, StageBytes
 from stagewright.planner.simulation.simulate import simulate
 from stagewright.planner.simulation.timeline import Timeline
 from stagewright.planner.statistics_bytes import unlike_statistics_bytes
@@ -224,7 +224,7 @@ def _stage_bytes(
                 np.maximum(row.table.input_grad_workspace_bytes[at] - absent, 0.0),
                 forward_workspace=np.maximum(row.table.forward_workspace_bytes[at] - received, 0.0),
                 late_workspace=row.table.weight_grad_workspace_bytes[chosen],
-                phases=passing.phases,
+                phases=_as_they_begin(passing.phases, row.kept_bytes[0, chosen] - row.kept_bytes[at]),
                 whole=passing.whole,
                 copied=passing.copied,
                 at_once=passing.at_once,
@@ -233,6 +233,16 @@ def _stage_bytes(
             )
         )
     return tuple(found)
+
+
+def _as_they_begin(
+    phases: tuple[tuple[GradientPhase, ...], ...], less: Floats
+) -> tuple[tuple[GradientPhase, ...], ...]:
+    """Return the phases of layers of which `less` is not there as their backwards begin, but made again in them."""
+    return tuple(
+        (replace(each[0], begin=max(each[0].begin - bytes, 0.0)), *each[1:]) if each else each
+        for each, bytes in zip(phases, less.tolist(), strict=bool(phases))
+    )
 
 
 def _received_bytes(row: LayerCosts, levels: Ints, inside: Ints) -> Floats:

@@ -28,10 +28,10 @@ other, divided experts' last: r those that are left,
 
     need_W = max over l, kinds of  r + max(2 g, f)
 
-and before any leaves it makes those of the last layer first, with sums q of a product in wider numbers, beside what an earlier
+and before any leaves it makes those of the first layer first, with sums q of a product in wider numbers, beside what an earlier
 weight gradient scattered, h, if nothing but weight gradients has run on the rank since:
 
-    need_W = max over l of  h + v_0 + ... + v_(l-1) + g_l + g_(l+1) + ... + q_l
+    need_W = max over l of  h + g_0 + ... + g_(l-1) + max(v_l + w''_l, g_l + q_l) + v_(l+1) + ...
 
 Layers of which nothing waits, such as embeddings and norms, are done in the input gradient. So are gradients that nothing
 defers, those of stacks of experts, in a layer of which others wait: where they leave by themselves they do so there, as in
@@ -195,12 +195,15 @@ class StageBytes:
     def made(self, share: float) -> float:
         """Return the most that a weight gradient holds before any gradients leave, where they do."""
         late, most, gradients = self.late * share, 0.0, 0.0
-        sums = np.zeros(len(late)) if self.sums is None else self.sums
-        before = np.cumsum(late) - late
-        for layer in reversed(range(len(self.phases))):
+        nothing = np.zeros(len(late))
+        sums = nothing if self.sums is None else self.sums
+        products = late + (nothing if self.late_workspace is None else self.late_workspace)
+        behind = late.sum() - np.cumsum(late)
+        for layer, phases in enumerate(self.phases):
             if late[layer]:
-                gradients += sum(phase.gradients for phase in self.phases[layer] if not phase.by_input)
-                most = max(most, float(before[layer]) + gradients + float(sums[layer]))
+                own = sum(phase.gradients for phase in phases if not phase.by_input)
+                most = max(most, gradients + float(behind[layer] + max(products[layer], own + sums[layer])))
+                gradients += own
         return most if gradients else 0.0
 
     @property
