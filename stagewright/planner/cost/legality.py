@@ -125,6 +125,10 @@ def _experts(architecture: Architecture, degrees: Degrees) -> str | None:
         return None
     if not experts:
         return f"the model has no experts, ep is {degrees.ep} and etp {degrees.etp}"
+    if architecture.fused_experts:
+        return f"all experts lie in the same tensors, which ep {degrees.ep} and etp {degrees.etp} do not divide"
+    if architecture.biased_experts and degrees.etp > 1:
+        return f"each expert adds a bias to its output, which etp {degrees.etp} would add as often"
     if experts % degrees.ep:
         return f"{experts} experts do not divide by ep {degrees.ep}"
     size = architecture.expert_ffn_size

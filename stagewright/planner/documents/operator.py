@@ -84,7 +84,8 @@ class Architecture(Part):
     """Sizes that legality and the analytic model need; a field that does not apply is 0 or None.
 
     `kv_lora_rank` is above 0 for multi-head latent attention; `num_predicted_tokens` counts multi-token prediction
-    layers beyond the usual next token; `fused_kv_heads` tells of one projection that makes queries, keys and values.
+    layers beyond the usual next token; `fused_kv_heads` tells of one projection that makes queries, keys and values,
+    `fused_experts` of tensors in which all experts lie one behind the other, `biased_experts` of biases on their outputs.
     """
 
     family: str = "decoder"
@@ -98,6 +99,8 @@ class Architecture(Part):
     vocab_size: Index = 0
     max_sequence_length: Index = 0
     num_experts: Index = 0
+    fused_experts: bool = False
+    biased_experts: bool = False
     num_shared_experts: Index = 0
     experts_per_token: Index = 0
     expert_ffn_size: Index = 0

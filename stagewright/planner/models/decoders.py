@@ -67,6 +67,8 @@ class DecoderShape:
             vocab_size=self.embedding.vocab_size,
             max_sequence_length=self.max_sequence_length,
             num_experts=experts.num_experts if experts else 0,
+            fused_experts=bool(experts and experts.fused),
+            biased_experts=bool(experts and experts.biases),
             num_shared_experts=1 if experts and experts.shared_size else 0,
             experts_per_token=experts.top_k if experts else 0,
             expert_ffn_size=experts.size if experts else 0,
@@ -537,7 +539,7 @@ def _dbrx(fields: ConfigFields) -> DecoderShape:
     head_size = fields.require_divides("d_model", hidden, "n_heads", heads)
     attention = AttentionShape(hidden, heads, attention_fields.size("kv_n_heads", default=heads), head_size, fused=True)
     size = experts_fields.size("ffn_hidden_size")
-    experts = ExpertShape(experts_fields.size("moe_num_experts"), experts_fields.size("moe_top_k"), size)
+    experts = ExpertShape(experts_fields.size("moe_num_experts"), experts_fields.size("moe_top_k"), size, fused=True)
     block = BlockShape(
         attention=attention,
         feed_forward=FeedForwardShape(hidden, size, gated=True, experts=experts),

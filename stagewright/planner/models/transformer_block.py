@@ -83,7 +83,10 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Routed experts of `size`, of which each token visits `top_k`; shared ones work on every token."""
+    """Routed experts of `size`, of which each token visits `top_k`; shared ones work on every token.
+
+    `fused` experts lie one behind the other in the same tensors.
+    """
 
     num_experts: int
     top_k: int
@@ -92,6 +95,7 @@ class ExpertShape:
     shared_gate: bool = False
     router_bias: bool = False
     biases: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)

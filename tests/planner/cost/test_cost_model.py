@@ -187,6 +187,15 @@ def test_keys_and_values_in_one_projection_with_queries_are_held_once(config, tp
     assert found.legality(Degrees(tp=tp // 2), 1) is None
 
 
+def test_experts_are_divided_only_as_far_as_a_run_can():
+    all_in_one = model(resolve_model("dbrx"), 1024)
+    assert "all experts lie in the same tensors" in all_in_one.legality(Degrees(dp=2, ep=2), 1)
+    assert "all experts lie in the same tensors" in all_in_one.legality(Degrees(dp=2, etp=2), 1)
+    with_biases = model(resolve_model("gpt-oss-20b"), 1024)
+    assert "each expert adds a bias to its output" in with_biases.legality(Degrees(dp=2, etp=2), 1)
+    assert with_biases.legality(Degrees(dp=2, ep=2), 1) is None
+
+
 def test_an_image_whose_tokens_do_not_divide_is_not_split_along_them():
     found = model(resolve_model("vit-l-16"), 1024)
     assert "the 197 tokens of layer class 'block' do not divide by tp 2" in found.legality(Degrees(tp=2, sp=True), 1)
