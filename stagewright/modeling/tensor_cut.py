@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,16 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def divide_counts(path: str, module: nn.Module, names: tuple[str, ...], size: int) -> None:
+def tell_module(model: nn.Module, path: str, how: ModuleSplit, size: int, index: int) -> None:
+    """Let a module know what one of `size` ranks has: of the numbers that it keeps, and of arguments with values for each head."""
+    if how.counts:
+        _divide_counts(path, model.get_submodule(path), how.counts, size)
+    if how.head_arguments:
+        hook = partial(_own_heads, how.head_arguments, num_heads(model) or size, size, index)
+        model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _divide_counts(path: str, module: nn.Module, names: tuple[str, ...], size: int) -> None:
     """Divide numbers that a module keeps; one in an object that it shares with others, in a copy of that object."""
     for name in names:
         owner: object = module
@@ -79,7 +89,7 @@ def divide_counts(path: str, module: nn.Module, names: tuple[str, ...], size: in
         setattr(owner, last, value // size)
 
 
-def own_heads(
+def _own_heads(
     names: tuple[str, ...],
     num_heads: int,
     size: int,

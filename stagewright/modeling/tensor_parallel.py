@@ -32,13 +32,12 @@ from stagewright.modeling.tensor_collectives import TensorGroup, copy, gather, j
 from stagewright.modeling.tensor_cut import (
     CutTensor,
     cut_tensors,
-    divide_counts,
     divides,
     is_transposed,
     lying_parts,
     num_heads,
     num_key_value_heads,
-    own_heads,
+    tell_module,
 )
 from stagewright.modeling.tensor_families import ModuleSplit, Role
 from stagewright.modeling.tensor_plan import is_within, tensor_plan
@@ -236,10 +235,7 @@ class _Splitter:
         if how.role == "heads":
             return
         module, group = self._model.get_submodule(path), self._group
-        divide_counts(path, module, how.counts, group.size)
-        if how.head_arguments:
-            hook = partial(own_heads, how.head_arguments, num_heads(self._model) or group.size, group.size, group.index)
-            module.register_forward_pre_hook(hook, with_kwargs=True)
+        tell_module(self._model, path, how, group.size, group.index)
         if how.role == "shared":
             self.mark_partial([path])
         elif how.role == "latent" and len(how.parts) > 1 and not self._is_in_region(path):
@@ -257,21 +253,14 @@ class _Splitter:
         if role == "column":
             return own
         if isinstance(module, nn.Embedding):
-            first, rows = self._first_row(module), module.weight.shape[0]
+            rows = module.weight.shape[0]
+            first = group.index * rows  # of the whole embedding's rows
             padding = None if module.padding_idx is None else module.padding_idx - first
             # Its row has no gradient; the others' ranks have none such.
             module.padding_idx = padding if padding is not None and 0 <= padding < rows else None
             return partial(_embed, module, module.forward, first, group)
-        return partial(
-            _head,
-            own,
-            group,
-            (lambda local: local) if self._loss_elsewhere else split_logits(group, module.weight.device),
-        )
-
-    def _first_row(self, module: nn.Embedding) -> int:
-        """Return the row of the whole embedding that is the first of this rank's part."""
-        return self._group.index * int(module.weight.shape[0])
+        joined = (lambda local: local) if self._loss_elsewhere else split_logits(group, module.weight.device)
+        return partial(_head, own, group, joined)
 
     def _is_in_region(self, path: str) -> bool:
         return is_within(path, self._region)

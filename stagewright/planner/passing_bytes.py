@@ -58,21 +58,6 @@ _SUM_BYTES = 4.0
 Shards = list[tuple[float, int]]
 
 
-def step_workspaces(
-    plan: Plan, profile: ModelProfile, layers: Sequence[LayerCosts], bounds: Sequence[int], member: int | None = None
-) -> list[float]:
-    """Return the bytes on one device of each stage, [stages].
-
-    Where devices hold unlike shares of the states, those of the one with this place in its pipeline rank.
-    """
-    found = []
-    for index, row in enumerate(layers):
-        kinds = _tensors(plan, profile, index, row, bounds, member)
-        stepped = _stepped_bytes(plan, profile, index, row, bounds, member, kinds)
-        found.append(max(stepped, _scattered_bytes(plan, index, [*kinds[0], *kinds[1]])))
-    return found
-
-
 def _stepped_bytes(
     plan: Plan,
     profile: ModelProfile,
@@ -100,7 +85,8 @@ def reductions(
     """Return what one device of each stage holds while its gradients are reduced at the end of an iteration and stepped, [stages].
 
     Only under ZeRO-1 do gradients arrive elsewhere than they were summed. Shards that other devices own too are waited for at
-    once, to be summed over these; others when the optimizer steps.
+    once, to be summed over these; others when the optimizer steps. Where devices hold unlike shares of the states, those of the one
+    with this place in its pipeline rank.
     """
     has_other_owners = len(plan.schedule.placement) > 1 or sharding_group(plan) is not None
     found = []

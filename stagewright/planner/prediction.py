@@ -35,7 +35,7 @@ from stagewright.planner.documents.profile import ModelProfile
 from stagewright.planner.errors import InvalidDocument
 from stagewright.planner.layerwise import Gather, changes_of
 from stagewright.planner.link_bytes import divides_by_tiles, link_bytes, local_steps
-from stagewright.planner.passing_bytes import passing_bytes, reductions, step_workspaces
+from stagewright.planner.passing_bytes import passing_bytes, reductions
 from stagewright.planner.planned_devices import base_bytes, device_of, group_of, peak_flops, price_per_s, rank_devices
 from stagewright.planner.planned_links import links_of, plan_ties, wiring_of
 from stagewright.planner.planned_schedule import (
@@ -149,7 +149,8 @@ def evaluate(plan: Plan, profile: ModelProfile, *, member: int | None = None) ->
     told = [member]
     if member is None and divides_by_tiles(plan) and not has_uneven_shares(plan):
         told = [places[0] for places in unlike_members(plan)] or told
-    step_bytes = np.max([_step_bytes(plan, profile, schedule, layers, bounds, each) for each in told], axis=0)
+    reduced = [reductions(plan, profile, layers, bounds, each) for each in told]
+    step_bytes = np.max([_step_bytes(schedule, each) for each in reduced], axis=0)
     return Evaluation(
         prediction,
         timeline,
@@ -160,28 +161,19 @@ def evaluate(plan: Plan, profile: ModelProfile, *, member: int | None = None) ->
         _stage_bytes(plan, profile, bounds, levels, layers),
         host_bytes=rank_sum(layout, offloaded),
         step_bytes=step_bytes,
-        reductions=tuple(
-            map(max, zip(*(reductions(plan, profile, layers, bounds, each) for each in told), strict=True))
-        ),
+        reductions=tuple(map(max, zip(*reduced, strict=True))),
         unlike_bytes=unlike_state_bytes(plan, profile, layout, layers)
         - spared_shard_bytes(plan, profile, layout, bounds, layers)
         + _fullest([_unlike_statistics(plan, profile, layout, layers, bounds, each) for each in told]),
     )
 
 
-def _step_bytes(
-    plan: Plan,
-    profile: ModelProfile,
-    schedule: Schedule,
-    layers: Sequence[LayerCosts],
-    bounds: Sequence[int],
-    member: int | None,
-) -> Floats:
+def _step_bytes(schedule: Schedule, reduced: Sequence[Reduction]) -> Floats:
     """Return what a device of each pipeline rank needs for the time of an optimizer step, [D]."""
     found = np.zeros(schedule.num_ranks)
-    for stage, needed in enumerate(step_workspaces(plan, profile, layers, bounds, member)):
+    for stage, each in enumerate(reduced):
         ranks = np.unique(schedule.placement[:, stage])
-        found[ranks] = np.maximum(found[ranks], needed)
+        found[ranks] = np.maximum(found[ranks], max(each.most, each.stepped))
     return found
 
 

@@ -46,9 +46,10 @@ class MeasuredChain:
         kinds = [layer.kind for layer in self.chain.layers]
         widest = "block" in kinds and not passes_bias(self.chain)
         hidden = layers[kinds.index("block") if widest else 0].output_bytes
+        one_of_each = dict(zip(self.class_names, self.chain.layers, strict=True))
         return {
             name: layer_collectives(self.chain, layer, num_tokens=tokens, boundary_bytes=hidden)
-            for name, layer in zip(self.class_names, self.chain.layers, strict=True)
+            for name, layer in one_of_each.items()
         }
 
 

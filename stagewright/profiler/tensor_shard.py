@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Literal
 
 import torch
@@ -22,13 +21,11 @@ from stagewright.modeling import Layer, LayerChain
 from stagewright.modeling.tensor_cut import (
     CutTensor,
     cut_tensors,
-    divide_counts,
     divides,
     is_transposed,
     key_value_copies,
     lying_parts,
-    num_heads,
-    own_heads,
+    tell_module,
 )
 from stagewright.modeling.tensor_families import ModuleSplit
 from stagewright.modeling.tensor_plan import is_within, tensor_plan
@@ -57,12 +54,8 @@ def shard_model(model: nn.Module, degree: int) -> None:
             _cut(model, cut, parts, done, rounds_up=how.role == "vocabulary")
         if how.role == "heads":
             continue
-        module = model.get_submodule(path)
-        divide_counts(path, module, how.counts, degree)
-        if how.head_arguments:
-            hook = partial(own_heads, how.head_arguments, num_heads(model) or degree, degree, 0)
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-        _tell_sizes(module)
+        tell_module(model, path, how, degree, 0)
+        _tell_sizes(model.get_submodule(path))
     for module in model.modules():
         _match_groups(module)
     _shrink_vocabulary(model, degree)
@@ -80,9 +73,9 @@ def summed_parameters(chain: LayerChain, layer: Layer) -> int:
 
 def passes_bias(chain: LayerChain) -> bool:
     """Return whether blocks pass on a bias of positions beside the hidden state, as T5's do."""
+    modules = dict(chain.model.named_modules())
     return any(
-        how.role == "heads" and isinstance(dict(chain.model.named_modules()).get(path), nn.Embedding)
-        for path, how in _plan(chain.model).items()
+        how.role == "heads" and isinstance(modules.get(path), nn.Embedding) for path, how in _plan(chain.model).items()
     )
 
 

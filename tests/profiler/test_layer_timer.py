@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from memory_records import memory_record
 
 from stagewright.modeling import load_object, split
 from stagewright.profiler.layer_timer import LayerTimer
@@ -117,24 +118,7 @@ def test_medians_of_layers_are_scaled_to_the_median_of_their_sum():
         }
         for forward in ([1.0, 2.0], [2.0, 1.0], [1.0, 1.0], [1.0, 2.0], [2.0, 1.0])
     ]  # fmt: skip
-    zeros = [0.0, 0.0]
-    names = (
-        "saved_bytes",
-        "output_bytes",
-        "unkept_input_bytes",
-        "workspace_bytes",
-        "input_grad_workspace_bytes",
-        "weight_grad_workspace_bytes",
-        "selective_bytes",
-        "full_bytes",
-        "forward_flops",
-    )
-    memory = {
-        "unused_parameters": [0, 0],
-        "forward_workspace_bytes": {"none": [0.0, 0.0]},
-        **dict.fromkeys(names, zeros),
-    }
-    numbers = configuration_numbers({"step": steps, "memory": [memory]})
+    numbers = configuration_numbers({"step": steps, "memory": [memory_record([0.0, 0.0])]})
     assert sum(layer.forward_s for layer in numbers.layers) == pytest.approx(3.0)
 
 
@@ -153,23 +137,8 @@ def test_what_split_backwards_take_longer_stands_beside_the_whole_backward(weigh
         "entrance_s": 0.0, "empty_step_s": 0.0, "busy_share": 1.0,
     }  # fmt: skip
     split = {"input_grad_s": [2.0, 1.0], "weight_grad_s": weight_grad_s, "fused_s": 5.0, "held_bytes": [0.0, 0.0]}
-    names = (
-        "saved_bytes",
-        "output_bytes",
-        "unkept_input_bytes",
-        "workspace_bytes",
-        "input_grad_workspace_bytes",
-        "weight_grad_workspace_bytes",
-        "selective_bytes",
-        "full_bytes",
-        "forward_flops",
-    )
-    memory = {
-        "unused_parameters": [0, 0],
-        "forward_workspace_bytes": {"none": [0.0, 0.0]},
-        **{name: [0.0, 0.0] for name in names},
-    }
-    layers = configuration_numbers({"step": [step], "split": [split], "memory": [memory]}).layers
+    record = memory_record([0.0, 0.0])
+    layers = configuration_numbers({"step": [step], "split": [split], "memory": [record]}).layers
     assert [layer.split_excess_s for layer in layers] == pytest.approx(excess_s)
     assert [layer.input_grad_s for layer in layers] == pytest.approx([2.0, 1.0])
     assert [layer.input_grad_s + layer.weight_grad_s for layer in layers] == pytest.approx([3.0, 2.0])
@@ -184,18 +153,7 @@ def one_layer(**seconds):
     }
 
 
-NAMES = (
-    "saved_bytes",
-    "output_bytes",
-    "unkept_input_bytes",
-    "workspace_bytes",
-    "input_grad_workspace_bytes",
-    "weight_grad_workspace_bytes",
-    "selective_bytes",
-    "full_bytes",
-    "forward_flops",
-)
-MEMORY = {"unused_parameters": [0], "forward_workspace_bytes": {"none": [0.0]}, **{name: [0.0] for name in NAMES}}
+MEMORY = memory_record([0.0])
 FAST = one_layer(forward_s=[1.0], backward_s=[2.0], probe_s=1.0)
 SLOW = one_layer(forward_s=[1.5], backward_s=[3.0], probe_s=1.5)
 
