@@ -127,9 +127,10 @@ def test_a_planned_configuration_sends_what_is_predicted(rank_pools, monkeypatch
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["deepseek_v3", "falcon", "phi3", "qwen3"])
-def test_a_recomputed_configuration_sends_what_is_predicted(rank_pools, monkeypatch, tmp_path, name):
-    assert_sends_what_is_predicted(rank_pools, monkeypatch, tmp_path, name, PLAIN, recompute=Recompute.FULL)
+@pytest.mark.parametrize("options", [PLAIN, SEQUENCE], ids=str)
+@pytest.mark.parametrize("name", ["deepseek_v3", "falcon", "gpt2", "olmo2", "phi3", "qwen3"])
+def test_a_recomputed_configuration_sends_what_is_predicted(rank_pools, monkeypatch, tmp_path, name, options):
+    assert_sends_what_is_predicted(rank_pools, monkeypatch, tmp_path, name, options, recompute=Recompute.FULL)
 
 
 @pytest.mark.soak

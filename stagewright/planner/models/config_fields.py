@@ -55,6 +55,15 @@ class ConfigFields:
             raise self._error(name, value, "true or false")
         return value
 
+    def probability(self, name: str, *, default: float) -> float:
+        """Return a number from 0 to 1; `default` where the field is absent."""
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise self._error(name, value, "a number from 0 to 1")
+        return float(value)
+
     def text(self, name: str, default: str = "") -> str:
         """Return a string."""
         value = self.values.get(name)

@@ -93,6 +93,7 @@ def _gpt2(fields: ConfigFields) -> DecoderShape:
     positions = fields.size("n_positions", "n_ctx", default=1024)
     vocabulary = fields.size("vocab_size", default=50257)
     head_size = fields.require_divides("n_embd", hidden, "n_head", heads)
+    drops = {name: fields.probability(name, default=0.1) > 0 for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
     block = BlockShape(
         attention=AttentionShape(
             hidden,
@@ -103,15 +104,15 @@ def _gpt2(fields: ConfigFields) -> DecoderShape:
             qkv_bias=True,
             output_bias=True,
             materialised=_materialised(fields),
-            dropout=True,
+            dropout=drops["attn_pdrop"],
         ),
         feed_forward=FeedForwardShape(hidden, fields.optional("n_inner") or 4 * hidden, gated=False, bias=True),
         norm_parameters=2 * hidden,
-        dropout=True,
+        dropout=drops["resid_pdrop"],
     )
     return DecoderShape(
         family="decoder",
-        embedding=EmbeddingShape(vocabulary, hidden, num_positions=positions, dropout=True),
+        embedding=EmbeddingShape(vocabulary, hidden, num_positions=positions, dropout=drops["embd_pdrop"]),
         runs=(BlockRun("block", block, layers),),
         head=HeadShape(vocabulary, hidden, tied=fields.flag("tie_word_embeddings", True)),
         final_norm_parameters=2 * hidden,
@@ -296,7 +297,9 @@ def _with_head_norm(shape: DecoderShape) -> DecoderShape:
 
 
 def _olmo2(fields: ConfigFields) -> DecoderShape:
-    return _with_head_norm(_llama(fields))
+    shape = _with_head_norm(_llama(fields))
+    run = shape.runs[0]
+    return replace(shape, runs=(replace(run, shape=replace(run.shape, norms_behind=1)),))
 
 
 def _phimoe(fields: ConfigFields) -> DecoderShape:
@@ -347,7 +350,7 @@ def _gemma(fields: ConfigFields) -> DecoderShape:
 def _gemma2(fields: ConfigFields) -> DecoderShape:
     shape = _gemma(fields)
     run = shape.runs[0]
-    shape = replace(shape, runs=(replace(run, shape=replace(run.shape, num_norms=4)),))
+    shape = replace(shape, runs=(replace(run, shape=replace(run.shape, num_norms=4, norms_behind=1)),))
     return _alternating(fields, shape, period=2, window=fields.optional("sliding_window") or 4096)
 
 
@@ -355,7 +358,9 @@ def _gemma3(fields: ConfigFields) -> DecoderShape:
     shape = _gemma(fields)
     run = shape.runs[0]
     attention = replace(run.shape.attention, head_norm="per-head")
-    shape = replace(shape, runs=(replace(run, shape=replace(run.shape, num_norms=4, attention=attention)),))
+    shape = replace(
+        shape, runs=(replace(run, shape=replace(run.shape, num_norms=4, norms_behind=1, attention=attention)),)
+    )
     period = fields.size("sliding_window_pattern", default=6)
     return _alternating(fields, shape, period=period, window=fields.optional("sliding_window") or 4096)
 

@@ -118,6 +118,7 @@ class BlockShape:
     parallel : attention and feed-forward read the same norm and add to the residual together (GPT-J, Falcon).
     norm_parameters : parameters of one norm (h, or 2h with a bias).
     num_norms : norms of the block; 2 usually, 1 when parallel ones share, 4 with norms after each part as well.
+    norms_behind : how many of each part's norms stand behind it, in front of its residual (1 of OLMo 2's one and of Gemma 2's two).
     dropout : masks after attention and feed-forward.
     """
 
@@ -125,6 +126,7 @@ class BlockShape:
     feed_forward: FeedForwardShape
     norm_parameters: int
     num_norms: int = 2
+    norms_behind: int = 0
     parallel: bool = False
     dropout: bool = False
     cross_attention: AttentionShape | None = None
@@ -137,20 +139,24 @@ def block_operators(shape: BlockShape) -> tuple[Operator, ...]:
     builder = _Builder(shape)
     operators = [builder.kept_input(hidden)]
     norms_each = 1 if shape.parallel else shape.num_norms // (3 if shape.cross_attention else 2)
-    operators += builder.norms("attention", norms_each)
+    norms_before = norms_each - shape.norms_behind
+    operators += builder.norms("attention", norms_before)
     operators += builder.attention("attention", shape.attention)
+    operators += builder.norms("attention_post", shape.norms_behind)
     attention_bias = shape.attention.hidden if shape.attention.output_bias else 0
     if not shape.parallel:
         operators.append(builder.residual("attention", keeps=True, parameters=attention_bias))
         attention_bias = 0
     if shape.cross_attention is not None:
-        operators += builder.norms("cross", norms_each)
+        operators += builder.norms("cross", norms_before)
         operators += builder.attention("cross", shape.cross_attention)
+        operators += builder.norms("cross_post", shape.norms_behind)
         bias = hidden if shape.cross_attention.output_bias else 0
         operators.append(builder.residual("cross", keeps=True, parameters=bias))
     if not shape.parallel or shape.num_norms > 1:
-        operators += builder.norms("feed_forward", norms_each)
+        operators += builder.norms("feed_forward", norms_before)
     operators += builder.feed_forward(shape.feed_forward)
+    operators += builder.norms("feed_forward_post", shape.norms_behind)
     down_bias = hidden if shape.feed_forward.bias and shape.feed_forward.experts is None else 0
     operators.append(builder.residual("block", keeps=False, parameters=attention_bias + down_bias))
     return tuple(operators)
@@ -171,23 +177,18 @@ class _Builder:
         return self._vector("input", kept=ELEMENT * features, moved=0.0, split=("sp",))
 
     def norms(self, part: str, count: int) -> list[Operator]:
-        """Return `count` norms round a part; the first one's output is the part's kept input."""
-        result = []
-        for index in range(count):
-            name = f"{part}_norm" if index == 0 else f"{part}_post_norm"
-            result.append(
-                Operator(
-                    name=name,
-                    kind="norm",
-                    read_bytes_per_token=2 * ELEMENT * self._hidden,
-                    kept_bytes_per_token=ELEMENT * self._hidden,
-                    recomputed_by=self._cheap,
-                    split=("sp",),
-                    parameters=self._shape.norm_parameters,
-                    tokens_per_sample=self._tokens,
-                )
-            )
-        return result
+        """Return `count` norms, which keep a tensor each: in front of a part its input, behind it what the part made."""
+        norm = Operator(
+            name=f"{part}_norm",
+            kind="norm",
+            read_bytes_per_token=2 * ELEMENT * self._hidden,
+            kept_bytes_per_token=ELEMENT * self._hidden,
+            recomputed_by=self._cheap,
+            split=("sp",),
+            parameters=self._shape.norm_parameters,
+            tokens_per_sample=self._tokens,
+        )
+        return [norm] * count
 
     def residual(self, part: str, *, keeps: bool, parameters: int) -> Operator:
         """Return bias, dropout and residual addition in one kernel; the last one writes the block's output.

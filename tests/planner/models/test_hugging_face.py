@@ -175,3 +175,10 @@ def test_what_is_no_object_is_refused():
     with pytest.raises(InvalidDocument, match="this is a list"):
         profile_from_config([], "tiny")
     assert "llama" in MODEL_TYPES
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, True, "0.1"])
+def test_a_dropout_that_is_no_probability_is_named(value):
+    config = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 96, "resid_pdrop": value}
+    with pytest.raises(InvalidDocument, match="resid_pdrop"):
+        profile_from_config(config, "tiny")
