@@ -223,8 +223,12 @@ def _qwen3(fields: ConfigFields) -> DecoderShape:
     shape = _llama(fields)
     block = shape.runs[0].shape
     attention = replace(block.attention, head_norm="per-head", head_size=fields.size("head_dim", default=128))
-    runs = (replace(shape.runs[0], shape=replace(block, attention=attention)),)
-    return replace(shape, runs=runs)
+    return _with_block(shape, replace(block, attention=attention))
+
+
+def _with_block(shape: DecoderShape, block: BlockShape) -> DecoderShape:
+    """Return a decoder of one run with another block."""
+    return replace(shape, runs=(replace(shape.runs[0], shape=block),))
 
 
 def _experts(fields: ConfigFields, shape: DecoderShape, experts: ExpertShape, dense: tuple[int, ...]) -> DecoderShape:
@@ -291,15 +295,13 @@ def _olmoe(fields: ConfigFields) -> DecoderShape:
 
 
 def _with_head_norm(shape: DecoderShape) -> DecoderShape:
-    run = shape.runs[0]
-    attention = replace(run.shape.attention, head_norm="whole")
-    return replace(shape, runs=(replace(run, shape=replace(run.shape, attention=attention)),))
+    block = shape.runs[0].shape
+    return _with_block(shape, replace(block, attention=replace(block.attention, head_norm="whole")))
 
 
 def _olmo2(fields: ConfigFields) -> DecoderShape:
     shape = _with_head_norm(_llama(fields))
-    run = shape.runs[0]
-    return replace(shape, runs=(replace(run, shape=replace(run.shape, norms_behind=1)),))
+    return _with_block(shape, replace(shape.runs[0].shape, norms_behind=1))
 
 
 def _phimoe(fields: ConfigFields) -> DecoderShape:
@@ -349,18 +351,15 @@ def _gemma(fields: ConfigFields) -> DecoderShape:
 
 def _gemma2(fields: ConfigFields) -> DecoderShape:
     shape = _gemma(fields)
-    run = shape.runs[0]
-    shape = replace(shape, runs=(replace(run, shape=replace(run.shape, num_norms=4, norms_behind=1)),))
+    shape = _with_block(shape, replace(shape.runs[0].shape, num_norms=4, norms_behind=1))
     return _alternating(fields, shape, period=2, window=fields.optional("sliding_window") or 4096)
 
 
 def _gemma3(fields: ConfigFields) -> DecoderShape:
     shape = _gemma(fields)
-    run = shape.runs[0]
-    attention = replace(run.shape.attention, head_norm="per-head")
-    shape = replace(
-        shape, runs=(replace(run, shape=replace(run.shape, num_norms=4, norms_behind=1, attention=attention)),)
-    )
+    block = shape.runs[0].shape
+    attention = replace(block.attention, head_norm="per-head")
+    shape = _with_block(shape, replace(block, num_norms=4, norms_behind=1, attention=attention))
     period = fields.size("sliding_window_pattern", default=6)
     return _alternating(fields, shape, period=period, window=fields.optional("sliding_window") or 4096)
 
@@ -380,9 +379,8 @@ def _phi(fields: ConfigFields) -> DecoderShape:
 
 def _phi3(fields: ConfigFields) -> DecoderShape:
     shape = _llama(fields)
-    run = shape.runs[0]
-    block = replace(run.shape, attention=replace(run.shape.attention, fused=True))
-    return _windowed(fields, replace(shape, runs=(replace(run, shape=block),)))
+    block = shape.runs[0].shape
+    return _windowed(fields, _with_block(shape, replace(block, attention=replace(block.attention, fused=True))))
 
 
 def _gptj(fields: ConfigFields) -> DecoderShape:
