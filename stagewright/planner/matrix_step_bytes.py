@@ -1,9 +1,9 @@
 """What a step of Muon or Shampoo holds beside the states; tensors are stepped one after the other, so the largest need counts.
 
-With s bytes a number of what is stepped, and e of what Newton-Schulz runs in (2, in fp64 8), a tensor of n elements on a device,
-of a matrix of N over the tensor-parallel group, needs under Muon
+With s bytes a number of what is stepped, e of what is gathered for Newton-Schulz (2, in fp64 8) and i of what it runs in (e, on
+processors at least 4), a tensor of n elements on a device, of a matrix of N over the tensor-parallel group, needs under Muon
 
-    s n [gradients are narrower]  +  max( e n [e < s] + 2 e N [it is gathered],  e N [e < s or gathered] + e NS )
+    s n [gradients are narrower]  +  max( e n [e < s] + 2 e N [it is gathered],  e N [e < s or gathered] + i NS )
 
 with NS of `newton_schulz_elements`, and any other tensor the sum of squares of e n, which processors take in fp32. Under ZeRO the
 momentum of a bucket of S elements is gathered first, from each device's own part of it and by gloo in a copy, and stays
@@ -27,7 +27,7 @@ from stagewright.planner.documents.plan import Degrees
 from stagewright.planner.documents.profile import LayerClass
 from stagewright.planner.tile_shards import OwnedTensor
 
-_SUM_BYTES = 4.0
+_SUM_BYTES = 4.0  # of sums and products on processors, at least
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ def _tensor_bytes(
     is_split = tensor.whole > tensor.size
     joining = own + 2 * narrow * tensor.whole if is_split else 0.0
     held = narrow * tensor.whole if is_copied or is_split else 0.0
-    widens = is_cpu and narrow < _SUM_BYTES
-    iterated = narrow * newton_schulz_elements(tensor.rows, tensor.columns, tensor.count, widens=widens)
+    element_bytes = max(narrow, _SUM_BYTES) if is_cpu else narrow
+    iterated = element_bytes * newton_schulz_elements(tensor.rows, tensor.columns, tensor.count)
     return max(own + (0.0 if is_there else widened), joining, held + iterated)
 
 

@@ -12,8 +12,8 @@ behind them. Every update has a root mean square of about 0.2, AdamW's, so that 
 parameter, as the ledger holds: embeddings, heads, norms and biases take the normalised momentum of norm-constrained steps
 in place of AdamW, which would hold two.
 
-Newton-Schulz runs in bf16, in fp64 where the weights are fp64. Under ZeRO each rank gathers U in that type and makes those
-matrices orthogonal of which it owns elements; it steps its own with its own full-width momentum. What tensor parallelism has
+Newton-Schulz runs in bf16, on processors in fp32, and in fp64 where the weights are fp64. Under ZeRO each rank gathers U in bf16,
+or in fp64, and makes those matrices orthogonal of which it owns elements; it steps its own with its own full-width momentum. What tensor parallelism has
 split, or that of experts, each rank of the group gathers in that type, and makes whole matrices orthogonal as its
 neighbours do; of a vocabulary that is split only the sum of squares goes over the group.
 
@@ -91,10 +91,15 @@ def _move(
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return the matrix [..., m, n] with its singular values brought near 1, in its own type; zeros stay zeros."""
+    """Return the matrix [..., m, n] with its singular values brought near 1; zeros stay zeros.
+
+    A processor's products in bf16 hold their sums in what the machine pleases: there a narrow matrix is made, and returned, in fp32.
+    """
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
+    if matrix.device.type == "cpu":
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + torch.finfo(x.dtype).tiny)
     for _ in range(NEWTON_SCHULZ_STEPS):
         square = x @ x.mT

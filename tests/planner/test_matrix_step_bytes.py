@@ -31,8 +31,6 @@ def test_newton_schulz_holds_the_most_where_a_matrix_is_thin_behind_its_products
     assert newton_schulz_elements(10, 20) == newton_schulz_elements(20, 10) == ITERATED
     assert newton_schulz_elements(10, 10) == 6 * 100
     assert newton_schulz_elements(10, 20, 3) == 3 * ITERATED
-    # Sums of four bytes stand beside one product of B X: X, a X, B X, A, B.
-    assert newton_schulz_elements(10, 20, widens=True) == 3 * 200 + 2 * 100 + 2 * 200
 
 
 def root(size: int, width: int) -> int:
@@ -64,6 +62,11 @@ def test_what_is_stepped_of_a_matrix_that_is_cut_is_its_bands():
 )
 def test_muon_holds_what_the_iteration_of_its_largest_matrix_needs(precision, expected):
     assert need("muon", precision, MATRIX, SteppedTensor(50.0, 5, 10, 1)) == expected
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", 2 * 200 + 4 * ITERATED), ("fp64", 8 * ITERATED)])
+def test_muon_iterates_in_four_bytes_at_least_on_processors(precision, expected):
+    assert need("muon", precision, MATRIX, is_cpu=True) == expected
 
 
 def test_muon_widens_what_is_no_matrix_for_its_size_and_its_step():

@@ -42,7 +42,7 @@ from stagewright.planner.documents.profile import LayerClass
 
 MATRIX_OPTIMIZERS = ("muon", "shampoo")
 NEWTON_SCHULZ_STEPS = 5
-GATHERED_BYTES = 2.0  # Newton-Schulz runs in bf16
+GATHERED_BYTES = 2.0  # for Newton-Schulz in bf16
 BLOCK = 1024
 ROOT_FLOPS = 25.0
 STEPS_BETWEEN_ROOTS = 100
@@ -68,16 +68,14 @@ def shampoo_state_bytes(rows: int, columns: int) -> float:
     return sum(count * 2 * (p**2 + q**2) * 4.0 for p, q, count in _blocks(rows, columns))
 
 
-def newton_schulz_elements(rows: int, columns: int, count: int = 1, *, widens: bool = False) -> float:
+def newton_schulz_elements(rows: int, columns: int, count: int = 1) -> float:
     """Return the elements that are there beside `count` stacked matrices while they are made orthogonal.
 
     Of the matrices X, A, a X and the products behind them that are written one after the other, three times live together:
-    (X, A, a X, b A, c A, c A A), (X, A, a X, B, B X) and (X, A, a X, B X, their sum). With `widens` a product's sums lie in 4
-    bytes first, two more elements for each of one matrix, as on processors in bf16 with one thread.
+    (X, A, a X, b A, c A, c A A), (X, A, a X, B, B X) and (X, A, a X, B X, their sum); the second never holds the most.
     """
     m, n = sorted((float(rows), float(columns)))
-    squares, products, last = 2 * m * n + 4 * m * m, 3 * m * n + 2 * m * m, 4 * m * n + m * m
-    return max(count * squares + 2 * widens * m * m, count * products + 2 * widens * m * n, count * last)
+    return count * max(2 * m * n + 4 * m * m, 4 * m * n + m * m)
 
 
 def shampoo_step_bytes(rows: int, columns: int, element_bytes: float) -> float:
