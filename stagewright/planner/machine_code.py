@@ -53,12 +53,15 @@ class KernelLibrary(JITCodeLibrary):  # type: ignore[misc]
         super()._set_compiled_object(value)
 
     def _optimize_functions(self, ll_module: llvm.ModuleRef) -> None:
-        """Simplify what is optimised later, and drop what numba's typing names and the code does not use."""
+        """Simplify what is optimised later, and drop what numba's typing names and the code does not use.
+
+        Blocks stay as they are: an index of a loop that is joined with its turn below zero is no index of a loop any more, and
+        neighbours are then gathered one by one.
+        """
         ll_module.data_layout = self._codegen._data_layout
         passes = llvm.create_new_module_pass_manager()
         passes.add_sroa_pass()
         passes.add_instruction_combine_pass()
-        passes.add_simplify_cfg_pass()
         passes.add_global_dead_code_eliminate_pass()
         passes.run(ll_module, self._codegen._pass_builder())
 
