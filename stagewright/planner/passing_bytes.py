@@ -54,7 +54,6 @@ from stagewright.planner.tile_shards import owned_buckets
 Floats = npt.NDArray[np.float64]
 
 _COPIES_ONE_BY_ONE, _COPIES_TOGETHER = 2, 1
-_SUM_BYTES = 4.0
 Shards = list[tuple[float, int]]
 
 
@@ -203,7 +202,8 @@ class PassingBytes:
     at_once : all weights of the stage, where a run of forwards or backwards gathers them together; else those that several
         of its layers share.
     staying : gradients that are made in an input gradient and leave with those that wait for the weight gradient, [layers].
-    sums : what the largest product of a weight gradient is rounded from, where processors sum narrow numbers in 4 bytes, [layers].
+    beside_product : what the largest product of a weight gradient that waits takes beside itself and what waits, as the profile
+        measured it: a workspace, or what it is rounded from, in bf16 on processors without units for it, [layers].
     """
 
     phases: tuple[tuple[GradientPhase, ...], ...]
@@ -211,7 +211,7 @@ class PassingBytes:
     copied: Floats
     at_once: float = 0.0
     staying: Floats | None = None
-    sums: Floats | None = None
+    beside_product: Floats | None = None
 
 
 def passing_bytes(
@@ -244,13 +244,12 @@ def passing_bytes(
             whole += parameters * optimizer.parameter_bytes * is_gathered
             narrow = 1.0 / shards if optimizer.has_masters else 0.0  # of the masters that leave
             copied += parameters * optimizer.parameter_bytes * is_gathered * ((is_cpu and is_even) + narrow)
-    sums = None
-    if is_cpu and optimizer.has_masters:
-        largest = (
-            _largest(profile.classes[name], stage.degrees, float(row.table.dense_parameters[layer]))
-            for layer, name in enumerate(profile.layer_classes[inside], inside.start)
-        )
-        sums = _SUM_BYTES * np.array(list(largest))
+    beside_product = np.array(
+        [
+            _beside_product(profile, row, layer, stage.degrees, optimizer.gradient_bytes)
+            for layer in range(inside.start, inside.stop)
+        ]
+    )
     phases = tuple(
         _phases(
             plan,
@@ -265,10 +264,9 @@ def passing_bytes(
     )
     if gathers_by_run(plan):
         at_once = float(whole.sum()) + shared_bytes
-        return PassingBytes(
-            phases, np.zeros(len(whole)), np.zeros(len(whole)), at_once=at_once, staying=staying, sums=sums
-        )
-    return PassingBytes(phases, whole, copied, at_once=shared_bytes, staying=staying, sums=sums)
+        nothing = np.zeros(len(whole))
+        return PassingBytes(phases, nothing, nothing, at_once=at_once, staying=staying, beside_product=beside_product)
+    return PassingBytes(phases, whole, copied, at_once=shared_bytes, staying=staying, beside_product=beside_product)
 
 
 def _has_stacks(layer: LayerClass) -> bool:
@@ -397,3 +395,15 @@ def _largest(layer: LayerClass, degrees: Degrees, dense: float) -> float:
     if whole:
         return dense * max(operator.parameters for operator in layer.operators) / whole
     return dense if layer.kind in ("embedding", "head") else 0.0
+
+
+def _beside_product(profile: ModelProfile, row: LayerCosts, layer: int, degrees: Degrees, width: float) -> float:
+    """Return what the largest weight gradient of a layer that may wait takes beside itself, given the bytes of its numbers.
+
+    Those of experts in stacks never wait; 0 where no tensor is known.
+    """
+    kind = profile.classes[profile.layer_classes[layer]]
+    waiting = tuple(tensor for tensor in kind.tensors if not (tensor.of_experts and tensor.num_matrices > 1))
+    kind = kind.model_copy(update={"tensors": waiting})
+    product = width * _largest(kind, degrees, float(row.table.dense_parameters[layer]))
+    return max(float(row.table.weight_grad_workspace_bytes[layer]) - product, 0.0) if product else 0.0

@@ -221,7 +221,7 @@ def _stage_bytes(
                 copied=passing.copied,
                 at_once=passing.at_once,
                 staying=passing.staying,
-                sums=passing.sums,
+                beside_product=passing.beside_product,
             )
         )
     return tuple(found)

@@ -10,6 +10,7 @@ from stagewright.planner.cost.memory_actions import widened_elements
 from stagewright.planner.cost.step_time import Choice
 from stagewright.planner.documents import Degrees, Optimizer, Plan, Recompute, StagePlan, TrainingJob
 from stagewright.planner.documents.operator import Architecture
+from stagewright.planner.documents.profile import WeightTensor
 from stagewright.planner.expectation import peak_bytes, peaks_by_device
 from stagewright.planner.layerwise import layerwise_schedule
 from stagewright.planner.prediction import evaluate
@@ -123,6 +124,36 @@ def test_a_backward_under_zero_2_makes_one_layers_gradients_while_anothers_are_o
     spared = LAYERS * one / 2  # half of the gradients that stay under stage 1
     step = evaluate(plan_of(kind, optimizer="sgd", zero=1), PROFILE).step_bytes[0]
     assert found - whole == pytest.approx((1.0 + on_its_way) * one - spared - step, abs=100 * LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("precision", "measured_bytes", "expected"),
+    [
+        ("bf16", 2e6 + 40_000, 40_000),  # a workspace, on processors with units for bf16
+        ("bf16", 6e6, 4e6),  # what it is rounded from, on others
+        ("fp32", 4e6 - 500, 0),  # operands that are gone by then
+    ],
+)
+def test_a_late_weight_gradient_takes_beside_its_product_what_the_profile_measured(precision, measured_bytes, expected):
+    """It was taken to be four bytes a number in bf16 on all processors: a GPT under ZB-V and ZeRO-3 was 6 % high on some."""
+    tensors = (
+        WeightTensor(shape=(3, 1000, 2000), is_matrix=True, of_experts=True),  # a stack, which never waits
+        WeightTensor(shape=(1000, 1000), is_matrix=True),
+    )
+    classes = {
+        name: layer.model_copy(
+            update={
+                "tensors": tensors,
+                "costs": tuple(
+                    cost.model_copy(update={"weight_grad_workspace_bytes": measured_bytes}) for cost in layer.costs
+                ),
+            }
+        )
+        for name, layer in PROFILE.classes.items()
+    }
+    profile = PROFILE.model_copy(update={"classes": classes})
+    (stage,) = evaluate(plan_of("cpu", precision=precision, zero=3), profile).stage_bytes
+    assert stage.beside_product.tolist() == pytest.approx([expected] * LAYERS)
 
 
 def test_a_stage_gathers_no_layer_of_another():

@@ -21,6 +21,11 @@ def untied() -> GPT:
     return GPT(**SIZES, tied=False)
 
 
+def wide() -> GPT:
+    """Return a model whose weights are large beside the activations of a few tokens."""
+    return GPT(**{**SIZES, "width": 256}, tied=False)
+
+
 def data(batch_size: int, sequence_length: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield batches of random tokens."""
     generator = torch.Generator().manual_seed(3)

@@ -28,7 +28,7 @@ other, divided experts' last: r those that are left,
 
     need_W = max over l, kinds of  r + max(2 g, f)
 
-and before any leaves it makes those of the first layer first, with sums q of a product in wider numbers, beside what an earlier
+and before any leaves it makes those of the first layer first, with the workspace q of a product, beside what an earlier
 weight gradient scattered, h, if nothing but weight gradients has run on the rank since:
 
     need_W = max over l of  h + g_0 + ... + g_(l-1) + max(v_l + w''_l, g_l + q_l) + v_(l+1) + ...
@@ -119,7 +119,7 @@ class StageBytes:
         what is late.
     phases : of each layer's backward, where it makes gradients for a time.
     staying : gradients that an input gradient makes and a weight gradient sends away.
-    sums : what a product of a weight gradient that waits is rounded from, in wider numbers.
+    beside_product : what the largest product of a weight gradient that waits takes beside itself.
     whole : weights that are gathered for the layer and for the one that runs before or after it; copied : copies in which they
         come. Where a run gathers all at once, `at_once` stand beside every layer in place of both.
     """
@@ -133,7 +133,7 @@ class StageBytes:
     copied: Floats | None = None
     at_once: float = 0.0
     staying: Floats | None = None
-    sums: Floats | None = None
+    beside_product: Floats | None = None
     forward_workspace: Floats | None = None
     late_workspace: Floats | None = None
 
@@ -196,13 +196,13 @@ class StageBytes:
         """Return the most that a weight gradient holds before any gradients leave, where they do."""
         late, most, gradients = self.late * share, 0.0, 0.0
         nothing = np.zeros(len(late))
-        sums = nothing if self.sums is None else self.sums
+        beside = nothing if self.beside_product is None else self.beside_product
         products = late + (nothing if self.late_workspace is None else self.late_workspace)
         behind = late.sum() - np.cumsum(late)
         for layer, phases in enumerate(self.phases):
             if late[layer]:
                 own = sum(phase.gradients for phase in phases if not phase.by_input)
-                most = max(most, gradients + float(behind[layer] + max(products[layer], own + sums[layer])))
+                most = max(most, gradients + float(behind[layer] + max(products[layer], own + beside[layer])))
                 gradients += own
         return most if gradients else 0.0
 

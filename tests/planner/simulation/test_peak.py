@@ -200,10 +200,10 @@ def test_layers_without_waiting_products_scatter_in_the_input_gradient():
     assert given.need(Kind.W, 1.0) == 2 * 20
 
 
-def test_weight_gradients_in_a_row_make_theirs_beside_what_the_last_one_scattered_and_sum_in_wider_numbers():
+def test_weight_gradients_in_a_row_make_theirs_beside_what_the_last_one_scattered_and_a_workspace():
     """Two layers with gradients of 6, of which 15 are on their way; a GPT in bf16 under ZB-V and ZeRO-3 was 8 % low."""
     phases = ((GradientPhase(0.0, 6.0, 6.0, 15.0), GradientPhase(0.0, 0.0)),) * 2
-    given = replace(stage([4, 4], [1, 1], late=[3, 2]), phases=phases, sums=np.array([10.0, 9.0]))
+    given = replace(stage([4, 4], [1, 1], late=[3, 2]), phases=phases, beside_product=np.array([10.0, 9.0]))
     # The first layer's beside what waits of the last, then those of both.
     assert given.made(1.0) == max(6 + 10 + 2, 2 * 6 + 9)
     # A product of 8 is made while its layer's operands wait still: a Llama's last rank under V-Min was 2 % low.
