@@ -21,16 +21,28 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
-from typing import Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from stagewright.planner.cores import num_cores
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
+Left = TypeVar("Left")
 Asked = list[tuple[int, Request]]  # requests with their places
 
 FORKS_AFTER_S = 0.1  # of work: a fork takes about a tenth of it
 _POLL_S = 0.02
+_LEAVE = "leave"
+
+
+class Legacy(Protocol[Left]):
+    """What forks make that later work of this process can do with."""
+
+    def left(self) -> Left:
+        """Return what this fork has made; travels by pickle."""
+
+    def take(self, left: Left) -> None:
+        """Take over what a fork has made."""
 
 
 class Lanes(Generic[Request, Answer]):
@@ -42,6 +54,7 @@ class Lanes(Generic[Request, Answer]):
     should_stop : asked while others work; forks ask `Lanes.should_stop`, which then is true there too.
     most : lanes, this process among them; None for one a core.
     forks_after_s : seconds of work before there are any; None for FORKS_AFTER_S.
+    legacy : what each fork leaves to this process at the end, unless the work is to end: made there, and taken over here.
     """
 
     def __init__(
@@ -51,8 +64,10 @@ class Lanes(Generic[Request, Answer]):
         *,
         most: int | None = None,
         forks_after_s: float | None = None,
+        legacy: Legacy[Any] | None = None,
     ) -> None:
         self._answer = answer
+        self._legacy = legacy
         self._should_stop = should_stop
         self._most = most
         self._forks_after_s = FORKS_AFTER_S if forks_after_s is None else forks_after_s
@@ -66,6 +81,8 @@ class Lanes(Generic[Request, Answer]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None and self._legacy is not None and not self.should_stop():
+            self._inherit(self._legacy)
         for fork in self._forks:
             fork.end()
         self._forks.clear()
@@ -143,6 +160,15 @@ class Lanes(Generic[Request, Answer]):
         answered: list[tuple[int, Answer]] = found
         return answered
 
+    def _inherit(self, legacy: Legacy[Any]) -> None:
+        """Take over what the forks leave; a fork that died leaves nothing."""
+        for fork in self._forks:
+            with suppress(OSError):
+                fork.pipe.send(_LEAVE)
+        for fork in self._forks:
+            with suppress(EOFError, OSError):
+                legacy.take(fork.pipe.recv())
+
     def _bury(self) -> None:
         """Forget forks that died; their owners begin anew here."""
         for fork in [fork for fork in self._forks if fork.is_dead]:
@@ -176,6 +202,9 @@ class Lanes(Generic[Request, Answer]):
             while True:
                 asked = pipe.recv()
                 if asked is None:  # a stop that came when all was done
+                    continue
+                if asked == _LEAVE:
+                    pipe.send(self._legacy.left() if self._legacy is not None else None)
                     continue
                 pipe.send(self._told(*asked))
         except (EOFError, OSError):

@@ -90,6 +90,60 @@ def test_a_lane_that_dies_is_done_without() -> None:
         os.kill(other, 0)
 
 
+class Books:
+    """What processes wrote, by process; each fork leaves its own."""
+
+    def __init__(self) -> None:
+        self.pages: dict[int, list[int]] = {}
+
+    def write(self, request: tuple[str, int]) -> int:
+        self.pages.setdefault(os.getpid(), []).append(request[1])
+        return os.getpid()
+
+    def left(self) -> dict[int, list[int]]:
+        return {os.getpid(): self.pages.get(os.getpid(), [])}
+
+    def take(self, left: dict[int, list[int]]) -> None:
+        self.pages |= left
+
+
+def test_forks_leave_at_the_end_what_they_made() -> None:
+    books, meeting = Books(), Meeting(2)
+
+    def answer(request: tuple[str, int]) -> int:
+        meeting.wait()
+        return books.write(request)
+
+    with Lanes(answer, most=2, forks_after_s=0.0, legacy=books) as lanes:
+        meeting.is_over = True
+        lanes.answers(asked("a"))
+        meeting.is_over = False
+        writers = lanes.answers(asked("b", "c", "d"))
+    assert len(books.pages) == 2
+    for writer in set(writers):
+        here = [place for place, other in enumerate(writers) if other == writer]
+        assert books.pages[writer][-len(here) :] == here
+
+
+def test_a_fork_that_died_and_one_that_is_to_end_leave_nothing() -> None:
+    for is_stopped in (False, True):
+        books, meeting = Books(), Meeting(2)
+
+        def answer(request: tuple[str, int], books: Books = books, meeting: Meeting = meeting) -> int:
+            meeting.wait()
+            return books.write(request)
+
+        with Lanes(answer, lambda stopped=is_stopped: stopped, most=2, forks_after_s=0.0, legacy=books) as lanes:
+            meeting.is_over = True
+            lanes.answers(asked("a"))
+            meeting.is_over = False
+            writers = lanes.answers(asked("b", "c"))
+            assert len(set(writers)) == 2
+            if not is_stopped:
+                os.kill(next(writer for writer in writers if writer != os.getpid()), signal.SIGKILL)
+        assert set(books.pages) == {os.getpid()}
+
+
 def test_a_stop_reaches_every_lane() -> None:
     begin_s = time.monotonic()
     lanes: Lanes[str, tuple[int, float]]

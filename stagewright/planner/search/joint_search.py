@@ -27,6 +27,7 @@ from stagewright.planner.search.exact_levels import with_exact_levels
 from stagewright.planner.search.first_incumbents import FirstIncumbents
 from stagewright.planner.search.limits import Limits, Termination
 from stagewright.planner.search.order_closing import OrderClosing, Outcome, Request
+from stagewright.planner.search.order_store import ORDERS
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.starts import Starts
 from stagewright.planner.search.work_count import WorkCount
@@ -91,4 +92,4 @@ class JointSearch:
     def lanes(self, answer: Callable[[Asked], Answer], forks_after_s: float | None = None) -> Lanes[Asked, Answer]:
         """Return lanes on all cores, or on one where other parts of a search have the others."""
         most = None if self.limits.known is None else 1
-        return Lanes(answer, self._is_late, most=most, forks_after_s=forks_after_s)
+        return Lanes(answer, self._is_late, most=most, forks_after_s=forks_after_s, legacy=ORDERS)

@@ -1,6 +1,6 @@
 """Orders, layouts and schedules that searches of this process have made: they depend on the family and its sizes alone.
 
-A later search over the same sizes, of whatever model and cluster, finds them made. What was not asked for the longest time goes
+A later search over the same sizes, of whatever model and cluster, finds them made, those of its forks too. What was not asked for the longest time goes
 first where they take more than MOST_BYTES. Nothing of a search's answer depends on what is found here, only its time.
 """
 
@@ -26,6 +26,10 @@ from stagewright.planner.search.space import FamilyRule
 from stagewright.planner.simulation.simulate import action_times
 
 MOST_BYTES = 512 << 20
+MOST_LEFT_BYTES = 128 << 20
+
+_Place = tuple[str, OrderKey, FamilyRule]
+Made = list[tuple[_Place, Layout | Schedule]]
 
 
 class OrderStore:
@@ -34,8 +38,9 @@ class OrderStore:
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self.most_bytes = most_bytes
         self.num_bytes = 0
-        self._made: OrderedDict[tuple[str, OrderKey, FamilyRule], Layout | Schedule] = OrderedDict()
+        self._made: OrderedDict[_Place, Layout | Schedule] = OrderedDict()
         self._lock = Lock()
+        self._known_before: frozenset[_Place] = frozenset()  # in a fork
 
     def order(self, key: OrderKey, rule: FamilyRule) -> Order:
         """Return the compiled order of a family at some sizes; raises InvalidArgument when it refuses them.
@@ -90,22 +95,41 @@ class OrderStore:
                 self._made.move_to_end(place)
                 return found
         made = make()
-        with self._lock:
-            if place not in self._made:
-                self._made[place] = made
-                self.num_bytes += bytes_of(made)
-            while self.num_bytes > self.most_bytes and len(self._made) > 1:
-                self.num_bytes -= bytes_of(self._made.popitem(last=False)[1])
+        self.take([(place, made)])
         return made
 
-    def unlock(self) -> None:
-        """Let go of a lock that a thread of another process held when this one was forked from it."""
+    def take(self, left: Made) -> None:
+        """Keep what was made, here or in a fork, the latest asked for last."""
+        with self._lock:
+            for place, made in left:
+                if place not in self._made:
+                    self._made[place] = made
+                    self.num_bytes += bytes_of(made)
+            while self.num_bytes > self.most_bytes and len(self._made) > 1:
+                self.num_bytes -= bytes_of(self._made.popitem(last=False)[1])
+
+    def left(self) -> Made:
+        """Return what this fork has made, the latest asked for last, at most MOST_LEFT_BYTES of it."""
+        found: Made = []
+        num_bytes = 0
+        for place, made in reversed(self._made.items()):
+            if place in self._known_before:
+                continue
+            num_bytes += bytes_of(made)
+            if num_bytes > MOST_LEFT_BYTES:
+                break
+            found.append((place, made))
+        return found[::-1]
+
+    def begin_fork(self) -> None:
+        """Let go of a lock that a thread of another process held when this one was forked from it; note what it had made."""
         self._lock = Lock()
+        self._known_before = frozenset(self._made)
 
 
 ORDERS = OrderStore()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=ORDERS.unlock)
+    os.register_at_fork(after_in_child=ORDERS.begin_fork)
 
 
 def bytes_of(made: Layout | Schedule) -> int:

@@ -47,6 +47,26 @@ def test_a_second_search_makes_no_order_and_answers_the_same(monkeypatch):
     assert first == second
 
 
+def test_what_a_fork_made_is_kept_where_it_came_from(monkeypatch):
+    """A second search made half of the orders again: those that its fork had closed."""
+    key, other = OrderKey("1f1b", 2, 4, 1), OrderKey("1f1b", 2, 6, 1)
+    rule = next(rule for rule in RULES if rule.name == "1f1b")
+    store = OrderStore()
+    store.order(key, rule)
+    store.begin_fork()
+    assert store.left() == []
+    made = store.order(other, rule)
+    left = store.left()
+    assert {place[1] for place, _ in left} == {other}
+    origin = OrderStore()
+    origin.take(left)
+    origin.take(left)
+    assert origin.order(other, rule) is made
+    assert origin.num_bytes == sum(bytes_of(found) for _, found in left)
+    monkeypatch.setattr(order_store, "MOST_LEFT_BYTES", bytes_of(made))
+    assert [found for _, found in store.left()] == [made]
+
+
 def test_a_fork_finds_the_store_open_whatever_a_thread_does():
     key, rule = OrderKey("1f1b", 2, 4, 1), next(rule for rule in RULES if rule.name == "1f1b")
     with order_store.ORDERS._lock:  # as a thread holds it at the moment of the fork
