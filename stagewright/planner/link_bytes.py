@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stagewright.planner.cost.matrix_optimizer import MATRIX_OPTIMIZERS, is_matrix
+from stagewright.planner.cost.measured_cost import blend, hidden_bytes
 from stagewright.planner.cost.memory import expert_shards
 from stagewright.planner.cost.memory_actions import offloaded_elements
 from stagewright.planner.documents.operator import Operator
@@ -96,8 +97,8 @@ def link_bytes(
 def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: int, row: LayerCosts) -> None:
     """Add the collectives inside one stage's layers, and those that recomputation runs again: all, or the ring of attention.
 
-    Under sequence parallelism the sequence is split at the first block and joined behind the last, which gathers gradients
-    at the one and values at the other; embedding and head lie outside and sum whole tensors. Parameters of blocks that
+    Under sequence parallelism the sequence is split at the first block of a row and joined behind its last, which gathers
+    gradients at the one and values at the other; embedding and head lie outside and sum whole tensors. Parameters of blocks that
     tensor parallelism copies see a part of the sequence each, experts that nothing divides too, so their gradients are
     summed, as are those of norms of single heads without it: once an iteration, or before each scatter of ZeRO-2 and 3 (with masters of narrow weights in each of several pipelines too).
     So are those of keys and values whose heads are fewer than the devices. A loss on logits that are split by the vocabulary
@@ -108,8 +109,7 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     like = _devices(plan, stage, told_part(plan, stage).samples)
     units = repeats * max(plan.schedule.num_slices, 1)
     kinds = [profile.classes[name].kind for name in profile.layer_classes]
-    blocks = [layer for layer, kind in enumerate(kinds) if kind == "block"]
-    ends = (blocks[0], blocks[-1] + 1) if blocks and degrees.sp else ()
+    ends = _sequence_ends(kinds) if degrees.sp else set()
     levels = plan.stages[stage].recompute_levels()
     pipelines = len(plan.schedule.placement)
     scatters = degrees.dp * degrees.cp > 1 or (plan.job.optimizer.has_masters and pipelines > 1)
@@ -119,7 +119,8 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
         for name, each in row.table.again_link_bytes.items():
             if level is Recompute.FULL or (level is Recompute.SELECTIVE and name == RING):
                 _add(total, name, float(each[layer]) * repeats * like)
-        if kinds[layer] == "loss" and degrees.vocab_parallel:
+        known = profile.classes[profile.layer_classes[layer]]
+        if kinds[layer] == "loss" and degrees.vocab_parallel and _has_vocabulary(known):
             tokens = told_part(plan, stage).samples * plan.job.sequence_length / degrees.cp
             size = _LOSS_SUMS * max(4.0, plan.job.optimizer.parameter_bytes) * tokens
             _add(total, "all-reduce/tp", 2 * (degrees.tp - 1) / degrees.tp * size * repeats * like)
@@ -130,9 +131,9 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
             sent = float(each[layer]) * repeats * like
             _add(total, "all-reduce/tp" if summed and purpose == "tp" else name, sent)
         if layer in ends and kinds[layer] != "loss":
-            _add(total, "all-gather/tp", float(row.table.output_bytes[blocks[0]]) * (degrees.tp - 1) * repeats * like)
+            size = _split_bytes(plan, profile, stage, row, layer - (kinds[layer] != "block"))
+            _add(total, "all-gather/tp", size * (degrees.tp - 1) * repeats * like)
         if kinds[layer] == "block":
-            known = profile.classes[profile.layer_classes[layer]]
             copied = float(copied_parameters(known) if degrees.sp else summed_parameters(known))
             if degrees.sp and degrees.expert_split == 1:
                 copied += float(row.table.expert_parameters[layer])
@@ -143,6 +144,29 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
         if copies > 1:
             size = shared * plan.job.optimizer.gradient_bytes
             _add(total, "all-reduce/tp", 2 * (copies - 1) / copies * size * devices * sums)
+
+
+def _sequence_ends(kinds: Sequence[str]) -> set[int]:
+    """Return the layers at whose entrance a sequence is split or joined: the first of each row of blocks, and what follows one."""
+    before = [False, *(kind == "block" for kind in kinds)]
+    return {layer for layer, kind in enumerate(kinds) if (kind == "block") != before[layer]}
+
+
+def _split_bytes(plan: Plan, profile: ModelProfile, stage: int, row: LayerCosts, block: int) -> float:
+    """Return the bytes of one device's part of the hidden state of a block whose sequence is split.
+
+    Beside it a measured block may pass on what is whole on each device.
+    """
+    degrees = plan.stages[stage].degrees
+    known, samples = profile.classes[profile.layer_classes[block]], told_part(plan, stage).samples
+    whole = hidden_bytes(blend(known, samples, plan.job.sequence_length, degrees.tp))
+    return float(row.table.output_bytes[block]) if whole is None else whole / (degrees.tp * degrees.cp)
+
+
+def _has_vocabulary(layer: LayerClass) -> bool:
+    """Whether a loss is one over a vocabulary, which a plan may split."""
+    is_told = any("vocab" in operator.split for operator in layer.operators)
+    return is_told or any(item.group == "tp" for cost in layer.costs for item in cost.collectives)
 
 
 def _split_updates(total: Totals, plan: Plan, profile: ModelProfile, stage: int, row: LayerCosts, layer: int) -> None:

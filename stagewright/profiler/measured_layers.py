@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from stagewright.planner.documents import BackwardPhase, Jitter, Recompute
 from stagewright.profiler.jitter import jitter_of
+from stagewright.profiler.tensor_sums import TensorSum
 
 Floats = npt.NDArray[np.float64]
 Numbers = dict[str, Any]
@@ -50,6 +51,7 @@ class LayerNumbers:
     backward_phases: tuple[BackwardPhase, ...]
     forward_flops: float
     unused_parameters: int
+    sums: tuple[TensorSum, ...]
     freed_at_input_grad: float
     forward_spread_s: tuple[float, float]
     backward_spread_s: tuple[float, float]
@@ -138,6 +140,7 @@ def configuration_numbers(
             ),
             forward_flops=float(flops[index]),
             unused_parameters=unused[index],
+            sums=tuple(TensorSum(*each) for each in memory["sums"][index]),
             freed_at_input_grad=float(freed[index]),
             forward_spread_s=_spread(forward[:, index]),
             backward_spread_s=_spread(backward[:, index]),

@@ -8,7 +8,7 @@ Kinds of measurement, each a short piece of a training step whose numbers are pl
 - `split`: one microbatch whose backward runs in one piece, and right after it one whose weight gradients are deferred and
   run afterwards, layer by layer: a pair that knows one speed of the machine.
 - `full`, `selective`: one microbatch with every layer recomputed at that level in its backward.
-- `memory`: saved tensors, allocator traces and FLOP of one microbatch; it is taken once.
+- `memory`: saved tensors, allocator traces and FLOP of one microbatch, and what shards would add up; it is taken once.
 
 On CPU each measurement says as `probe_s` how fast the processor was meanwhile (`modeling.speed_probe`).
 """
@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -48,6 +48,7 @@ from stagewright.profiler.model_source import ModelSource
 from stagewright.profiler.saved_bytes import layer_bytes
 from stagewright.profiler.split_memory import pieces_by_layer, queue_bytes, split_workspaces
 from stagewright.profiler.structure import is_expert_parameter
+from stagewright.profiler.tensor_sums import TensorSum, layer_sums
 from stagewright.profiler.timing import Clock, clock_of, flush_of
 
 Kind = Literal["step", "split", "full", "selective", "memory"]
@@ -128,7 +129,7 @@ class ModelBench:
             "split": self._measure_split,
             "full": partial(self._measure_recomputation, Recompute.FULL),
             "selective": partial(self._measure_recomputation, Recompute.SELECTIVE),
-            "memory": self._measure_memory,
+            "memory": partial(self._measure_memory, is_shard=configuration.tensor_degree > 1),
         }
         before_s = self._probe_seconds()
         numbers = measures[kind](self.batch(configuration))
@@ -194,7 +195,7 @@ class ModelBench:
         with recomputed(self.chain, level), self._timer.hooks:
             return _numbers(self._timer.full(batch))
 
-    def _measure_memory(self, batch: Batch) -> Numbers:
+    def _measure_memory(self, batch: Batch, *, is_shard: bool) -> Numbers:
         """Recomputation's bytes are told from none's by the allocator: what the forward leaves behind at each level."""
         chain, device = self.chain, self.device
         saved = layer_bytes(chain, batch)
@@ -223,7 +224,11 @@ class ModelBench:
             "full_bytes": kept["full"],
             "forward_flops": _forward_flops(chain, batch),
             "unused_parameters": self._unused_parameters(),
+            "sums": [[list(astuple(each)) for each in own] for own in self._sums(batch, is_shard=is_shard)],
         }
+
+    def _sums(self, batch: Batch, *, is_shard: bool) -> list[list[TensorSum]]:
+        return layer_sums(self.chain, batch) if is_shard else [[] for _ in self.chain.layers]
 
     def _recomputed_growths(self, level: Recompute, batch: Batch) -> LayerGrowths | None:
         """Return what each layer allocates in a forward at a level; None for a model that cannot run a layer twice."""

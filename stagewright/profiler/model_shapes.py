@@ -7,6 +7,7 @@ are told by their structure, not their position.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,7 +25,7 @@ from stagewright.profiler.model_bench import Configuration
 from stagewright.profiler.model_source import ModelSource
 from stagewright.profiler.settings import ProfileSettings
 from stagewright.profiler.structure import is_expert_parameter, layer_structures
-from stagewright.profiler.tensor_shard import layer_collectives, passes_bias
+from stagewright.profiler.tensor_shard import layer_collectives
 
 _MEMORY_SHARE = 0.5
 _COPIES = 4  # parameters, gradients and two states of the optimizer
@@ -41,16 +42,13 @@ class MeasuredChain:
     def collectives(
         self, configuration: Configuration, layers: Sequence[LayerNumbers]
     ) -> dict[str, tuple[Collective, ...]]:
-        """Return what the shards of each class exchange for one microbatch."""
+        """Return what the shards of each class exchange for one microbatch, in the mean over its layers."""
         tokens = configuration.microbatch * configuration.sequence_length
-        kinds = [layer.kind for layer in self.chain.layers]
-        widest = "block" in kinds and not passes_bias(self.chain)
-        hidden = layers[kinds.index("block") if widest else 0].output_bytes
-        one_of_each = dict(zip(self.class_names, self.chain.layers, strict=True))
-        return {
-            name: layer_collectives(self.chain, layer, num_tokens=tokens, boundary_bytes=hidden)
-            for name, layer in one_of_each.items()
-        }
+        members: dict[str, list[tuple[Collective, ...]]] = {}
+        for name, layer, numbers in zip(self.class_names, self.chain.layers, layers, strict=True):
+            own = layer_collectives(self.chain, layer, numbers.sums, num_tokens=tokens)
+            members.setdefault(name, []).append(own)
+        return {name: _mean_collectives(each) for name, each in members.items()}
 
 
 class ModelShapes:
@@ -127,6 +125,15 @@ class ModelShapes:
         short = self._build(torch.device("meta"), num_layers=self.num_layers)
         structures = layer_structures(short)
         return tuple(by_structure[structures[layer.layer_class]] for layer in short.layers)
+
+
+def _mean_collectives(layers: Sequence[tuple[Collective, ...]]) -> tuple[Collective, ...]:
+    """Return a class's collectives; one that only some layers have is there with their share of its bytes."""
+    counts = Counter(item for own in layers for item in own)
+    return tuple(
+        item.model_copy(update={"payload_bytes": item.payload_bytes * count / len(layers)})
+        for item, count in counts.items()
+    )
 
 
 def replicated_parameters(whole: int, shard: int, tensor_degree: int) -> int:

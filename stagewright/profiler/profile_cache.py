@@ -13,7 +13,7 @@ from stagewright.profiler.model_bench import Configuration
 from stagewright.profiler.settings import ProfileSettings
 from stagewright.profiler.surroundings import device_name, versions
 
-_MEANING = 9  # of the numbers; entries and journals of another are not read
+_MEANING = 10  # of the numbers; entries and journals of another are not read
 
 
 _SECONDS = ("action_s", "entrance_s", "step_s")

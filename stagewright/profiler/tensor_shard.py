@@ -11,7 +11,7 @@ layers (Shoeybi et al., Megatron-LM, 2019), or several that are smaller where co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -31,6 +31,7 @@ from stagewright.modeling.tensor_families import ModuleSplit
 from stagewright.modeling.tensor_plan import is_within, tensor_plan
 from stagewright.planner.documents import Collective
 from stagewright.planner.errors import InvalidArgument
+from stagewright.profiler.tensor_sums import TensorSum
 
 _REDUCTION_BYTES_PER_TOKEN = 4
 
@@ -71,42 +72,44 @@ def summed_parameters(chain: LayerChain, layer: Layer) -> int:
     return sum(value.numel() for path in shared for value in chain.model.get_submodule(path).parameters())
 
 
-def passes_bias(chain: LayerChain) -> bool:
-    """Return whether blocks pass on a bias of positions beside the hidden state, as T5's do."""
-    modules = dict(chain.model.named_modules())
-    return any(
-        how.role == "heads" and isinstance(modules.get(path), nn.Embedding) for path, how in _plan(chain.model).items()
-    )
-
-
 def layer_collectives(
-    chain: LayerChain, layer: Layer, *, num_tokens: int, boundary_bytes: float
+    chain: LayerChain, layer: Layer, sums: Sequence[TensorSum], *, num_tokens: int
 ) -> tuple[Collective, ...]:
-    """Return what the shards of one layer exchange for one microbatch; `boundary_bytes` is the hidden state's size."""
+    """Return what the shards of one layer exchange for one microbatch, given the sums that were seen in its forward."""
     whole = _plan(chain.model)
     plan = {path: how for path, how in whole.items() if is_within(path, layer.modules)}
-    if layer.kind in ("embedding", "head", "loss"):
-        split = any(how.role == "vocabulary" for how in (whole if layer.kind == "loss" else plan).values())
-        return (_of_vocabulary(layer, num_tokens, boundary_bytes),) if split else ()
-    rows = [path for path, how in plan.items() if how.role == "row"]
-    if not rows:
-        return ()
-    found = [_all_reduce("forward", boundary_bytes, len(rows))]
-    entering = [share for path in rows for share in _entering(chain.model, plan, path)]
-    for share in sorted(set(entering), reverse=True):
-        found.append(_all_reduce("backward", boundary_bytes * share, entering.count(share)))
+    per_token = float(num_tokens * _REDUCTION_BYTES_PER_TOKEN)
+    if layer.kind == "loss":
+        split = any(how.role == "vocabulary" for how in whole.values())
+        return (_all_reduce("forward", per_token, 3, of_vocabulary=True),) if split else ()
+    rows = [each for each in sums if plan[each.path].role == "row"]
+    found = _forward_sums(rows)
+    going_back = [row for row in rows if row.has_backward]
+    entering = [share * row.num_bytes for row in going_back for share in _entering(chain.model, plan, row.path)]
+    found += [_all_reduce("backward", size, entering.count(size)) for size in sorted(set(entering), reverse=True)]
     norms = sum(how.role == "norm" for how in plan.values())
     if norms:
-        payload = float(num_tokens * _REDUCTION_BYTES_PER_TOKEN)
-        sums = (_all_reduce(phase, payload, norms) for phase in ("forward", "backward"))
-        found += [each.model_copy(update={"of_statistics": True}) for each in sums]
+        found += [_all_reduce(phase, per_token, norms, of_statistics=True) for phase in ("forward", "backward")]
+    vocabulary = [each for each in sums if plan[each.path].role == "vocabulary"]
+    found += _forward_sums([each for each in vocabulary if _is_embedding(chain, each)], of_vocabulary=True)
+    entering = [each.num_bytes for each in vocabulary if not _is_embedding(chain, each)]
+    found += [
+        _all_reduce("backward", size, entering.count(size), of_vocabulary=True) for size in dict.fromkeys(entering)
+    ]
     return tuple(found)
 
 
-def _of_vocabulary(layer: Layer, num_tokens: int, boundary_bytes: float) -> Collective:
-    if layer.kind == "loss":
-        return _all_reduce("forward", float(num_tokens * _REDUCTION_BYTES_PER_TOKEN), 3)
-    return _all_reduce("backward" if layer.kind == "head" else "forward", boundary_bytes, 1)
+def _forward_sums(sums: Sequence[TensorSum], *, of_vocabulary: bool = False) -> list[Collective]:
+    """Return sums as collectives, the largest first."""
+    found = []
+    for size in sorted({each.num_bytes for each in sums}, reverse=True):
+        again = [each.again for each in sums if each.num_bytes == size]
+        found.append(_all_reduce("forward", size, len(again), of_vocabulary=of_vocabulary, count_again=sum(again)))
+    return found
+
+
+def _is_embedding(chain: LayerChain, each: TensorSum) -> bool:
+    return isinstance(chain.model.get_submodule(each.path), nn.Embedding)
 
 
 def _plan(model: nn.Module) -> Mapping[str, ModuleSplit]:
@@ -137,8 +140,25 @@ def _entering(model: nn.Module, plan: Mapping[str, ModuleSplit], row: str) -> It
     yield from (1.0 for _ in (plan[owner].whole_arguments if owner in plan else ()))
 
 
-def _all_reduce(phase: Literal["forward", "backward"], payload_bytes: float, count: int) -> Collective:
-    return Collective(phase=phase, operation="all-reduce", group="tp", payload_bytes=payload_bytes, count=count)
+def _all_reduce(
+    phase: Literal["forward", "backward"],
+    payload_bytes: float,
+    count: int,
+    *,
+    of_statistics: bool = False,
+    of_vocabulary: bool = False,
+    count_again: int | None = None,
+) -> Collective:
+    return Collective(
+        phase=phase,
+        operation="all-reduce",
+        group="tp",
+        payload_bytes=payload_bytes,
+        count=count,
+        of_statistics=of_statistics,
+        of_vocabulary=of_vocabulary,
+        count_again=count_again,
+    )
 
 
 def _cut(model: nn.Module, cut: CutTensor, count: int, done: dict[int, nn.Parameter], *, rounds_up: bool) -> None:

@@ -21,6 +21,7 @@ def memory_record(row: list[float], forward: list[float] | None = None) -> dict[
     """Return a record in which every quantity has the same numbers by layer, the forward's workspace others where they are given."""
     return {
         "unused_parameters": [0] * len(row),
+        "sums": [[] for _ in row],
         "forward_workspace_bytes": {"none": row if forward is None else forward},
         **dict.fromkeys(NAMES, row),
     }

@@ -81,15 +81,23 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
     splits_sequence = degrees.sp and layer.kind == "block"
     if splits_sequence and layer.expert_parameters:
         numbers = _with_divided_tokens(layer, setting, numbers)
+    tokens = 1.0 / degrees.cp
     exchanges = [
         exchange
         for entry, weight in found.entries
         for item in entry.collectives
-        for exchange in (_sequence_exchanges(item, weight) if splits_sequence else (_exchange(item, weight),))
+        if degrees.vocab_parallel or not item.of_vocabulary
+        for exchange in (
+            _sequence_exchanges(item, weight * tokens) if splits_sequence else (_exchange(item, weight * tokens),)
+        )
     ]
     traffic = price(exchanges, groups)
-    tokens = 1.0 / degrees.cp
-    passed = tokens / (tensor_degree if splits_sequence else 1)  # of what goes from layer to layer
+    # Of what goes from layer to layer the hidden state is split, and what else there is (a bias of positions) is whole.
+    split_away = 0.0
+    if splits_sequence:
+        hidden = hidden_bytes(found)
+        of_hidden = numbers["output_bytes"] if hidden is None else min(hidden, numbers["output_bytes"])
+        split_away = tokens * of_hidden * (1.0 - 1.0 / tensor_degree)
     forward_s = numbers["forward_s"] * tokens + traffic.forward_s
     levels = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
     kept = [_level(found, level) * tokens for level in levels]
@@ -114,8 +122,8 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         weight_grad_workspace_bytes=_told(found, [entry.weight_grad_workspace_bytes for entry, _ in found.entries])
         or 0.0,
         phases=_phases(found, spared[0] / tokens),
-        output_bytes=numbers["output_bytes"] * passed,
-        unkept_input_bytes=_told(found, [entry.unkept_input_bytes for entry, _ in found.entries], passed),
+        output_bytes=numbers["output_bytes"] * tokens - split_away,
+        unkept_input_bytes=_unkept_input(found, tokens, split_away),
         dense_parameters=dense,
         expert_parameters=expert,
         model_flops=numbers["forward_flops"],
@@ -128,6 +136,23 @@ def measured_cost(layer: LayerClass, setting: Setting, groups: RankGroups) -> La
         optimizer_s=numbers["optimizer_s"] or None,
         source=_source(found, divided=degrees.cp > 1 or splits_sequence),
     )
+
+
+def hidden_bytes(found: Blend | None) -> float | None:
+    """Return the size of a measured layer's hidden state, the widest that its shards add up; None where nothing says it."""
+    if found is None:
+        return None
+    sums = [
+        [item.payload_bytes for item in entry.collectives if _is_sum(item) and item.phase == "forward"]
+        for entry, _ in found.entries
+    ]
+    return _mean(found, [max(sizes) for sizes in sums]) if all(sums) else None
+
+
+def _unkept_input(found: Blend, tokens: float, split_away: float) -> float | None:
+    """Return what of its input a layer does not keep; `split_away` is what sequence parallelism spares of a hidden state."""
+    told = _told(found, [entry.unkept_input_bytes for entry, _ in found.entries], tokens)
+    return None if told is None else told - split_away if told > split_away else told
 
 
 def _with_divided_tokens(layer: LayerClass, setting: Setting, numbers: dict[str, float]) -> dict[str, float]:
@@ -277,7 +302,16 @@ def _gathered_bytes(entry: ConfigurationCost) -> float:
 
 
 def _is_sum(item: Collective) -> bool:
-    return item.operation == "all-reduce" and item.group == "tp" and not item.of_statistics
+    """Whether it is a sum of activations, which sequence parallelism makes a scatter and a gather of."""
+    return item.operation == "all-reduce" and item.group == "tp" and not item.of_statistics and not item.of_vocabulary
+
+
+def _count_again(item: Collective) -> int:
+    """Return how often full recomputation repeats a forward's collective; where nobody counted, all but the last sum."""
+    if item.count_again is not None:
+        return item.count_again
+    behind = item.operation in ("all-reduce", "reduce-scatter") and item.group == "tp" and not item.of_statistics
+    return item.count - behind
 
 
 def _sequence_exchanges(item: Collective, weight: float) -> tuple[Exchange, ...]:
@@ -285,7 +319,7 @@ def _sequence_exchanges(item: Collective, weight: float) -> tuple[Exchange, ...]
     if not _is_sum(item):
         return (_exchange(item, weight),)
     forward, payload_bytes = item.phase == "forward", item.payload_bytes * weight
-    scattered_again = max(item.count - 1, 0) if forward else 0
+    scattered_again = _count_again(item) if forward else 0
     gathered_again = 0 if forward else item.count
     return (
         Exchange(forward, "reduce-scatter", "tp", payload_bytes, item.count, times_again=scattered_again),
@@ -294,16 +328,15 @@ def _sequence_exchanges(item: Collective, weight: float) -> tuple[Exchange, ...]
 
 
 def _exchange(item: Collective, weight: float) -> Exchange:
-    """Return a collective of a measured layer, whose last sum is behind everything that its backward needs."""
+    """Return a collective of a measured layer."""
     forward = item.phase == "forward"
-    behind = item.operation in ("all-reduce", "reduce-scatter") and item.group == "tp" and not item.of_statistics
     return Exchange(
         forward,
         item.operation,
         item.group,
         item.payload_bytes * weight,
         item.count,
-        times_again=item.count - behind if forward else 0,
+        times_again=_count_again(item) if forward else 0,
     )
 
 

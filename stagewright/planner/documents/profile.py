@@ -77,7 +77,9 @@ class Collective(Part):
 
     `payload_bytes` is the size of the full tensor: the reduced one for an all-reduce, the gathered one for all-gather
     and reduce-scatter, one rank's send buffer for all-to-all, the message for send-receive. One of statistics remains what it is
-    under sequence parallelism, where a sum of activations is a scatter and a gather.
+    under sequence parallelism, where a sum of activations is a scatter and a gather. One of the vocabulary is issued where a plan
+    splits that, and remains what it is too. `count_again` of a forward's are issued once more by full recomputation; where it is
+    not known, all but the last sum over the tensor group.
     """
 
     phase: Literal["forward", "backward"]
@@ -86,6 +88,8 @@ class Collective(Part):
     payload_bytes: Bytes
     count: Count = 1
     of_statistics: bool = False
+    of_vocabulary: bool = False
+    count_again: Index | None = None
 
 
 class BackwardPhase(Part):
