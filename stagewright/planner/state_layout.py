@@ -63,10 +63,11 @@ def state_pieces(plan: Plan, profile: ModelProfile) -> Iterator[tuple[int, Piece
 def _weights(layer: LayerClass, degrees: Degrees) -> Iterator[tuple[str, int, int]]:
     """Yield (kind, parameters, shards) of a layer's weights that exist."""
     split = degrees.vocab_parallel or layer.kind not in ("embedding", "head", "loss")
-    dense = layer.parameters - layer.replicated_parameters - layer.expert_parameters
+    whole = layer.replicated_parameters + (0 if degrees.vocab_parallel else layer.vocabulary_parameters)
+    dense = layer.parameters - whole - layer.expert_parameters
     if dense:
         yield "dense", dense, degrees.tp if split else 1
-    if layer.replicated_parameters:
-        yield "replicated", layer.replicated_parameters, 1
+    if whole:
+        yield "replicated", whole, 1
     if layer.expert_parameters:
         yield "expert", layer.expert_parameters, degrees.expert_split

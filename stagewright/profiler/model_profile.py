@@ -42,7 +42,7 @@ from stagewright.profiler.ranks import ReportsProgress
 from stagewright.profiler.session import Session, busy_siblings
 from stagewright.profiler.settings import DTypeName, ProfileSettings, device_of, grid
 from stagewright.profiler.surroundings import DeviceState, device_name, device_state, disturbances, versions
-from stagewright.profiler.tensor_shard import summed_parameters
+from stagewright.profiler.tensor_shard import summed_parameters, vocabulary_parameters
 
 WIDE_SPREAD = 0.25
 _SIGNIFICANT = 0.02
@@ -310,6 +310,7 @@ def _document(
             ),
             expert_parameters=experts[class_name],
             summed_parameters=summed_parameters(chain, layer),
+            vocabulary_parameters=vocabulary_parameters(chain, layer),
             unused_parameters=_unused(costs, configurations, class_name, layer.num_parameters),
             tensors=tensors[layer.name],
             costs=_with_whole_flops([costs.classes[item][class_name] for item in configurations]),

@@ -27,7 +27,7 @@ from stagewright.modeling.tensor_cut import (
     lying_parts,
     tell_module,
 )
-from stagewright.modeling.tensor_families import ModuleSplit
+from stagewright.modeling.tensor_families import ModuleSplit, Role
 from stagewright.modeling.tensor_plan import is_within, tensor_plan
 from stagewright.planner.documents import Collective
 from stagewright.planner.errors import InvalidArgument
@@ -64,12 +64,25 @@ def shard_model(model: nn.Module, degree: int) -> None:
 
 def summed_parameters(chain: LayerChain, layer: Layer) -> int:
     """Return how many of a layer's parameters are whole on each shard and work on its own heads; 0 without a plan."""
+    return _parameters_of(chain, layer, "shared")
+
+
+def vocabulary_parameters(chain: LayerChain, layer: Layer) -> int:
+    """Return how many parameters of a layer that is neither embedding nor head shards cut with the vocabulary."""
+    if layer.kind in ("embedding", "head", "loss") or _vocabulary_size(chain.model) is None:
+        return 0
+    return _parameters_of(chain, layer, "vocabulary")
+
+
+def _parameters_of(chain: LayerChain, layer: Layer, role: Role) -> int:
+    """Return how many parameters the modules of a role have in a layer; 0 without a plan."""
     try:
         plan = tensor_plan(chain.model)
     except InvalidArgument:
         return 0
-    shared = [path for path, how in plan.items() if how.role == "shared" and is_within(path, layer.modules)]
-    return sum(value.numel() for path in shared for value in chain.model.get_submodule(path).parameters())
+    paths = [path for path, how in plan.items() if how.role == role and is_within(path, layer.modules)]
+    found = {id(value): value for path in paths for value in chain.model.get_submodule(path).parameters()}
+    return sum(value.numel() for value in found.values())
 
 
 def layer_collectives(

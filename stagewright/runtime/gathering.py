@@ -40,7 +40,10 @@ class GatherWindow:
             for module in modules:
                 module.register_forward_pre_hook(lambda _module, _args, index=index: self._need(index))
                 module.register_forward_hook(
-                    lambda _module, _args, output, index=index: self._need_with_gradient(index, output)
+                    lambda _module, args, kwargs, output, index=index: self._need_with_gradient(
+                        index, (args, kwargs), output
+                    ),
+                    with_kwargs=True,
                 )
 
     def begin(self, direction: int) -> None:
@@ -79,12 +82,16 @@ class GatherWindow:
         whole = sum(bucket.num_bytes for bucket in self._all() if bucket.is_whole)
         self.peak_bytes = max(self.peak_bytes, whole)
 
-    def _need_with_gradient(self, index: int, output: object) -> None:
-        """Have the layer whole again when the gradient of its output arrives."""
+    def _need_with_gradient(self, index: int, given: object, output: object) -> None:
+        """Have the layer whole again when the gradient of its output arrives.
+
+        Of what it only passes on (T5's bias of positions) the gradient is complete when the layer's own backward is done.
+        """
         if self._direction < 0:  # a forward that is run again
             return
+        passed_on = {id(value) for value in _tensors(given)}
         for value in _tensors(output):
-            if value.requires_grad:
+            if value.requires_grad and id(value) not in passed_on:
                 value.register_hook(lambda _gradient: self._need(index))
 
 

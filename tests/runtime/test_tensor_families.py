@@ -103,13 +103,15 @@ def assert_sends_what_is_predicted(
     path = directory / "config.json"
     path.write_text(json.dumps(config))
     if is_measured:
-        grid = {"microbatches": (1, 4), "sequence_length": 16, "tensor_degrees": (1, 2)}
+        grid = {"microbatches": (1, 2, 4), "sequence_length": 16, "tensor_degrees": (1, 2)}
         profile = profile_model(str(path), **grid, device="cpu", dtype="fp32", budget_s=0.0)
     else:
         profile = over_layers(profile_from_config(config, "small"), split(huggingface_model(str(path))))
     job = TrainingJob(global_batch=8, sequence_length=16, precision="fp32")
-    choice = Choice(Degrees(tp=2, **options), 1, 1, 4, "1f1b", recompute)
-    plan = with_prediction(even_plan(profile, on_processors(cluster_factory(2, 1)), job, choice), profile)
+    degrees = Degrees(tp=2, **options)
+    choice = Choice(degrees, 1, 1, 4 // degrees.dp, "1f1b", recompute)
+    cluster = on_processors(cluster_factory(degrees.num_devices, 1))
+    plan = with_prediction(even_plan(profile, cluster, job, choice), profile)
     checks = checks or ("gradients", "traffic", *(("memory",) if is_measured else ()))
     report = run.run_plan(plan, profile, model=str(path), steps=1, checks=checks, directory=directory / "run")
     assert report.passed, failures(report)
@@ -160,7 +162,7 @@ def test_a_recomputed_measured_model_sends_what_is_predicted(rank_pools, monkeyp
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("vit", VOCABULARY),  # which it has none of
+        ("vit", VOCABULARY),  # has none
         ("llava", PLAIN),  # a tower of its own width, whose last block nothing uses
     ],
     ids=str,
@@ -169,3 +171,13 @@ def test_a_measured_model_of_images_sends_what_is_predicted(rank_pools, monkeypa
     """Keys' biases have a gradient of zero in theory: gradients are compared in fp64 above."""
     told = {"is_measured": True, "checks": ("traffic",)}
     assert_sends_what_is_predicted(rank_pools, monkeypatch, tmp_path, name, options, **told)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("options", [{}, VOCABULARY], ids=str)
+def test_sharded_layers_of_a_measured_model_are_gathered_as_often_as_predicted(
+    rank_pools, monkeypatch, tmp_path, options
+):
+    """T5's blocks hand a bias of positions through, and its decoder has the shared embedding, whole or split."""
+    told = {"is_measured": True, "checks": ("gradients", "traffic")}
+    assert_sends_what_is_predicted(rank_pools, monkeypatch, tmp_path, "t5", {"dp": 2, "zero": 3, **options}, **told)

@@ -341,8 +341,8 @@ def _exchange(item: Collective, weight: float) -> Exchange:
 
 
 def _parameters(layer: LayerClass, tensor_degree: int, setting: Setting) -> tuple[float, float]:
-    split = layer.parameters - layer.replicated_parameters - layer.expert_parameters
-    dense = layer.replicated_parameters + split / tensor_degree
+    whole = layer.replicated_parameters + (0 if setting.degrees.vocab_parallel else layer.vocabulary_parameters)
+    dense = whole + (layer.parameters - layer.expert_parameters - whole) / tensor_degree
     return dense, layer.expert_parameters / setting.degrees.expert_split
 
 

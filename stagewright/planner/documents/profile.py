@@ -219,6 +219,8 @@ class LayerClass(Part):
     expert_parameters : of these, how many belong to routed experts, split by the expert groups.
     summed_parameters : of these, how many are whole on each device and work on what tensor parallelism leaves it (norms of heads),
         in a measured layer.
+    vocabulary_parameters : of these, how many are split where a plan splits the vocabulary, in a measured layer that is neither
+        embedding nor head (the embedding of a decoder that is one layer).
     unused_parameters : of these, how many no forward uses. A plain loop makes neither gradients nor optimizer states for
         them; a run's buffers hold theirs like all others'.
     tensors : the shapes of its trainable tensors in their order, where they are known: what an optimizer's step holds for a time,
@@ -235,6 +237,7 @@ class LayerClass(Part):
     replicated_parameters: Index = 0
     expert_parameters: Index = 0
     summed_parameters: Index = 0
+    vocabulary_parameters: Index = 0
     unused_parameters: Index = 0
     tensors: tuple[WeightTensor, ...] = ()
     costs: tuple[ConfigurationCost, ...] = ()
@@ -248,10 +251,10 @@ class LayerClass(Part):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.replicated_parameters + self.expert_parameters > self.parameters:
+        if self.replicated_parameters + self.expert_parameters + self.vocabulary_parameters > self.parameters:
             raise ValueError(
-                f"replicated_parameters {self.replicated_parameters} and expert_parameters {self.expert_parameters} "
-                f"exceed parameters {self.parameters}"
+                f"replicated_parameters {self.replicated_parameters}, expert_parameters {self.expert_parameters} and "
+                f"vocabulary_parameters {self.vocabulary_parameters} exceed parameters {self.parameters}"
             )
         if self.unused_parameters > self.parameters:
             raise ValueError(f"unused_parameters {self.unused_parameters} exceed parameters {self.parameters}")

@@ -141,6 +141,15 @@ def test_what_a_measured_layer_adds_up_of_the_vocabulary_is_sent_where_that_is_s
     assert sent == [200.0, 300.0, 0.0, 100.0]
 
 
+def test_an_embedding_inside_a_measured_layer_is_whole_where_the_vocabulary_is():
+    """1,000 parameters, 200 of them whole, 100 of the vocabulary."""
+    known = profile(entry(1, 1.0, tp=2))
+    classes = {name: layer.model_copy(update={"vocabulary_parameters": 100}) for name, layer in known.classes.items()}
+    found = model(known.model_copy(update={"classes": classes}))
+    tables = (found.table(Degrees(tp=2, vocab_parallel=split), 1) for split in (False, True))
+    assert [table.dense_parameters[0] for table in tables] == [300 + 700 / 2, 200 + 800 / 2]
+
+
 def test_context_parallelism_divides_the_sums_of_a_measured_layer():
     found = model(profile(entry(1, 1.0, tp=2, collectives=(sums(),))))
     whole, part = (found.table(Degrees(tp=2, cp=cp), 1).link_bytes["all-reduce/tp"][0] for cp in (1, 2))
