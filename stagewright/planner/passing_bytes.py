@@ -4,8 +4,8 @@ An optimizer's step: Adam and AdamW make the square roots of the second moment a
 tensor is stepped after the other, two copies of the largest of them; on accelerators, which step all together, one copy of
 all. Under ZeRO, and where weights narrower than 32 bits have masters, a tensor is a whole bucket's shard: a stage's at
 stage 1, a layer's beyond. Where gradients are narrower than what is stepped they are widened, a piece after the other, and
-what is made of them is there for a piece too. So it is of states that come from the host, beside them. What Muon and Shampoo
-make `matrix_step_bytes` says.
+what is made of them is there for a piece too. So it is of states that come from the host, beside them; masters come whole, those of
+a stage together. What Muon and Shampoo make `matrix_step_bytes` says.
 Gradients that are scattered to equal shards arrive in a shard of their own, and gloo sums them in a copy of all; equal
 shards of the weights leave in a copy.
 
@@ -75,7 +75,7 @@ def _stepped_bytes(
         need = matrix_step_bytes(plan.job.optimizer, buckets, is_cpu=_is_cpu(plan, index))
     else:
         need = _elementwise_bytes(plan, index, [size for size, _ in shards])
-    return max(need, _gathered_bytes(plan, index, shards))
+    return max(need, _gathered_bytes(plan, index, shards)) + _fetched_bytes(plan, index, shards)
 
 
 def reductions(
@@ -114,8 +114,19 @@ def _gathered_bytes(plan: Plan, index: int, shards: Sequence[tuple[float, int]])
     return max(divided) * plan.job.optimizer.parameter_bytes
 
 
+def _fetched_bytes(plan: Plan, index: int, shards: Sequence[tuple[float, int]]) -> float:
+    """Return the bytes of masters that come from the host for a step of the stage, all of them."""
+    stage, optimizer = plan.stages[index], plan.job.optimizer
+    if optimizer.name in MATRIX_OPTIMIZERS or not optimizer.has_masters:
+        return 0.0
+    return sum(size for size, _ in shards) * stage.optimizer_offload * optimizer.stepped_bytes
+
+
 def _elementwise_bytes(plan: Plan, index: int, tensors: Sequence[float]) -> float:
-    """Return what a step holds, given the elements of what one device's optimizer steps."""
+    """Return what a step holds, given the elements of what one device's optimizer steps, beside masters from the host.
+
+    Those move what stays of a tensor's, for which there are two places meanwhile.
+    """
     stage, optimizer = plan.stages[index], plan.job.optimizer
     width, is_cpu = optimizer.stepped_bytes, _is_cpu(plan, index)
     makes_copies, widens = optimizer.name in ("adam", "adamw", "custom"), optimizer.has_masters
@@ -125,7 +136,9 @@ def _elementwise_bytes(plan: Plan, index: int, tensors: Sequence[float]) -> floa
     most_widened = min(widened_elements("cpu" if is_cpu else "cuda"), most)
     needed = (1 + copies) * most_widened if widens else copies * (most if is_cpu else sum(staying))
     piece = min(PIECE_ELEMENTS, max(tensors, default=0.0) * stage.optimizer_offload)
-    return max(width * needed, piece * (optimizer.state_bytes + (copies + widens) * width))
+    moments = optimizer.state_bytes - width * widens
+    moved = width * most * (widens and stage.optimizer_offload > 0)
+    return max(width * needed, piece * (moments + (copies + widens) * width), moved)
 
 
 def _owned(
@@ -242,7 +255,8 @@ def passing_bytes(
             gradients = (parameters + (ends if kind == "others" else 0.0)) * optimizer.gradient_bytes
             leaving[kind] = (gradients, gradients * (1.0 + 1.0 / shards + is_cpu if is_even else 1.0))
             whole += parameters * optimizer.parameter_bytes * is_gathered
-            narrow = 1.0 / shards if optimizer.has_masters else 0.0  # of the masters that leave
+            # A copy of the masters' part leaves, where they are not on the host and a copy is there always.
+            narrow = 1.0 / shards if optimizer.has_masters and not stage.optimizer_offload else 0.0
             copied += parameters * optimizer.parameter_bytes * is_gathered * ((is_cpu and is_even) + narrow)
     beside_product = np.array(
         [

@@ -2,7 +2,8 @@
 
 On CPU every allocation of one iteration is counted in order, temporary buffers inside operators included; on CUDA the
 allocator's own peak counter is read. Versions of weights come and go within iterations: where there are some, those that
-an iteration begins with are not held for all of it, so iterations that renew them go before, and all that is left counts.
+an iteration begins with are not held for all of it, so iterations that renew them go before, and all that is left counts. So it
+is with masters that lie on the host in part: a step moves the rest of them, so they are moved before.
 Shampoo renews its roots in the measured iteration, as in one of 100.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 
 import torch
@@ -72,16 +72,20 @@ def measure_memory(worker: Worker, work: Callable[[], object], device: torch.dev
         torch.cuda.synchronize(device)
         return replace(states, peak=float(torch.cuda.max_memory_allocated(device)))
     renewed = {id(value) for bucket in worker.buckets.buckets for value in bucket.renewed}
+    sharded = [bucket for bucket in worker.buckets.buckets if isinstance(bucket, ShardedBucket)]
+    moved = {id(value) for bucket in sharded for value in bucket.move_masters()}
     parameters = [value for value in _parameters(worker) if id(value) not in renewed]
-    held = _bytes([*parameters, *(value.grad for value in parameters), *_optimizer_states(worker)])
-    before = partial(_repeat, work, _RENEWAL) if renewed else None
-    above = max(accumulate(cpu_allocation_changes(work, before=before)))
+    staying = [value for value in parameters if id(value) not in moved]
+    held = _bytes([*staying, *(value.grad for value in parameters), *_optimizer_states(worker)])
+
+    def renew() -> None:
+        for bucket in sharded:
+            bucket.move_masters()
+        for _ in range(_RENEWAL if renewed else 0):
+            work()
+
+    above = max(accumulate(cpu_allocation_changes(work, before=renew if renewed or moved else None)))
     return replace(states, peak=held + above)
-
-
-def _repeat(work: Callable[[], object], count: int) -> None:
-    for _ in range(count):
-        work()
 
 
 def _parameters(worker: Worker) -> list[Tensor]:

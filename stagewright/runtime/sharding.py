@@ -316,6 +316,14 @@ class ShardedBucket:
         """Return the bytes of masters in host memory."""
         return 0.0 if self._away is None else self._away.host_bytes
 
+    def move_masters(self) -> list[nn.Parameter]:
+        """Fetch and put away, as a step does, what lies on the host of the masters; returns these, in new memory, where any do."""
+        if self._away is None:
+            return []
+        self._away.fetch()
+        self._away.put_away()
+        return [self._shard]
+
     def _fetch(self) -> None:
         if self._away is not None:
             self._away.fetch()

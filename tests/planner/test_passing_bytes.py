@@ -25,7 +25,7 @@ def plan_of(kind: str, *, optimizer: str = "adamw", precision: str = "fp32", **d
     """Return one stage over two replicas."""
     cluster = cluster_factory(2, 1)
     (group,) = cluster.groups
-    device = group.device.model_copy(update={"kind": kind})
+    device = group.device.model_copy(update={"kind": kind, "host_bytes_per_s": 10e9})
     cluster = cluster.model_copy(update={"groups": (group.model_copy(update={"device": device}),)})
     job = TrainingJob(
         global_batch=2, sequence_length=128, precision=precision, optimizer=Optimizer.standard(optimizer, precision)
@@ -60,6 +60,18 @@ def test_a_step_on_narrow_gradients_widens_a_piece(kind, optimizer, copies, elem
     plan = plan_of(kind, optimizer=optimizer, precision="bf16")
     assert evaluate(plan, PROFILE).step_bytes.tolist() == [copies * 4.0 * elements]
     assert elements == min(LAYERS * PARAMETERS, widened_elements(kind))
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_masters_come_from_the_host_together_and_moments_in_pieces(share):
+    """Of two shards of 500,000 a layer: all their masters, and of a shard two moments, its wide gradient and two copies."""
+    plan = plan_of("cpu", precision="bf16", zero=3)
+    stage = plan.stages[0].model_copy(update={"optimizer_offload": share})
+    evaluation = evaluate(plan.model_copy(update={"stages": (stage,)}), PROFILE)
+    shard = PARAMETERS / 2
+    assert evaluation.step_bytes[0] == 4 * share * LAYERS * shard + (8 + 4 + 8) * share * shard
+    kept, gathered = evaluation.stage_bytes[0], evaluate(plan, PROFILE).stage_bytes[0]
+    assert (gathered.copied - kept.copied).tolist() == pytest.approx([2 * shard] * LAYERS)
 
 
 def test_gradients_of_divided_experts_and_of_the_rest_are_scattered_at_once():

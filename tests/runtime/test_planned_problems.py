@@ -133,6 +133,20 @@ def test_peaks_of_gradients_that_are_reduced_beside_other_stages(
     assert_peaks(models, tmp_path, "llama", "fp32", optimizer, choice)
 
 
+@pytest.mark.parametrize(
+    ("zero", "optimizer", "share"),
+    [
+        (3, "adamw", 1.0),  # 5 % low and high: masters come whole for a step, and leave no copy for a gather
+        soaked(3, "sgd-momentum", 0.5),  # 4 % high
+        (1, "adamw", 0.5),  # measured 8 % too high: what stays of the masters moves
+    ],
+)
+def test_peaks_of_masters_on_the_host(rank_pools, models, monkeypatch, tmp_path, zero, optimizer, share):
+    monkeypatch.setattr(run, "launch", partial(launch_on_pool, rank_pools))
+    choice = Choice(Degrees(dp=2, zero=zero), 2, 1, 1, "1f1b", Recompute.NONE)
+    assert_peaks(models, tmp_path, "llama", "bf16", optimizer, choice, offloaded=share)
+
+
 @pytest.mark.parametrize("schedule", [soaked("v-half"), "v-min"])
 def test_peaks_of_recomputed_layers_whose_weights_are_gathered(rank_pools, models, monkeypatch, tmp_path, schedule):
     """What they recompute is not there yet as their weights arrive. The first rank was 5 % high."""
@@ -141,17 +155,36 @@ def test_peaks_of_recomputed_layers_whose_weights_are_gathered(rank_pools, model
     assert_peaks(models, tmp_path, "llama", "fp32", "sgd-momentum", choice)
 
 
-def assert_peaks(models: Models, directory: Path, model: str, precision: str, optimizer: str, choice: Choice) -> None:
+def assert_peaks(
+    models: Models,
+    directory: Path,
+    model: str,
+    precision: str,
+    optimizer: str,
+    choice: Choice,
+    *,
+    offloaded: float = 0.0,
+) -> None:
     """Run eight microbatches of an even plan and compare traffic and peaks with the predicted ones."""
-    report = run_even_plan(models, directory, model, precision, optimizer, choice)
+    report = run_even_plan(models, directory, model, precision, optimizer, choice, offloaded=offloaded)
     peaks = [found["peak_memory_bytes"] for found in (report.predicted, report.measured)]
     assert report.checks["memory"]["passed"], peaks
 
 
 def run_even_plan(
-    models: Models, directory: Path, model: str, precision: str, optimizer: str, choice: Choice
+    models: Models,
+    directory: Path,
+    model: str,
+    precision: str,
+    optimizer: str,
+    choice: Choice,
+    *,
+    offloaded: float = 0.0,
 ) -> RunReport:
-    """Run eight microbatches of an even plan; its traffic is as predicted."""
+    """Run eight microbatches of an even plan; its traffic is as predicted.
+
+    `offloaded` is the share of optimizer states on the host.
+    """
     profile = models.measured(model, precision)
     job = TrainingJob(
         global_batch=8 * choice.microbatch,
@@ -160,7 +193,9 @@ def run_even_plan(
         optimizer=Optimizer.standard(optimizer, precision),
     )
     cluster = planned_problems.on_processors(cluster_factory(choice.num_ranks * choice.degrees.num_devices, 1))
-    plan = with_prediction(even_plan(profile, cluster, job, choice), profile)
+    plan = even_plan(profile, cluster, job, choice)
+    stages = tuple(stage.model_copy(update={"optimizer_offload": offloaded}) for stage in plan.stages)
+    plan = with_prediction(plan.model_copy(update={"stages": stages}), profile)
     report = run_plan(plan, profile, models.reference(model), directory, checks=("memory", "traffic"))
     assert report.passed, failures(report)
     return report
