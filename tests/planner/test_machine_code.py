@@ -99,7 +99,7 @@ def test_the_other_way_round_a_cache_made_outside_is_loaded_inside(package: Path
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads the names of x86 instructions")
 def test_the_loop_that_pivots_spend_their_time_in_reads_neighbours_at_once() -> None:
     """Blocks that were joined before functions met had it gather numbers one by one: proofs took two and a half times as long."""
-    function = njit(fastmath={"reassoc", "contract"})(dual_simplex._eliminate.py_func)
+    function = njit(fastmath={"reassoc", "contract"})(vars(dual_simplex)["_eliminate"].py_func)
 
     @njit
     def pivots(table, norm, value, line):
