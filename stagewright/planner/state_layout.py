@@ -63,7 +63,7 @@ def state_pieces(plan: Plan, profile: ModelProfile) -> Iterator[tuple[int, Piece
 def _weights(layer: LayerClass, degrees: Degrees) -> Iterator[tuple[str, int, int]]:
     """Yield (kind, parameters, shards) of a layer's weights that exist."""
     split = degrees.vocab_parallel or layer.kind not in ("embedding", "head", "loss")
-    whole = layer.replicated_parameters + (0 if degrees.vocab_parallel else layer.vocabulary_parameters)
+    whole = layer.whole_parameters(splits_vocabulary=degrees.vocab_parallel)
     dense = layer.parameters - whole - layer.expert_parameters
     if dense:
         yield "dense", dense, degrees.tp if split else 1

@@ -12,10 +12,10 @@ behind them. Every update has a root mean square of about 0.2, AdamW's, so that 
 parameter, as the ledger holds: embeddings, heads, norms and biases take the normalised momentum of norm-constrained steps
 in place of AdamW, which would hold two.
 
-Newton-Schulz runs in bf16, on processors in fp32, and in fp64 where the weights are fp64. Under ZeRO each rank gathers U in bf16,
-or in fp64, and makes those matrices orthogonal of which it owns elements; it steps its own with its own full-width momentum. What tensor parallelism has
-split, or that of experts, each rank of the group gathers in that type, and makes whole matrices orthogonal as its
-neighbours do; of a vocabulary that is split only the sum of squares goes over the group.
+Newton-Schulz runs in bf16, on processors in fp32, and in fp64 where the weights are fp64. Under ZeRO each rank gathers U in
+bf16, or in fp64, and makes those matrices orthogonal of which it owns elements; it steps its own with its own full-width
+momentum. What tensor parallelism has split, or that of experts, each rank of the group gathers in the same type, and makes
+whole matrices orthogonal as its neighbours do; of a vocabulary that is split only the sum of squares goes over the group.
 
 Papers: Jordan et al., Muon, 2024; Liu et al., Muon is Scalable for LLM Training, 2025; Pethick et al., Training Deep Learning
 Models with Norm-Constrained LMOs, ICML 2025.

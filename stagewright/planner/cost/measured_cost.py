@@ -341,7 +341,7 @@ def _exchange(item: Collective, weight: float) -> Exchange:
 
 
 def _parameters(layer: LayerClass, tensor_degree: int, setting: Setting) -> tuple[float, float]:
-    whole = layer.replicated_parameters + (0 if setting.degrees.vocab_parallel else layer.vocabulary_parameters)
+    whole = layer.whole_parameters(splits_vocabulary=setting.degrees.vocab_parallel)
     dense = whole + (layer.parameters - layer.expert_parameters - whole) / tensor_degree
     return dense, layer.expert_parameters / setting.degrees.expert_split
 

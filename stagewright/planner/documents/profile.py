@@ -249,6 +249,10 @@ class LayerClass(Part):
     def is_trained(self) -> bool:
         return self.backward == "full"
 
+    def whole_parameters(self, *, splits_vocabulary: bool) -> int:
+        """Return how many parameters tensor parallelism leaves whole where a plan splits the vocabulary or does not."""
+        return self.replicated_parameters + (0 if splits_vocabulary else self.vocabulary_parameters)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.replicated_parameters + self.expert_parameters + self.vocabulary_parameters > self.parameters:

@@ -1,7 +1,8 @@
 """Orders, layouts and schedules that searches of this process have made: they depend on the family and its sizes alone.
 
-A later search over the same sizes, of whatever model and cluster, finds them made, those of its forks too. What was not asked for the longest time goes
-first where they take more than MOST_BYTES. Nothing of a search's answer depends on what is found here, only its time.
+A later search over the same sizes, of whatever model and cluster, finds them made, those of forks too. What was not asked
+for the longest time goes first where they take more than MOST_BYTES. Nothing of a search's answer depends on what is found
+here, only its time.
 """
 
 from __future__ import annotations
