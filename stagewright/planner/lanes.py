@@ -88,6 +88,11 @@ class Lanes(Generic[Request, Answer]):
         self._forks.clear()
         self._tokens.close()
 
+    @property
+    def have_forked(self) -> bool:
+        """Whether there was enough work to pay for other lanes."""
+        return self._forks_after_s == float("inf")
+
     def should_stop(self) -> bool:
         """Tell whether the work is to end: in a fork, when something came through its pipe while it works."""
         if self._parent is not None:
@@ -101,7 +106,7 @@ class Lanes(Generic[Request, Answer]):
         groups: dict[Hashable, Asked[Request]] = {}
         for place, (owner, request) in enumerate(requests):
             groups.setdefault(owner, []).append((place, request))
-        if len(groups) > 1 and not self._forks and self._seconds > self._forks_after_s:
+        if len(groups) > 1 and not self._forks and self._seconds >= self._forks_after_s:
             self._fork()
         if not self._forks:
             found = dict(self._answered([(place, request) for place, (_, request) in enumerate(requests)]))

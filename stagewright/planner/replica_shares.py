@@ -73,7 +73,10 @@ def samples_by_replica(plan: Plan, index: int) -> tuple[int, ...]:
 def parts_of_stage(plan: Plan, index: int) -> tuple[ReplicaPart, ...]:
     """Return the replicas of a stage in order, those of one group and one share together."""
     stage = plan.stages[index]
-    held: tuple[float | None, ...] = _state_shares(plan, index) or (None,) * stage.degrees.dp
+    shares = _state_shares(plan, index)
+    if not (shares or stage.batch_shares or plan.cluster.is_mixed):
+        return (ReplicaPart(plan.cluster.groups[0].name, stage.degrees.dp, samples_by_replica(plan, index)[0]),)
+    held: tuple[float | None, ...] = shares or (None,) * stage.degrees.dp
     devices = plan.mapping.pipeline_ranks[plan.schedule.placement[0][index]]
     inner = stage.degrees.tp * stage.degrees.cp
     each = [

@@ -55,6 +55,7 @@ def test_an_owner_stays_in_one_lane_and_answers_keep_their_order() -> None:
         counting.meeting = Meeting(3)
         first = lanes.answers(asked("a", "b", "c", "d", "a", "b", "c", "d"))
         second = lanes.answers(asked("d", "c", "b", "a"))
+        assert lanes.have_forked
     assert [number for _, _, number in first] == list(range(8))
     assert len({process for process, _, _ in first}) == 3
     assert os.getpid() in {process for process, _, _ in first}
@@ -68,6 +69,7 @@ def test_an_owner_stays_in_one_lane_and_answers_keep_their_order() -> None:
 def test_little_work_is_done_here() -> None:
     with Lanes(Counting(), most=3, forks_after_s=60.0) as lanes:
         answers = [process for _ in range(3) for process, _, _ in lanes.answers(asked("a", "b"))]
+        assert not lanes.have_forked
     assert set(answers) == {os.getpid()}
 
 

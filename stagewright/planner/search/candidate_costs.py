@@ -19,6 +19,7 @@ from stagewright.planner.search.caps import RankTables, largest_class
 from stagewright.planner.search.completion_tables import CompletionTables
 from stagewright.planner.search.order import Cut, Layout, Order
 from stagewright.planner.search.pricing import LayerClasses
+from stagewright.planner.search.rank_slots import RankSlots
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -55,50 +56,8 @@ class RunCosts:
         return RunCosts(self.length, *costs)
 
 
-@dataclass(frozen=True, eq=False)
-class RankSlots:
-    """What ranks hold, padded to rectangles: V slots and N vectors a rank at most.
-
-    `stage` int [D, V] with -1 where there is none; `live` float [D, N, 2, V] with zeros there.
-    """
-
-    stage: Longs
-    live: Floats
-
-    @classmethod
-    def of(cls, order: Layout) -> RankSlots:
-        """Return the slots of an order."""
-        width = max(len(slots) for slots in order.slots)
-        vectors = max(len(live) for live in order.live)
-        stage = np.full((order.num_ranks, width), -1, dtype=np.int64)
-        live = np.zeros((order.num_ranks, vectors, 2, width))
-        for rank, slots in enumerate(order.slots):
-            stage[rank, : len(slots)] = [slot.stage for slot in slots]
-            live[rank, : len(order.live[rank]), :, : len(slots)] = order.live[rank]
-        return cls(stage, live)
-
-    def on_ranks(self, by_stage: Floats) -> Floats:
-        """Return what stages have [S] as their ranks hold it, [D, V], zero where a rank has no more slots."""
-        return np.where(self.stage >= 0, by_stage[..., self.stage], 0.0)
-
-    def part(self, ranks: Sequence[int], stages: Sequence[int]) -> RankSlots:
-        """Return the slots of some ranks, which hold none but some stages; the stages are numbered as they come there."""
-        place = np.full(int(self.stage.max()) + 2, -1, dtype=np.int64)  # the last entry stands for no slot
-        place[list(stages)] = np.arange(len(stages))
-        return RankSlots(place[self.stage[list(ranks)]], self.live[list(ranks)])
-
-    @cached_property
-    def held(self) -> Floats:
-        """How often each stage stands on each rank, [D, S]."""
-        held = np.zeros((len(self.stage), int(self.stage.max()) + 1))
-        rank, place = np.nonzero(self.stage >= 0)
-        np.add.at(held, (rank, self.stage[rank, place]), 1.0)
-        return held
-
-
 def rank_tables(
     layout: Layout,
-    slots: RankSlots,
     classes: LayerClasses,
     runs: RunCosts,
     *,
@@ -112,8 +71,8 @@ def rank_tables(
     """Return layers on the slots of a layout as the caps see them, names as in `CandidateCosts`."""
     return RankTables(
         placement=layout.placement,
-        slot_stage=slots.stage,
-        live=slots.live,
+        slot_stage=layout.rank_slots.stage,
+        live=layout.rank_slots.live,
         run_start=classes.run_start.astype(np.int64),
         run_class=classes.run_class,
         forward_s=runs.forward_s,
@@ -154,7 +113,6 @@ class CandidateCosts:
     """
 
     order: Order
-    slots: RankSlots
     classes: LayerClasses
     runs: RunCosts
     hop_latency_s: Floats
@@ -169,6 +127,11 @@ class CandidateCosts:
     capacity_bytes: float
     levels: npt.NDArray[np.bool_]
     step_overhead_s: float
+
+    @property
+    def slots(self) -> RankSlots:
+        """What ranks hold."""
+        return self.order.rank_slots
 
     @property
     def num_stages(self) -> int:
@@ -195,7 +158,6 @@ class CandidateCosts:
         """The candidate as the caps see it."""
         return rank_tables(
             self.order,
-            self.slots,
             self.classes,
             self.runs,
             levels=self.levels,

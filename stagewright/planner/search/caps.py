@@ -155,10 +155,9 @@ def recompute_floors(tables: RankTables, low: Longs, high: Longs) -> Floats:
         for run in range(runs):
             if not like[run]:
                 states += forced[run] * tables.state_bytes[run]
+        held = _rank_bytes(tables, rank, bulk, like, forced, inner_low, inner_high)
         for number in range(low[rank], high[rank] + 1):
-            floors[rank, number - low[rank]] = _least_levels(
-                tables, rank, bulk, like, forced, inner_low, inner_high, number, states, np.inf
-            )
+            floors[rank, number - low[rank]] = _least_levels(tables, held, bulk, number, states, np.inf)
     return floors
 
 
@@ -255,14 +254,13 @@ def _cap(
     if min(limit - step, limit - back) < 0.0:
         return -1
     unit = each * time + tables.step_s[bulk]
+    held = _rank_bytes(tables, rank, bulk, like, forced, inner_low, inner_high)
     low, high, tries = -1, number * len(tables.placement), 0
     while low < high:
         middle = next_try(low, high, guess, tries)
         tries += 1
         spare = min(limit - step - middle * unit, limit - back - middle * each * time) / each
-        if spare >= -1e-15 and np.isfinite(
-            _least_levels(tables, rank, bulk, like, forced, inner_low, inner_high, middle, states, spare)
-        ):
+        if spare >= -1e-15 and np.isfinite(_least_levels(tables, held, bulk, middle, states, spare)):
             low = middle
         else:
             high = middle - 1
@@ -295,22 +293,29 @@ def _way(tables: RankTables, first: int) -> tuple[float, float]:
     return down, 0.0 if tables.split else up
 
 
-@njit(cache=True, no_cpython_wrapper=True)
-def _least_levels(
-    tables: RankTables, rank: int, bulk: int, like: Bools, forced: Floats, inner_low: int, inner_high: int,
-    number: int, states: float, spare_s: float,
-) -> float:  # fmt: skip
-    """Return the least recomputation a microbatch with which `number` layers can fit; infinite when none does.
+class _RankBytes(NamedTuple):
+    """Bytes on a rank under each of its live vectors.
 
-    With a finite `spare_s`, any recomputation of at most that much will do, and the first found is returned.
+    `light` [vectors, 3] is a layer of the largest class in the lightest chunk by level, `more` [vectors, 3] what the layers that
+    heavier chunks must hold take beyond it, `fixed` [vectors] layers of other classes, `workspace` what these need.
     """
+
+    light: Floats
+    more: Floats
+    fixed: Floats
+    workspace: float
+
+
+@njit(cache=True, no_cpython_wrapper=True)
+def _rank_bytes(
+    tables: RankTables, rank: int, bulk: int, like: Bools, forced: Floats, inner_low: int, inner_high: int
+) -> _RankBytes:
+    """Return the bytes of layers on a rank that holds `forced` ones of each run for sure."""
     width, vectors = tables.slot_stage.shape[1], tables.live.shape[1]
     floor = 0.0
     for run in range(len(forced)):
         if forced[run] > 0.0 and not like[run]:
             floor = max(floor, _least_workspace(tables, run))
-    room = tables.capacity_bytes * (1.0 + 1e-9) - states - number * tables.state_bytes[bulk]
-    # Bytes of a layer by vector and level in the lightest chunk, and of the layers that heavier chunks must hold.
     light = np.zeros((vectors, 3))
     more = np.zeros((vectors, 3))
     fixed = np.zeros(vectors)
@@ -345,6 +350,17 @@ def _least_levels(
                             if tables.levels[level]:
                                 least = min(least, _bytes(tables, rank, vector, place, level, run))
                         fixed[vector] += least
+    return _RankBytes(light, more, fixed, floor)
+
+
+@njit(cache=True, no_cpython_wrapper=True)
+def _least_levels(tables: RankTables, held: _RankBytes, bulk: int, number: int, states: float, spare_s: float) -> float:
+    """Return the least recomputation a microbatch with which `number` layers can fit; infinite when none does.
+
+    With a finite `spare_s`, any recomputation of at most that much will do, and the first found is returned.
+    """
+    light, more, fixed = held.light, held.more, held.fixed
+    room = tables.capacity_bytes * (1.0 + 1e-9) - states - number * tables.state_bytes[bulk]
     best = np.inf
     for full in range(number + 1):
         if full > 0 and (not tables.levels[2] or full * tables.recompute_s[2, bulk] > min(spare_s + 1e-15, best)):
@@ -359,7 +375,7 @@ def _least_levels(
             seconds += none * tables.recompute_s[0, bulk]
             if seconds > spare_s + 1e-15 or seconds >= best:
                 break
-            workspace = floor
+            workspace = held.workspace
             if none > 0:
                 workspace = max(workspace, tables.workspace_bytes[0, bulk])
             if half > 0:
@@ -368,7 +384,7 @@ def _least_levels(
                 workspace = max(workspace, tables.workspace_bytes[2, bulk])
             strongest = 2 if full > 0 else 1 if half > 0 else 0
             fits = True
-            for vector in range(vectors):
+            for vector in range(len(fixed)):
                 used = fixed[vector] + more[vector, strongest] if number > 0 else fixed[vector]
                 used += none * light[vector, 0] + half * light[vector, 1] + full * light[vector, 2]
                 if used + workspace > room:

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
-from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots, RunCosts, rank_tables
+from stagewright.planner.search.candidate_costs import CandidateCosts, RunCosts, rank_tables
 from stagewright.planner.search.caps import RankTables
 from stagewright.planner.search.declared_space import DeclaredSpace
-from stagewright.planner.search.order import Layout, Order, OrderKey
+from stagewright.planner.search.order import Layout, Order
 from stagewright.planner.search.pricing import AXES, CP, DP, PP, SP, TP, configuration_of
 from stagewright.planner.search.work_count import WorkCount
 
@@ -27,8 +27,6 @@ class CostStore:
     space: DeclaredSpace
     work: WorkCount
     _costs: dict[int, CandidateCosts] = field(default_factory=dict)
-    _slots: dict[OrderKey, RankSlots] = field(default_factory=dict)
-    _rank_slots: dict[int, tuple[Layout, RankSlots]] = field(default_factory=dict)
     _lines: dict[tuple[object, ...], tuple[Floats, Floats]] = field(default_factory=dict)
 
     def of(self, index: int) -> CandidateCosts | None:
@@ -66,8 +64,7 @@ class CostStore:
             return None
         rows, priced, order = self.space.crossed[0][list(indices)], self.space.priced, first.order
         runs = self._run_costs(rows, order)
-        links = priced.shape[rows][:, [TP, SP, AXES, CP, DP]]
-        lines = [self._hop_lines(row, order) for row in rows[np.unique(links, axis=0, return_index=True)[1]].tolist()]
+        lines = {id(line): line for line in (self._hop_lines(row, order) for row in rows.tolist())}.values()
         return replace(
             first,
             runs=runs.least(),
@@ -87,12 +84,8 @@ class CostStore:
         cuts = np.append(priced.cut_bytes[row][classes.of_layer], 0.0)
         latency, per_byte = self._hop_lines(row, order)
         replica_s, replica_latency_s = self._replica_terms(row, order)
-        key = order.key
-        if key not in self._slots:
-            self._slots[key] = RankSlots.of(order)
         return CandidateCosts(
             order=order,
-            slots=self._slots[key],
             classes=classes,
             runs=self._run_costs(row, order),
             hop_latency_s=latency,
@@ -137,27 +130,19 @@ class CostStore:
 
     def _hop_lines(self, row: int, layout: Layout) -> tuple[Floats, Floats]:
         """Return latency and seconds a byte of each hop."""
-        problem, shape = self.space.problem, self.space.priced.shape[row]
-        reference_bytes = float(self.space.priced.cut_bytes[row][problem.classes.of_layer].max())
-        places = (TP, SP, AXES, CP, DP, PP)
-        key = (
-            *(int(shape[place]) for place in places),
-            reference_bytes,
-            layout.placement.shape,
-            layout.placement.tobytes(),
-        )
+        shape, reference_bytes = self.space.priced.shape[row], float(self.space.largest_cut_bytes[row])
+        linked = shape[[TP, SP, AXES, CP, DP, PP]].tobytes()
+        key = (linked, reference_bytes, layout.placement.shape, layout.placement.tobytes())
         if key not in self._lines:
-            self._lines[key] = problem.wiring_for(configuration_of(shape), reference_bytes).lines(layout.hop_pairs)
+            wiring = self.space.problem.wiring_for(configuration_of(shape), reference_bytes)
+            self._lines[key] = wiring.lines(layout.hop_pairs)
         return self._lines[key]
 
     def rank_tables(self, row: int | Longs, latency_s: Floats, layout: Layout) -> RankTables:
         """Return a configuration, or several, on the slots of a layout as the caps see it."""
-        if id(layout) not in self._rank_slots:  # layouts are kept beside their slots, so ids stay
-            self._rank_slots[id(layout)] = layout, RankSlots.of(layout)
         problem = self.space.problem
         return rank_tables(
             layout,
-            self._rank_slots[id(layout)][1],
             problem.classes,
             self._run_costs(row, layout),
             levels=self.space.levels,

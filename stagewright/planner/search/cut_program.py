@@ -292,19 +292,17 @@ class CutProgram:
         costs = self._costs
         runs, ranks = costs.runs.num_runs, costs.order.num_ranks
         count, first_row = len(self._cells), self.num_columns
-        found: list[tuple[int, int]] = []
         bulk = np.where(np.isin(self._stage_of, self._shared), CELLS, STAGES)
-        layers = np.where(self._is_bulk, bulk, ENDS).tolist()
-        found += [(kind, 1 + place) for place, kind in enumerate(layers)]
-        found += [(RAISED, column) for column in range(1 + count, self._first_switch)]
-        found += [(SWITCHES, column) for column in range(self._first_switch, self.num_columns)]
-        found += [(STAGES, first_row + runs + place) for place in range(len(self._shared))]
-        if self._has_rank_rows:
-            found += [(RANKS, first_row + runs + len(self._shared) + rank) for rank in range(ranks)]
+        # Kinds of the columns behind theta, then of rows from that of the first shared stage on.
+        kinds = [np.where(self._is_bulk, bulk, ENDS)]
+        kinds += [np.full(self._first_switch - 1 - count, RAISED)]
+        kinds += [np.full(self.num_columns - self._first_switch, SWITCHES)]
+        kinds += [np.full(len(self._shared), STAGES), np.full(ranks * self._has_rank_rows, RANKS)]
+        variables = [np.arange(1, first_row), first_row + runs + np.arange(len(kinds[3]) + len(kinds[4]))]
         overfull = np.flatnonzero(self._overfull)
         if len(overfull) and self._raise:
-            first_sum = first_row + self._solver.num_rows
-            found += [(RAISED_ON_RANKS, first_sum + place) for place in range(len(overfull) * len(self._raise))]
+            kinds.append(np.full(len(overfull) * len(self._raise), RAISED_ON_RANKS))
+            variables.append(first_row + self._solver.num_rows + np.arange(len(kinds[-1])))
             sums = np.zeros((len(overfull), len(self._raise), self.num_columns))
             bulk_cells = self._raised_cells[self._is_bulk[self._raised_cells]]
             held = costs.slots.held[overfull][:, self._stage_of[bulk_cells]]
@@ -312,7 +310,7 @@ class CutProgram:
                 sums[:, position, self._raised(position, bulk_cells)] = held
             rows = sums.reshape(-1, self.num_columns)
             self._solver.add(rows, np.zeros(len(rows)), rows.sum(axis=1) * costs.num_layers)
-        kind, variable = (np.array(column) for column in zip(*found, strict=True))
+        kind, variable = np.concatenate(kinds), np.concatenate(variables)
         return Wholes(kind, variable, *self._solver.limits(variable))
 
     @property
@@ -334,7 +332,7 @@ class CutProgram:
             costs.slots.stage, costs.slots.live, ranks, number, first_cell, self._run_of, raised, runs.kept_bytes,
             runs.late_bytes, runs.state_bytes, self._base, np.array(self._raise, dtype=np.int64), rows,
         )  # fmt: skip
-        least = np.array([self._least_workspace(rank) for rank in ranks.tolist()])
+        least = self._least_workspace()[ranks]
         rises, ties = self._workspace_switches(ranks, least, raised)
         of_rank = np.repeat(np.arange(len(ranks)), number[ranks])
         rows[:, self._first_switch : self._first_switch + rises.size] += _on_own_columns(rises)[of_rank]
@@ -350,32 +348,26 @@ class CutProgram:
 
         `raised` [levels, C] are the columns of raised layers.
         """
-        workspace, held, is_bulk = self._rising_workspace(), self._costs.slots.held, self._is_bulk
-        rises = np.zeros((len(ranks), len(self._raise)))
-        ties = []
-        for place, rank in enumerate(ranks.tolist()):
-            cells = np.flatnonzero((held[rank, self._stage_of] > 0.0) & is_bulk)
-            before = float(least[place])
-            for position, level in enumerate(self._raise):
-                rise = float(workspace[level]) - before
-                if rise <= 0.0:
-                    continue
-                tie = np.zeros(self.num_columns)
-                tie[raised[position:, cells]] = 1.0
-                tie[self._first_switch + place * len(self._raise) + position] = -float(max(self._most[rank], 1))
-                ties.append(tie)
-                rises[place, position] = rise
-                before += rise
-        return rises, np.array(ties).reshape(-1, self.num_columns)
+        workspace = self._rising_workspace()[self._raise]
+        before = np.maximum(least[:, None], np.append(0.0, workspace[:-1]))
+        rises = np.maximum(workspace - before, 0.0)
+        place, position = np.nonzero(rises)
+        bulk = self._raised_cells[self._is_bulk[self._raised_cells]]
+        on_rank = self._costs.slots.held[ranks[place]][:, self._stage_of[bulk]] > 0.0
+        ties = np.zeros((len(place), self.num_columns))
+        for level in range(len(self._raise)):
+            ties[:, raised[level, bulk]] = on_rank & (position <= level)[:, None]
+        switch = self._first_switch + place * len(self._raise) + position
+        ties[np.arange(len(place)), switch] = -np.maximum(self._most[ranks[place]], 1.0)
+        return rises, ties
 
-    def _least_workspace(self, rank: int) -> float:
-        """Return what the rank's workspace is at least: on every stage stands some layer that reaches it."""
-        costs, reach = self._costs, self._costs.reach
+    def _least_workspace(self) -> Floats:
+        """Return what the workspace of each rank is at least, [D]: on every stage stands some layer that reaches it."""
+        costs = self._costs
         workspace = costs.runs.workspace_bytes[costs.levels].min(axis=0)
-        sure = [float(workspace[reach[slot.stage]].min()) for slot in costs.order.slots[rank]]
-        ends = {0: 0, costs.num_stages - 1: costs.runs.num_runs - 1}
-        sure += [float(workspace[ends[slot.stage]]) for slot in costs.order.slots[rank] if slot.stage in ends]
-        return max(sure)
+        sure = np.where(costs.reach, workspace, np.inf).min(axis=1)
+        sure[0], sure[-1] = max(sure[0], workspace[0]), max(sure[-1], workspace[-1])
+        return np.asarray(costs.slots.on_ranks(sure).max(axis=1))
 
     def _rising_workspace(self) -> Floats:
         """Return what a layer of the largest class at each level or a stronger one needs at least, [3]."""

@@ -117,6 +117,11 @@ class DeclaredSpace:
         return RowLeaders(self.problem, self.priced)
 
     @cached_property
+    def largest_cut_bytes(self) -> Floats:
+        """Bytes of the largest tensor that may cross a cut, of each configuration."""
+        return np.asarray(self.priced.cut_bytes.max(axis=1))
+
+    @cached_property
     def work_s(self) -> Floats:
         profile = self.problem.profile
         return work_bounds(self.priced, self.problem.classes, profile.action_overhead_s, profile.step_overhead_s)

@@ -22,8 +22,9 @@ from math import comb, prod
 import numpy as np
 import numpy.typing as npt
 
-from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots
+from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.incumbent import Completion
+from stagewright.planner.search.rank_slots import RankSlots
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]

@@ -18,7 +18,7 @@ from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.targets import target_jobs
 from stagewright.planner.search.union import united
 
-_FORKS_AFTER_S = 0.03  # of scoring the first plan: the others take that much each
+_FORKS_AFTER_S = 0.015  # of scoring the first plan: the others take that much each
 
 
 def solve(problem: Problem, limits: Limits) -> PlanOutcome:

@@ -77,13 +77,14 @@ class JointSearch:
             return self.completions.target_s, "gap"
         with self.lanes(Starts(self.costs).answer) as lanes:
             stopped = FirstIncumbents(self.space, self.costs, self.completions, lanes, self.limits, self.work).find()
+            is_large = lanes.have_forked
         if stopped is not None:
             return float(min(self.space.bound_s.min(), self.completions.incumbent_s)), stopped
-        return self._closed()
+        return self._closed(0.0 if is_large else None)
 
-    def _closed(self) -> tuple[float, Termination]:
+    def _closed(self, forks_after_s: float | None) -> tuple[float, Termination]:
         """Close what the first incumbents left."""
-        lanes: Lanes[Request, Outcome] = self.lanes(lambda request: closing.answer(request))
+        lanes: Lanes[Request, Outcome] = self.lanes(lambda request: closing.answer(request), forks_after_s)
         limits = replace(self.limits, should_stop=lanes.should_stop)
         closing = OrderClosing(self.space, self.costs, self.completions, limits)
         with lanes:

@@ -60,8 +60,8 @@ class LinearProgram:
     def _reach(self, rows: Floats) -> tuple[Floats, Floats]:
         """Return the least and the most that rows can be within the limits of the columns, and a little."""
         low, high = self.table.low[: self.num_columns], self.table.high[: self.num_columns]
-        up, down = np.maximum(rows, 0.0), np.minimum(rows, 0.0)
-        least, most = up @ low + down @ high, up @ high + down @ low
+        middle, around = rows @ (0.5 * (low + high)), np.abs(rows) @ (0.5 * (high - low))
+        least, most = middle - around, middle + around
         return least - _BEYOND * (1.0 + np.abs(least)), most + _BEYOND * (1.0 + np.abs(most))
 
     def basis(self) -> Basis:

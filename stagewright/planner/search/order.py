@@ -32,6 +32,7 @@ from numba import njit
 from stagewright.planner.errors import InvalidSchedule
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.schedule import KIND, REPLICA, SLICE, STAGE, Schedule, chain_edges
+from stagewright.planner.search.rank_slots import RankSlots
 from stagewright.planner.simulation.kernel import CompiledOrder, compile_order
 
 Floats = npt.NDArray[np.float64]
@@ -115,6 +116,11 @@ class Layout:
     def is_chain(self) -> bool:
         """Every stage feeds the next one and no other."""
         return self.edges == chain_edges(self.num_stages)
+
+    @cached_property
+    def rank_slots(self) -> RankSlots:
+        """What the ranks hold, padded to rectangles."""
+        return RankSlots.of([[slot.stage for slot in slots] for slots in self.slots], self.live)
 
     @cached_property
     def hop_pairs(self) -> Ints:

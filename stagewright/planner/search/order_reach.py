@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from stagewright.planner.errors import InvalidArgument, InvalidSchedule
 from stagewright.planner.search.bounds import KINDS
-from stagewright.planner.search.candidate_costs import CandidateCosts, RankSlots
+from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.caps import RankTables, caps_reach, largest_class, order_caps
 from stagewright.planner.search.class_prices import ClassPrices, prices_of
 from stagewright.planner.search.cost_store import CostStore
@@ -18,6 +18,7 @@ from stagewright.planner.search.declared_space import DeclaredSpace
 from stagewright.planner.search.order import Layout
 from stagewright.planner.search.pricing import NUM_MICROBATCHES, PP
 from stagewright.planner.search.rank_reach import reaches
+from stagewright.planner.search.rank_slots import RankSlots
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]

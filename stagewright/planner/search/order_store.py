@@ -134,8 +134,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def bytes_of(made: Layout | Schedule) -> int:
-    """Return the bytes of the arrays of a record, those in its tuples too."""
+    """Return the bytes of the arrays of a record, those in its tuples too, and of a layout's slots."""
     values = [getattr(made, one.name) for one in fields(cast(Any, made))]
+    if isinstance(made, Layout):
+        values += [made.rank_slots.stage, made.rank_slots.live]
     parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
     return sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
 

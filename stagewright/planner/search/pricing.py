@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -257,7 +257,12 @@ def with_equal(shapes: Ints, equal: Sequence[tuple[str, str]]) -> Ints:
 
 def configuration_of(row: Sequence[int] | Ints) -> Configuration:
     """Return the configuration of a row of SHAPE columns."""
-    tp, cp, dp, pp, ep, etp, sp, vocabulary, zero, microbatch, count, axes = (int(value) for value in row)
+    return _configuration(tuple(row.tolist() if isinstance(row, np.ndarray) else row))
+
+
+@lru_cache(maxsize=4096)
+def _configuration(row: tuple[int, ...]) -> Configuration:
+    tp, cp, dp, pp, ep, etp, sp, vocabulary, zero, microbatch, count, axes = row
     degrees = Degrees(dp=dp, tp=tp, cp=cp, ep=ep, etp=etp, sp=bool(sp), vocab_parallel=bool(vocabulary), zero=zero)
     return Configuration(degrees, pp, microbatch, count, AXIS_ORDERS[axes])
 

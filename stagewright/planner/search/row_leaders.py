@@ -9,6 +9,7 @@ which level joins two ranks depends on how the devices are numbered alone, and p
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -99,10 +100,15 @@ class RowLeaders:
 
     def _sum_line(self, level: Ints) -> Floats:
         """Return latency and seconds for UNIT bytes of a sum over two ranks that a level joins, [n, 2]."""
+        return self._sum_lines[level]
+
+    @cached_property
+    def _sum_lines(self) -> Floats:
+        """Latency and seconds for UNIT bytes of a sum over two ranks, [levels, 2]."""
         links = self.problem.cluster.groups[0].links
         latency = np.array([2.0 * pair_sum_s(link, UNIT) - pair_sum_s(link, 2.0 * UNIT) for link in links])
         whole = np.array([pair_sum_s(link, UNIT) for link in links])
-        return np.stack([np.maximum(latency, 0.0)[level], (whole - latency)[level]], axis=1)
+        return np.stack([np.maximum(latency, 0.0), whole - latency], axis=1)
 
     def _lines(self, rows: Longs) -> Floats:
         """Return latency and seconds a byte of messages of each row over each level, [n, levels, 2]."""
