@@ -2,7 +2,8 @@
 
 Requests belong to owners. All requests of an owner go to one lane, one after the other, so what answers them may keep what it
 learns of an owner. Where that and the request are all that an answer depends on, answers are the same with any number of lanes.
-An owner's first requests go to the lane that is free first.
+An owner's first requests go to the lane that is free first. Before later ones owners move, with what is known of them, where one
+lane would be done long before another, by what their requests took the last time.
 
 The first lane is this process. The others are forked from it when enough work has been seen to pay for it: they begin with all that
 this process knows, compiled functions too, and share its memory until either writes. A fork runs nothing but `answer`, holds no
@@ -21,18 +22,51 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
-from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 from stagewright.planner.cores import num_cores
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 Left = TypeVar("Left")
+Known = TypeVar("Known")
 Asked = list[tuple[int, Request]]  # requests with their places
 
-FORKS_AFTER_S = 0.1  # of work: a fork takes about a tenth of it
+FORKS_AFTER_S = 0.03  # of work: a fork takes about a third of it
+MOVES_FOR_S = 0.03  # that an owner's move saves, at least: it takes about a third of it
 _POLL_S = 0.02
 _LEAVE = "leave"
+
+
+class Memory(Protocol[Known]):
+    """What answers are made from and keep of owners, one apart from the other."""
+
+    def give_up(self, owner: Hashable) -> Known:
+        """Forget what is known of an owner, and return it; travels by pickle."""
+
+    def take_over(self, owner: Hashable, known: Known) -> None:
+        """Know of an owner what another lane did."""
+
+
+class Answered(NamedTuple, Generic[Answer]):
+    """An answer, the place of its request, and the seconds that it took."""
+
+    place: int
+    answer: Answer
+    seconds: float
+
+
+class _Give(NamedTuple):
+    """Asks a fork to give an owner up."""
+
+    owner: Hashable
+
+
+class _Take(NamedTuple):
+    """Asks a fork to take an owner over."""
+
+    owner: Hashable
+    known: object
 
 
 class Legacy(Protocol[Left]):
@@ -55,6 +89,7 @@ class Lanes(Generic[Request, Answer]):
     most : lanes, this process among them; None for one a core.
     forks_after_s : seconds of work before there are any; None for FORKS_AFTER_S.
     legacy : what each fork leaves to this process at the end, unless the work is to end: made there, and taken over here.
+    memory : of owners, where it can move; None where owners stay in the lanes that had their first requests.
     """
 
     def __init__(
@@ -65,15 +100,18 @@ class Lanes(Generic[Request, Answer]):
         most: int | None = None,
         forks_after_s: float | None = None,
         legacy: Legacy[Any] | None = None,
+        memory: Memory[Any] | None = None,
     ) -> None:
         self._answer = answer
         self._legacy = legacy
+        self._memory = memory
         self._should_stop = should_stop
         self._most = most
         self._forks_after_s = FORKS_AFTER_S if forks_after_s is None else forks_after_s
         self._seconds = 0.0  # of work here, until there are forks
         self._forks: list[_Fork] = []
         self._lane_of: dict[Hashable, _Fork | None] = {}  # None is this process
+        self._pace_s: dict[Hashable, float] = {}  # of a request of an owner, the last time
         self._parent: Connection | None = None  # in a fork
         self._tokens = _Tokens()
 
@@ -109,13 +147,18 @@ class Lanes(Generic[Request, Answer]):
         if len(groups) > 1 and not self._forks and self._seconds >= self._forks_after_s:
             self._fork()
         if not self._forks:
-            found = dict(self._answered([(place, request) for place, (_, request) in enumerate(requests)]))
+            answered = self._answered([(place, request) for place, (_, request) in enumerate(requests)])
+            found = {each.place: each for each in answered}
         else:
             found = self._shared(groups)
-        return [found[place] for place in range(len(requests))]
+        for owner, asked in groups.items():
+            self._pace_s[owner] = sum(found[place].seconds for place, _ in asked) / len(asked)
+        return [found[place].answer for place in range(len(requests))]
 
-    def _shared(self, groups: dict[Hashable, Asked[Request]]) -> dict[int, Answer]:
+    def _shared(self, groups: dict[Hashable, Asked[Request]]) -> dict[int, Answered[Answer]]:
         """Return the answers by place: every lane has those of its owners to do, then takes new owners one by one."""
+        if self._memory is not None and all(owner in self._lane_of for owner in groups):
+            self._even_out({owner: self._pace_s[owner] * len(asked) for owner, asked in groups.items()}, self._memory)
         new = [asked for owner, asked in groups.items() if owner not in self._lane_of]
         self._tokens.put(len(new))
         own: dict[_Fork | None, Asked[Request]] = {lane: [] for lane in (None, *self._forks)}
@@ -124,31 +167,73 @@ class Lanes(Generic[Request, Answer]):
                 own[self._lane_of[owner]] += asked
         for fork in self._forks:
             fork.ask(own[fork], new)
-        by_lane: dict[_Fork | None, list[tuple[int, Answer]]] = {None: self._worked(own[None], new)}
+        by_lane: dict[_Fork | None, list[Answered[Answer]]] = {None: self._worked(own[None], new)}
         for fork in self._forks:
             by_lane[fork] = self._received(fork)
         self._bury()
-        found = {place: answer for answered in by_lane.values() for place, answer in answered}
-        lane_of_place = {place: lane for lane, answered in by_lane.items() for place, _ in answered}
+        found = {each.place: each for answered in by_lane.values() for each in answered}
+        lane_of_place = {each.place: lane for lane, answered in by_lane.items() for each in answered}
         for owner, asked in groups.items():
-            found |= self._answered([(place, request) for place, request in asked if place not in found])
+            lost = self._answered([(place, request) for place, request in asked if place not in found])
+            found |= {each.place: each for each in lost}
             self._lane_of.setdefault(owner, lane_of_place.get(asked[0][0]))  # what was lost is done here
         return found
 
-    def _worked(self, own: Asked[Request], new: Sequence[Asked[Request]]) -> list[tuple[int, Answer]]:
+    def _even_out(self, seconds: dict[Hashable, float], memory: Memory[Any]) -> None:
+        """Move owners to where less is expected, one by one, as long as that saves enough; `seconds` is what each will take."""
+        lanes: list[_Fork | None] = [None, *self._forks]
+        while True:
+            expected = {
+                lane: sum(seconds[owner] for owner in seconds if self._lane_of[owner] is lane) for lane in lanes
+            }
+            most, least = max(lanes, key=expected.__getitem__), min(lanes, key=expected.__getitem__)
+            apart_s = expected[most] - expected[least]
+            saves = {
+                owner: min(own_s, apart_s - own_s) for owner, own_s in seconds.items() if self._lane_of[owner] is most
+            }
+            chosen = max(saves, key=saves.__getitem__, default=None)
+            if chosen is None or saves[chosen] < MOVES_FOR_S or not self._moved(chosen, most, least, memory):
+                return
+
+    def _moved(self, owner: Hashable, source: _Fork | None, target: _Fork | None, memory: Memory[Any]) -> bool:
+        """Move an owner between lanes; False where one of them died, and the owner is done here: anew, if that was its own."""
+        self._lane_of[owner] = None
+        try:
+            if source is None:
+                known = memory.give_up(owner)
+            else:
+                source.pipe.send(_Give(owner))
+                known = source.pipe.recv()
+        except (EOFError, OSError):
+            return False
+        if target is None:
+            memory.take_over(owner, known)
+            return True
+        try:
+            target.pipe.send(_Take(owner, known))
+        except OSError:
+            memory.take_over(owner, known)
+            return False
+        self._lane_of[owner] = target
+        return True
+
+    def _worked(self, own: Asked[Request], new: Sequence[Asked[Request]]) -> list[Answered[Answer]]:
         """Return the answers of a lane's own requests, and of those of new owners that no other lane took before."""
         found = self._answered(own)
         while (place := self._tokens.take()) is not None:
             found += self._answered(new[place])
         return found
 
-    def _answered(self, asked: Asked[Request]) -> list[tuple[int, Answer]]:
-        begin_s = time.perf_counter()
-        found = [(place, self._answer(request)) for place, request in asked]
-        self._seconds += time.perf_counter() - begin_s
+    def _answered(self, asked: Asked[Request]) -> list[Answered[Answer]]:
+        found = []
+        for place, request in asked:
+            begin_s = time.perf_counter()
+            answer = self._answer(request)
+            found.append(Answered(place, answer, time.perf_counter() - begin_s))
+        self._seconds += sum(each.seconds for each in found)
         return found
 
-    def _received(self, fork: _Fork) -> list[tuple[int, Answer]]:
+    def _received(self, fork: _Fork) -> list[Answered[Answer]]:
         """Return the answers of a fork; nothing where it died."""
         told = False
         try:
@@ -162,7 +247,7 @@ class Lanes(Generic[Request, Answer]):
             return []
         if error is not None:
             raise error
-        answered: list[tuple[int, Answer]] = found
+        answered: list[Answered[Answer]] = found
         return answered
 
     def _inherit(self, legacy: Legacy[Any]) -> None:
@@ -211,6 +296,12 @@ class Lanes(Generic[Request, Answer]):
                 if asked == _LEAVE:
                     pipe.send(self._legacy.left() if self._legacy is not None else None)
                     continue
+                if isinstance(asked, _Give) and self._memory is not None:
+                    pipe.send(self._memory.give_up(asked.owner))
+                    continue
+                if isinstance(asked, _Take) and self._memory is not None:
+                    self._memory.take_over(asked.owner, asked.known)
+                    continue
                 pipe.send(self._told(*asked))
         except (EOFError, OSError):
             pass
@@ -219,7 +310,7 @@ class Lanes(Generic[Request, Answer]):
 
     def _told(
         self, own: Asked[Request], new: Sequence[Asked[Request]]
-    ) -> tuple[list[tuple[int, Answer]], Exception | None]:
+    ) -> tuple[list[Answered[Answer]], Exception | None]:
         try:
             return self._worked(own, new), None
         except Exception as error:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -108,8 +109,8 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     devices, repeats = degrees.num_devices, plan.schedule.num_microbatches
     like = _devices(plan, stage, told_part(plan, stage).samples)
     units = repeats * max(plan.schedule.num_slices, 1)
-    kinds = [profile.classes[name].kind for name in profile.layer_classes]
-    ends = _sequence_ends(kinds) if degrees.sp else set()
+    kinds = tuple(profile.classes[name].kind for name in profile.layer_classes)
+    ends = _sequence_ends(kinds) if degrees.sp else frozenset()
     levels = plan.stages[stage].recompute_levels()
     pipelines = len(plan.schedule.placement)
     scatters = degrees.dp * degrees.cp > 1 or (plan.job.optimizer.has_masters and pipelines > 1)
@@ -146,10 +147,11 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
             _add(total, "all-reduce/tp", 2 * (copies - 1) / copies * size * devices * sums)
 
 
-def _sequence_ends(kinds: Sequence[str]) -> set[int]:
+@lru_cache(maxsize=8)  # one model's, stage by stage
+def _sequence_ends(kinds: tuple[str, ...]) -> frozenset[int]:
     """Return the layers at whose entrance a sequence is split or joined: the first of each row of blocks, and what follows one."""
     before = [False, *(kind == "block" for kind in kinds)]
-    return {layer for layer, kind in enumerate(kinds) if (kind == "block") != before[layer]}
+    return frozenset(layer for layer, kind in enumerate(kinds) if (kind == "block") != before[layer])
 
 
 def _split_bytes(plan: Plan, profile: ModelProfile, stage: int, row: LayerCosts, block: int) -> float:
@@ -273,14 +275,13 @@ class SharedWeight:
 
 def shared_weights(plan: Plan, profile: ModelProfile) -> list[SharedWeight]:
     """Return the profile's trained tied weights as the plan places them."""
-    position = {name: index for index, name in enumerate(profile.layer_names)}
-    stage_of = plan.stage_of_layer
     found = []
     for tie in profile.trained_ties:
-        layers = tuple(sorted(position[name] for name in tie.layers))
-        degrees = plan.stages[stage_of[layers[0]]].degrees
+        layers = tuple(sorted(profile.layer_names.index(name) for name in tie.layers))
+        stages = [next(index for index, stage in enumerate(plan.stages) if stage.holds(layer)) for layer in layers]
+        degrees = plan.stages[stages[0]].degrees
         split = degrees.tp if degrees.vocab_parallel else 1
-        found.append(SharedWeight(layers, frozenset(stage_of[layer] for layer in layers), tie.num_parameters / split))
+        found.append(SharedWeight(layers, frozenset(stages), tie.num_parameters / split))
     return found
 
 

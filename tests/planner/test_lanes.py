@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Hashable
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,52 @@ def test_a_lane_that_dies_is_done_without() -> None:
         assert {process for process, _, _ in answers} == {os.getpid()}
     with pytest.raises(ProcessLookupError):
         os.kill(other, 0)
+
+
+class Pacing:
+    """Answers (owner, seconds in this process, seconds in a fork) with the process and how many of the owner's were answered."""
+
+    def __init__(self) -> None:
+        self.parent = os.getpid()
+        self.seen: Counter[Hashable] = Counter()
+
+    def __call__(self, request: tuple[str, float, float]) -> tuple[int, int]:
+        owner, here_s, there_s = request
+        time.sleep(here_s if os.getpid() == self.parent else there_s)
+        self.seen[owner] += 1
+        return os.getpid(), self.seen[owner]
+
+    def give_up(self, owner: Hashable) -> int:
+        return self.seen.pop(owner)
+
+    def take_over(self, owner: Hashable, known: int) -> None:
+        self.seen[owner] = known
+
+
+@pytest.mark.parametrize(("here_s", "there_s"), [(2.0, 0.1), (0.1, 2.0)])
+def test_an_owner_moves_with_what_is_known_of_it_where_a_lane_would_wait(here_s: float, there_s: float) -> None:
+    pacing = Pacing()
+    with Lanes(pacing, most=2, forks_after_s=0.0, memory=pacing) as lanes:
+        first = lanes.answers([(owner, (owner, here_s, there_s)) for owner in "abcd"])
+        lanes.answers([(owner, (owner, 0.1, 0.1)) for owner in "bcd"])  # in one lane, of whose pace nothing was known
+        third = lanes.answers([(owner, (owner, 0.1, 0.1)) for owner in "bcd"])
+    assert len({process for process, _ in first}) == 2
+    assert len({process for process, _ in third}) == 2
+    assert [seen for _, seen in third] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(("here_s", "there_s"), [(2.0, 0.1), (0.1, 2.0)])
+def test_an_owner_of_a_lane_that_died_begins_anew(here_s: float, there_s: float) -> None:
+    pacing = Pacing()
+    with Lanes(pacing, most=2, forks_after_s=0.0, memory=pacing) as lanes:
+        first = lanes.answers([(owner, (owner, here_s, there_s)) for owner in "abcd"])
+        lanes.answers([(owner, (owner, 0.1, 0.1)) for owner in "abcd"])
+        other = next(process for process, _ in first if process != os.getpid())
+        os.kill(other, signal.SIGKILL)
+        last = lanes.answers([(owner, (owner, 0.0, 0.0)) for owner in "abcd"])
+    assert {process for process, _ in last} == {os.getpid()}
+    begun_there = [process == other for process, _ in first]
+    assert all(seen == 1 for (_, seen), was_there in zip(last, begun_there, strict=True) if was_there)
 
 
 class Books:

@@ -106,6 +106,13 @@ class StagePlan(Part):
     def num_layers(self) -> int:
         return len(self.layer_indices)
 
+    def holds(self, layer: int) -> bool:
+        """Tell whether the layer of an index stands on the stage."""
+        if self.nodes is not None:
+            return layer in self.nodes
+        assert self.layers is not None
+        return self.layers[0] <= layer < self.layers[1]
+
     def recompute_levels(self) -> tuple[Recompute, ...]:
         """Return the level of each of the stage's layers."""
         if not self.recompute:

@@ -67,6 +67,23 @@ class Split:
         self.parts = [(limits, Split()) for limits in parts]
         return [split for _, split in self.parts]
 
+    def __reduce__(
+        self,
+    ) -> tuple[Callable[[list[list[tuple[Limit, ...]]]], Split], tuple[list[list[tuple[Limit, ...]]]]]:
+        """Travel as a list, however deep the tree is: the limits of each node's parts, a node's parts behind all before them."""
+        nodes, listed = [self], []
+        for node in nodes:
+            listed.append([limits for limits, _ in node.parts])
+            nodes += [split for _, split in node.parts]
+        return _from_list, (listed,)
+
+
+def _from_list(listed: list[list[tuple[Limit, ...]]]) -> Split:
+    nodes = [Split()]
+    for place, parts in enumerate(listed):
+        nodes += nodes[place].into(*parts)
+    return nodes[0]
+
 
 @dataclass(frozen=True, eq=False)
 class _Node:

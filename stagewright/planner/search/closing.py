@@ -66,16 +66,31 @@ class Closed:
 
 
 @dataclass(eq=False)
+class Learned:
+    """What candidates of one order taught: its paths, mean ones that closed some, how nodes were split by the kinds of what is
+    whole, where programs of each form ended, whether paths were gathered, and programs of open candidates."""
+
+    pool: PathPool
+    mean_paths: list[MeanPath] = field(default_factory=list)
+    trees: dict[bytes, Split] = field(default_factory=dict)
+    ends: dict[Form, Point] = field(default_factory=dict)
+    bases: dict[Form, NamedBasis] = field(default_factory=dict)
+    has_gathered: bool = False
+    programs: dict[int, CutProgram] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
 class Closer:
-    """Closes candidates, sharing paths among those of one order; of different orders also at the same time."""
+    """Closes candidates with what those of the same order taught."""
 
     limits: Limits
-    pools: dict[OrderKey, PathPool] = field(default_factory=dict)
-    paths: dict[OrderKey, list[MeanPath]] = field(default_factory=dict)
-    trees: dict[tuple[OrderKey, bytes], Split] = field(default_factory=dict)
-    ends: dict[tuple[OrderKey, Form], Point] = field(default_factory=dict)
-    bases: dict[tuple[OrderKey, Form], NamedBasis] = field(default_factory=dict)
-    gathered: set[OrderKey] = field(default_factory=set)
+    learned: dict[OrderKey, Learned] = field(default_factory=dict)
+
+    def of(self, order: Order) -> Learned:
+        """Return what is known of an order."""
+        if order.key not in self.learned:
+            self.learned[order.key] = Learned(PathPool(order))
+        return self.learned[order.key]
 
     def close(
         self,
@@ -117,7 +132,7 @@ class Closer:
         self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None
     ) -> Closed | None:
         """Return the bound that the multipliers of other candidates of the order give; None where it is below the target."""
-        paths = self.paths.get(costs.order.key, [])
+        paths = self.of(costs.order).mean_paths
         if rank_layers is None or not paths:
             return None
         bound_s = bound_by(costs, paths, rank_layers, target_s * (1 + _TOLERANCE)) * (1 - _TOLERANCE)
@@ -155,46 +170,42 @@ class Closer:
             # What is no better than the incumbent lowers no target, however long its messages wait.
             return found if found is None or found.step_s >= incumbent_s else judge(found)
 
-        pool = self._pool(costs.order)
-        known = pool.next_name
+        learned = self.of(costs.order)
+        known = learned.pool.next_name
         counted, spent = (program.simulated, program.effort) if program is not None else (0, 0.0)
         if program is None:
             program = self._program(costs, "whole", target_s, rank_layers)
-            program.start_at(self.ends.get((costs.order.key, "whole")))
+            program.start_at(learned.ends.get("whole"))
         branching = Branching(
             program,
             target_s,
             self.limits.gap,
             complete,
             lambda: self.limits.reached() is not None,
-            self.trees.setdefault((costs.order.key, program.wholes.kind.tobytes()), Split()),
+            learned.trees.setdefault(program.wholes.kind.tobytes(), Split()),
         )
         proved_s = branching.run(most_nodes)
-        pool.prefer(np.array(list(branching.carrying), dtype=np.int64), before=known, drops_new=True)
+        learned.pool.prefer(np.array(list(branching.carrying), dtype=np.int64), before=known, drops_new=True)
         simulated += program.simulated - counted
         effort = program.effort - spent
         reason = "branching" if proved_s >= branching.target_s else "open"
         return Closed(max(bound_s, proved_s), reason, branching.best, simulated, branching.num_nodes, effort)
 
-    def _pool(self, order: Order) -> PathPool:
-        if order.key not in self.pools:
-            self.pools[order.key] = PathPool(order)
-        return self.pools[order.key]
-
     def _program(
         self, costs: CandidateCosts, form: Form, target_s: float, rank_layers: tuple[Longs, Longs] | None
     ) -> CutProgram:
         """Return a candidate's program, in the basis in which the last one of its order ended."""
-        program = CutProgram(costs, self._pool(costs.order), form=form, target_s=target_s, rank_layers=rank_layers)
-        program.start_from(self.bases.get((costs.order.key, form)))
+        learned = self.of(costs.order)
+        program = CutProgram(costs, learned.pool, form=form, target_s=target_s, rank_layers=rank_layers)
+        program.start_from(learned.bases.get(form))
         return program
 
-    def _keep_path(self, costs: CandidateCosts, pool: PathPool, program: CutProgram) -> None:
-        path = mean_path(costs, pool, *program.weighted())
+    def _keep_path(self, costs: CandidateCosts, program: CutProgram) -> None:
+        learned = self.of(costs.order)
+        path = mean_path(costs, learned.pool, *program.weighted())
         if path is not None:
-            paths = self.paths.setdefault(costs.order.key, [])
-            paths.insert(0, path)
-            del paths[MOST_PATHS:]
+            learned.mean_paths.insert(0, path)
+            del learned.mean_paths[MOST_PATHS:]
 
     def _light(
         self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None, *, gathers: bool
@@ -203,35 +214,35 @@ class Closer:
 
         Of the first candidate of an order that it cannot close, its paths are gathered where that is asked for.
         """
-        key, pool = costs.order.key, self._pool(costs.order)
-        known, enough_s = pool.next_name, target_s * (1 + 2 * _TOLERANCE)
+        learned = self.of(costs.order)
+        known, enough_s = learned.pool.next_name, target_s * (1 + 2 * _TOLERANCE)
         program = self._program(costs, "light", enough_s, rank_layers)
-        program.start_at(self.ends.get((key, "light")))
-        bound_s, gathers = -np.inf, gathers and key not in self.gathered
+        program.start_at(learned.ends.get("light"))
+        bound_s, gathers = -np.inf, gathers and not learned.has_gathered
         if program.inner_s >= target_s:
             bound_s = program.improve(LIGHT)
         elif not gathers:
             return _Run(-np.inf, program)
         if bound_s < enough_s and gathers:
-            self.gathered.add(key)
+            learned.has_gathered = True
             bound_s = max(bound_s, program.improve(GATHER))
         bound_s = min(bound_s, enough_s) * (1 - _TOLERANCE)
         if bound_s >= target_s:
-            self._keep_path(costs, pool, program)
-        return self._ended(program, known, bound_s)
+            self._keep_path(costs, program)
+        return self._ended(costs, program, known, bound_s)
 
     def _whole(self, costs: CandidateCosts, target_s: float, rank_layers: tuple[Longs, Longs] | None) -> _Run:
         """Return the bound of the whole program after some rounds."""
-        known, enough_s = self._pool(costs.order).next_name, target_s * (1 + 2 * _TOLERANCE)
+        known, enough_s = self.of(costs.order).pool.next_name, target_s * (1 + 2 * _TOLERANCE)
         program = self._program(costs, "whole", enough_s, rank_layers)
-        return self._ended(program, known, min(program.improve(ROUNDS), enough_s) * (1 - _TOLERANCE))
+        return self._ended(costs, program, known, min(program.improve(ROUNDS), enough_s) * (1 - _TOLERANCE))
 
-    def _ended(self, program: CutProgram, known: int, bound_s: float) -> _Run:
+    def _ended(self, costs: CandidateCosts, program: CutProgram, known: int, bound_s: float) -> _Run:
         """Keep what a program found for the other candidates of its order; paths had names below `known` before it."""
-        key = program.order_key
-        self.bases[key, program.form] = program.basis()
-        self.pools[key].prefer(program.weighted()[0], before=known, drops_new=False)
-        self.ends[key, program.form] = program.inner_point()
+        learned = self.of(costs.order)
+        learned.bases[program.form] = program.basis()
+        learned.pool.prefer(program.weighted()[0], before=known, drops_new=False)
+        learned.ends[program.form] = program.inner_point()
         return _Run(bound_s, program)
 
 

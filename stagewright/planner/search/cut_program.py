@@ -49,7 +49,7 @@ from stagewright.planner.search.caps import recompute_floors
 from stagewright.planner.search.dual_simplex import ABOVE
 from stagewright.planner.search.linear_program import Basis, LinearProgram
 from stagewright.planner.search.memory_rows import add_bytes
-from stagewright.planner.search.order import Cut, OrderKey, pad
+from stagewright.planner.search.order import Cut, pad
 from stagewright.planner.search.path_pool import PathPool
 from stagewright.planner.search.path_rows import Columns, Rules, Steps, add_rows, improve_bound, trace_point
 
@@ -141,11 +141,6 @@ class CutProgram:
         self._know()
         self.inner, self.inner_s = np.zeros(self.num_columns), np.inf
         self.simulated = 0
-
-    @property
-    def order_key(self) -> OrderKey:
-        """The key of the candidate's order."""
-        return self._costs.order.key
 
     @property
     def effort(self) -> float:

@@ -18,8 +18,6 @@ from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.targets import target_jobs
 from stagewright.planner.search.union import united
 
-_FORKS_AFTER_S = 0.015  # of scoring the first plan: the others take that much each
-
 
 def solve(problem: Problem, limits: Limits) -> PlanOutcome:
     """Return the plan of least simulated step over the declared space, with its certificate.
@@ -58,16 +56,15 @@ def _plans(search: JointSearch) -> list[Plan]:
         _complete_others(search, limits.top + 1)
     order = sorted(completions.found, key=lambda index: (completions.found[index].step_s, index))
     order.remove(completions.best.index)
+    chosen = [completions.best.index, *(order[: limits.top] if limits.reached() is None else [])]
 
     def scored(index: int) -> Plan:
         partition = completions.partition(index, completions.found[index])
         plan = problem.plan(search.space.candidate(index), partition, "exact")
         return plan.model_copy(update={"prediction": evaluate(plan, problem.profile).prediction})
 
-    with search.lanes(scored, forks_after_s=_FORKS_AFTER_S) as lanes:
-        plans = lanes.answers([(completions.best.index, completions.best.index)])
-        if limits.reached() is None:
-            plans += lanes.answers([(index, index) for index in order[: limits.top]])
+    with search.lanes(scored) as lanes:
+        plans = lanes.answers([(index, index) for index in chosen])
     plans.sort(key=lambda plan: plan.prediction.step_time_s)
     return plans
 

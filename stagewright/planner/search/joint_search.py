@@ -13,12 +13,12 @@ the bounds of what was left open. Everything that is enumerated here is the decl
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
-from stagewright.planner.lanes import Lanes
+from stagewright.planner.lanes import Lanes, Memory
 from stagewright.planner.search.closing_pass import ClosingPass
 from stagewright.planner.search.completions import Completions
 from stagewright.planner.search.cost_store import CostStore
@@ -45,6 +45,7 @@ class JointSearch:
     costs: CostStore
     completions: Completions
     work: WorkCount
+    _made: list[Lanes[Any, Any]] = field(default_factory=list)
 
     @classmethod
     def of(cls, problem: Problem, limits: Limits) -> JointSearch:
@@ -77,20 +78,25 @@ class JointSearch:
             return self.completions.target_s, "gap"
         with self.lanes(Starts(self.costs).answer) as lanes:
             stopped = FirstIncumbents(self.space, self.costs, self.completions, lanes, self.limits, self.work).find()
-            is_large = lanes.have_forked
         if stopped is not None:
             return float(min(self.space.bound_s.min(), self.completions.incumbent_s)), stopped
-        return self._closed(0.0 if is_large else None)
+        return self._closed()
 
-    def _closed(self, forks_after_s: float | None) -> tuple[float, Termination]:
+    def _closed(self) -> tuple[float, Termination]:
         """Close what the first incumbents left."""
-        lanes: Lanes[Request, Outcome] = self.lanes(lambda request: closing.answer(request), forks_after_s)
-        limits = replace(self.limits, should_stop=lanes.should_stop)
+        limits = replace(self.limits, should_stop=lambda: lanes.should_stop())
         closing = OrderClosing(self.space, self.costs, self.completions, limits)
-        with lanes:
+        lanes: Lanes[Request, Outcome]
+        with self.lanes(closing.answer, closing) as lanes:
             return ClosingPass(self.space, self.completions, lanes, self.limits, self.work).run()
 
-    def lanes(self, answer: Callable[[Asked], Answer], forks_after_s: float | None = None) -> Lanes[Asked, Answer]:
-        """Return lanes on all cores, or on one where other parts of a search have the others."""
+    def lanes(self, answer: Callable[[Asked], Answer], memory: Memory[Any] | None = None) -> Lanes[Asked, Answer]:
+        """Return lanes on all cores, or on one where other parts of a search have the others.
+
+        Where the search was large enough for forks before, these are made at once.
+        """
         most = None if self.limits.known is None else 1
-        return Lanes(answer, self._is_late, most=most, forks_after_s=forks_after_s, legacy=ORDERS)
+        forks_after_s = 0.0 if any(lanes.have_forked for lanes in self._made) else None
+        lanes = Lanes(answer, self._is_late, most=most, forks_after_s=forks_after_s, legacy=ORDERS, memory=memory)
+        self._made.append(lanes)
+        return lanes

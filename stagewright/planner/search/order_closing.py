@@ -8,15 +8,14 @@ a roaming looks for a better completion first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from stagewright.planner.search.closing import Closed, Closer
+from stagewright.planner.search.closing import Closed, Closer, Learned
 from stagewright.planner.search.completions import Completions
 from stagewright.planner.search.cost_store import CostStore
-from stagewright.planner.search.cut_program import CutProgram
 from stagewright.planner.search.declared_space import DeclaredSpace
 from stagewright.planner.search.incumbent import improve
 from stagewright.planner.search.limits import Limits
@@ -76,7 +75,6 @@ class OrderClosing:
     completions: Completions
     limits: Limits
     work: WorkCount = field(default_factory=WorkCount)
-    _programs: dict[OrderKey, dict[int, CutProgram]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.costs = replace(self.costs, work=self.work)  # the same costs, counted here
@@ -94,6 +92,15 @@ class OrderClosing:
             return Outcome(replace(closed, program=None), self._worked(), others)
         closed = self._branched(request) if isinstance(request, BranchOn) else self._roamed(request)
         return Outcome(closed, self._worked())
+
+    def give_up(self, owner: Hashable) -> Learned | None:
+        """Forget what was learned of an order, and return it."""
+        return self.closer.learned.pop(cast(OrderKey, owner), None)
+
+    def take_over(self, owner: Hashable, known: Learned | None) -> None:
+        """Know of an order what another closing learned."""
+        if known is not None:
+            self.closer.learned[cast(OrderKey, owner)] = known
 
     def _worked(self) -> WorkCount:
         """Return the work since the last time."""
@@ -147,7 +154,7 @@ class OrderClosing:
         judge = partial(self.completions.judged, index)
         closed = self.closer.close(costs, target_s, request.incumbent_s, rank_layers, judge)
         self.work.simulated += closed.simulated
-        kept = self._programs.setdefault(costs.order.key, {})
+        kept = self.closer.of(costs.order).programs
         if closed.program is not None and len(kept) < MOST_KEPT:
             kept[index] = closed.program
         return closed
@@ -166,7 +173,7 @@ class OrderClosing:
             rank_layers,
             partial(self.completions.judged, request.candidate),
             request.most_nodes,
-            self._programs.get(costs.order.key, {}).pop(request.candidate, None),
+            self.closer.of(costs.order).programs.pop(request.candidate, None),
         )
         self.work.simulated += closed.simulated
         return closed

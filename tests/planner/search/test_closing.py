@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from stagewright.planner.catalog.clusters import resolve_cluster
+from stagewright.planner.catalog.models import resolve_model
+from stagewright.planner.documents.job import TrainingJob
+from stagewright.planner.lanes import Lanes
+from stagewright.planner.search.branching import Split
 from stagewright.planner.search.brute_force import best_completion
 from stagewright.planner.search.caps import order_caps
 from stagewright.planner.search.closing import Closer
 from stagewright.planner.search.joint_search import JointSearch
 from stagewright.planner.search.limits import Limits
+from stagewright.planner.search.problem import Problem
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -79,6 +88,42 @@ def test_answers_and_counters_do_not_depend_on_the_number_of_cores(monkeypatch: 
         counted += answers[0][3]
     assert counted >= 6
     assert len(forks) >= 6
+
+
+def test_answers_stay_where_orders_move_between_cores_with_all_that_is_known_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    move, moves, answers = Lanes._moved, [], []
+
+    def counted_move(lanes: Lanes[Any, Any], *how: Any) -> bool:
+        moves.append(move(lanes, *how))
+        return moves[-1]
+
+    monkeypatch.setattr("stagewright.planner.lanes.MOVES_FOR_S", 1e-9)
+    monkeypatch.setattr(Lanes, "_moved", counted_move)
+    cluster, job = resolve_cluster("v100-sxm-32g:2x8"), TrainingJob(global_batch=64, sequence_length=1024)
+    for cores in (1, 3):
+        monkeypatch.setattr("stagewright.planner.lanes.num_cores", lambda cores=cores: cores)
+        search = JointSearch.of(Problem(resolve_model("gpt2-xl"), cluster, job, 16), Limits(gap=0.0))
+        bound_s, _ = search.run()
+        work = search.work
+        answers.append((bound_s, search.completions.incumbent_s, work.evaluated, work.simulated, work.pruned))
+    assert answers[0] == answers[1]
+    assert moves
+    assert all(moves)
+
+
+def test_a_tree_of_splits_travels_however_deep_it_is() -> None:
+    tree = Split()
+    leaves = [tree]
+    for depth in range(5000):
+        leaves += leaves.pop().into(((depth, 0.0, 1.0),), ((depth, 2.0, np.inf), (0, 1.0, 1.0)))
+    left, right = [tree], [pickle.loads(pickle.dumps(tree))]
+    for one, other in zip(left, right, strict=True):  # both grow
+        assert [limits for limits, _ in one.parts] == [limits for limits, _ in other.parts]
+        left += [split for _, split in one.parts]
+        right += [split for _, split in other.parts]
+    assert len(left) == 10001
 
 
 @pytest.mark.soak

@@ -42,7 +42,7 @@ def test_mean_paths_of_an_order_bound_all_its_candidates_and_are_near_for_alike_
     closers: dict[int, Closer] = {}
     for seed, search, _, costs, step_s, ranges in _solved(range(24)):
         closer = closers.setdefault(seed, Closer(search.limits))
-        paths = closer.paths.get(costs.order.key, [])
+        paths = closer.of(costs.order).mean_paths
         if paths:
             bound_s = bound_by(costs, paths, ranges, np.inf)
             assert bound_s <= step_s * (1 + 1e-9)
