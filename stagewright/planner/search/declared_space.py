@@ -6,7 +6,7 @@ family's closed form shows, and rises as searches work on it: by caps here (`ref
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -54,7 +54,6 @@ class DeclaredSpace:
     problem: Problem
     limits: Limits
     work: WorkCount
-    _keys: dict[int, OrderKey] = field(default_factory=dict)
 
     @cached_property
     def levels(self) -> npt.NDArray[np.bool_]:
@@ -126,9 +125,14 @@ class DeclaredSpace:
         profile = self.problem.profile
         return work_bounds(self.priced, self.problem.classes, profile.action_overhead_s, profile.step_overhead_s)
 
-    @cached_property
+    @property
     def crossed(self) -> tuple[Longs, Longs, Longs]:
         """Row, rule and chunks of each candidate."""
+        return self._crossed[:3]
+
+    @cached_property
+    def _crossed(self) -> tuple[Longs, Longs, Longs, Longs, list[OrderKey]]:
+        """Row, rule, chunks and order of each candidate, and the keys of the orders."""
         shape = self.priced.shape
         pairs, where = unique_rows(shape[:, [PP, NUM_MICROBATCHES]])
         rules = self.problem.rules
@@ -147,8 +151,14 @@ class DeclaredSpace:
         starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(repeats)))
         within = np.arange(len(rows)) - np.repeat(np.cumsum(repeats[where]) - repeats[where], repeats[where])
         table = np.array([pair for size in sizes for pair in size], dtype=np.int64).reshape(-1, 2)
-        chosen = table[starts[where[rows]] + within]
-        return rows, chosen[:, 0], chosen[:, 1]
+        order = starts[where[rows]] + within
+        chosen = table[order]
+        keys = [
+            OrderKey(rules[rule].name, ranks, count, chunks)
+            for (ranks, count), size in zip(pairs.tolist(), sizes, strict=True)
+            for rule, chunks in size
+        ]
+        return rows, chosen[:, 0], chosen[:, 1], order, keys
 
     @cached_property
     def bound_s(self) -> Floats:
@@ -181,11 +191,7 @@ class DeclaredSpace:
 
     def key(self, index: int) -> OrderKey:
         """Return the key of a candidate's order."""
-        known = self._keys.get(index)
-        if known is None:
-            ranks, count = self.priced.shape[self.crossed[0][index], [PP, NUM_MICROBATCHES]].tolist()
-            known = self._keys[index] = OrderKey(self.rule(index).name, ranks, count, int(self.crossed[2][index]))
-        return known
+        return self._crossed[4][int(self._crossed[3][index])]
 
     def leaders(self, chosen: Longs) -> tuple[Longs, Longs, Longs]:
         """Return which of some candidates lead, which follow, and whom: the equal schedule on the row that leads theirs.
