@@ -72,7 +72,7 @@ def link_bytes(
         for stage in order[np.isin(order[:, KIND], (Kind.EVICT, Kind.LOAD)), STAGE].tolist():
             _add(total, LENT, kept_bytes[stage] * plan.stages[stage].degrees.num_devices)
     for stage, row in enumerate(layers):
-        _own_collectives(total, plan, profile, stage, row)
+        _own_collectives(total, plan, profile, schedule, stage, row)
     for (first, second), edge in zip(layout.hop_pairs.tolist(), layout.edges * layout.num_replicas, strict=True):
         if first != second:
             sent = sum(
@@ -80,9 +80,9 @@ def link_bytes(
                 * _devices(plan, stage, max(samples_by_replica(plan, stage)))
                 for stage in edge
             )
-            _add(total, "send-receive/pp", sent * plan.schedule.num_microbatches / layout.num_replicas)
+            _add(total, "send-receive/pp", sent * schedule.num_microbatches / layout.num_replicas)
     for gather in gathers:
-        sent = gather.sent_bytes * plan.stages[0].degrees.num_devices * plan.schedule.num_microbatches
+        sent = gather.sent_bytes * plan.stages[0].degrees.num_devices * schedule.num_microbatches
         _add(total, "all-gather/reshard", sent)
     ties = shared_weights(plan, profile)
     for stage, row in enumerate(layers):
@@ -95,7 +95,9 @@ def link_bytes(
     return {name: total[name] for name in sorted(total) if total[name] > 0}
 
 
-def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: int, row: LayerCosts) -> None:
+def _own_collectives(
+    total: Totals, plan: Plan, profile: ModelProfile, schedule: Schedule, stage: int, row: LayerCosts
+) -> None:
     """Add the collectives inside one stage's layers, and those that recomputation runs again: all, or the ring of attention.
 
     Under sequence parallelism the sequence is split at the first block of a row and joined behind its last, which gathers
@@ -106,9 +108,9 @@ def _own_collectives(total: Totals, plan: Plan, profile: ModelProfile, stage: in
     sums three numbers a token, in fp32 at least.
     """
     degrees = plan.stages[stage].degrees
-    devices, repeats = degrees.num_devices, plan.schedule.num_microbatches
+    devices, repeats = degrees.num_devices, schedule.num_microbatches
     like = _devices(plan, stage, told_part(plan, stage).samples)
-    units = repeats * max(plan.schedule.num_slices, 1)
+    units = repeats * max(schedule.num_slices, 1)
     kinds = tuple(profile.classes[name].kind for name in profile.layer_classes)
     ends = _sequence_ends(kinds) if degrees.sp else frozenset()
     levels = plan.stages[stage].recompute_levels()
@@ -324,12 +326,12 @@ def _gradients(
     together, experts = reduced_parameters(row, inside, degrees)
     dense = unit_parameters(together, bounds[stage], ties)
     members, replicas = _members(plan, stage), _replicas(plan, (stage,))
-    units = plan.schedule.num_microbatches * max(plan.schedule.num_slices, 1)
+    units = schedule.num_microbatches * max(schedule.num_slices, 1)
     _expert_gradients(total, plan, schedule, stage, experts)
     if degrees.zero == 0:
         size = sum(dense) * optimizer.gradient_bytes
         stashes = schedule.weight_policy is WeightPolicy.STASH
-        updates = plan.schedule.num_microbatches // replicas if stashes else 1  # workers meet at each
+        updates = schedule.num_microbatches // replicas if stashes else 1  # workers meet at each
         _add(total, "all-reduce/dp", 2 * (members * replicas - 1) * size * degrees.tp * updates)
         return
     shards = num_shards(plan, stage)
@@ -357,7 +359,7 @@ def _expert_gradients(total: Totals, plan: Plan, schedule: Schedule, stage: int,
         return
     filled = 1 if divides_by_tiles(plan) else shards
     padded = sum(_padded(size, filled) for size in (experts if degrees.zero >= 2 else [sum(experts)])) * parts
-    units = plan.schedule.num_microbatches * max(plan.schedule.num_slices, 1)
+    units = schedule.num_microbatches * max(schedule.num_slices, 1)
     scatters = units if degrees.zero >= 2 else replicas
     gathers = replicas if degrees.zero < 3 else _gathers(plan, schedule, stage, units)
     _add(total, "reduce-scatter/edp", scatters * (shards - 1) * padded * optimizer.gradient_bytes)

@@ -59,23 +59,44 @@ def late_gradient_bytes(
 ) -> Floats:
     """Return what gradients add to the peak of each rank, [D], where each microbatch's are applied and gone at its end.
 
-    They come as the activations of their microbatch go: with A live activations, a of them that microbatch's, the peak is
-    max(A + workspace, A - a + gradients).
+    They come as the activations of their microbatch go. With A live activations, the peak is A + workspace, or in the backward of
+    some layer A - a + g + w, with a and g the activations and gradients of the layers behind it and w the layer's own workspace,
+    or at the end. `gradient_bytes` [D] are those of all layers, a weight that several share once.
     """
     level = np.asarray(levels, dtype=np.int64)
-    leaving = np.zeros(schedule.num_ranks)
+    most, all_bytes = np.full(schedule.num_ranks, -np.inf), np.zeros(schedule.num_ranks)
     for stage, row in enumerate(layers):
-        chosen = np.arange(bounds[stage], bounds[stage + 1])
+        chosen = np.arange(bounds[stage], bounds[stage + 1])[::-1]
+        at = (level[chosen], chosen)
+        behind = np.append(0.0, np.cumsum(row.state_bytes[1, chosen] - row.kept_bytes[at]))
+        above = max((behind[:-1] + row.table.workspace_bytes[at]).max(initial=0.0), behind[-1])
         ranks = np.unique(schedule.placement[:, stage])
+        most[ranks] = np.maximum(most[ranks], above)
+        all_bytes[ranks] += row.state_bytes[1, chosen].sum()
+    return np.maximum(most - (all_bytes - gradient_bytes) - workspace_bytes, 0.0)
+
+
+def version_bytes(
+    schedule: Schedule,
+    bounds: Sequence[int],
+    levels: Sequence[int],
+    layers: Sequence[LayerCosts],
+    workspace_bytes: Floats,
+) -> Floats:
+    """Return what weights beside those that its optimizers step add to the peak of each rank, [D].
+
+    PipeMare notes the weights before an update, when the activations of the microbatch before it are gone.
+    """
+    level = np.asarray(levels, dtype=np.int64)
+    found, noted, leaving = np.zeros((3, schedule.num_ranks))
+    for stage, (row, copies) in enumerate(zip(layers, versions_beside_the_master(schedule).T, strict=True)):
+        chosen = np.arange(bounds[stage], bounds[stage + 1])
+        parameters = row.state_bytes[0, chosen].sum()
+        np.add.at(found, schedule.placement[:, stage], copies * parameters)
+        ranks = np.unique(schedule.placement[:, stage])
+        noted[ranks] += parameters * (schedule.parameters.get("predictor") == "discrepancy")
         leaving[ranks] += row.kept_bytes[level[chosen], chosen].sum()
-    return np.maximum(gradient_bytes - leaving - workspace_bytes, 0.0)
-
-
-def version_bytes(schedule: Schedule, parameter_bytes: Floats) -> Floats:
-    """Return the bytes [D] of weights that each rank holds beside those that its optimizers step."""
-    found = np.zeros(schedule.num_ranks)
-    np.add.at(found, schedule.placement, versions_beside_the_master(schedule) * parameter_bytes)
-    return found
+    return np.asarray(found + np.maximum(noted - leaving - workspace_bytes, 0.0))
 
 
 def offloaded_bytes(plan: Plan, profile: ModelProfile, bounds: Sequence[int], layers: Sequence[LayerCosts]) -> Floats:

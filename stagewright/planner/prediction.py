@@ -57,7 +57,7 @@ from stagewright.planner.planned_states import (
 )
 from stagewright.planner.replica_shares import has_uneven_shares, parts_of_stage, samples_by_replica, told_part
 from stagewright.planner.schedules.costs import StageCosts
-from stagewright.planner.schedules.lowering.gradients import UPDATES_PER_MICROBATCH, update_period, with_optimizer_steps
+from stagewright.planner.schedules.lowering.gradients import update_period, with_optimizer_steps
 from stagewright.planner.schedules.schedule import Schedule
 from stagewright.planner.search.joined_costs import joined_layer_costs
 from stagewright.planner.search.layer_costs import Configuration, LayerCosts, layer_costs
@@ -126,12 +126,13 @@ def evaluate(plan: Plan, profile: ModelProfile, *, member: int | None = None) ->
     )
     static = pipeline.static_bytes - shared_state_bytes(plan, profile, layout, layers)
     static = static + other_pipelines_bytes(schedule, layout, bounds, layers)
-    if schedule.weight_policy in UPDATES_PER_MICROBATCH:
+    if update_period(schedule) == 1:
         static[1] = late_gradient_bytes(schedule, bounds, levels, layers, static[1], pipeline.workspace_bytes)
     parameters = np.array(
         [row.state_bytes[0, bounds[stage] : bounds[stage + 1]].sum() for stage, row in enumerate(layers)]
     )
-    pipeline = replace(pipeline, static_bytes=static, version_bytes=version_bytes(schedule, parameters))
+    versions = version_bytes(schedule, bounds, levels, layers, pipeline.workspace_bytes)
+    pipeline = replace(pipeline, static_bytes=static, version_bytes=versions)
     devices = [device_of(plan.cluster, stage.group) for stage in plan.stages]
     pipeline = with_version_work(pipeline, schedule, layout, profile, parameters, devices)
     pipeline = _with_local_steps(pipeline, layout, local_steps(plan))

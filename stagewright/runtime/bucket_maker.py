@@ -237,14 +237,8 @@ class BucketMaker:
         shared: frozenset[int],
     ) -> Bucket:
         if self._policy is not WeightPolicy.FLUSH:
-            degrees = self._plan.stages[min(shared)].degrees
-            takes_group = self._policy is WeightPolicy.STASH and degrees.dp * degrees.cp == 1
-            if (group is not None and not takes_group) or len(shared) > 1:
-                raise InvalidArgument(
-                    f"{self._plan.schedule.name} has no replicas and no weights that stages share",
-                    field="schedule.name",
-                    hint="take dp = 1 and an untied head, or a synchronous schedule; pipedream takes `replicas` by stage",
-                )
+            assert len(shared) == 1  # as `support` sees to
+            assert group is None or self._policy is WeightPolicy.STASH
             rule = self._version_rule(min(shared))
             return VersionedBucket(self._chain.model, parameters, holders, rule, group=group, traffic=self._traffic)
         zero = self._plan.stages[min(shared)].degrees.zero

@@ -21,6 +21,7 @@ from stagewright.runtime.piecewise_optimizer import PiecewiseOptimizer
 from stagewright.runtime.shampoo import Shampoo
 from stagewright.runtime.sharding import ShardedBucket
 from stagewright.runtime.torch_adapter import cpu_allocation_changes
+from stagewright.runtime.weight_versions import VersionedBucket
 from stagewright.runtime.worker import Worker
 
 _RENEWAL = 2  # iterations after which no version of the weights is one from before
@@ -76,7 +77,9 @@ def measure_memory(worker: Worker, work: Callable[[], object], device: torch.dev
     moved = {id(value) for bucket in sharded for value in bucket.move_masters()}
     parameters = [value for value in _parameters(worker) if id(value) not in renewed]
     staying = [value for value in parameters if id(value) not in moved]
-    held = _bytes([*staying, *(value.grad for value in parameters), *_optimizer_states(worker)])
+    versioned = [bucket for bucket in worker.buckets.buckets if isinstance(bucket, VersionedBucket)]
+    averages = [value for bucket in versioned for value in bucket.averages]
+    held = _bytes([*staying, *averages, *(value.grad for value in parameters), *_optimizer_states(worker)])
 
     def renew() -> None:
         for bucket in sharded:

@@ -33,22 +33,22 @@ DECAY_OVER_DELAY = 0.135  # what is left of a change in PipeMare's average after
 class Predictor(Protocol):
     """One stage's predictor.
 
-    `remembers` says whether it is told what the weights were before a step.
+    `remembers` says whether it is told what the weights were before a step; `averages` are what it changes in place at each.
     """
 
     remembers: ClassVar[bool]
+    averages: Sequence[Tensor]
 
     def write(
         self,
         seen: Sequence[Tensor],
         newest: Sequence[Tensor],
         optimizer: Optimizer | None,
-        update: int,
         *,
         is_first: bool,
         backward: bool,
     ) -> None:
-        """Set `seen` to what a forward or backward of update `update` sees; `is_first` for the update's first microbatch."""
+        """Set `seen` to what a forward or backward sees; `is_first` for the first microbatch of an update."""
         ...
 
     def before_step(self, optimizer: Optimizer | None, step: int) -> None:
@@ -65,6 +65,7 @@ class MomentumPredictor:
     """SpecTrain's: `forward_steps` and `backward_steps` updates along the velocity."""
 
     remembers: ClassVar[bool] = False
+    averages: ClassVar[Sequence[Tensor]] = ()
     forward_steps: int
     backward_steps: int
 
@@ -73,7 +74,6 @@ class MomentumPredictor:
         seen: Sequence[Tensor],
         newest: Sequence[Tensor],
         optimizer: Optimizer | None,
-        update: int,
         *,
         is_first: bool,
         backward: bool,
@@ -96,19 +96,19 @@ class MomentumPredictor:
 
 @dataclass
 class AdamPredictor:
-    """XPipe's: the first microbatch of an update predicts for all of them."""
+    """XPipe's: the first microbatch of an update predicts for all of them, which no other update's come between."""
 
     remembers: ClassVar[bool] = False
+    averages: ClassVar[Sequence[Tensor]] = ()
     forward_steps: int
     backward_steps: int
-    _made: dict[tuple[int, bool], list[Tensor]] = field(default_factory=dict)
+    _made: dict[bool, list[Tensor]] = field(default_factory=dict)  # for forwards and for backwards
 
     def write(
         self,
         seen: Sequence[Tensor],
         newest: Sequence[Tensor],
         optimizer: Optimizer | None,
-        update: int,
         *,
         is_first: bool,
         backward: bool,
@@ -116,10 +116,9 @@ class AdamPredictor:
         """Set them to the prediction of the update's first microbatch."""
         if is_first:
             steps = self.backward_steps if backward else self.forward_steps
-            self._made[update, backward] = [_along_adam(value, optimizer, steps) for value in newest]
-            for key in [key for key in self._made if key[1] == backward and key[0] < update - 1]:
-                del self._made[key]
-        for target, value in zip(seen, self._made[update, backward], strict=True):
+            self._made.pop(backward, None)
+            self._made[backward] = [_along_adam(value, optimizer, steps) for value in newest]
+        for target, value in zip(seen, self._made[backward], strict=True):
             target.copy_(value)
 
     def before_step(self, optimizer: Optimizer | None, step: int) -> None:
@@ -139,7 +138,7 @@ class DiscrepancyCorrection:
     remembers: ClassVar[bool] = True
     delay: float
     annealing_steps: int = 0
-    _average: list[Tensor] = field(default_factory=list)
+    averages: list[Tensor] = field(default_factory=list)
     _rates: list[float] = field(default_factory=list)
 
     def write(
@@ -147,17 +146,16 @@ class DiscrepancyCorrection:
         seen: Sequence[Tensor],
         newest: Sequence[Tensor],
         optimizer: Optimizer | None,
-        update: int,
         *,
         is_first: bool,
         backward: bool,
     ) -> None:
         """Set them to the newest weights, for a backward moved back to about where they were at the forward."""
-        if not backward or not self._average:
+        if not backward or not self.averages:
             for target, value in zip(seen, newest, strict=True):
                 target.copy_(value)
             return
-        for target, value, change in zip(seen, newest, self._average, strict=True):
+        for target, value, change in zip(seen, newest, self.averages, strict=True):
             torch.add(value, change, alpha=-self.delay, out=target)
 
     def before_step(self, optimizer: Optimizer | None, step: int) -> None:
@@ -172,9 +170,9 @@ class DiscrepancyCorrection:
     def after_step(self, before: Sequence[Tensor], newest: Sequence[Tensor]) -> None:
         """Add the change to the average."""
         decay = DECAY_OVER_DELAY ** (1.0 / self.delay)
-        if not self._average:
-            self._average = [torch.zeros_like(old) for old in before]
-        for average, value, old in zip(self._average, newest, before, strict=True):
+        if not self.averages:
+            self.averages = [torch.zeros_like(old) for old in before]
+        for average, value, old in zip(self.averages, newest, before, strict=True):
             average.lerp_(torch.sub(value, old, out=old), 1.0 - decay)
 
 

@@ -57,12 +57,29 @@ def check_supported(plan: Plan) -> None:
     if plan.job.optimizer.name in MATRIX_OPTIMIZERS:
         _check_matrices(plan)
     _check_autocast(plan)
+    _check_versions(plan)
+
+
+def _is_asynchronous(plan: Plan) -> bool:
+    """Whether weights change under the microbatches."""
+    return any(row.name == plan.schedule.name and not row.synchronous for row in families())
+
+
+def _check_versions(plan: Plan) -> None:
+    """Versions of weights: no order holds reductions of their gradients over replicas."""
+    sizes = [(stage.degrees.dp, stage.degrees.cp) for stage in plan.stages]
+    if _is_asynchronous(plan) and any(dp * cp > 1 for dp, cp in sizes):
+        raise InvalidArgument(
+            f"stages have (dp, cp) {sizes} under {plan.schedule.name}, whose weights change under the microbatches; the runtime "
+            "takes one device of each there",
+            field="stages.degrees.dp",
+            hint="take dp = 1 and cp = 1, or a synchronous schedule; pipedream takes `replicas` by stage",
+        )
 
 
 def _check_matrices(plan: Plan) -> None:
     """Optimizers of whole matrices: one version of the weights."""
-    family = next((row for row in families() if row.name == plan.schedule.name), None)
-    if family is not None and not family.synchronous:
+    if _is_asynchronous(plan):
         raise InvalidArgument(
             f"optimizer {plan.job.optimizer.name} with {plan.schedule.name}: the runtime takes it under synchronous schedules",
             field="job.optimizer.name",
@@ -72,9 +89,8 @@ def _check_matrices(plan: Plan) -> None:
 
 def _check_offload(plan: Plan, index: int) -> None:
     """States on the host: a step of single elements, once an iteration."""
-    family = next((row for row in families() if row.name == plan.schedule.name), None)
     name, told = plan.job.optimizer.name, plan.schedule.parameters
-    if name in MATRIX_OPTIMIZERS or "local_steps" in told or (family is not None and not family.synchronous):
+    if name in MATRIX_OPTIMIZERS or "local_steps" in told or _is_asynchronous(plan):
         raise InvalidArgument(
             f"stages[{index}].optimizer_offload is {plan.stages[index].optimizer_offload} with {name}, {plan.schedule.name} and "
             f"parameters {sorted(told)}; the runtime streams states of elementwise optimizers, once in a synchronous iteration",
@@ -175,9 +191,16 @@ def _check_unequal(plan: Plan) -> None:
 
 
 def check_shared_weights(plan: Plan, profile: ModelProfile) -> None:
-    """Raise InvalidArgument where stages that differ in tensor degrees share a weight."""
+    """Raise InvalidArgument where stages share a weight that differ in tensor degrees, or have versions of it."""
     names = ("tp", "vocab_parallel", *(("sp",) if is_layerwise(plan) else ()))
     for tie in shared_weights(plan, profile):
+        if len(tie.stages) > 1 and _is_asynchronous(plan):
+            raise InvalidArgument(
+                f"stages {sorted(tie.stages)} share a weight, and {plan.schedule.name} changes weights under the microbatches; no "
+                "order holds a sum of their gradients",
+                field="schedule.name",
+                hint="untie the weight, or take a synchronous schedule",
+            )
         degrees = {tuple(getattr(plan.stages[stage].degrees, name) for name in names) for stage in tie.stages}
         if len(degrees) > 1:
             raise InvalidArgument(

@@ -20,7 +20,7 @@ al., AMPNet, 2017; Yang et al., WPipe, ICLR 2022; Chen et al., AvgPipe, PPoPP 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -118,12 +118,12 @@ class VersionedBucket:
             wanted = 0
         self._used[microbatch] = self._versions[wanted]
         self._install(self._versions[wanted])
-        self._predict(microbatch, update, backward=False)
+        self._predict(microbatch, backward=False)
 
     def before_backward(self, microbatch: int) -> None:
         """Let the modules hold what a microbatch's backward sees."""
         self._install(self._used[microbatch])
-        self._predict(microbatch, self._base + microbatch // self.rule.update_every, backward=True)
+        self._predict(microbatch, backward=True)
 
     def before_step(self, microbatch: int) -> None:
         """Hand the gradients of the update's microbatches, each of its own version, to the master."""
@@ -184,6 +184,11 @@ class VersionedBucket:
         return [] if self.rule.policy in IN_PLACE else [slot.current for slot in self._slots]
 
     @property
+    def averages(self) -> Sequence[Tensor]:
+        """What a predictor keeps beside the weights and changes in place."""
+        return () if self.rule.predictor is None else self.rule.predictor.averages
+
+    @property
     def _masters(self) -> list[nn.Parameter]:
         return [slot.master for slot in self._slots]
 
@@ -211,13 +216,13 @@ class VersionedBucket:
             slot.install(value)
 
     @torch.no_grad()
-    def _predict(self, microbatch: int, update: int, *, backward: bool) -> None:
+    def _predict(self, microbatch: int, *, backward: bool) -> None:
         predictor = self.rule.predictor
         if predictor is None:
             return
         is_first = microbatch % self.rule.update_every == 0
         seen = [parameter.data for parameter in self._versions[0]]  # a graph that holds the copy sees the new values
-        predictor.write(seen, self._masters, self.optimizer, update, is_first=is_first, backward=backward)
+        predictor.write(seen, self._masters, self.optimizer, is_first=is_first, backward=backward)
 
     def start(self) -> None:
         """Do nothing: there are no replicas."""

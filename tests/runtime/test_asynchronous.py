@@ -94,7 +94,7 @@ def unpredicted(wide):
         ("2bw", {}, 2, 1),
         ("ampnet", {}, 1, 1),
         ("spectrain", {}, 1, 1),
-        ("pipemare", {"updates": 3}, 2, 1),  # the copy and the average of its changes
+        ("pipemare", {"updates": 3}, 3, 1),  # the copy, the average of its changes, and a note before an update
         ("avgpipe", {"advance": 1}, 2, 2),  # two pipelines on each rank
     ],
 )
@@ -105,7 +105,8 @@ def test_weight_versions_are_predicted_as_a_run_holds_them(wide, unpredicted, sc
         first, last = plan.stages[rank].layers
         weights = 4.0 * sum(profile.classes[name].parameters for name in profile.layer_classes[first:last])
         if rank == 0:
-            assert prediction.memory[rank].weight_versions == copies * weights
+            # The note comes as the activations of a microbatch are gone.
+            assert prediction.memory[rank].weight_versions == pytest.approx(copies * weights, rel=1e-3)
         # Two pipelines have activations of their own, and one workspace; a message may be on its way at the peak or not.
         rest = found - prediction.peak_memory_bytes[rank]
         assert unpredicted[rank] - 0.3 * weights <= rest <= pipelines * unpredicted[rank] + 0.3 * weights

@@ -82,6 +82,27 @@ def test_uneven_shares_of_states_are_taken_where_replicas_alone_divide_them():
         check_supported(plan.model_copy(update={"schedule": divided}))
 
 
+@pytest.mark.parametrize("name", ["pipedream", "2bw", "wpipe", "ampnet", "spectrain", "xpipe", "pipemare", "avgpipe"])
+def test_weights_that_change_under_microbatches_are_taken_of_one_replica(name):
+    for degrees in ({"dp": 2}, {"cp": 2}, {"tp": 2}):
+        plan, _ = documents(**degrees)
+        delayed = plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"name": name})})
+        if degrees == {"tp": 2}:
+            check_supported(delayed)
+            continue
+        with pytest.raises(InvalidArgument, match=rf"stages have \(dp, cp\) .* under {name}") as refusal:
+            check_supported(delayed)
+        assert refusal.value.field == "stages.degrees.dp"
+
+
+def test_versions_of_a_weight_that_stages_share_are_refused():
+    plan, profile = documents()
+    check_shared_weights(plan, profile)
+    delayed = plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"name": "xpipe"})})
+    with pytest.raises(InvalidArgument, match=r"stages \[0, 1\] share a weight, and xpipe changes weights"):
+        check_shared_weights(delayed, profile)
+
+
 @pytest.mark.parametrize("name", ["muon", "shampoo"])
 def test_optimizers_of_whole_matrices_are_taken_under_every_degree_and_synchronous_schedules(name):
     chain = split(TinyModel(3))

@@ -20,7 +20,7 @@ from stagewright.planner.schedules.schedule import KIND, REPLICA, SLICE, STAGE, 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 
-_KEPT_BY_PREDICTORS = {"discrepancy": 1, "adam": 4}
+_KEPT_BY_PREDICTORS = {"discrepancy": 1, "adam": 2}
 
 _F, _B, _I = int(Kind.F), int(Kind.B), int(Kind.I)
 
@@ -52,8 +52,8 @@ def versions_beside_the_master(schedule: Schedule) -> Ints:
 
     The optimizer of a synchronous schedule steps the only copy. Where weights change under microbatches it steps a master,
     and the versions that forwards and backwards see are copies: those of `weight_versions`, and what moves in place is one.
-    Predictors keep more: PipeMare's an average of the changes, XPipe's what the first microbatches of the last two updates
-    predicted for forwards and for backwards.
+    Predictors keep more: PipeMare's an average of the changes, XPipe's what the first microbatch of an update predicted for
+    forwards, and what one predicted for backwards.
     """
     if schedule.is_synchronous:
         return np.zeros(schedule.placement.shape, dtype=np.int32)
