@@ -278,6 +278,16 @@ class DeclaredSpace:
         idle = share * (shape[:, PP] - 1.0) / (chunks * np.maximum(shape[:, NUM_MICROBATCHES], 1.0))
         return np.asarray(np.maximum(self.bound_s[chosen], self.work_s[rows] * (1.0 + idle)))
 
+    def filling(self) -> Floats:
+        """Return a guess of which share of a device's room each candidate takes at the strongest recomputation that is allowed."""
+        rows, rules, _ = self.crossed
+        priced, number = self.priced, self.problem.classes.counts.astype(np.float64)
+        ranks, count = (priced.shape[rows, column].astype(np.float64) for column in (PP, NUM_MICROBATCHES))
+        kept = priced.kept_bytes[:, int(np.flatnonzero(self.levels)[-1])] @ number
+        holds_all = np.array([rule.live == "all" for rule in self.problem.rules])[rules]
+        live = np.where(holds_all, count, np.minimum(count, ranks))
+        return np.asarray(((priced.state_bytes @ number)[rows] + live * kept[rows]) / (ranks * self.room_bytes))
+
     def any_order_s(self, incumbent_s: float) -> float:
         """Return a bound for every order of the actions on every configuration, `auto` included.
 

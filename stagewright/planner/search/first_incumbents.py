@@ -30,7 +30,8 @@ Longs = npt.NDArray[np.int64]
 NUM_REFINED = 240
 _EVALUATED_S = 1e-8  # for each action of an order, of one evaluation by local search
 LEAST_ANSWERED_S = 0.1
-NUM_FIRST = 12
+NUM_FIRST, NUM_LATE = 12, 48  # tries, and those that a deadline that has passed leaves where none was any good
+ROOMY = 0.8  # of a device's room, that a guess may take
 NUM_STARTS = 24
 NUM_TRIED, NUM_ALIKE = 96, 2
 NUM_IMPROVED = 12
@@ -54,8 +55,9 @@ class FirstIncumbents:
         space, completions = self.space, self.completions
         if self.limits.deadline_s is not None:
             # An answer first: what comes behind may take all the time there is.
-            guessed = np.argsort(space.estimate(np.arange(space.num_candidates)), kind="stable")
-            stopped = self._begin(guessed[:NUM_FIRST].tolist())
+            every = np.arange(space.num_candidates)
+            guessed = np.lexsort((space.estimate(every), space.filling() > ROOMY))
+            stopped = self._begin(guessed[:NUM_LATE].tolist(), NUM_FIRST)
             if stopped is not None:
                 return stopped
         bound_kinds = np.array([KINDS[rule.bound] for rule in space.problem.rules])[space.crossed[1]]
@@ -107,8 +109,8 @@ class FirstIncumbents:
     def _begin(self, chosen: Sequence[int], most: int | None = None) -> Termination | None:
         """Complete candidates until `most` were tried, and improve the best of them where they are promising.
 
-        A deadline of LEAST_ANSWERED_S or more does not end the first few tries, so that a late search has something to
-        answer.
+        A deadline of LEAST_ANSWERED_S or more does not end the first tries, up to NUM_LATE, so that a late search has
+        something to answer.
         """
         completions = self.completions
         in_haste = self.limits.deadline_s is not None and self.limits.deadline_s < LEAST_ANSWERED_S
@@ -118,7 +120,7 @@ class FirstIncumbents:
         while left and (most is None or tried < most or completions.best is None):
             stopped = self.limits.reached()
             if stopped is not None and (
-                in_haste or completions.best is not None or stopped == "cancelled" or tried >= NUM_FIRST
+                in_haste or completions.best is not None or stopped == "cancelled" or tried >= NUM_LATE
             ):
                 return stopped
             some: list[int] = []

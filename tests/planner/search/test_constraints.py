@@ -82,6 +82,18 @@ def test_a_deadline_that_has_passed_still_brings_a_plan_and_a_bound() -> None:
     assert outcome.plan.certificate.any_order_bound <= outcome.objective_s
 
 
+@pytest.mark.parametrize("looks", [0, 4, 8, 12, 16, 24, 40])
+def test_a_deadline_that_passes_after_so_many_looks_at_the_clock_brings_a_plan_of_the_largest_case(looks: int) -> None:
+    """Whatever part of the space was priced by then, and however many of the fastest guesses do not fit."""
+    cluster, seen = resolve_cluster("h100-sxm:8x2048"), iter(range(looks))
+    job = TrainingJob(global_batch=2048, sequence_length=8192)
+    problem = Problem(resolve_model("llama3.1-405b"), cluster, job, cluster.num_devices)
+    limits = Limits(deadline_s=0.5, clock=lambda: 0.0 if next(seen, None) is not None else 1e9)
+    outcome = solve(problem, limits)
+    assert outcome.plan is not None and outcome.objective_s is not None and outcome.bound_s is not None
+    assert 0 < outcome.bound_s <= outcome.objective_s
+
+
 def test_what_a_deadline_leaves_unpriced_is_bounded_by_its_work_at_the_peaks() -> None:
     job = TrainingJob(global_batch=64, sequence_length=1024)
     cluster = resolve_cluster("a100-sxm-80g:8x1")
