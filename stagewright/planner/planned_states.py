@@ -81,22 +81,22 @@ def version_bytes(
     bounds: Sequence[int],
     levels: Sequence[int],
     layers: Sequence[LayerCosts],
+    parameter_bytes: Floats,
     workspace_bytes: Floats,
 ) -> Floats:
-    """Return what weights beside those that its optimizers step add to the peak of each rank, [D].
+    """Return what weights beside those that its optimizers step add to the peak of each rank, [D], of `parameter_bytes` [stages].
 
     PipeMare notes the weights before an update, when the activations of the microbatch before it are gone.
     """
     level = np.asarray(levels, dtype=np.int64)
-    found, noted, leaving = np.zeros((3, schedule.num_ranks))
-    for stage, (row, copies) in enumerate(zip(layers, versions_beside_the_master(schedule).T, strict=True)):
-        chosen = np.arange(bounds[stage], bounds[stage + 1])
-        parameters = row.state_bytes[0, chosen].sum()
-        np.add.at(found, schedule.placement[:, stage], copies * parameters)
-        ranks = np.unique(schedule.placement[:, stage])
-        noted[ranks] += parameters * (schedule.parameters.get("predictor") == "discrepancy")
-        leaving[ranks] += row.kept_bytes[level[chosen], chosen].sum()
-    return np.asarray(found + np.maximum(noted - leaving - workspace_bytes, 0.0))
+    found, noted = np.zeros((2, schedule.num_ranks))
+    np.add.at(found, schedule.placement, versions_beside_the_master(schedule) * parameter_bytes)
+    if schedule.parameters.get("predictor") == "discrepancy":
+        for stage, row in enumerate(layers):
+            chosen = np.arange(bounds[stage], bounds[stage + 1])
+            leaving = row.kept_bytes[level[chosen], chosen].sum()
+            noted[np.unique(schedule.placement[:, stage])] += parameter_bytes[stage] - leaving
+    return np.asarray(found + np.maximum(noted - workspace_bytes, 0.0))
 
 
 def offloaded_bytes(plan: Plan, profile: ModelProfile, bounds: Sequence[int], layers: Sequence[LayerCosts]) -> Floats:

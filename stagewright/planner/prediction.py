@@ -131,7 +131,7 @@ def evaluate(plan: Plan, profile: ModelProfile, *, member: int | None = None) ->
     parameters = np.array(
         [row.state_bytes[0, bounds[stage] : bounds[stage + 1]].sum() for stage, row in enumerate(layers)]
     )
-    versions = version_bytes(schedule, bounds, levels, layers, pipeline.workspace_bytes)
+    versions = version_bytes(schedule, bounds, levels, layers, parameters, pipeline.workspace_bytes)
     pipeline = replace(pipeline, static_bytes=static, version_bytes=versions)
     devices = [device_of(plan.cluster, stage.group) for stage in plan.stages]
     pipeline = with_version_work(pipeline, schedule, layout, profile, parameters, devices)

@@ -85,7 +85,7 @@ def test_peaks_that_were_known_to_be_off(rank_pools, models, monkeypatch, tmp_pa
     """They were 17 and 9 % low, and Shampoo's between 24 % low and 38 % high."""
     monkeypatch.setattr(run, "launch", partial(launch_on_pool, rank_pools))
     choice = Choice(Degrees(dp=2, zero=zero), 2, chunks, 1, schedule, Recompute.NONE)
-    assert_peaks(models, tmp_path, "mixtral", "fp32", optimizer, choice)
+    assert_peaks(run_even_plan(models, tmp_path, "mixtral", "fp32", optimizer, choice))
 
 
 def test_peaks_hold_what_a_stage_receives_and_keeps_in_wider_numbers_only(rank_pools, models, monkeypatch, tmp_path):
@@ -107,7 +107,7 @@ def test_peaks_hold_what_a_stage_receives_and_keeps_in_wider_numbers_only(rank_p
 def test_peaks_of_backwards_that_run_apart(rank_pools, models, monkeypatch, tmp_path, schedule, chunks):
     monkeypatch.setattr(run, "launch", partial(launch_on_pool, rank_pools))
     choice = Choice(Degrees(), 2, chunks, 1, schedule, Recompute.NONE)
-    assert_peaks(models, tmp_path, "llama", "fp64", "sgd-momentum", choice)
+    assert_peaks(run_even_plan(models, tmp_path, "llama", "fp64", "sgd-momentum", choice))
 
 
 def test_peaks_of_late_weight_gradients_in_bf16_hold_what_the_machine_makes_of_their_products(
@@ -116,7 +116,7 @@ def test_peaks_of_late_weight_gradients_in_bf16_hold_what_the_machine_makes_of_t
     """6.7 % high on processors with units for bf16, which round no product from four bytes a number."""
     monkeypatch.setattr(run, "launch", partial(launch_on_pool, rank_pools))
     choice = Choice(Degrees(dp=2, zero=3), 2, 2, 1, "zb-v", Recompute.NONE)
-    assert_peaks(models, tmp_path, "gpt-wide", "bf16", "sgd-momentum", choice)
+    assert_peaks(run_even_plan(models, tmp_path, "gpt-wide", "bf16", "sgd-momentum", choice))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_peaks_of_gradients_that_are_reduced_beside_other_stages(
 ):
     monkeypatch.setattr(run, "launch", partial(launch_on_pool, rank_pools))
     choice = Choice(Degrees(dp=2, zero=1), 2, chunks, 1, schedule, Recompute.NONE)
-    assert_peaks(models, tmp_path, "llama", "fp32", optimizer, choice)
+    assert_peaks(run_even_plan(models, tmp_path, "llama", "fp32", optimizer, choice))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_peaks_of_gradients_that_are_reduced_beside_other_stages(
 def test_peaks_of_masters_on_the_host(rank_pools, models, monkeypatch, tmp_path, zero, optimizer, share):
     monkeypatch.setattr(run, "launch", partial(launch_on_pool, rank_pools))
     choice = Choice(Degrees(dp=2, zero=zero), 2, 1, 1, "1f1b", Recompute.NONE)
-    assert_peaks(models, tmp_path, "llama", "bf16", optimizer, choice, offloaded=share)
+    assert_peaks(run_even_plan(models, tmp_path, "llama", "bf16", optimizer, choice, offloaded=share))
 
 
 @pytest.mark.parametrize("schedule", [soaked("v-half"), "v-min"])
@@ -153,7 +153,7 @@ def test_peaks_of_recomputed_layers_whose_weights_are_gathered(rank_pools, model
     """What they recompute is not there yet as their weights arrive. The first rank was 5 % high."""
     monkeypatch.setattr(run, "launch", partial(launch_on_pool, rank_pools))
     choice = Choice(Degrees(dp=2, zero=3), 2, 2, 1, schedule, Recompute.FULL)
-    assert_peaks(models, tmp_path, "llama", "fp32", "sgd-momentum", choice)
+    assert_peaks(run_even_plan(models, tmp_path, "llama", "fp32", "sgd-momentum", choice))
 
 
 @pytest.mark.parametrize("name", ["xpipe", "pipemare", soaked("spectrain"), soaked("pipedream"), soaked("ampnet")])
@@ -163,24 +163,11 @@ def test_peaks_where_weights_change_under_microbatches(rank_pools, models, monke
     choice = Choice(Degrees(), 2, 1, 2, name, Recompute.NONE)
     updates = {"updates": 2} if name in ("xpipe", "pipemare") else {}
     optimizer = "adam" if name == "xpipe" else "sgd-momentum"
-    assert_peaks(models, tmp_path, "gpt-wide", "fp32", optimizer, choice, parameters=updates)
+    assert_peaks(run_even_plan(models, tmp_path, "gpt-wide", "fp32", optimizer, choice, parameters=updates))
 
 
-def assert_peaks(
-    models: Models,
-    directory: Path,
-    model: str,
-    precision: str,
-    optimizer: str,
-    choice: Choice,
-    *,
-    offloaded: float = 0.0,
-    parameters: Mapping[str, int] = MappingProxyType({}),
-) -> None:
-    """Run eight microbatches of an even plan and compare traffic and peaks with the predicted ones."""
-    report = run_even_plan(
-        models, directory, model, precision, optimizer, choice, offloaded=offloaded, parameters=parameters
-    )
+def assert_peaks(report: RunReport) -> None:
+    """Compare the peaks of a run with the predicted ones."""
     peaks = [found["peak_memory_bytes"] for found in (report.predicted, report.measured)]
     assert report.checks["memory"]["passed"], peaks
 

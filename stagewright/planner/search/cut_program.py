@@ -288,12 +288,13 @@ class CutProgram:
         runs, ranks = costs.runs.num_runs, costs.order.num_ranks
         count, first_row = len(self._cells), self.num_columns
         bulk = np.where(np.isin(self._stage_of, self._shared), CELLS, STAGES)
-        # Kinds of the columns behind theta, then of rows from that of the first shared stage on.
-        kinds = [np.where(self._is_bulk, bulk, ENDS)]
-        kinds += [np.full(self._first_switch - 1 - count, RAISED)]
-        kinds += [np.full(self.num_columns - self._first_switch, SWITCHES)]
-        kinds += [np.full(len(self._shared), STAGES), np.full(ranks * self._has_rank_rows, RANKS)]
-        variables = [np.arange(1, first_row), first_row + runs + np.arange(len(kinds[3]) + len(kinds[4]))]
+        raised, switches = self._first_switch - 1 - count, self.num_columns - self._first_switch
+        of_columns = np.concatenate(
+            (np.where(self._is_bulk, bulk, ENDS), np.full(raised, RAISED), np.full(switches, SWITCHES))
+        )
+        of_rows = np.repeat((STAGES, RANKS), (len(self._shared), ranks * self._has_rank_rows))
+        kinds = [of_columns, of_rows]  # of the columns behind theta, and of rows behind those of the runs
+        variables = [1 + np.arange(len(of_columns)), first_row + runs + np.arange(len(of_rows))]
         overfull = np.flatnonzero(self._overfull)
         if len(overfull) and self._raise:
             kinds.append(np.full(len(overfull) * len(self._raise), RAISED_ON_RANKS))

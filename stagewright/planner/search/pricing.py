@@ -257,7 +257,7 @@ def with_equal(shapes: Ints, equal: Sequence[tuple[str, str]]) -> Ints:
 
 def configuration_of(row: Sequence[int] | Ints) -> Configuration:
     """Return the configuration of a row of SHAPE columns."""
-    return _configuration(tuple(row.tolist() if isinstance(row, np.ndarray) else row))
+    return _configuration(tuple(np.asarray(row).tolist()))
 
 
 @lru_cache(maxsize=4096)

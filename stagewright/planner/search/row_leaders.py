@@ -80,7 +80,7 @@ class RowLeaders:
         around, any_two = levels[:, :ranks], levels[:, ranks:]
         each = np.arange(len(rows))[:, None]
         lines = self._lines(rows)[each, _distinct(around)[grid_of]]
-        found = [lines.reshape(len(rows), -1), self._sum_line(around[grid_of, ranks - 1])]
+        found = [lines.reshape(len(rows), -1), self._sum_lines[around[grid_of, ranks - 1]]]
         if any_two.shape[1]:
             sums, pairs = self._tie_sums(shape), _distinct(any_two)[grid_of]
             found += [sums[each, place, pairs] for place in range(sums.shape[1])]
@@ -98,13 +98,9 @@ class RowLeaders:
             self._levels[key] = np.concatenate(found).astype(np.int32)
         return self._levels[key]
 
-    def _sum_line(self, level: Ints) -> Floats:
-        """Return latency and seconds for UNIT bytes of a sum over two ranks that a level joins, [n, 2]."""
-        return self._sum_lines[level]
-
     @cached_property
     def _sum_lines(self) -> Floats:
-        """Latency and seconds for UNIT bytes of a sum over two ranks, [levels, 2]."""
+        """Latency and seconds for UNIT bytes of a sum over two ranks that a level joins, [levels, 2]."""
         links = self.problem.cluster.groups[0].links
         latency = np.array([2.0 * pair_sum_s(link, UNIT) - pair_sum_s(link, 2.0 * UNIT) for link in links])
         whole = np.array([pair_sum_s(link, UNIT) for link in links])
