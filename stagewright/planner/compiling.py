@@ -1,14 +1,14 @@
 """Compilation of what the search calls, at installation or in two processes at once on the very first run.
 
 Compiled functions are cached on disk, so this matters once: `python -m stagewright.planner.compiling` does it now, which
-`make` and the image do, and whoever has not done it waits for it in their first search. While this process prices and bounds candidates, a helper
-process plans a tiny model from the other end: it completes a candidate, scores it, then makes an order of every
-schedule, which compiles the same functions, in another order, into the same cache.
+`make` and the image do, and whoever has not done it waits for it in their first search. While this process prices, bounds and completes
+candidates, a helper process plans a tiny model from the other end: it scores a candidate, proves a bound of it, then makes
+an order of every schedule, which compiles the same functions, in another order, into the same cache.
 
 A function is compiled by one of the two alone. Before a process compiles a function that the cache lacks, it takes the
 lock of that function and looks again, so that the other one waits and then loads. Callers lock before what they call and
 calls make no cycles, so no two wait for each other. Where locks cannot be had, both compile, and nothing else changes.
-Both make machine code only for what Python calls (`machine_code`).
+Both make machine code only for what Python calls (`machine_code`), by a shorter way (`front_end`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from types import FunctionType
 from typing import Protocol, cast
 
 from stagewright.planner.cores import num_cores
+from stagewright.planner.front_end import without_detours
 from stagewright.planner.machine_code import for_what_python_calls
 
 _LOCKED_BYTES = 2**31 - 1
@@ -148,10 +149,10 @@ def compiled_by_two(report: Callable[[int], None] = lambda done: None) -> Iterat
     `report` is told 0 when compilation begins and 1 when the work of this process is done, if it did.
     """
     if num_cores() < 2:
-        with for_what_python_calls():
+        with without_detours(), for_what_python_calls():
             yield
         return
-    with for_what_python_calls(), tempfile.TemporaryFile() as locks:
+    with without_detours(), for_what_python_calls(), tempfile.TemporaryFile() as locks:
         helper = Helper(locks.fileno(), report)
         shared = share_caches(locks.fileno(), helper)
         try:
@@ -184,15 +185,20 @@ def share_caches(
 
 
 def _plan_from_the_end() -> None:
-    """Complete and score a candidate of a tiny problem, then make orders of all its schedules."""
+    """Score and close a candidate of a tiny problem: what a search comes to last, first."""
+    import numpy as np
+
     from stagewright.planner.catalog.clusters import resolve_cluster
     from stagewright.planner.catalog.models import resolve_model
     from stagewright.planner.documents.job import TrainingJob
     from stagewright.planner.prediction import evaluate
+    from stagewright.planner.search.branching import Branching
     from stagewright.planner.search.closing import Closer
-    from stagewright.planner.search.incumbent import improve, start
+    from stagewright.planner.search.cut_program import CutProgram
+    from stagewright.planner.search.incumbent import Completion
     from stagewright.planner.search.joint_search import JointSearch
     from stagewright.planner.search.limits import Limits
+    from stagewright.planner.search.order_reach import OrderReach
     from stagewright.planner.search.problem import Problem
 
     job = TrainingJob(global_batch=8, sequence_length=1024)
@@ -204,17 +210,27 @@ def _plan_from_the_end() -> None:
             of_rule.setdefault(search.space.rule(index).name, index)
     index = of_rule.pop("1f1b")
     costs = search.costs.of(index)
-    first = None if costs is None else start(costs)
-    if costs is not None and first is not None:
-        search.completions.keep(index, first)
-        Closer(search.limits).close(costs, first.step_s, first.step_s, None)
-        improve(costs, first.bounds)
-        evaluate(
-            problem.plan(search.space.candidate(index), search.completions.partition(index, first), "exact"),
-            problem.profile,
-        )
-    for index in of_rule.values():
-        search.costs.of(index)
+    assert costs is not None
+    halves = (0, costs.num_layers // 2, costs.num_layers)
+    counts = np.zeros((2, costs.classes.num_classes, 3), dtype=np.int64)
+    counts[:, :, 0] = costs.layers_of(halves)
+    step_s, cut = costs.trace(counts, halves)
+    completion = Completion(step_s, halves, counts, cut)
+    evaluate(
+        problem.plan(search.space.candidate(index), search.completions.partition(index, completion), "exact"),
+        problem.profile,
+    )
+    target_s = 2 * step_s
+    reach = OrderReach(search.space, search.costs)
+    reach.note_out_of_reach([index], target_s)
+    _, rank_layers = reach.order_caps(index, target_s)
+    closer = Closer(search.limits)
+    closer.close_light(costs, step_s, rank_layers)
+    program = CutProgram(costs, closer.of(costs.order).pool, form="whole", target_s=target_s, rank_layers=rank_layers)
+    Branching(program, target_s, 0.0, lambda point, is_whole: None, lambda: False).run(most_nodes=1)
+    for each in of_rule.values():
+        search.costs.of(each)
+    closer.close(costs, target_s, target_s, rank_layers)
 
 
 def compile_now() -> None:
@@ -234,5 +250,5 @@ if __name__ == "__main__":
         compile_now()
     else:
         share_caches(int(sys.argv[1]), None)
-        with for_what_python_calls():
+        with without_detours(), for_what_python_calls():
             _plan_from_the_end()

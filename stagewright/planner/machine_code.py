@@ -86,11 +86,16 @@ class KernelLibrary(JITCodeLibrary):  # type: ignore[misc]
                 self._codegen.set_env(variable.name, environment)
 
 
+def is_known_numba() -> bool:
+    """Tell whether this numba is one whose own parts may be reached into."""
+    return numba.__version__.rpartition(".")[0] in KNOWN_VERSIONS
+
+
 @contextmanager
 def for_what_python_calls() -> Iterator[None]:
     """Make machine code for the functions that Python calls alone, of those compiled or loaded inside."""
     codegen = cpu_target.target_context.codegen()
-    if numba.__version__.rpartition(".")[0] not in KNOWN_VERSIONS or codegen._library_class is KernelLibrary:
+    if not is_known_numba() or codegen._library_class is KernelLibrary:
         yield
         return
     set_env = codegen.set_env

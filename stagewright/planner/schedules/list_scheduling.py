@@ -173,9 +173,16 @@ def loose_rule(chains: Chains) -> Rule:
     return Rule(zeros, zeros, 0.0, np.full(num_ranks, np.inf), np.full(positions, np.iinfo(np.int64).max))
 
 
-@njit(cache=True)
 def decode(chains: Chains, rule: Rule) -> Words:
     """Return the words that the rule makes; cut to nothing where the limits admit no letter before the end."""
+    # Tables lie in memory as those of the chains do, or the function below would be compiled for each way they may lie.
+    target_s, tolerance_s = np.asfortranarray(rule.target_s), np.asfortranarray(rule.tolerance_s)
+    words: Words = _decode(chains, rule._replace(target_s=target_s, tolerance_s=tolerance_s))
+    return words
+
+
+@njit(cache=True)
+def _decode(chains: Chains, rule: Rule) -> Words:
     # Fields are local: a call that takes a tuple of arrays counts references for each of them.
     rank_of, is_entry, is_exit, seconds = chains.rank, chains.is_entry, chains.is_exit, chains.seconds
     fan, latency_s, held, units, slack_s = chains.fan, chains.latency_s, chains.held, chains.units, chains.slack_s

@@ -303,7 +303,12 @@ def _whole(wanted: Floats, least: Longs, total: int) -> Longs:
     while sizes.sum() < total:
         sizes[np.argmax(wanted - sizes)] += 1
     while sizes.sum() > total:
-        sizes[np.argmin(np.where(sizes > least, wanted - sizes, np.inf))] -= 1
+        fullest = -1
+        for place in range(len(sizes)):
+            over = wanted[place] - sizes[place]
+            if sizes[place] > least[place] and (fullest < 0 or over < wanted[fullest] - sizes[fullest]):
+                fullest = place
+        sizes[fullest] -= 1
     return sizes
 
 

@@ -74,7 +74,7 @@ class Scratch(NamedTuple):
     end: Floats
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def scratch_of(tables: CompletionTables) -> Scratch:
     """Return scratch for a candidate."""
     stages = tables.placement.shape[1]
@@ -87,7 +87,7 @@ def scratch_of(tables: CompletionTables) -> Scratch:
     )
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def prepare(tables: CompletionTables, bounds: Longs, weight: Floats, counts: Longs, scratch: Scratch) -> bool:
     """Fill `counts` [S, K, 3] with recomputation that fits, and the scratch up to the sweep; False when none was found.
 
@@ -147,7 +147,7 @@ def swept(tables: CompletionTables, scratch: Scratch) -> float:
     return value + tables.step_overhead_s
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def path_bound(tables: CompletionTables, scratch: Scratch, paths: Ints, ends: Longs, known: int) -> float:
     """Return the longest of `known` paths of the order at a prepared partition, seconds: no more than its step.
 

@@ -157,14 +157,12 @@ def _copied(t: Table) -> Table:
         np.empty_like(t.value),
         np.empty_like(t.norm),
     )
-    table[:held], basic[:held], value[:held], norm[:held] = (
-        t.table[:held],
-        t.basic[:held],
-        t.value[:held],
-        t.norm[:held],
-    )
+    for row in range(held):
+        _write(table, row, t.table[row])
+        basic[row], value[row], norm[row] = t.basic[row], t.value[row], t.norm[row]
     place = np.empty_like(t.place)
-    place[:known] = t.place[:known]
+    for name in range(known):
+        place[name] = t.place[name]
     return Table(
         t.rows, t.low, t.high, t.cost, table, basic, value, norm,
         t.nonbasic.copy(), t.reduced.copy(), t.at.copy(), place, t.size.copy(),
@@ -359,6 +357,12 @@ def _may_move(t: Table, place: int, slope: float) -> bool:
 
 
 @njit(cache=True, no_cpython_wrapper=True)
+def _write(table: Floats, row: int, line: Floats) -> None:
+    for column in range(len(line)):
+        table[row, column] = line[column]
+
+
+@njit(cache=True, no_cpython_wrapper=True)
 def _pivot(t: Table, row: int, column: int, step: float, end: float) -> None:
     """Exchange a basic variable, which goes to its limit `end`, for a nonbasic one, which moves by `step`."""
     pivot = t.table[row, column]
@@ -367,10 +371,11 @@ def _pivot(t: Table, row: int, column: int, step: float, end: float) -> None:
     _eliminate(t.table, t.norm, t.value, line, row, column, t.size[HELD], step, pivot)
     cost = t.reduced[column]
     if cost != 0.0:
-        t.reduced[:] += cost * line
+        for place in range(len(line)):
+            t.reduced[place] += cost * line[place]
     t.reduced[column] = cost / pivot
     line[column] = 1.0 / pivot
-    t.table[row] = line
+    _write(t.table, row, line)
     t.norm[row] = 1.0 + np.dot(line, line)
     leaving, entering = t.basic[row], t.nonbasic[column]
     t.value[row] = t.at[column] + step
@@ -405,7 +410,7 @@ def _enter(t: Table, known: int) -> None:
     count, row = len(t.at), t.size[HELD]
     line = np.zeros(count)
     _substitute(t.rows[known], t.place, t.table, line)
-    t.table[row] = line
+    _write(t.table, row, line)
     t.norm[row] = 1.0 + np.dot(line, line)
     t.value[row] = np.dot(line, t.at)
     t.basic[row] = count + known
@@ -433,7 +438,7 @@ def _leave(t: Table, row: int) -> None:
     last = t.size[HELD] - 1
     t.place[t.basic[row]] = -1
     if row < last:
-        t.table[row] = t.table[last]
+        _write(t.table, row, t.table[last])
         t.basic[row], t.value[row], t.norm[row] = t.basic[last], t.value[last], t.norm[last]
         t.place[t.basic[row]] = row
     t.size[HELD] = last

@@ -108,7 +108,7 @@ class _Paths(NamedTuple):
     kept: Longs
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _no_paths(tables: CompletionTables) -> _Paths:
     width = 3 * tables.placement.shape[1] + tables.hop_lines.shape[1] + 1
     return _Paths(
@@ -116,7 +116,7 @@ def _no_paths(tables: CompletionTables) -> _Paths:
     )
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def _keep_path(tables: CompletionTables, scratch: Scratch, paths: _Paths) -> int:
     """Keep the longest path of what was swept last in place of the oldest, and return its place."""
     place = int(paths.kept[0] % len(paths.ends))
@@ -208,7 +208,8 @@ def _descend(
                 value, goal = new, new_goal
                 bounds, trial = trial, bounds
                 counts, trial_counts = trial_counts, counts
-                path[:] = paths.counts[place]
+                for cell in range(len(path)):
+                    path[cell] = paths.counts[place, cell]
                 found = True
                 break
         if not found:

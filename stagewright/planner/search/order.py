@@ -301,12 +301,12 @@ def live_vectors(order: Ints, slots: tuple[Slot, ...], num_stages: int, num_slic
     for index, slot in enumerate(slots):
         position[slot.replica * num_stages + slot.stage] = index
     vectors, splits = _peaks(order, position, num_stages, num_slices, len(slots))
-    vectors = vectors[_non_dominated(vectors)]
+    vectors = vectors[non_dominated(vectors)]
     if splits:
         # Where an input gradient only gives bytes back, (a, a + b) decides; what that leaves stays as it is.
         both = vectors.copy()
         both[:, len(slots) :] += both[:, : len(slots)]
-        vectors = vectors[_not_between(vectors, _non_dominated(both))]
+        vectors = vectors[_not_between(vectors, non_dominated(both))]
     return np.ascontiguousarray(vectors.reshape(-1, 2, len(slots)))
 
 
@@ -325,7 +325,8 @@ def _peaks(order: Ints, position: Ints, num_stages: int, num_slices: int, num_sl
         if kind > _W:
             continue
         if is_peak and kind != _F:
-            found[row, :] = live
+            for place in range(2 * num_slots):
+                found[row, place] = live[place]
             row += 1
         cell = position[order[index, REPLICA] * num_stages + order[index, STAGE]]
         amount = num_slices if order[index, SLICE] < 0 else 1
@@ -340,20 +341,26 @@ def _peaks(order: Ints, position: Ints, num_stages: int, num_slices: int, num_sl
             live[num_slots + cell] -= amount
         is_peak = kind in (_F, _I)
     if is_peak:
-        found[row, :] = live
+        for place in range(2 * num_slots):
+            found[row, place] = live[place]
         row += 1
     return found[:row].copy(), splits
 
 
-@njit(cache=True)
-def _non_dominated(vectors: Ints) -> npt.NDArray[np.bool_]:
+def non_dominated(vectors: Ints) -> npt.NDArray[np.bool_]:
     """Return which rows no other row is at least everywhere; of equal rows the first stays."""
+    # By falling sums: what comes later covers nothing before it. What covers often comes first.
+    stays: npt.NDArray[np.bool_] = _non_dominated(vectors, np.argsort(-vectors.sum(axis=1), kind="stable"))
+    return stays
+
+
+@njit(cache=True)
+def _non_dominated(vectors: Ints, by_sum: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     count, width = vectors.shape
     keep = np.zeros(count, dtype=np.bool_)
     kept = np.empty(count, dtype=np.int64)
     num_kept = 0
-    # By falling sums: what comes later covers nothing before it. What covers often comes first.
-    for index in np.argsort(-vectors.sum(axis=1), kind="mergesort"):
+    for index in by_sum:
         dominated = False
         for place in range(num_kept):
             if _covers(vectors[kept[place]], vectors[index], width):

@@ -227,7 +227,8 @@ def improve_bound(
             is_best = value < inner_value
             if is_best:
                 inner_value = value
-                inner[:] = point
+                for place in range(count):
+                    inner[place] = point[place]
             if value > bound * (1.0 + 1e-7):
                 _add_row(t, c, paths[number], ends[number])
                 number += 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numba import njit
 
 from stagewright.planner.search.brute_force import best_completion
 from stagewright.planner.search.completion_tables import path_bound, prepare, scratch_of, swept
@@ -18,6 +19,13 @@ from stagewright.planner.search.local_search import _keep_path, _no_paths
 sys.path.insert(0, str(Path(__file__).parent))
 
 from random_problems import random_problem
+
+# For Python, which these have no wrapper for.
+new_scratch = njit(lambda tables: scratch_of(tables))
+no_paths = njit(lambda tables: _no_paths(tables))
+prepared = njit(lambda tables, bounds, weight, counts, scratch: prepare(tables, bounds, weight, counts, scratch))
+bound_by_paths = njit(lambda tables, scratch, counts, ends, known: path_bound(tables, scratch, counts, ends, known))
+keep_path = njit(lambda tables, scratch, paths: _keep_path(tables, scratch, paths))
 
 
 def _candidates(seeds: range):
@@ -35,19 +43,20 @@ def test_a_path_of_one_partition_is_no_longer_than_the_step_of_another() -> None
     compared = longest = 0
     for _, _, costs in _candidates(range(14)):
         tables = costs.tables
-        scratch, paths = scratch_of(tables), _no_paths(tables)
+        scratch, paths = new_scratch(tables), no_paths(tables)
         counts = np.zeros((costs.num_stages, costs.runs.num_runs, 3), dtype=np.int64)
         for _ in range(8):
             inner = np.sort(rng.choice(np.arange(1, costs.num_layers), costs.num_stages - 1, replace=False))
             bounds = np.concatenate(([0], inner, [costs.num_layers]))
-            if not prepare(tables, bounds, np.ones(costs.num_stages), counts, scratch):
+            if not prepared(tables, bounds, np.ones(costs.num_stages), counts, scratch):
                 continue
             known = int(paths.kept[0])
-            before_s = path_bound(tables, scratch, paths.counts, paths.ends, known)
+            before_s = bound_by_paths(tables, scratch, paths.counts, paths.ends, known)
             step_s = swept(tables, scratch)
             assert known == 0 or before_s <= step_s * (1 + 1e-9)
-            _keep_path(tables, scratch, paths)
-            assert path_bound(tables, scratch, paths.counts, paths.ends, known + 1) == pytest.approx(step_s, rel=1e-9)
+            keep_path(tables, scratch, paths)
+            after_s = bound_by_paths(tables, scratch, paths.counts, paths.ends, known + 1)
+            assert after_s == pytest.approx(step_s, rel=1e-9)
             compared += 1
             longest += known > 0 and before_s >= step_s * (1 - 1e-9)
     assert compared >= 60
