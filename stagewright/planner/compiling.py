@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import fcntl
 import os
-import subprocess
+import signal
 import sys
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FunctionType
-from typing import Protocol, cast
+from typing import NoReturn, Protocol, cast
 
 from stagewright.planner.cores import num_cores
 from stagewright.planner.front_end import without_detours
@@ -62,36 +64,48 @@ class CompiledFunction(Protocol):
 
 
 class Helper:
-    """The other process: started at the first function that the cache lacks, ended with this one's work.
+    """The other process: forked at the first function that the cache lacks, ended with this one's work.
 
-    `locks` is the descriptor of the file whose bytes are the locks; `report` is told 0 at the start and 1 at the end.
+    `work` is what it does, and `report` is told 0 at the start and 1 at the end. A fork has what this one has imported.
     """
 
-    def __init__(self, locks: int, report: Callable[[int], None]) -> None:
-        self._locks = locks
+    def __init__(self, work: Callable[[], None], report: Callable[[int], None]) -> None:
+        self._work = work
         self._report = report
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: int | None = None
         self._owner = os.getpid()
 
     def start(self) -> None:
         """Start the process, once; a fork of this one starts none."""
-        if self._process is None and os.getpid() == self._owner:
-            self._report(0)
-            command = [sys.executable, "-m", "stagewright.planner.compiling", str(self._locks)]
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=(self._locks,),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+        if self._process is not None or os.getpid() != self._owner:
+            return
+        self._report(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: it calls nothing of theirs
+            self._process = os.fork()
+        if self._process == 0:
+            self._work_and_leave()
 
     def end(self) -> None:
         """End the process, whatever it is at."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            with suppress(ProcessLookupError):
+                os.kill(self._process, signal.SIGKILL)
+            os.waitpid(self._process, 0)
             self._report(1)
+
+    def _work_and_leave(self) -> NoReturn:
+        """Do the work in silence, and end without what this process would do at its end."""
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            nothing = Path(os.devnull).open("w")
+            for stream in (1, 2):
+                os.dup2(nothing.fileno(), stream)
+            sys.stdout = sys.stderr = nothing
+            self._work()
+        finally:
+            os._exit(0)
 
 
 class SharedCache:
@@ -153,7 +167,7 @@ def compiled_by_two(report: Callable[[int], None] = lambda done: None) -> Iterat
             yield
         return
     with without_detours(), for_what_python_calls(), tempfile.TemporaryFile() as locks:
-        helper = Helper(locks.fileno(), report)
+        helper = Helper(_plan_from_the_end, report)
         shared = share_caches(locks.fileno(), helper)
         try:
             yield
@@ -246,9 +260,4 @@ def compile_now() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        compile_now()
-    else:
-        share_caches(int(sys.argv[1]), None)
-        with without_detours(), for_what_python_calls():
-            _plan_from_the_end()
+    compile_now()

@@ -1,11 +1,17 @@
-"""Two processes that need the same compiled function compile it once."""
+"""Two processes that need the same compiled function compile it once, and the helper ends with who started it."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+import pytest
+
+from stagewright.planner.compiling import Helper
 
 _MODULE = """
 from numba import njit
@@ -52,3 +58,35 @@ def test_a_function_that_two_processes_need_is_compiled_by_one(tmp_path: Path) -
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
         misses = [int(process.communicate("go\n")[0]) for process in processes]
     assert sum(misses) == 2, misses
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_helper_works_in_silence_and_ends_with_who_started_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    begun, told = tmp_path / "begun", list[int]()
+
+    def work() -> None:
+        print("noise", flush=True)
+        os.write(2, b"noise")
+        (tmp_path / "being_written").write_text(str(os.getpid()))
+        (tmp_path / "being_written").rename(begun)
+        if fails:
+            raise RuntimeError("noise")
+        time.sleep(600)
+
+    helper = Helper(work, told.append)
+    helper.start()
+    helper.start()
+    ends = time.monotonic() + 60
+    while not begun.exists():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    assert told == [0]
+    helper.end()
+    assert told == [0, 1]
+    process = int(begun.read_text())
+    assert process != os.getpid()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+    assert capfd.readouterr() == ("", "")

@@ -130,7 +130,7 @@ def prepare(tables: CompletionTables, bounds: Longs, weight: Floats, counts: Lon
     return True
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def swept(tables: CompletionTables, scratch: Scratch) -> float:
     """Return the step of a prepared partition."""
     value: float = sweep(

@@ -97,7 +97,7 @@ def table_of(lower: Floats, upper: Floats, cost: Floats, room: int) -> Table:
     )
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def solve(t: Table, limit: float, most_pivots: int) -> int:
     """Solve until the optimum of all known rows, until it is proved to be at least `limit`, or for so many pivots."""
     last = t.size[PIVOTS] + min(most_pivots, _MOST_PIVOTS)
@@ -169,7 +169,7 @@ def _copied(t: Table) -> Table:
     )  # fmt: skip
 
 
-@njit(cache=True)
+@njit(cache=True, no_cpython_wrapper=True)
 def proved(t: Table, limit: float, row: int, left: Floats) -> float:
     """Return the bound that the multipliers prove, by the program's own numbers; `left` [n] is overwritten.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import highspy
 import numpy as np
 import pytest
+from numba import njit
 
 from stagewright.planner.search.dual_simplex import ABOVE, OPTIMAL, proved, solve
 from stagewright.planner.search.linear_program import LinearProgram
@@ -12,13 +13,18 @@ from stagewright.planner.search.linear_program import LinearProgram
 _LIMIT = 1e6
 
 
+# For Python, which these have no wrapper for.
+solved = njit(lambda table, limit, most_pivots: solve(table, limit, most_pivots))
+proved_bound = njit(lambda table, limit, row, left: proved(table, limit, row, left))
+
+
 def _solved(program: LinearProgram, limit: float) -> float:
     """The proved optimum; infinite where it is proved to be at least `limit`."""
-    status = solve(program.table, limit, 2**31 - 1)
+    status = solved(program.table, limit, 2**31 - 1)
     if status == ABOVE:
         return float("inf")
     assert status == OPTIMAL
-    return proved(program.table, limit, -1, np.empty(program.num_columns))
+    return proved_bound(program.table, limit, -1, np.empty(program.num_columns))
 
 
 def _random(seed: int):
