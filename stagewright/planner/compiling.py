@@ -99,11 +99,11 @@ class Helper:
         try:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            nothing = Path(os.devnull).open("w")
-            for stream in (1, 2):
-                os.dup2(nothing.fileno(), stream)
-            sys.stdout = sys.stderr = nothing
-            self._work()
+            with Path(os.devnull).open("w") as nothing:
+                for stream in (1, 2):
+                    os.dup2(nothing.fileno(), stream)
+                sys.stdout = sys.stderr = nothing
+                self._work()
         finally:
             os._exit(0)
 

@@ -33,6 +33,7 @@ Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+NONE = np.int64(-1)  # typed: called functions are compiled for the number -1 too where it stands as such
 OPTIMAL, ABOVE, STOPPED = range(3)  # ABOVE: the optimum is proved to be at least the limit, or there is none
 KNOWN, HELD, PIVOTS, CHECKED = range(4)  # entries of Table.size
 _FEASIBLE = 1e-9
@@ -141,7 +142,7 @@ def probe(t: Table, variable: int, low: float, high: float, limit: float, most_p
     t.low[variable], t.high[variable] = low, high
     _settle(own)
     status, row = _iterate(own, limit, own.size[PIVOTS] + most_pivots)
-    bound = proved(own, limit, row if status == ABOVE else -1, np.zeros(len(own.at)))
+    bound = proved(own, limit, row if status == ABOVE else NONE, np.zeros(len(own.at)))
     t.low[variable], t.high[variable] = before
     t.size[PIVOTS] = own.size[PIVOTS]
     return np.inf if bound >= limit else bound
@@ -535,11 +536,11 @@ def start_at(t: Table, rows: Longs, at_low: Bools, wanted: Bools) -> None:
     for known in rows:
         _enter(t, known)
     for row in range(len(rows)):
-        best, column = _PIVOT, -1
+        best, column = _PIVOT, len(wanted)
         for place in range(len(wanted)):
             if t.nonbasic[place] < len(wanted) and wanted[t.nonbasic[place]] and abs(t.table[row, place]) > best:
                 best, column = abs(t.table[row, place]), place
-        if column >= 0:
+        if column < len(wanted):
             end = t.low[t.basic[row]] if at_low[row] else t.high[t.basic[row]]
             _pivot(t, row, column, 0.0, end)
 

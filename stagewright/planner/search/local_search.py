@@ -45,7 +45,8 @@ _CROWDING = 0.02  # weight of the tie-break
 _WORSE = 5e-4
 _MOST_IDLE = 200  # shakes that find nothing better
 _PATHS = 64
-_PARTNERS = 8  # dearest and cheapest stages that are paired
+_MOST_SHAKEN = np.int64(3)  # layers moved at once
+_PARTNERS = np.int64(8)  # dearest and cheapest stages that are paired
 
 
 @njit(cache=True, nogil=True)
@@ -75,7 +76,7 @@ def descend(
     idle = 0
     while tried < most_moves and np.isfinite(best_s) and best_s >= least_s and idle < _MOST_IDLE:
         trial = here.copy()
-        state, shakes = _random(state, 3)
+        state, shakes = _random(state, _MOST_SHAKEN)
         for _ in range(shakes + 1):
             state, giver = _random(state, stages)
             state, taker = _random(state, stages)
@@ -94,10 +95,10 @@ def descend(
 
 
 @njit(cache=True, no_cpython_wrapper=True)
-def _random(state: np.uint64, below: int) -> tuple[np.uint64, int]:
+def _random(state: np.uint64, below: int | np.int64) -> tuple[np.uint64, np.int64]:
     """Return the next state of a linear congruential generator (Knuth's MMIX) and an integer below `below`."""
     state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
-    return state, int((state >> np.uint64(33)) % np.uint64(below))
+    return state, np.int64((state >> np.uint64(33)) % np.uint64(below))
 
 
 class _Paths(NamedTuple):

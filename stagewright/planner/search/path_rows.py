@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from stagewright.planner.search.dual_simplex import ABOVE, KNOWN, OPTIMAL, STOPPED, Table, proved, solution, solve
+from stagewright.planner.search.dual_simplex import ABOVE, KNOWN, NONE, OPTIMAL, STOPPED, Table, proved, solution, solve
 from stagewright.planner.search.order import trace
 
 Floats = npt.NDArray[np.float64]
@@ -207,8 +207,8 @@ def improve_bound(
             return status, limit, inner_value, number, traced
         if status == STOPPED:
             solution(t, values)
-            return status, max(bound, proved(t, limit, -1, mixed)), inner_value, number, traced
-        bound = max(bound, proved(t, limit, -1, values))
+            return status, max(bound, proved(t, limit, NONE, mixed)), inner_value, number, traced
+        bound = max(bound, proved(t, limit, NONE, values))
         solution(t, values)
         if turn == rules.rounds or (turn > 1 and bound - before < rules.little * limit):
             break

@@ -41,17 +41,17 @@ def least_extra(
         floor = max(floor, smallest)
     if full + highest <= prices.capacity_bytes and prices.levels[0]:
         return 0.0
-    number_alike, kind_alike, only_one_kind = 0.0, -1, True
+    number_alike, kind_alike, only_one_kind = 0.0, classes, True
     for kinds in range(classes):
         layers = taken[kinds] + (number if kinds == added else 0)
         if layers > 0.0 and _has_choice(kinds, prices):
-            if kind_alike < 0:
+            if kind_alike == classes:
                 kind_alike = kinds
             if _alike(kinds, kind_alike, prices):
                 number_alike += layers
             else:
                 only_one_kind = False
-    if only_one_kind and kind_alike >= 0 and number_alike <= _MOST_ENUMERATED:
+    if only_one_kind and kind_alike < classes and number_alike <= _MOST_ENUMERATED:
         others = states
         lowest = 0
         while not prices.levels[lowest]:
