@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagewright.planner.errors import InvalidArgument
+from stagewright.planner.schedules import list_scheduling
 from stagewright.planner.schedules.costs import StageCosts
 from stagewright.planner.schedules.family import ScheduleRequest
 from stagewright.planner.schedules.registry import family, generate
@@ -91,3 +92,9 @@ def test_every_large_request_is_refused_with_a_number_or_answered_validly(name: 
 @pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(1, 1), (1, 5), (2, 1), (5, 2), (6, 24)])
 def test_the_smallest_sizes_are_answered_or_refused(name: str, num_ranks: int, num_microbatches: int) -> None:
     check(name, ScheduleRequest(num_ranks, num_microbatches))
+
+
+def test_the_decoder_of_greedy_orders_is_compiled_in_one_form() -> None:
+    for name in ("gems", "wave", "chimera", "1f1b-v"):
+        check(name, ScheduleRequest(4, 8))
+    assert len(list_scheduling._decode.signatures) == 1
