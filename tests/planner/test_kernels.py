@@ -30,8 +30,9 @@ def compiled_functions(tree: ast.Module) -> dict[str, tuple[ast.FunctionDef, boo
         if not isinstance(node, ast.FunctionDef):
             continue
         for mark in node.decorator_list:
-            if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "njit":
-                found[node.name] = (node, any(keyword.arg == "no_cpython_wrapper" for keyword in mark.keywords))
+            name, keywords = (mark.func, mark.keywords) if isinstance(mark, ast.Call) else (mark, [])
+            if isinstance(name, ast.Name) and name.id == "njit":
+                found[node.name] = (node, any(keyword.arg == "no_cpython_wrapper" for keyword in keywords))
     return found
 
 

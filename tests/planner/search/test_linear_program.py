@@ -13,9 +13,15 @@ from stagewright.planner.search.linear_program import LinearProgram
 _LIMIT = 1e6
 
 
-# For Python, which these have no wrapper for.
-solved = njit(lambda table, limit, most_pivots: solve(table, limit, most_pivots))
-proved_bound = njit(lambda table, limit, row, left: proved(table, limit, row, left))
+# For Python, which what they call has no wrapper for.
+@njit
+def solved(table, limit, most_pivots):
+    return solve(table, limit, most_pivots)
+
+
+@njit
+def proved_bound(table, limit, row, left):
+    return proved(table, limit, row, left)
 
 
 def _solved(program: LinearProgram, limit: float) -> float:

@@ -20,13 +20,36 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from random_problems import random_problem
 
-# For Python, which these have no wrapper for.
-new_scratch = njit(lambda tables: scratch_of(tables))
-no_paths = njit(lambda tables: _no_paths(tables))
-prepared = njit(lambda tables, bounds, weight, counts, scratch: prepare(tables, bounds, weight, counts, scratch))
-bound_by_paths = njit(lambda tables, scratch, counts, ends, known: path_bound(tables, scratch, counts, ends, known))
-swept_step = njit(lambda tables, scratch: swept(tables, scratch))
-keep_path = njit(lambda tables, scratch, paths: _keep_path(tables, scratch, paths))
+
+# For Python, which what they call has no wrapper for.
+@njit
+def new_scratch(tables):
+    return scratch_of(tables)
+
+
+@njit
+def no_paths(tables):
+    return _no_paths(tables)
+
+
+@njit
+def prepared(tables, bounds, weight, counts, scratch):
+    return prepare(tables, bounds, weight, counts, scratch)
+
+
+@njit
+def bound_by_paths(tables, scratch, counts, ends, known):
+    return path_bound(tables, scratch, counts, ends, known)
+
+
+@njit
+def swept_step(tables, scratch):
+    return swept(tables, scratch)
+
+
+@njit
+def keep_path(tables, scratch, paths):
+    return _keep_path(tables, scratch, paths)
 
 
 def _candidates(seeds: range):
