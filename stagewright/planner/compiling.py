@@ -242,7 +242,7 @@ def _plan_from_the_end() -> None:
     closer.close_light(costs, step_s, rank_layers)
     program = CutProgram(costs, closer.of(costs.order).pool, form="whole", target_s=target_s, rank_layers=rank_layers)
     Branching(program, target_s, 0.0, lambda point, is_whole: None, lambda: False).run(most_nodes=1)
-    for each in of_rule.values():
+    for each in reversed(of_rule.values()):  # those first that begin with what others end with
         search.costs.of(each)
     closer.close(costs, target_s, target_s, rank_layers)
 
