@@ -18,7 +18,6 @@ import os
 import signal
 import sys
 import tempfile
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from types import FunctionType
 from typing import NoReturn, Protocol, cast
 
 from stagewright.planner.cores import num_cores
+from stagewright.planner.forks import end_fork, start_fork
 from stagewright.planner.front_end import without_detours
 from stagewright.planner.machine_code import for_what_python_calls
 
@@ -80,18 +80,14 @@ class Helper:
         if self._process is not None or os.getpid() != self._owner:
             return
         self._report(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: it calls nothing of theirs
-            self._process = os.fork()
+        self._process = start_fork()
         if self._process == 0:
             self._work_and_leave()
 
     def end(self) -> None:
         """End the process, whatever it is at."""
         if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.kill(self._process, signal.SIGKILL)
-            os.waitpid(self._process, 0)
+            end_fork(self._process)
             self._report(1)
 
     def _work_and_leave(self) -> NoReturn:

@@ -57,20 +57,18 @@ class _KnownCalls:
 
     def __init__(self, ask: Callable[..., Signature]) -> None:
         self._ask = ask
-        self._found: dict[object, Signature] = {}
-        self._functions: dict[int, types.Function] = {}
+        self._found: dict[
+            object, tuple[types.Function, Signature]
+        ] = {}  # the function too, or another one took its number
 
     def signature(
         self, function: types.Function, context: BaseContext, args: tuple[types.Type, ...], kws: dict[str, types.Type]
     ) -> Signature:
         """Return the signature of a call; TypingError where there is none."""
         key = id(function), id(context), tuple(args), tuple(dict(kws).items()), ConfigStack.top_or_none()
-        known = self._found.get(key)
-        if known is None:
-            known = self._ask(function, context, args, kws)
-            self._functions[id(function)] = function
-            self._found[key] = known
-        return known
+        if key not in self._found:
+            self._found[key] = function, self._ask(function, context, args, kws)
+        return self._found[key][1]
 
 
 @contextmanager

@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from types import TracebackType
 from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 from stagewright.planner.cores import num_cores
+from stagewright.planner.forks import end_fork, start_fork
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -272,9 +272,7 @@ class Lanes(Generic[Request, Answer]):
         number = num_cores() if self._most is None else self._most
         for _ in range(number - 1 if sys.platform == "linux" else 0):
             ours, theirs = Pipe()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: see above
-                process = os.fork()
+            process = start_fork()
             if process == 0:
                 ours.close()
                 self._serve(theirs)
@@ -359,6 +357,4 @@ class _Fork:
     def end(self) -> None:
         """End the fork, whatever it does: it holds nothing that anyone else needs."""
         self.pipe.close()
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self.process, signal.SIGKILL)
-            os.waitpid(self.process, 0)
+        end_fork(self.process)

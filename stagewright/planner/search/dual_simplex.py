@@ -29,6 +29,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from stagewright.planner.search.copying import copy_into
+
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -159,11 +161,10 @@ def _copied(t: Table) -> Table:
         np.empty_like(t.norm),
     )
     for row in range(held):
-        _write(table, row, t.table[row])
+        copy_into(table[row], t.table[row])
         basic[row], value[row], norm[row] = t.basic[row], t.value[row], t.norm[row]
     place = np.empty_like(t.place)
-    for name in range(known):
-        place[name] = t.place[name]
+    copy_into(place, t.place[:known])
     return Table(
         t.rows, t.low, t.high, t.cost, table, basic, value, norm,
         t.nonbasic.copy(), t.reduced.copy(), t.at.copy(), place, t.size.copy(),
@@ -358,12 +359,6 @@ def _may_move(t: Table, place: int, slope: float) -> bool:
 
 
 @njit(cache=True, no_cpython_wrapper=True)
-def _write(table: Floats, row: int, line: Floats) -> None:
-    for column in range(len(line)):
-        table[row, column] = line[column]
-
-
-@njit(cache=True, no_cpython_wrapper=True)
 def _pivot(t: Table, row: int, column: int, step: float, end: float) -> None:
     """Exchange a basic variable, which goes to its limit `end`, for a nonbasic one, which moves by `step`."""
     pivot = t.table[row, column]
@@ -376,7 +371,7 @@ def _pivot(t: Table, row: int, column: int, step: float, end: float) -> None:
             t.reduced[place] += cost * line[place]
     t.reduced[column] = cost / pivot
     line[column] = 1.0 / pivot
-    _write(t.table, row, line)
+    copy_into(t.table[row], line)
     t.norm[row] = 1.0 + np.dot(line, line)
     leaving, entering = t.basic[row], t.nonbasic[column]
     t.value[row] = t.at[column] + step
@@ -411,7 +406,7 @@ def _enter(t: Table, known: int) -> None:
     count, row = len(t.at), t.size[HELD]
     line = np.zeros(count)
     _substitute(t.rows[known], t.place, t.table, line)
-    _write(t.table, row, line)
+    copy_into(t.table[row], line)
     t.norm[row] = 1.0 + np.dot(line, line)
     t.value[row] = np.dot(line, t.at)
     t.basic[row] = count + known
@@ -439,7 +434,7 @@ def _leave(t: Table, row: int) -> None:
     last = t.size[HELD] - 1
     t.place[t.basic[row]] = -1
     if row < last:
-        _write(t.table, row, t.table[last])
+        copy_into(t.table[row], t.table[last])
         t.basic[row], t.value[row], t.norm[row] = t.basic[last], t.value[last], t.norm[last]
         t.place[t.basic[row]] = row
     t.size[HELD] = last

@@ -35,6 +35,7 @@ from stagewright.planner.search.completion_tables import (
     scratch_of,
     swept,
 )
+from stagewright.planner.search.copying import copy_into
 from stagewright.planner.search.order import trace_back
 
 Floats = npt.NDArray[np.float64]
@@ -209,8 +210,7 @@ def _descend(
                 value, goal = new, new_goal
                 bounds, trial = trial, bounds
                 counts, trial_counts = trial_counts, counts
-                for cell in range(len(path)):
-                    path[cell] = paths.counts[place, cell]
+                copy_into(path, paths.counts[place])
                 found = True
                 break
         if not found:

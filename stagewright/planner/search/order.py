@@ -32,6 +32,7 @@ from numba import njit
 from stagewright.planner.errors import InvalidSchedule
 from stagewright.planner.schedules.action import Kind
 from stagewright.planner.schedules.schedule import KIND, REPLICA, SLICE, STAGE, Schedule, chain_edges
+from stagewright.planner.search.copying import copy_into
 from stagewright.planner.search.rank_slots import RankSlots
 from stagewright.planner.simulation.kernel import CompiledOrder, compile_order
 
@@ -325,8 +326,7 @@ def _peaks(order: Ints, position: Ints, num_stages: int, num_slices: int, num_sl
         if kind > _W:
             continue
         if is_peak and kind != _F:
-            for place in range(2 * num_slots):
-                found[row, place] = live[place]
+            copy_into(found[row], live)
             row += 1
         cell = position[order[index, REPLICA] * num_stages + order[index, STAGE]]
         amount = num_slices if order[index, SLICE] < 0 else 1
@@ -341,8 +341,7 @@ def _peaks(order: Ints, position: Ints, num_stages: int, num_slices: int, num_sl
             live[num_slots + cell] -= amount
         is_peak = kind in (_F, _I)
     if is_peak:
-        for place in range(2 * num_slots):
-            found[row, place] = live[place]
+        copy_into(found[row], live)
         row += 1
     return found[:row].copy(), splits
 

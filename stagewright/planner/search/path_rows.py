@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from stagewright.planner.search.copying import copy_into
 from stagewright.planner.search.dual_simplex import ABOVE, KNOWN, NONE, OPTIMAL, STOPPED, Table, proved, solution, solve
 from stagewright.planner.search.order import trace
 
@@ -227,8 +228,7 @@ def improve_bound(
             is_best = value < inner_value
             if is_best:
                 inner_value = value
-                for place in range(count):
-                    inner[place] = point[place]
+                copy_into(inner, point)
             if value > bound * (1.0 + 1e-7):
                 _add_row(t, c, paths[number], ends[number])
                 number += 1
