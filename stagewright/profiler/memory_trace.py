@@ -11,23 +11,16 @@ for the model that was traced, and nearly for a stage of some of its layers.
 from __future__ import annotations
 
 import gc
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from stagewright.modeling import Batch, LayerChain
+from stagewright.modeling.allocations import Change, mark, watch_allocations
 from stagewright.profiler.layer_hooks import LayerHooks
-
-_MARK = "stagewright-mark"
-_LOG_LEVEL = "KINETO_LOG_LEVEL"
 
 
 @dataclass(frozen=True)
@@ -137,48 +130,24 @@ def _cuda_spans(work: Callable[[Callable[[], None]], None], device: torch.device
 
 
 def _cpu_spans(work: Callable[[Callable[[], None]], None]) -> list[Span]:
-    def mark() -> None:
-        with record_function(_MARK):
+    def boundary() -> None:
+        with mark("boundary"):
             pass
 
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        work(mark)
-    with tempfile.TemporaryDirectory(prefix="stagewright-trace-") as folder:
-        path = Path(folder) / "trace.json"
-        trace.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    marks = sorted(float(event["ts"]) for event in events if event.get("name") == _MARK and event.get("ph") == "X")
-    changes = sorted(
-        (float(event["ts"]), float(event["args"]["Bytes"]))
-        for event in events
-        if event.get("name") == "[memory]" and event["args"].get("Device Type") == 0
-    )
-    return _spans_of(marks, changes)
+    watch = watch_allocations(partial(work, boundary))
+    return _spans_of([each.begin_us for each in watch.marks], watch.changes)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the profiler's library from writing to standard error, unless the user has set how much it says."""
-    if _LOG_LEVEL in os.environ:
-        yield
-        return
-    os.environ[_LOG_LEVEL] = "99"
-    try:
-        yield
-    finally:
-        del os.environ[_LOG_LEVEL]
-
-
-def _spans_of(marks: list[float], changes: list[tuple[float, float]]) -> list[Span]:
+def _spans_of(boundaries: list[float], changes: list[Change]) -> list[Span]:
     spans = []
     level, position = 0.0, 0
-    while marks and position < len(changes) and changes[position][0] < marks[0]:
-        level += changes[position][1]
+    while boundaries and position < len(changes) and changes[position].time_us < boundaries[0]:
+        level += changes[position].size
         position += 1
-    for end in marks[1:]:
+    for end in boundaries[1:]:
         begin = peak = level
-        while position < len(changes) and changes[position][0] < end:
-            level += changes[position][1]
+        while position < len(changes) and changes[position].time_us < end:
+            level += changes[position].size
             peak = max(peak, level)
             position += 1
         spans.append(Span(begin, level, peak))

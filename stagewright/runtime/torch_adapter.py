@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Work
-from torch.profiler import ProfilerActivity, profile, record_function
 
-_WORK = "stagewright.work"
-_FLIGHT = "stagewright.flight "
+from stagewright.modeling.allocations import Change, Mark, mark, watch_allocations
+
+_WORK = "work"
+_FLIGHT = "flight "
+_NEVER = Mark("", math.inf, math.inf, 0)
 _COLLECTIVES = (
     "all_gather",
     "all_gather_into_tensor",
@@ -54,34 +55,19 @@ def cpu_allocation_changes(work: Callable[[], object], *, before: Callable[[], o
     as one change.
     """
     flights = _Flights()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+
+    def watched() -> None:
         if before is not None:
             before()
-        with record_function(_WORK), _collectives_let_go(flights):
+        with mark(_WORK), _collectives_let_go(flights):
             work()
-    assert trace.profiler is not None
-    results = trace.profiler.kineto_results
-    assert results is not None
-    events = results.events()
-    (own,) = [event for event in events if event.name() == _WORK]
-    flights.note({event.name(): (event.start_ns(), event.end_ns()) for event in events if _FLIGHT in event.name()})
-    changes = [
-        Change(event.start_ns(), event.nbytes(), event.start_thread_id())
-        for event in events
-        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
-    ]
-    changes.sort(key=lambda change: change.time_ns)
-    changes = flights.stretched(changes, own.start_thread_id())
-    left = sum(change.size for change in changes if change.time_ns < own.start_ns())
-    return [left, *(change.size for change in changes if change.time_ns >= own.start_ns())]
 
-
-class Change(NamedTuple):
-    """Bytes allocated, or released where negative, at a time on a thread."""
-
-    time_ns: int
-    size: int
-    thread: int
+    watch = watch_allocations(watched)
+    (own,) = [each for each in watch.marks if each.name == _WORK]
+    flights.note({each.name: each for each in watch.marks if _FLIGHT in each.name})
+    changes = flights.stretched(watch.changes, own.thread)
+    left = sum(change.size for change in changes if change.time_us < own.begin_us)
+    return [left, *(change.size for change in changes if change.time_us >= own.begin_us)]
 
 
 class _Flights:
@@ -96,13 +82,12 @@ class _Flights:
         self._sizes.append(frozenset(value.untyped_storage().nbytes() for value in tensors))
         return len(self._sizes) - 1
 
-    def note(self, marks: Mapping[str, tuple[int, int]]) -> None:
+    def note(self, marks: Mapping[str, Mark]) -> None:
         """Take note of when marks began and ended."""
-        never = (math.inf, math.inf)
-        self._spans = [
-            (*marks.get(_launch_mark(number), never), marks.get(_landing_mark(number), never)[0])
-            for number in range(len(self._sizes))
-        ]
+        self._spans = []
+        for number in range(len(self._sizes)):
+            launch = marks.get(_launch_mark(number), _NEVER)
+            self._spans.append((launch.begin_us, launch.end_us, marks.get(_landing_mark(number), _NEVER).begin_us))
 
     def stretched(self, changes: Sequence[Change], own_thread: int) -> list[Change]:
         """Return the changes, in order of time, with those of other threads from the launch to the landing of their flight."""
@@ -117,19 +102,19 @@ class _Flights:
                 if flight is not None:
                     taken.add(flight)
                     flying.setdefault((change.thread, change.size), []).append(flight)
-                    moved[place] = change._replace(time_ns=int(self._spans[flight][1]))
+                    moved[place] = change._replace(time_us=self._spans[flight][1])
             elif flying.get((change.thread, -change.size)):
                 landed = self._spans[flying[change.thread, -change.size].pop(0)][2]
                 if landed < math.inf:
-                    moved[place] = change._replace(time_ns=max(int(landed), change.time_ns))
-        return sorted(moved, key=lambda change: change.time_ns)
+                    moved[place] = change._replace(time_us=max(landed, change.time_us))
+        return sorted(moved, key=lambda change: change.time_us)
 
     def _flight_of(self, change: Change, taken: set[int]) -> int | None:
         """Return the flight for which a copy was made: the first one under way that has a tensor of its size."""
         under_way = (
             number
             for number, (launched, _, landed) in enumerate(self._spans)
-            if launched <= change.time_ns <= landed and change.size in self._sizes[number] and number not in taken
+            if launched <= change.time_us <= landed and change.size in self._sizes[number] and number not in taken
         )
         return next(under_way, None)
 
@@ -185,7 +170,7 @@ class _LettingGoWork:
         self._work = None
         _wait_until(lambda: sum(value._use_count() for value in self._tensors) <= self._num_references)
         self._tensors = ()
-        with record_function(_landing_mark(self._number)):
+        with mark(_landing_mark(self._number)):
             return True
 
 
@@ -220,7 +205,7 @@ def _letting_go(
         if async_op:
             held = sum(value._use_count() for value in tensors)
             number = flights.launch(tensors if copies else ())  # other collectives' copies are made on this thread
-            with record_function(_launch_mark(number)):
+            with mark(_launch_mark(number)):
                 started = collective(*args, async_op=True, **settings)
             return started if started is None else _LettingGoWork(started, tensors, held, number)
         before = _num_references(tensors)

@@ -99,15 +99,3 @@ def test_a_layer_that_keeps_its_input_in_wider_numbers_does_not_keep_what_it_was
     blocks = [index for index, layer in enumerate(chain.layers) if layer.kind == "block"]
     assert len(blocks) == 2
     assert [found.unkept_inputs[index] for index in blocks] == [share * found.outputs[index - 1] for index in blocks]
-
-
-@pytest.mark.parametrize("level", ["99", None])
-def test_the_users_log_level_is_left_as_it_was(monkeypatch, level):
-    import os
-
-    if level is None:
-        monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
-    else:
-        monkeypatch.setenv("KINETO_LOG_LEVEL", level)
-    trace_spans(lambda mark: (mark(), mark()), CPU)
-    assert os.environ.get("KINETO_LOG_LEVEL") == level
