@@ -24,7 +24,6 @@ from numba.core.registry import cpu_target
 
 KNOWN_VERSIONS = ("0.68",)
 _FOR_PYTHON = "wrapper"  # numba's name of the module through which Python calls a function
-_FOR_C = "cfunc_wrapper"  # and through which C does: nobody here
 _ENVIRONMENT = "_ZN08NumbaEnv"  # prefix of the variables that hold a function's constants
 
 
@@ -36,10 +35,9 @@ class KernelLibrary(JITCodeLibrary):  # type: ignore[misc]
         self._is_called_by_python = False
 
     def add_ir_module(self, ir_module: ir.Module) -> None:
-        """Add intermediate code, unless it is a wrapper for C."""
-        if ir_module.name != _FOR_C:
-            self._is_called_by_python |= ir_module.name == _FOR_PYTHON
-            super().add_ir_module(ir_module)
+        """Add intermediate code, and take note of whether it is a wrapper for Python."""
+        self._is_called_by_python |= ir_module.name == _FOR_PYTHON
+        super().add_ir_module(ir_module)
 
     def serialize_using_object_code(self) -> tuple[str, str, object]:
         """Return what the cache keeps: object code where there is some, bitcode otherwise."""

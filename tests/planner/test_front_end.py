@@ -10,8 +10,11 @@ import sys
 
 import pytest
 from numba import njit
-from numba.core import event, ir, types
+from numba.core import base, event, ir, types
 from numba.core.compiler import Flags, run_frontend
+from numba.core.lowering import Lower
+from numba.core.postproc import PostProcessor
+from numba.core.runtime.context import NRTContext
 from numba.core.targetconfig import TargetConfig
 
 from stagewright.planner import front_end
@@ -23,27 +26,48 @@ _REPLACED = (
     (TargetConfig, "__hash__"),
     (ir.Inst, "_rec_list_vars"),
     (types.Function, "get_call_type"),
+    (PostProcessor, "run"),
+    (NRTContext, "get_meminfos"),
+    (base.BaseContext, "get_abi_sizeof"),
+    (Lower, "create_cfunc_wrapper"),
+    (event, "start_event"),
+    (event, "end_event"),
 )
 _PROGRAM = """
 import sys
 from contextlib import nullcontext
+from typing import NamedTuple
 import numpy as np
 from numba import njit
 from stagewright.planner.front_end import without_detours
 
-@njit(no_cpython_wrapper=True)
+class Halves(NamedTuple):
+    first: np.ndarray
+    rest: tuple[np.ndarray, np.ndarray]
+    count: int
+
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def largest(values):
     found = -np.inf
     for index in range(len(values)):
         found = max(found, values[index])
     return found
 
-@njit
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def halved(values, count):
+    middle = len(values) // 2
+    return Halves(values[:middle], (values[middle:], values[::2].copy()), count)
+
+@njit(no_cfunc_wrapper=True)
 def spread(values, count):
     room = np.zeros(count)
+    halves = halved(values, count)
     for index in range(count):
-        room[index] = values[index % len(values)] + largest(values) * count
-    return np.empty(count).sum() + room.max() if count > 3 else room[0]
+        if index % 7 == 3:
+            halves = halved(room, index)
+        kept = halves.rest[1]
+        room[index] = values[index % len(values)] + largest(kept) * halves.count
+    return np.empty(count).sum() + room.max() if count > 3 else room[0] + largest(halves.first)
 
 with without_detours() if sys.argv[1] == "inside" else nullcontext():
     spread(np.ones(3), 2)
@@ -82,6 +106,43 @@ def test_collections_wait_until_a_function_is_compiled() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_what_compilation_leaves_is_collected_at_the_end() -> None:
+    @njit
+    def cubed(value):  # type: ignore[no-untyped-def]
+        return value * value * value
+
+    with without_detours():
+        assert cubed(3) == 27
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        held = gc.get_freeze_count()
+        with without_detours():
+            assert cubed(3.0) == 27.0
+        assert held * 0.9 < gc.get_freeze_count() <= held
+    finally:
+        gc.unfreeze()
+
+
+def test_locks_are_told_to_nobody_and_the_rest_to_who_listens() -> None:
+    @njit
+    def halved(value):  # type: ignore[no-untyped-def]
+        return value / 2
+
+    with (
+        event.install_recorder("numba:llvm_lock") as locks,
+        event.install_recorder("numba:compile") as compilations,
+        without_detours(),
+    ):
+        assert halved(3) == 1.5
+    assert not locks.buffer
+    assert compilations.buffer
+    with event.install_recorder("numba:llvm_lock") as locks:
+        assert halved(3.0) == 1.5
+    assert locks.buffer
 
 
 def test_numba_is_as_before_behind_it() -> None:
