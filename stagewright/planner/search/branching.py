@@ -12,7 +12,8 @@ and raised layers of ranks: there fractions hide most, and where ranks are nearl
 
 A whole optimum is a completion: it is simulated, and its path is one more row. Where that does not move the optimum (hops
 and small workspaces are least in the program), its numbers are fixed one after the other, until the completion alone is
-left, whose step is known. So the search is exact but for its limit on nodes, and what is left open keeps its bound.
+left, whose step is known. So the search is exact but for its limit on nodes; what is left open keeps its bound, and is where the
+candidate's next branching begins.
 
 How nodes were split (`Split`) is kept for the other candidates of the order, whose costs differ little: they go down the
 same tree without probing, check each side that probing closed, and search on where a leaf stays open.
@@ -23,8 +24,9 @@ Complexity: a node is tens of linear programs with a warm basis. Paper: Achterbe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +48,7 @@ Longs = npt.NDArray[np.int64]
 
 FIRST_ROUNDS, ROUNDS, KNOWN_ROUNDS = 100, 16, 3  # at the root, at a node, at one whose parts are known
 _SMOOTHING = 0.93
-_DEPTH_FIRST = 150  # nodes, behind which the one of least bound is next: the tree is large, and the bound counts
+_DEPTH_FIRST = 150  # nodes, behind which the tree is large, and the bound counts
 _PROBED = 2  # numbers of each kind that are probed; at the root all up to RAISED_ON_RANKS
 _STEPS = 40
 _WHOLE = 1e-6
@@ -62,10 +64,9 @@ class Split:
 
     parts: list[tuple[tuple[Limit, ...], Split]] = field(default_factory=list)
 
-    def into(self, *parts: tuple[Limit, ...]) -> list[Split]:
-        """Split a leaf, and return its parts."""
+    def into(self, *parts: tuple[Limit, ...]) -> None:
+        """Split a leaf."""
         self.parts = [(limits, Split()) for limits in parts]
-        return [split for _, split in self.parts]
 
     def __reduce__(
         self,
@@ -81,8 +82,19 @@ class Split:
 def _from_list(listed: list[list[tuple[Limit, ...]]]) -> Split:
     nodes = [Split()]
     for place, parts in enumerate(listed):
-        nodes += nodes[place].into(*parts)
+        nodes[place].into(*parts)
+        nodes += [split for _, split in nodes[place].parts]
     return nodes[0]
+
+
+class Left(NamedTuple):
+    """What a branching left open: a bound of its completions, and the way to it through the tree, part by part."""
+
+    bound_s: float
+    way: tuple[int, ...]
+
+
+WHOLE = (Left(-np.inf, ()),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +102,14 @@ class _Node:
     bound_s: float
     limits: tuple[Limit, ...]
     split: Split
+    way: tuple[int, ...]
+
+    def parts(self, bound_s: float) -> list[_Node]:
+        """Return what the node was split into, under its bound."""
+        return [
+            _Node(bound_s, self.limits + limits, split, (*self.way, part))
+            for part, (limits, split) in enumerate(self.split.parts)
+        ]
 
 
 @dataclass(eq=False)
@@ -103,6 +123,7 @@ class Branching:
     complete : a completion for a point and whether it is whole: as it is, or one near it; judged.
     is_late : whether a deadline has passed.
     tree : how candidates of the same order were split; grows.
+    left : what is open: all, or what an earlier branching of the candidate left.
     """
 
     program: CutProgram
@@ -111,6 +132,7 @@ class Branching:
     complete: Callable[[Point, bool], Completion | None]
     is_late: Callable[[], bool]
     tree: Split = field(default_factory=Split)
+    left: Sequence[Left] = WHOLE
     best: Completion | None = None
     num_nodes: int = 0
     carrying: dict[int, None] = field(default_factory=dict)
@@ -121,16 +143,31 @@ class Branching:
         self.program.stop_at(self.target_s)
 
     def run(self, most_nodes: int) -> float:
-        """Return the bound that is proved, the target where every node is closed."""
-        left = [_Node(-np.inf, (), self.tree)]
-        while left and self.num_nodes < most_nodes and not self.is_late():
-            last = len(left) - 1
-            if self.num_nodes >= _DEPTH_FIRST:
-                last = min(range(len(left)), key=lambda place: left[place].bound_s)
-            node = left.pop(last)
+        """Return the bound that is proved, the target where every node is closed.
+
+        Always down to the parts of the last node, whose basis is near theirs; behind DEPTH_FIRST nodes all parts of the node of
+        least bound come before the next one's.
+        """
+        open_nodes = [self._node(left) for left in self.left]
+        is_sorted = False
+        while open_nodes and self.num_nodes < most_nodes and not self.is_late():
+            if not is_sorted and (self.num_nodes >= _DEPTH_FIRST or self.left is not WHOLE):
+                open_nodes.sort(key=lambda node: -node.bound_s)
+                is_sorted = True
+            node = open_nodes.pop()
             if node.bound_s < self.target_s:
-                left += self._children(node)
-        return min([self.target_s, *(node.bound_s for node in left)])
+                open_nodes += self._children(node)
+        self.left = [Left(node.bound_s, node.way) for node in open_nodes if node.bound_s < self.target_s]
+        return min([self.target_s, *(left.bound_s for left in self.left)])
+
+    def _node(self, left: Left) -> _Node:
+        """Return the node that was left open."""
+        limits: tuple[Limit, ...] = ()
+        split = self.tree
+        for part in left.way:
+            more, split = split.parts[part]
+            limits += more
+        return _Node(left.bound_s, limits, split, left.way)
 
     def _children(self, node: _Node) -> list[_Node]:
         """Return what is left of a node: nothing where it is closed; the last one is taken next."""
@@ -143,38 +180,36 @@ class Branching:
         bound_s = max(node.bound_s, point.bound_s * (1 - _TOLERANCE))
         if node.split.parts:
             self._note_carrying()
-            return [_Node(bound_s, node.limits + limits, split) for limits, split in node.split.parts]
+            return node.parts(bound_s)
         self.num_nodes += 1
         values = self.program.values_of(self._wholes)
         away = np.abs(values - np.round(values))
         if not (away > _WHOLE).any():
-            return self._completed(_Node(bound_s, node.limits, node.split), point, np.round(values))
+            return self._completed(node, bound_s, point, np.round(values))
         self._offer(self.complete(point, False))
         self._note_carrying()
         chosen, fixed = self._probed(values, away, bound_s, is_root=not node.limits)
         if fixed:
-            main, *_ = node.split.into(fixed, *((_denied(limit),) for limit in fixed))
-            return [_Node(bound_s, node.limits + fixed, main)]
+            node.split.into(fixed, *((_denied(limit),) for limit in fixed))
+            return node.parts(bound_s)[:1]
         floor = float(np.floor(values[chosen]))
         sides = [((chosen, -np.inf, floor),), ((chosen, floor + 1.0, np.inf),)]
         if values[chosen] - floor <= 0.5:
             sides.reverse()
-        splits = node.split.into(*sides)
-        if fixed is None:
-            return []
-        return [_Node(bound_s, node.limits + side, split) for side, split in zip(sides, splits, strict=True)]
+        node.split.into(*sides)
+        return [] if fixed is None else node.parts(bound_s)
 
     def _solved(self, rounds: int) -> Point | None:
         """Return the optimum after some rounds of cuts; None where the node is closed."""
         bound_s = self.program.improve(Rules(rounds, _SMOOTHING, stops_below=False, near=0.0, little=_LITTLE))
         return None if bound_s * (1 - _TOLERANCE) >= self.target_s else self.program.point(bound_s)
 
-    def _completed(self, node: _Node, point: Point, values: Floats) -> list[_Node]:
+    def _completed(self, node: _Node, bound_s: float, point: Point, values: Floats) -> list[_Node]:
         """Return what is left of a node whose optimum is whole."""
         found = self.complete(point, True)
         self._offer(found)
         if found is not None and self.program.misses(found.cut):
-            return [node]
+            return [replace(node, bound_s=bound_s)]
         is_column = self._wholes.variable < self.program.num_columns
         layers = np.isin(self._wholes.kind, (ENDS, STAGES, CELLS, RAISED)) & is_column
         open_places = np.flatnonzero(layers & (self._low < self._high))
@@ -183,9 +218,8 @@ class Branching:
         first = int(open_places[np.argmin(self._wholes.kind[open_places])])
         value = float(values[first])
         sides = ((-np.inf, value - 1.0), (value + 1.0, np.inf), (value, value))
-        parts = [((first, *side),) for side in sides]
-        splits = node.split.into(*parts)
-        return [_Node(node.bound_s, node.limits + part, split) for part, split in zip(parts, splits, strict=True)]
+        node.split.into(*(((first, *side),) for side in sides))
+        return node.parts(bound_s)
 
     def _probed(
         self, values: Floats, away: Floats, bound_s: float, *, is_root: bool

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from stagewright.planner.search.branching import Branching, Split
+from stagewright.planner.search.branching import WHOLE, Branching, Left, Split
 from stagewright.planner.search.candidate_costs import CandidateCosts
 from stagewright.planner.search.cut_program import CutProgram, Form, NamedBasis, Point
 from stagewright.planner.search.enumeration import Enumeration, Judge
@@ -68,7 +68,7 @@ class Closed:
 @dataclass(eq=False)
 class Learned:
     """What candidates of one order taught: its paths, mean ones that closed some, how nodes were split by the kinds of what is
-    whole, where programs of each form ended, whether paths were gathered, and programs of open candidates."""
+    whole, where programs of each form ended, whether paths were gathered, and of open candidates their programs and what branching left."""
 
     pool: PathPool
     mean_paths: list[MeanPath] = field(default_factory=list)
@@ -77,6 +77,7 @@ class Learned:
     bases: dict[Form, NamedBasis] = field(default_factory=dict)
     has_gathered: bool = False
     programs: dict[int, CutProgram] = field(default_factory=dict)
+    left: dict[tuple[int | None, bytes], Sequence[Left]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -147,11 +148,11 @@ class Closer:
         rank_layers: tuple[Longs, Longs] | None,
         judge: Judge,
         most_nodes: int = MOST_NODES,
-        program: CutProgram | None = None,
+        candidate: int | None = None,
     ) -> Closed:
-        """Return what branching proves of a candidate that linear programs left open with `bound_s`, and may go on with its program.
+        """Return what branching proves of a candidate that linear programs left open with `bound_s`.
 
-        A completion that lowers the incumbent lowers the target by as much.
+        A completion that lowers the incumbent lowers the target by as much. What is kept of a candidate by number is taken up.
         """
         simulated, promising_s = 0, _PROMISING_NODE * incumbent_s
 
@@ -172,19 +173,24 @@ class Closer:
 
         learned = self.of(costs.order)
         known = learned.pool.next_name
+        program = None if candidate is None else learned.programs.pop(candidate, None)
         counted, spent = (program.simulated, program.effort) if program is not None else (0, 0.0)
         if program is None:
             program = self._program(costs, "whole", target_s, rank_layers)
             program.start_at(learned.ends.get("whole"))
+        kinds = program.wholes.kind.tobytes()
         branching = Branching(
             program,
             target_s,
             self.limits.gap,
             complete,
             lambda: self.limits.reached() is not None,
-            learned.trees.setdefault(program.wholes.kind.tobytes(), Split()),
+            learned.trees.setdefault(kinds, Split()),
+            learned.left.pop((candidate, kinds), WHOLE),
         )
         proved_s = branching.run(most_nodes)
+        if candidate is not None and branching.left:
+            learned.left[candidate, kinds] = branching.left
         learned.pool.prefer(np.array(list(branching.carrying), dtype=np.int64), before=known, drops_new=True)
         simulated += program.simulated - counted
         effort = program.effort - spent

@@ -27,7 +27,8 @@ from stagewright.planner.search.work_count import WorkCount
 Longs = npt.NDArray[np.int64]
 
 MOST_PROGRAMS = 20_000
-MOST_NODES_IN_ALL, MOST_EFFORT = 3_000, 6e10  # the effort is about half a minute's
+MORE_NODES = 8  # times those of before, for what stays open
+MOST_NODES_IN_ALL, MOST_EFFORT = 20_000, 2e11  # the effort is about a minute's on two cores
 # Candidates that are tried, and branched, at once, whatever the number of cores: the answer is the same.
 AT_ONCE, WHOLE_AT_ONCE = 32, 16
 ROAMED = ((8, 100), (2, 400))  # candidates and moves tried of each
@@ -174,13 +175,13 @@ class ClosingPass:
     def _close_whole(self) -> tuple[float, Termination]:
         """Close what linear programs left open by branching, always those of least bound, because that is the proof.
 
-        For one that stays open a better completion is looked for; then it is taken up again with twice the nodes, until
-        all nodes or MOST_EFFORT are used.
+        For one that stays open a better completion is looked for; then it is taken up where it ended, with MORE_NODES times the nodes,
+        until all nodes or MOST_EFFORT are used.
         """
         completions = self.completions
         heap = [(bound_s, index) for index, bound_s in self._opened.items()]
         heapq.heapify(heap)
-        left_nodes, effort = MOST_NODES_IN_ALL, 0.0
+        left_nodes, effort, num_closed = MOST_NODES_IN_ALL, 0.0, 0
         granted: dict[int, int] = {}
         while heap and heap[0][0] < completions.target_s and left_nodes > 0 and effort < MOST_EFFORT:
             stopped = self.limits.reached()
@@ -198,7 +199,7 @@ class ClosingPass:
             ]
             still_open = []
             for (bound_s, index), closed in zip(pairs, self._answers(requests), strict=True):
-                granted[index] = 2 * granted.get(index, MOST_NODES)
+                granted[index] = MORE_NODES * granted.get(index, MOST_NODES)
                 left_nodes -= closed.num_nodes
                 effort += closed.effort
                 raised_s = max(bound_s, closed.bound_s)
@@ -208,6 +209,9 @@ class ClosingPass:
                     still_open.append(index)
                 else:
                     self.work.count("branching" if closed.reason == "open" else closed.reason)
+            num_closed += len(pairs) - len(still_open)
+            least_s = heap[0][0] if heap else completions.target_s
+            self.limits.report("branching", num_closed, num_closed + len(heap), completions.known_s(), least_s)
             self._roam(still_open)
         self.work.count("open", sum(bound_s < completions.target_s for bound_s, _ in heap))
         return min([completions.target_s, *(bound_s for bound_s, _ in heap)]), "gap"

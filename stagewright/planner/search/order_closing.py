@@ -173,7 +173,7 @@ class OrderClosing:
             rank_layers,
             partial(self.completions.judged, request.candidate),
             request.most_nodes,
-            self.closer.of(costs.order).programs.pop(request.candidate, None),
+            request.candidate,
         )
         self.work.simulated += closed.simulated
         return closed

@@ -66,6 +66,41 @@ def test_programs_bound_the_best_simulated_completion_and_whole_layers_prove_mor
     assert proved >= 1.4 * before
 
 
+def test_branching_goes_on_where_it_ended() -> None:
+    """A few nodes at a time, with what is kept of the candidate carried through a pickle, it proves what it proves at once."""
+    resumed = closed = 0
+    for seed in range(12):
+        problem = random_problem(seed, most_layers=6)
+        search = JointSearch.of(problem, Limits(gap=0.0))
+        for index in range(search.space.num_candidates if len(problem.priced) else 0):
+            costs = search.costs.of(index)
+            oracle = None if costs is None else best_completion(problem, search.space.candidate(index))
+            if costs is None or oracle is None:
+                continue
+            step_s = oracle[0]
+            target_s = step_s * (1.0 - 1e-6)  # no completion is below it
+            _, caps = order_caps(costs.rank_tables, costs.order.key.num_microbatches, target_s)
+            number = int(costs.classes.counts.max()) * costs.order.num_replicas
+            ranges = ((number - (caps.sum() - caps)).clip(min=0), caps)
+            judge = partial(search.completions.judged, index)
+            whole = Closer(search.limits).close_whole(costs, 0.0, target_s, step_s, ranges, judge)
+            if whole.reason == "open" or whole.num_nodes < 6:
+                continue
+            by_nodes, parts = Closer(search.limits), []
+            while not parts or parts[-1].reason == "open":
+                parts.append(by_nodes.close_whole(costs, 0.0, target_s, step_s, ranges, judge, 4, index))
+                assert len(parts) <= 500, (seed, search.space.candidate(index).summary)
+                learned = by_nodes.of(costs.order)
+                learned.trees, learned.left = pickle.loads(pickle.dumps((learned.trees, learned.left)))
+            assert parts[-1].bound_s >= target_s
+            assert all(part.bound_s <= step_s for part in parts)
+            assert not learned.left
+            resumed += len(parts) - 1
+            closed += 1
+    assert closed >= 10
+    assert resumed >= 3 * closed
+
+
 def test_answers_and_counters_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     counted, fork, forks = 0, os.fork, []
 
@@ -117,7 +152,9 @@ def test_a_tree_of_splits_travels_however_deep_it_is() -> None:
     tree = Split()
     leaves = [tree]
     for depth in range(5000):
-        leaves += leaves.pop().into(((depth, 0.0, 1.0),), ((depth, 2.0, np.inf), (0, 1.0, 1.0)))
+        leaf = leaves.pop()
+        leaf.into(((depth, 0.0, 1.0),), ((depth, 2.0, np.inf), (0, 1.0, 1.0)))
+        leaves += [split for _, split in leaf.parts]
     left, right = [tree], [pickle.loads(pickle.dumps(tree))]
     for one, other in zip(left, right, strict=True):  # both grow
         assert [limits for limits, _ in one.parts] == [limits for limits, _ in other.parts]
