@@ -244,15 +244,20 @@ def _plan_from_the_end() -> None:
 
 
 def compile_now() -> None:
-    """Compile what searches call, by a search whose proof takes all of its means."""
+    """Compile what searches call: by one whose proof takes all of its means, on a mixed cluster, and over branches side by side."""
     from stagewright.planner.catalog.clusters import resolve_cluster
     from stagewright.planner.catalog.models import resolve_model
     from stagewright.planner.documents.job import TrainingJob
     from stagewright.planner.planning import make_plan
 
-    job = TrainingJob(global_batch=1536, sequence_length=2048)
     with compiled_by_two():
-        make_plan(resolve_model("gpt3-175b"), resolve_cluster("a100-sxm-80g:8x8"), job)
+        for model, cluster, batch, length in (
+            ("gpt3-175b", "a100-sxm-80g:8x8", 1536, 2048),
+            ("gpt2", "a100-sxm-80g:2x1+v100-sxm-32g:2x1", 8, 1024),
+            ("vit-l-llama3-8b", "h100-sxm:8x1", 64, 4096),
+        ):
+            job = TrainingJob(global_batch=batch, sequence_length=length)
+            make_plan(resolve_model(model), resolve_cluster(cluster), job)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.stage_choice import shares_weights
 from stagewright.planner.search.stage_graph import MOST_RANKS
 
-_MOST = 0.9  # of the peak rate of all groups
 _POOLS_TIME = 0.8
 ALONE = (
     "one node group whole, the others idle: equal degrees, every schedule, chunks and axis order of one kind of device"
@@ -48,13 +47,14 @@ def solve_mixed(problem: Problem, limits: Limits) -> PlanOutcome:
         return _solve_pools(problem, limits)
     known = LeastStep()
     groups = _fastest_first(problem)
-    # Where the other groups add little, the plan on the fastest one sets the target that the pools are closed at.
-    first = [pool for pool, rate in groups if rate >= _MOST]
     search = PoolSearch(pools_of(problem), _part_of(limits, _POOLS_TIME), known)
     search.begin()
+    # Where a group alone may be faster than the first plans on pools, its plan sets the target that these are closed at.
+    target_s = known.least_s() / (1.0 + limits.gap)
+    first = [pool for pool in groups if exact.least_bound_s(alone_on(problem, pool), limits) < target_s]
     alone = [_solve_alone(problem, _part_of(limits, 0.5), pool, known) for pool in first]
     bound_s, termination = search.finish()
-    alone += [_solve_alone(problem, limits, pool, known) for pool, _ in groups if pool not in first]
+    alone += [_solve_alone(problem, limits, pool, known) for pool in groups if pool not in first]
     bound_s = min(bound_s, *(_bound_of(outcome, known.least_s(), limits) for outcome in alone))
     work = sum(map(Work.of, alone), search.work.total(search.num_candidates))
     ranked = [*_ranked(search, limits), *(option for outcome in alone for option in _options(outcome))]
@@ -66,14 +66,14 @@ def solve_mixed(problem: Problem, limits: Limits) -> PlanOutcome:
     return certified(ranked, space, bound_s, limits, work, termination)
 
 
-def _fastest_first(problem: Problem) -> list[tuple[Pool, float]]:
-    """Return the node groups, each with its part of the peak rate of all, the fastest one first."""
-    rates = {}
-    for pool in group_pools(problem.cluster):
+def _fastest_first(problem: Problem) -> list[Pool]:
+    """Return the node groups, that of the highest peak rate first."""
+
+    def rate(pool: Pool) -> float:
         device = problem.cluster.group_of(pool.first).device
-        rates[pool] = pool.num_devices * peak_flops(device, problem.job.precision)
-    whole = sum(rates.values())
-    return sorted(((pool, rate / whole) for pool, rate in rates.items()), key=lambda pair: (-pair[1], pair[0].first))
+        return pool.num_devices * peak_flops(device, problem.job.precision)
+
+    return sorted(group_pools(problem.cluster), key=lambda pool: (-rate(pool), pool.first))
 
 
 def _part_of(limits: Limits, part: float) -> Limits:
