@@ -38,7 +38,7 @@ Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 MOST_PATHS = 16  # mean paths of an order
-MOST_NODES = 200
+MOST_NODES = 64
 LIGHT = Rules(rounds=15, smoothing=0.85, stops_below=True, near=0.0, little=0.0)
 GATHER = Rules(rounds=80, smoothing=0.85, stops_below=False, near=0.0, little=1e-5)
 ROUNDS = Rules(rounds=12, smoothing=0.85, stops_below=False, near=1e-3, little=1e-4)

@@ -173,45 +173,36 @@ class ClosingPass:
             self._answers([Roam(index, completions.found[index].bounds, moves, target_s) for index in chosen])
 
     def _close_whole(self) -> tuple[float, Termination]:
-        """Close what linear programs left open by branching, always those of least bound, because that is the proof.
+        """Close what linear programs left open by branching, in order of bound, because that is the proof.
 
-        For one that stays open a better completion is looked for; then it is taken up where it ended, with MORE_NODES times the nodes,
-        until all nodes or MOST_EFFORT are used.
+        For one that stays open a better completion is looked for. When all had their turn, it is taken up where it ended, with
+        MORE_NODES times the nodes, until all nodes or MOST_EFFORT are used: what closes soon may lower the target of the rest.
         """
-        completions = self.completions
-        heap = [(bound_s, index) for index, bound_s in self._opened.items()]
-        heapq.heapify(heap)
-        left_nodes, effort, num_closed = MOST_NODES_IN_ALL, 0.0, 0
-        granted: dict[int, int] = {}
-        while heap and heap[0][0] < completions.target_s and left_nodes > 0 and effort < MOST_EFFORT:
+        opened, completions = self._opened, self.completions
+        left_nodes, effort = MOST_NODES_IN_ALL, 0.0
+        granted = dict.fromkeys(opened, MOST_NODES)
+        num_opened = len(opened)
+        while left := [index for index in opened if opened[index] < completions.target_s]:
             stopped = self.limits.reached()
-            if stopped is not None:
-                self.work.count("open", len(heap))
-                return heap[0][0], stopped
-            pairs: list[tuple[float, int]] = []
-            while heap and len(pairs) < WHOLE_AT_ONCE and heap[0][0] < completions.target_s:
-                pairs.append(heapq.heappop(heap))
-            most = max(left_nodes // len(pairs), 1)
+            if stopped is not None or left_nodes <= 0 or effort >= MOST_EFFORT:
+                self.work.count("open", len(left))
+                return min(opened.values()), stopped or "gap"
+            chosen = sorted(left, key=lambda index: (granted[index], opened[index]))[:WHOLE_AT_ONCE]
+            most = max(left_nodes // len(chosen), 1)
             target_s, incumbent_s = completions.target_s, completions.incumbent_s
             requests = [
-                BranchOn(index, bound_s, target_s, incumbent_s, min(granted.get(index, MOST_NODES), most))
-                for bound_s, index in pairs
+                BranchOn(index, opened[index], target_s, incumbent_s, min(granted[index], most)) for index in chosen
             ]
-            still_open = []
-            for (bound_s, index), closed in zip(pairs, self._answers(requests), strict=True):
-                granted[index] = MORE_NODES * granted.get(index, MOST_NODES)
+            for index, closed in zip(chosen, self._answers(requests), strict=True):
+                granted[index] *= MORE_NODES
                 left_nodes -= closed.num_nodes
                 effort += closed.effort
-                raised_s = max(bound_s, closed.bound_s)
-                if raised_s < completions.target_s:
-                    heapq.heappush(heap, (raised_s, index))
-                    self._opened[index] = raised_s
-                    still_open.append(index)
-                else:
+                opened[index] = max(opened[index], closed.bound_s)
+                if opened[index] >= completions.target_s:
                     self.work.count("branching" if closed.reason == "open" else closed.reason)
-            num_closed += len(pairs) - len(still_open)
-            least_s = heap[0][0] if heap else completions.target_s
-            self.limits.report("branching", num_closed, num_closed + len(heap), completions.known_s(), least_s)
-            self._roam(still_open)
-        self.work.count("open", sum(bound_s < completions.target_s for bound_s, _ in heap))
-        return min([completions.target_s, *(bound_s for bound_s, _ in heap)]), "gap"
+                    del opened[index]
+            least_s = min([completions.target_s, *opened.values()])
+            self.limits.report("branching", num_opened - len(opened), num_opened, completions.known_s(), least_s)
+            self._roam([index for index in chosen if index in opened])
+        self.work.count("bound", len(opened))
+        return completions.target_s, "gap"

@@ -50,6 +50,8 @@ _TRUSTED = 128  # pivots between two looks at the drift
 _ENTER = 12  # missed rows that enter at once
 _SPARE = 48  # rows of the table beyond its columns
 _MOST_PIVOTS = 20_000
+_STALLED = 256  # pivots that raise nothing, behind which costs are shifted
+_SHIFT = 1e-8
 
 
 class Table(NamedTuple):
@@ -106,9 +108,10 @@ def solve(t: Table, limit: float, most_pivots: int) -> int:
     last = t.size[PIVOTS] + min(most_pivots, _MOST_PIVOTS)
     ray = np.zeros(len(t.at))
     rebuilt, rebuilt_at = 0, -1
+    most = _nothing_yet(t)
     _settle(t)
     while True:
-        status, row = _iterate(t, limit + _CLEARLY * abs(limit), last)
+        status, row = _iterate(t, limit + _CLEARLY * abs(limit), last, most)
         if status == STOPPED:
             return STOPPED
         if status == ABOVE:
@@ -128,6 +131,7 @@ def solve(t: Table, limit: float, most_pivots: int) -> int:
         _rebuild(t)
         _settle(t)
         rebuilt, rebuilt_at = rebuilt + 1, t.size[PIVOTS]
+        most = _nothing_yet(t)
 
 
 @njit(cache=True, nogil=True)
@@ -143,7 +147,7 @@ def probe(t: Table, variable: int, low: float, high: float, limit: float, most_p
         _enter(own, variable - len(own.at))
     t.low[variable], t.high[variable] = low, high
     _settle(own)
-    status, row = _iterate(own, limit, own.size[PIVOTS] + most_pivots)
+    status, row = _iterate(own, limit, own.size[PIVOTS] + most_pivots, _nothing_yet(own))
     bound = proved(own, limit, row if status == ABOVE else NONE, np.zeros(len(own.at)))
     t.low[variable], t.high[variable] = before
     t.size[PIVOTS] = own.size[PIVOTS]
@@ -250,8 +254,11 @@ def _settle(t: Table) -> None:
 
 
 @njit(cache=True, no_cpython_wrapper=True)
-def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
-    """Pivot until the table is optimal or its bound is at least the limit; with the row that has no solution, or -1."""
+def _iterate(t: Table, limit: float, last: int, most: Floats) -> tuple[int, int]:
+    """Pivot until the table is optimal or its bound is at least the limit; with the row that has no solution, or -1.
+
+    `most` [2] are the highest bound before and the pivots until then: rows that come and go may lead in circles too.
+    """
     count = len(t.at)
     total = 0.0
     for place in range(count):
@@ -260,6 +267,11 @@ def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
     while True:
         if total >= limit:
             return ABOVE, -1
+        if total - most[0] > _CLEARLY * abs(total):
+            most[0], most[1] = total, t.size[PIVOTS]
+        elif t.size[PIVOTS] >= most[1] + _STALLED:
+            _shift(t)
+            most[1] = t.size[PIVOTS]
         row = _leaving(t.basic, t.value, t.norm, t.low, t.high, t.size[HELD])
         if row < 0:
             return OPTIMAL, -1
@@ -280,6 +292,25 @@ def _iterate(t: Table, limit: float, last: int) -> tuple[int, int]:
         step = (end - t.value[row]) / t.table[row, column]
         total += t.reduced[column] * step
         _pivot(t, row, column, step, end)
+
+
+@njit(cache=True, no_cpython_wrapper=True)
+def _nothing_yet(t: Table) -> Floats:
+    """Return the highest bound and the pivots until then, [2], before the first one."""
+    return np.array([-np.inf, t.size[PIVOTS]])
+
+
+@njit(cache=True, no_cpython_wrapper=True)
+def _shift(t: Table) -> None:
+    """Move reduced costs away from zero, each by another little: most are equal where pivots go round in circles.
+
+    Multipliers prove what they prove, whatever they are.
+    """
+    for place in range(len(t.at)):
+        variable = t.nonbasic[place]
+        if t.low[variable] < t.high[variable] and abs(t.reduced[place]) < _SHIFT:
+            little = _SHIFT * (1.0 + (0.6180339887 * (variable + t.size[PIVOTS])) % 1.0)
+            t.reduced[place] += little if t.at[place] == t.low[variable] else -little
 
 
 @njit(cache=True, no_cpython_wrapper=True)

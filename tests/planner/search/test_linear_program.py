@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from stagewright.planner.search.dual_simplex import ABOVE, OPTIMAL, proved, solve
+from stagewright.planner.search.dual_simplex import ABOVE, OPTIMAL, _shift, proved, solve
 from stagewright.planner.search.linear_program import LinearProgram
 
 _LIMIT = 1e6
@@ -17,6 +17,11 @@ _LIMIT = 1e6
 @njit
 def solved(table, limit, most_pivots):
     return solve(table, limit, most_pivots)
+
+
+@njit
+def shifted(table):
+    _shift(table)
 
 
 @njit
@@ -66,6 +71,24 @@ def _reference(lower, upper, cost, matrix, low, high) -> float:
         return float("inf")
     assert solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
     return float(solver.getInfo().objective_function_value)
+
+
+def test_shifted_costs_lead_to_the_same_optimum_and_prove_it() -> None:
+    proofs = 0
+    for seed in range(200):
+        parts = lower, upper, cost, matrix, low, high = _random(seed)
+        expected = _reference(*parts)
+        program = LinearProgram(lower, upper, cost)
+        program.add(matrix, low, high)
+        shifted(program.table)
+        assert (program.table.reduced[upper > lower] > 0.0).all()  # costs are zero but for one
+        found = _solved(program, _LIMIT)
+        if expected < _LIMIT:
+            assert expected - 1e-4 <= found <= expected + 1e-9 * max(1.0, abs(expected)), seed
+            proofs += 1
+        else:
+            assert found == float("inf"), seed
+    assert proofs >= 100
 
 
 def test_optima_are_those_of_highs_and_of_solutions_within_their_limits() -> None:
