@@ -178,19 +178,19 @@ class Closer:
         if program is None:
             program = self._program(costs, "whole", target_s, rank_layers)
             program.start_at(learned.ends.get("whole"))
-        kinds = program.wholes.kind.tobytes()
+        left = (candidate, program.variables)
         branching = Branching(
             program,
             target_s,
             self.limits.gap,
             complete,
             lambda: self.limits.reached() is not None,
-            learned.trees.setdefault(kinds, Split()),
-            learned.left.pop((candidate, kinds), WHOLE),
+            learned.trees.setdefault(program.wholes.kind.tobytes(), Split()),
+            learned.left.pop(left, WHOLE),
         )
         proved_s = branching.run(most_nodes)
         if candidate is not None and branching.left:
-            learned.left[candidate, kinds] = branching.left
+            learned.left[left] = branching.left
         learned.pool.prefer(np.array(list(branching.carrying), dtype=np.int64), before=known, drops_new=True)
         simulated += program.simulated - counted
         effort = program.effort - spent

@@ -438,6 +438,11 @@ class CutProgram:
     def _likeness(self) -> tuple[object, ...]:
         return self.form, self.num_columns, self._first_path, self._cells.tobytes(), self._raised_cells.tobytes()
 
+    @property
+    def variables(self) -> bytes:
+        """What the places of `wholes` stand for: limits on them mean the same in a program of the candidate that has the same."""
+        return b"/".join(each.tobytes() for each in (self.wholes.kind, self._cells, self._raised_cells, self._overfull))
+
     def add(self, cut: Cut) -> None:
         """Add a path of the order."""
         self._pool.add(cut)

@@ -74,8 +74,8 @@ def test_a_tree_that_closed_a_candidate_closes_it_again_without_probing() -> Non
     for _, search, index, costs, step_s, ranges in _solved((0, 4)):
         closer = Closer(search.limits)
         judge = partial(search.completions.judged, index)
-        first = closer.close_whole(costs, 0.0, step_s, step_s, ranges, judge)
-        second = closer.close_whole(costs, 0.0, step_s, step_s, ranges, judge)
+        first = closer.close_whole(costs, 0.0, step_s, step_s, ranges, judge, 200)
+        second = closer.close_whole(costs, 0.0, step_s, step_s, ranges, judge, 200)
         if first.reason == "branching" and first.num_nodes > 2:
             assert second.reason == "branching"
             assert second.num_nodes <= first.num_nodes // 2
