@@ -158,19 +158,19 @@ def compiled_by_two(report: Callable[[int], None] = lambda done: None) -> Iterat
 
     `report` is told 0 when compilation begins and 1 when the work of this process is done, if it did.
     """
-    if num_cores() < 2:
-        with without_detours(), for_what_python_calls():
+    with without_detours(), for_what_python_calls():
+        if num_cores() < 2:
             yield
-        return
-    with without_detours(), for_what_python_calls(), tempfile.TemporaryFile() as locks:
-        helper = Helper(_plan_from_the_end, report)
-        shared = share_caches(locks.fileno(), helper)
-        try:
-            yield
-        finally:
-            for function, cache in shared:
-                function._cache = cache
-            helper.end()
+            return
+        with tempfile.TemporaryFile() as locks:
+            helper = Helper(_plan_from_the_end, report)
+            shared = share_caches(locks.fileno(), helper)
+            try:
+                yield
+            finally:
+                for function, cache in shared:
+                    function._cache = cache
+                helper.end()
 
 
 def share_caches(

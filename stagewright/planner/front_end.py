@@ -91,9 +91,8 @@ class _KnownCalls:
 
     def __init__(self, ask: Callable[..., Signature]) -> None:
         self._ask = ask
-        self._found: dict[
-            object, tuple[types.Function, Signature]
-        ] = {}  # the function too, or another one took its number
+        # With the function, or another one could take its number.
+        self._found: dict[object, tuple[types.Function, Signature]] = {}
 
     def signature(
         self, function: types.Function, context: BaseContext, args: tuple[types.Type, ...], kws: dict[str, types.Type]

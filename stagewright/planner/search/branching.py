@@ -48,7 +48,6 @@ Longs = npt.NDArray[np.int64]
 
 FIRST_ROUNDS, ROUNDS, KNOWN_ROUNDS = 100, 16, 3  # at the root, at a node, at one whose parts are known
 _SMOOTHING = 0.93
-_DEPTH_FIRST = 150  # nodes, behind which the tree is large, and the bound counts
 _PROBED = 2  # numbers of each kind that are probed; at the root all up to RAISED_ON_RANKS
 _STEPS = 40
 _WHOLE = 1e-6
@@ -145,15 +144,11 @@ class Branching:
     def run(self, most_nodes: int) -> float:
         """Return the bound that is proved, the target where every node is closed.
 
-        Always down to the parts of the last node, whose basis is near theirs; behind DEPTH_FIRST nodes all parts of the node of
-        least bound come before the next one's.
+        From the open node of least bound, and down to its last part next, whose basis is near its own: all parts of a node come
+        before the next node.
         """
-        open_nodes = [self._node(left) for left in self.left]
-        is_sorted = False
+        open_nodes = sorted(map(self._node, self.left), key=lambda node: -node.bound_s)
         while open_nodes and self.num_nodes < most_nodes and not self.is_late():
-            if not is_sorted and (self.num_nodes >= _DEPTH_FIRST or self.left is not WHOLE):
-                open_nodes.sort(key=lambda node: -node.bound_s)
-                is_sorted = True
             node = open_nodes.pop()
             if node.bound_s < self.target_s:
                 open_nodes += self._children(node)

@@ -31,13 +31,6 @@ def solve(problem: Problem, limits: Limits) -> PlanOutcome:
     return united(problem, limits, [_solve_space(replace(problem, job=job), shared) for job in jobs])
 
 
-def least_bound_s(problem: Problem, limits: Limits) -> float:
-    """Return a first bound on every plan's step in seconds, from the prices of candidates alone; infinite where there is none."""
-    jobs = target_jobs(problem.job) or [problem.job]
-    spaces = [JointSearch.of(replace(problem, job=job), limits).space for job in jobs]
-    return float(min((space.bound_s.min(initial=np.inf) for space in spaces), default=np.inf))
-
-
 def _solve_space(problem: Problem, limits: Limits) -> PlanOutcome:
     search = JointSearch.of(problem, limits)
     bound_s, termination = search.run()

@@ -46,15 +46,11 @@ def solve_mixed(problem: Problem, limits: Limits) -> PlanOutcome:
     if problem.job.space.ties:
         return _solve_pools(problem, limits)
     known = LeastStep()
-    groups = _fastest_first(problem)
     search = PoolSearch(pools_of(problem), _part_of(limits, _POOLS_TIME), known)
     search.begin()
-    # Where a group alone may be faster than the first plans on pools, its plan sets the target that these are closed at.
-    target_s = known.least_s() / (1.0 + limits.gap)
-    first = [pool for pool in groups if exact.least_bound_s(alone_on(problem, pool), limits) < target_s]
-    alone = [_solve_alone(problem, _part_of(limits, 0.5), pool, known) for pool in first]
+    # A group that may be faster alone sets the target that the pools are closed at; another one's search ends at once.
+    alone = [_solve_alone(problem, _part_of(limits, 0.5), pool, known) for pool in _fastest_first(problem)]
     bound_s, termination = search.finish()
-    alone += [_solve_alone(problem, limits, pool, known) for pool in groups if pool not in first]
     bound_s = min(bound_s, *(_bound_of(outcome, known.least_s(), limits) for outcome in alone))
     work = sum(map(Work.of, alone), search.work.total(search.num_candidates))
     ranked = [*_ranked(search, limits), *(option for outcome in alone for option in _options(outcome))]

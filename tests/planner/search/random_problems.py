@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from random import Random
 
 from stagewright.planner.documents import Recompute, TrainingJob
 from stagewright.planner.documents.job import Pins, SearchSpace
 from stagewright.planner.schedules.registry import families
+from stagewright.planner.search.brute_force import best_completion
+from stagewright.planner.search.caps import order_caps
+from stagewright.planner.search.joint_search import JointSearch
+from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.problem import Problem
 from stagewright.planner.search.space import RULES
 from stagewright.testing.mocked_cluster import cluster_factory
@@ -58,3 +63,18 @@ def random_problem(seed: int, *, most_layers: int = 6, num_schedules: int = 3) -
         ),
     )
     return Problem(profile, cluster, job, cluster.num_devices)
+
+
+def solved_candidates(seeds: Iterable[int]):
+    """Yield each candidate with its costs, its least step and the layers that its ranks may hold at that step."""
+    for seed in seeds:
+        problem = random_problem(seed, most_layers=6)
+        search = JointSearch.of(problem, Limits(gap=0.0))
+        for index in range(search.space.num_candidates if len(problem.priced) else 0):
+            costs = search.costs.of(index)
+            oracle = None if costs is None else best_completion(problem, search.space.candidate(index))
+            if costs is None or oracle is None:
+                continue
+            number = int(costs.classes.counts.max()) * costs.order.num_replicas
+            _, caps = order_caps(costs.rank_tables, costs.order.key.num_microbatches, oracle[0] * (1 + 1e-6))
+            yield seed, search, index, costs, oracle[0], ((number - (caps.sum() - caps)).clip(min=0), caps)

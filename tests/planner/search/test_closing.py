@@ -17,8 +17,6 @@ from stagewright.planner.catalog.models import resolve_model
 from stagewright.planner.documents.job import TrainingJob
 from stagewright.planner.lanes import Lanes
 from stagewright.planner.search.branching import Split
-from stagewright.planner.search.brute_force import best_completion
-from stagewright.planner.search.caps import order_caps
 from stagewright.planner.search.closing import Closer
 from stagewright.planner.search.joint_search import JointSearch
 from stagewright.planner.search.limits import Limits
@@ -26,37 +24,27 @@ from stagewright.planner.search.problem import Problem
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from random_problems import random_problem
+from random_problems import random_problem, solved_candidates
 
 
 def _check_programs(seeds: range) -> tuple[int, int, int]:
     """Check the candidates of some problems; return how many, how many were proved to 1 %, and before whole layers."""
     checked = proved = before = 0
-    for seed in seeds:
-        problem = random_problem(seed, most_layers=6)
-        search = JointSearch.of(problem, Limits(gap=0.0))
-        closer = Closer(search.limits)
-        for index in range(search.space.num_candidates if len(problem.priced) else 0):
-            costs = search.costs.of(index)
-            oracle = None if costs is None else best_completion(problem, search.space.candidate(index))
-            if costs is None or oracle is None:
-                continue
-            step_s = oracle[0]
-            target_s = step_s * (1.0 + 1e-6)
-            number = int(costs.classes.counts.max()) * costs.order.num_replicas
-            _, caps = order_caps(costs.rank_tables, costs.order.key.num_microbatches, target_s)
-            ranges = ((number - (caps.sum() - caps)).clip(min=0), caps)
-            linear = closer.close(costs, target_s, step_s, ranges)
-            assert linear.bound_s <= step_s * (1.0 + 1e-6), (seed, search.space.candidate(index).summary)
-            judge = partial(search.completions.judged, index)
-            whole = closer.close_whole(costs, linear.bound_s, target_s, step_s, ranges, judge)
-            assert whole.bound_s <= step_s * (1.0 + 1e-6), (seed, search.space.candidate(index).summary)
-            for completion in (linear.completion, whole.completion):
-                assert completion is None or costs.fits(completion.counts)
-                assert completion is None or judge(completion).step_s >= step_s * (1.0 - 1e-9)
-            checked += 1
-            before += linear.bound_s >= step_s / 1.01
-            proved += whole.bound_s >= step_s / 1.01
+    closers: dict[int, Closer] = {}
+    for seed, search, index, costs, step_s, ranges in solved_candidates(seeds):
+        closer = closers.setdefault(seed, Closer(search.limits))
+        target_s = step_s * (1.0 + 1e-6)
+        linear = closer.close(costs, target_s, step_s, ranges)
+        assert linear.bound_s <= step_s * (1.0 + 1e-6), (seed, search.space.candidate(index).summary)
+        judge = partial(search.completions.judged, index)
+        whole = closer.close_whole(costs, linear.bound_s, target_s, step_s, ranges, judge)
+        assert whole.bound_s <= step_s * (1.0 + 1e-6), (seed, search.space.candidate(index).summary)
+        for completion in (linear.completion, whole.completion):
+            assert completion is None or costs.fits(completion.counts)
+            assert completion is None or judge(completion).step_s >= step_s * (1.0 - 1e-9)
+        checked += 1
+        before += linear.bound_s >= step_s / 1.01
+        proved += whole.bound_s >= step_s / 1.01
     return checked, proved, before
 
 
@@ -69,34 +57,23 @@ def test_programs_bound_the_best_simulated_completion_and_whole_layers_prove_mor
 def test_branching_goes_on_where_it_ended() -> None:
     """A few nodes at a time, with what is kept of the candidate carried through a pickle, it proves what it proves at once."""
     resumed = closed = 0
-    for seed in range(12):
-        problem = random_problem(seed, most_layers=6)
-        search = JointSearch.of(problem, Limits(gap=0.0))
-        for index in range(search.space.num_candidates if len(problem.priced) else 0):
-            costs = search.costs.of(index)
-            oracle = None if costs is None else best_completion(problem, search.space.candidate(index))
-            if costs is None or oracle is None:
-                continue
-            step_s = oracle[0]
-            target_s = step_s * (1.0 - 1e-6)  # no completion is below it
-            _, caps = order_caps(costs.rank_tables, costs.order.key.num_microbatches, target_s)
-            number = int(costs.classes.counts.max()) * costs.order.num_replicas
-            ranges = ((number - (caps.sum() - caps)).clip(min=0), caps)
-            judge = partial(search.completions.judged, index)
-            whole = Closer(search.limits).close_whole(costs, 0.0, target_s, step_s, ranges, judge)
-            if whole.reason == "open" or whole.num_nodes < 6:
-                continue
-            by_nodes, parts = Closer(search.limits), []
-            while not parts or parts[-1].reason == "open":
-                parts.append(by_nodes.close_whole(costs, 0.0, target_s, step_s, ranges, judge, 4, index))
-                assert len(parts) <= 500, (seed, search.space.candidate(index).summary)
-                learned = by_nodes.of(costs.order)
-                learned.trees, learned.left = pickle.loads(pickle.dumps((learned.trees, learned.left)))
-            assert parts[-1].bound_s >= target_s
-            assert all(part.bound_s <= step_s for part in parts)
-            assert not learned.left
-            resumed += len(parts) - 1
-            closed += 1
+    for seed, search, index, costs, step_s, ranges in solved_candidates(range(12)):
+        target_s = step_s * (1.0 - 1e-6)  # no completion is below it
+        judge = partial(search.completions.judged, index)
+        whole = Closer(search.limits).close_whole(costs, 0.0, target_s, step_s, ranges, judge)
+        if whole.reason == "open" or whole.num_nodes < 6:
+            continue
+        by_nodes, parts = Closer(search.limits), []
+        while not parts or parts[-1].reason == "open":
+            parts.append(by_nodes.close_whole(costs, 0.0, target_s, step_s, ranges, judge, 4, index))
+            assert len(parts) <= 500, (seed, search.space.candidate(index).summary)
+            learned = by_nodes.of(costs.order)
+            learned.trees, learned.left = pickle.loads(pickle.dumps((learned.trees, learned.left)))
+        assert parts[-1].bound_s >= target_s
+        assert all(part.bound_s <= step_s for part in parts)
+        assert not learned.left
+        resumed += len(parts) - 1
+        closed += 1
     assert closed >= 10
     assert resumed >= 3 * closed
 

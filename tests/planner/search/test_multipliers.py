@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from stagewright.planner.search.brute_force import best_completion
-from stagewright.planner.search.caps import order_caps
 from stagewright.planner.search.closing import Closer
-from stagewright.planner.search.joint_search import JointSearch
-from stagewright.planner.search.limits import Limits
 from stagewright.planner.search.multipliers import bound_by, mean_path
 from stagewright.planner.search.path_pool import PathPool
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from random_problems import random_problem
-
-
-def _solved(seeds: Iterable[int]):
-    """Yield each candidate with its costs, its least step and the layers that its ranks may hold at that step."""
-    for seed in seeds:
-        problem = random_problem(seed, most_layers=6)
-        search = JointSearch.of(problem, Limits(gap=0.0))
-        for index in range(search.space.num_candidates if len(problem.priced) else 0):
-            costs = search.costs.of(index)
-            oracle = None if costs is None else best_completion(problem, search.space.candidate(index))
-            if costs is None or oracle is None:
-                continue
-            number = int(costs.classes.counts.max()) * costs.order.num_replicas
-            _, caps = order_caps(costs.rank_tables, costs.order.key.num_microbatches, oracle[0] * (1 + 1e-6))
-            yield seed, search, index, costs, oracle[0], ((number - (caps.sum() - caps)).clip(min=0), caps)
+from random_problems import solved_candidates
 
 
 def test_mean_paths_of_an_order_bound_all_its_candidates_and_are_near_for_alike_ones() -> None:
     compared = near = 0
     closers: dict[int, Closer] = {}
-    for seed, search, _, costs, step_s, ranges in _solved(range(24)):
+    for seed, search, _, costs, step_s, ranges in solved_candidates(range(24)):
         closer = closers.setdefault(seed, Closer(search.limits))
         paths = closer.of(costs.order).mean_paths
         if paths:
@@ -56,7 +36,7 @@ def test_mean_paths_of_an_order_bound_all_its_candidates_and_are_near_for_alike_
 def test_a_mean_of_random_paths_is_no_longer_than_the_best_completion() -> None:
     rng = np.random.default_rng(3)
     compared = 0
-    for _, _, _, costs, step_s, ranges in _solved(range(30, 38)):
+    for _, _, _, costs, step_s, ranges in solved_candidates(range(30, 38)):
         pool = PathPool(costs.order)
         for _ in range(4):
             seconds, hops = rng.random((3, costs.num_stages)), rng.random(costs.order.num_hops)
@@ -71,7 +51,7 @@ def test_a_mean_of_random_paths_is_no_longer_than_the_best_completion() -> None:
 
 def test_a_tree_that_closed_a_candidate_closes_it_again_without_probing() -> None:
     again = 0
-    for _, search, index, costs, step_s, ranges in _solved((0, 4)):
+    for _, search, index, costs, step_s, ranges in solved_candidates((0, 4)):
         closer = Closer(search.limits)
         judge = partial(search.completions.judged, index)
         first = closer.close_whole(costs, 0.0, step_s, step_s, ranges, judge, 200)
